@@ -1,0 +1,152 @@
+"""Checkpoints: what stands in a file, how it is saved so that a crash cannot spoil it, and models out of files.
+
+A file holds tensors and primitives only and is read with weights_only=True, so opening it runs no code.
+
+    {"format": 1, "stage": "vq" | "ldm", "step": k, "config": {...}, "vq": state dict, "vq_config": {...},
+     "train": {...}, and for ldm: "unet", "unet_config", "cond", "cond_config", "mean", "std", "schedule"}
+
+"unet" and "cond" are the EMA weights; the raw weights, the optimiser and whatever else a resumed run needs stand
+under "train". The ldm file carries its frozen VQ and the latent statistics: one file is enough to sample.
+"""
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from keypoints import ConditionConfig, PoseCondition
+from unet import UNet, UNetConfig
+from vq import VQConfig, VQModel
+
+FORMAT = 1
+HOW_TO_MAKE = {"vq": "python train.py --stage vq", "ldm": "python train.py --stage ldm"}
+
+
+def save(path: str | Path, payload: dict) -> None:
+    """Write `payload` so that `path` is at every moment either the old file or the whole new one.
+
+    OSError (full disk, unwritable folder) leaves the old file as it was.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as f:
+            torch.save(payload, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except RuntimeError as e:           # torch's zip writer reports a full disk this way
+        raise OSError(f"cannot write {path}: {e}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | Path, stage: str) -> dict:
+    """The payload of a checkpoint of `stage` ("vq" or "ldm"), on the CPU; ValueError in one sentence otherwise."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}; make one with: {HOW_TO_MAKE[stage]}")
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError) as e:
+        raise ValueError(f"{path} cannot be read as a checkpoint (truncated, or another kind of file): "
+                         f"{str(e).splitlines()[0][:150]}") from None
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise ValueError(f"{path} is no checkpoint of this project in format {FORMAT}")
+    if payload["stage"] != stage:
+        raise ValueError(f"{path} is a checkpoint of stage {payload['stage']}, but one of stage {stage} is needed; "
+                         f"make it with: {HOW_TO_MAKE[stage]}")
+    return payload
+
+
+def hash_of(state: dict[str, Tensor]) -> str:
+    """16 hex digits that change whenever a name, shape, type or value in a state dict does."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """load_state_dict(strict=True), with an error that names the first differing keys and both shapes."""
+    own = model.state_dict()
+    wrong = [f"{k}: file {tuple(state[k].shape) if k in state else 'lacks it'}, "
+             f"model {tuple(own[k].shape) if k in own else 'lacks it'}"
+             for k in [*own, *(k for k in state if k not in own)]
+             if k not in own or k not in state or own[k].shape != state[k].shape]
+    if wrong:
+        raise ValueError(f"{what} does not fit its configuration in {len(wrong)} places, first {'; '.join(wrong[:3])}")
+    model.load_state_dict(state, strict=True)
+
+
+def build_vq(payload: dict, what: str) -> VQModel:
+    """The autoencoder of a payload of either stage, frozen and in eval mode."""
+    model = VQModel(VQConfig(**_tuples(payload["vq_config"])))
+    fill(model, payload["vq"], what)
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+def _tuples(config: dict) -> dict:
+    """Lists, as JSON gives them, become the tuples that frozen configs hold."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+
+
+class LDM(nn.Module):
+    """Stage 2 as one module: frozen VQ, latent statistics, pose condition and UNet.
+
+    z = (h - mean) / std is what diffusion works on, per channel; mean and std [C, 1, 1] come from the latent cache.
+    `schedule` are the arguments of diffusion.Diffusion.
+    """
+
+    def __init__(self, vq: VQModel, unet_config: UNetConfig, cond_config: ConditionConfig, mean: Tensor, std: Tensor,
+                 schedule: dict):
+        super().__init__()
+        if unet_config.context_dim != cond_config.context_dim:
+            raise ValueError(f"the UNet's context_dim is {unet_config.context_dim} but the condition gives "
+                             f"{cond_config.context_dim}: the pose would not reach the UNet by cross-attention")
+        wanted = vq.config.embed_dim + cond_config.map_channels
+        if unet_config.in_channels != wanted or unet_config.out_channels != vq.config.embed_dim:
+            raise ValueError(f"the UNet takes {unet_config.in_channels} and gives {unet_config.out_channels} channels; "
+                             f"latent and pose maps make it {wanted} and {vq.config.embed_dim}")
+        self.vq, self.schedule = vq, schedule
+        self.unet, self.cond = UNet(unet_config), PoseCondition(cond_config)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, x: Tensor, t: Tensor, pose: Tensor, drop: Tensor | None = None) -> Tensor:
+        """eps for noisy latents x [B, C, h, w] at t [B] under poses [B, 17, 3]; `drop` [B] marks null conditions."""
+        context, maps = self.cond(pose, x.shape[2:], drop)
+        return self.unet(x, t, context, maps)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] -> z [B, C, h, w]."""
+        return (self.vq.encode(images).float() - self.mean) / self.std
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z [B, C, h, w] -> images [B, 3, H, W]; quantises on the way."""
+        return self.vq.decode(z * self.std + self.mean)
+
+
+def ldm_payload(ldm: LDM) -> dict:
+    """The model part of a stage-2 checkpoint."""
+    return {"stage": "ldm", "vq": ldm.vq.state_dict(), "vq_config": asdict(ldm.vq.config),
+            "unet": ldm.unet.state_dict(), "unet_config": asdict(ldm.unet.config),
+            "cond": ldm.cond.state_dict(), "cond_config": asdict(ldm.cond.config),
+            "mean": ldm.mean, "std": ldm.std, "schedule": ldm.schedule}
+
+
+def load_ldm(path: str | Path, device: str | torch.device = "cpu") -> tuple[LDM, dict]:
+    """The model of a stage-2 checkpoint, frozen, in eval mode, on `device`; and the payload it came from."""
+    payload = load(path, "ldm")
+    ldm = LDM(build_vq(payload, f"{path}: vq"), UNetConfig(**_tuples(payload["unet_config"])),
+              ConditionConfig(**_tuples(payload["cond_config"])), payload["mean"], payload["std"], payload["schedule"])
+    fill(ldm.unet, payload["unet"], f"{path}: unet")
+    fill(ldm.cond, payload["cond"], f"{path}: cond")
+    return ldm.eval().requires_grad_(False).to(device, memory_format=torch.channels_last), payload

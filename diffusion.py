@@ -1,0 +1,228 @@
+"""Diffusion: latents x0 [B,C,h,w] in, a training loss out; Gaussian noise x_T in, samples out.
+
+The mathematics, with its sources: DDPM arXiv:2006.11239, DDIM arXiv:2010.02502, guidance (CFG) arXiv:2207.12598.
+
+Forward. beta_t grows from linear_start to linear_end, linearly in its square root; alpha_bar_t = prod (1 - beta_s).
+    x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,  eps ~ N(0, I)                        DDPM (4)
+Training. A network predicts eps from x_t, t and the pose; the loss is plain squared error.
+    loss = || eps - eps_theta(x_t, t, pose) ||^2                                                  DDPM (14)
+For a share p_drop of the samples the pose is replaced by the null pose, so that one network learns both
+eps_theta(x_t, t, pose) and eps_theta(x_t, t, null).
+Sampling. Every sampler turns eps into its estimate of x0, and steps to an earlier time:
+    x0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)                                    DDPM (15)
+`ddpm` draws x_{t-1} from the posterior q(x_{t-1} | x_t, x0), a Gaussian, through all T steps:
+    mean = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x0
+           + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t                       DDPM (7)
+    variance = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)                                   DDPM (7)
+`ddim` jumps from t to any earlier s; eta = 0 is deterministic, eta = 1 over all T steps is `ddpm`:
+    x_s = sqrt(alpha_bar_s) x0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma noise                DDIM (12)
+    sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)   DDIM (16)
+Guidance. eps = eps_null + w (eps_pose - eps_null); w = 1 is the conditional model, w = 0 the
+unconditional one. (CFG (6) counts from the other end: its w is ours minus 1.)
+
+t counts from 0 here, where the papers count from 1: alpha_bar[0] = 1 - beta[0], and the time before t = 0 has
+alpha_bar = 1. No sampler clips x0: a latent has no bounds.
+"""
+
+# B batch, C channels, h w latent height and width, T timesteps of the schedule, S steps of a sampler
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EpsModel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]   # (x, t [B], cond [B,...], drop [B] bool) -> eps
+EpsFn = Callable[[Tensor, Tensor], Tensor]                      # (x, t [B]) -> eps
+NoiseFn = Callable[[int, Tensor], Tensor]                       # (step i, x) -> noise like x
+
+
+class Diffusion:
+    """The schedule and what follows from it. Holds no parameters and nothing that belongs in a checkpoint."""
+
+    def __init__(self, timesteps: int = 1000, linear_start: float = 0.0015, linear_end: float = 0.0195):
+        if timesteps < 2:
+            raise ValueError(f"timesteps is {timesteps}; a schedule needs at least 2.")
+        if not 0 < linear_start <= linear_end < 1:
+            raise ValueError(f"linear_start is {linear_start} and linear_end {linear_end}; "
+                             "they must satisfy 0 < linear_start <= linear_end < 1.")
+        self.timesteps = timesteps
+        # float64: 1 - alpha_bar loses its digits in float32 where alpha_bar is near 1
+        self.betas = torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2  # [T]
+        self.alphas_bar = torch.cumprod(1 - self.betas, dim=0)
+        self.alphas_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
+        self.sqrt_alphas_bar = self.alphas_bar.sqrt()
+        self.sqrt_one_minus_alphas_bar = (1 - self.alphas_bar).sqrt()
+        # DDPM (7)
+        self.posterior_x0_coef = self.alphas_bar_prev.sqrt() * self.betas / (1 - self.alphas_bar)
+        self.posterior_x_t_coef = (1 - self.betas).sqrt() * (1 - self.alphas_bar_prev) / (1 - self.alphas_bar)
+        self.posterior_variance = self.betas * (1 - self.alphas_bar_prev) / (1 - self.alphas_bar)
+        # The variance at t = 0 is 0: its logarithm is taken at t = 1 instead. No sampler adds noise there.
+        self.posterior_log_variance = self.posterior_variance[[1, *range(1, timesteps)]].log()
+        self._moved: dict[tuple[str, torch.device], Tensor] = {}
+
+    def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """Table `name` at t, float32 [B,1,...] ready to broadcast over `like` [B,...]."""
+        key = (name, like.device)
+        if key not in self._moved:          # once a device: a copy in every step would stall a GPU
+            self._moved[key] = getattr(self, name).to(torch.float32).to(like.device)
+        return self._moved[key][t.to(like.device)].view(-1, *[1] * (like.ndim - 1))
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """DDPM (4): x_t, float32, of x0 [B,...] at t [B] with the given noise."""
+        return self._at("sqrt_alphas_bar", t, x0) * x0 + self._at("sqrt_one_minus_alphas_bar", t, x0) * noise
+
+    def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """DDPM (15), (4) solved for x0."""
+        return (x_t - self._at("sqrt_one_minus_alphas_bar", t, x_t) * eps) / self._at("sqrt_alphas_bar", t, x_t)
+
+    def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """DDPM (7): mean [B,...] and log variance [B,1,...] of q(x_{t-1} | x_t, x0)."""
+        mean = self._at("posterior_x0_coef", t, x_t) * x0 + self._at("posterior_x_t_coef", t, x_t) * x_t
+        return mean, self._at("posterior_log_variance", t, x_t)
+
+    def loss(
+        self,
+        eps_model: EpsModel,            # called once: eps_model(x_t, t, cond, drop)
+        x0: Tensor,                     # [B,...]
+        cond: Tensor,                   # [B,...] the poses, handed through
+        p_drop: float = 0.1,            # the chance that a sample sees the null condition
+        t: Tensor | None = None,        # [B] drawn uniformly if None
+        noise: Tensor | None = None,    # like x0, drawn from N(0, I) if None
+        drop: Tensor | None = None,     # [B] bool, drawn with p_drop if None
+    ) -> Tensor:
+        """DDPM (14): mean squared error of each sample, [B], in float32 also under autocast."""
+        if not 0 <= p_drop <= 1:
+            raise ValueError(f"p_drop is {p_drop}; a probability lies in [0, 1].")
+        B, device = x0.shape[0], x0.device
+        if t is None:
+            t = torch.randint(self.timesteps, (B,), device=device)
+        if noise is None:
+            noise = torch.randn_like(x0, dtype=torch.float32)
+        if drop is None:
+            drop = torch.rand(B, device=device) < p_drop
+        eps = eps_model(self.q_sample(x0, t, noise), t, cond, drop)
+        return (eps.float() - noise.float()).square().flatten(1).mean(1)     # [B]
+
+
+def guided(eps_model: EpsModel, cond: Tensor, w: float) -> EpsFn:
+    """Classifier-free guidance: eps = eps_null + w (eps_cond - eps_null), for cond [B,...].
+
+    w = 1 is the conditional model and w = 0 the unconditional one, each one evaluation of B samples;
+    any other w is one evaluation of 2 B.
+    """
+
+    def eps_fn(x: Tensor, t: Tensor) -> Tensor:
+        keep = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)    # [B]
+        if w in (0, 1):
+            return eps_model(x, t, cond, keep if w == 1 else ~keep)
+        both = eps_model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, cond]), torch.cat([~keep, keep]))
+        eps_null, eps_cond = both.float().chunk(2)                           # [B, ...] each
+        return eps_null + w * (eps_cond - eps_null)
+
+    return eps_fn
+
+
+class Step(NamedTuple):
+    """What a sampler yields; the x of the last one is the sample."""
+
+    i: int          # this is step i of n, from 0
+    n: int
+    t: int          # the timestep the network has just seen
+    x: Tensor       # the new, less noisy x, float32 [B,...]
+    x0: Tensor      # the clean image as predicted at t
+
+
+@torch.no_grad()
+def ddpm(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, noise_fn: NoiseFn) -> Iterator[Step]:
+    """Ancestral sampling through all T timesteps (DDPM algorithm 2), with the posterior variance."""
+    T = diffusion.timesteps
+    x = x_T.float()
+    for i in range(T):
+        t = T - 1 - i
+        ts = torch.full((x.shape[0],), t, device=x.device)                   # [B]
+        x0 = diffusion.predict_x0(x, ts, eps_fn(x, ts).float())
+        x, log_variance = diffusion.posterior(x0, x, ts)
+        if t > 0:                                                            # x_{-1} is x0 itself
+            x = x + (0.5 * log_variance).exp() * noise_fn(i, x)
+        yield Step(i, T, t, x, x0)
+
+
+@torch.no_grad()
+def ddim(
+    diffusion: Diffusion,
+    eps_fn: EpsFn,
+    x_T: Tensor,                        # [B,...]
+    steps: int,                         # S
+    eta: float = 0.0,                   # 0 deterministic, 1 as noisy as DDPM
+    noise_fn: NoiseFn | None = None,    # needed where eta > 0
+    spacing: str = "even",              # or "uniform", the reference's, see ddim_timesteps
+) -> Iterator[Step]:
+    """DDIM (12) over S of the T timesteps. ValueError, at the first step, for a wrong steps, eta or spacing."""
+    if eta > 0 and noise_fn is None:
+        raise ValueError(f"eta is {eta}, which adds noise in every step; give a noise_fn, or eta = 0.")
+    timesteps, alpha_bar, alpha_bar_prev, sigma = ddim_table(diffusion, steps, eta, spacing)
+    x, n = x_T.float(), len(timesteps)
+    for i, j in enumerate(reversed(range(n))):                               # j indexes the tables, noisy to clean
+        ts = torch.full((x.shape[0],), int(timesteps[j]), device=x.device)   # [B]
+        eps = eps_fn(x, ts).float()
+        x0 = (x - (1 - alpha_bar[j]) ** 0.5 * eps) / alpha_bar[j] ** 0.5
+        x = alpha_bar_prev[j] ** 0.5 * x0 + (1 - alpha_bar_prev[j] - sigma[j] ** 2) ** 0.5 * eps
+        if sigma[j] > 0:
+            x = x + sigma[j] * noise_fn(i, x)
+        yield Step(i, n, int(timesteps[j]), x, x0)
+
+
+def ddim_timesteps(T: int, steps: int, spacing: str = "even") -> np.ndarray:
+    """The timesteps [S] that DDIM visits, ascending, from 0..T-1.
+
+    "even": exactly `steps` of them, evenly spread, always with T - 1, where sampling starts from pure noise.
+    "uniform": the reference's stride T // steps plus 1, only to repeat its runs: it can make more steps than asked for
+    (350 of 1000 makes 500), and where it would run past T - 1, as for 599 of the 1000 counts, it is a ValueError.
+    """
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps is {steps}; it must be 1 to {T}, the timesteps of the schedule.")
+    if spacing == "even":
+        # from T - 1 down, so that a single step is the noisiest one
+        return np.linspace(T - 1, 0, steps).round().astype(np.int64)[::-1].copy()
+    if spacing != "uniform":
+        raise ValueError(f"spacing is {spacing!r}; it must be 'even' or 'uniform'.")
+    timesteps = np.arange(0, T, T // steps) + 1
+    if timesteps[-1] > T - 1:
+        raise ValueError(f"steps is {steps}; 'uniform' spacing then needs timestep {timesteps[-1]} of 0 to {T - 1}; "
+                         "use spacing 'even'.")
+    return timesteps
+
+
+def ddim_table(
+    diffusion: Diffusion, steps: int, eta: float = 0.0, spacing: str = "even"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(timesteps, alpha_bar, alpha_bar_prev, sigma), [S] each, float64, ascending in time; sigma is DDIM (16)."""
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it must lie in [0, 1].")
+    timesteps = ddim_timesteps(diffusion.timesteps, steps, spacing)
+    alpha_bar = diffusion.alphas_bar.numpy()[timesteps]
+    # The last step of ours ends at x0. The reference's ends at t = 0 and leaves that step's noise in the sample.
+    first = 1.0 if spacing == "even" else diffusion.alphas_bar[0].item()
+    alpha_bar_prev = np.concatenate([[first], alpha_bar[:-1]])
+    sigma = eta * np.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * np.sqrt(1 - alpha_bar / alpha_bar_prev)
+    return timesteps, alpha_bar, alpha_bar_prev, sigma
+
+
+def per_image_noise(seeds: list[int], shape: tuple[int, ...]) -> tuple[Tensor, NoiseFn]:
+    """x_T [B,*shape] and a noise_fn, in which image i depends on seeds[i] alone: not on B, nor on the device.
+
+    The noise of a step is a function of (seed, step), so one noise_fn serves any number of runs.
+    """
+
+    def normal(seed: int, step: int, shape: tuple[int, ...]) -> Tensor:
+        mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
+        return torch.randn(shape, generator=torch.Generator().manual_seed(int(mixed)))
+
+    def noise_fn(i: int, x: Tensor) -> Tensor:
+        return torch.stack([normal(seed, i + 1, x.shape[1:]) for seed in seeds]).to(x.device)
+
+    if not seeds or min(seeds) < 0:
+        raise ValueError(f"seeds is {seeds}; give one integer, 0 or more, for each image.")
+    return torch.stack([normal(seed, 0, shape) for seed in seeds]), noise_fn

@@ -1,0 +1,147 @@
+"""Measures: how well stage 1 reconstructs and uses its codes, and how much stage 2 listens to the pose.
+
+    python evaluate.py recon --vq runs/vq/last.pt --data DIR            PSNR, L1, code usage, perplexity
+    python evaluate.py condition --ckpt runs/ldm/last.pt --data DIR     eps loss under right, shuffled and no pose
+
+train.py calls the same functions on its validation set. PSNR is of pictures on 0..1, the mean over pictures.
+"""
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import checkpoint
+import data
+from diffusion import Diffusion
+from vq import VQModel
+
+SHUFFLE_SEED = 1234                 # of the fixed noise and the fixed wrong poses: one number, so runs compare
+
+
+def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each picture, [B], for x_hat and x [B, 3, H, W] in [-1, 1]."""
+    mse = ((x_hat.clamp(-1, 1) - x) / 2).square().mean(dim=(1, 2, 3))
+    return -10 * torch.log10(mse.clamp(min=1e-12))
+
+
+def box_baseline(x: Tensor, factor: int) -> Tensor:
+    """x [B, 3, H, W] averaged over factor x factor boxes and blown up again: what an autoencoder has to beat."""
+    return F.interpolate(F.avg_pool2d(x, factor), scale_factor=float(factor), mode="nearest")
+
+
+@torch.no_grad()
+def reconstruction(model: VQModel, images: Iterable[Tensor], device: str | torch.device = "cpu",
+                   autocast: Callable[[], AbstractContextManager] = torch.no_grad) -> dict[str, float]:
+    """Means over all pictures, each batch [B, 3, H, W] in [-1, 1]; usage and perplexity count every code of the set.
+
+    psnr is of the quantised reconstruction, psnr_box of `box_baseline`; perplexity is exp of the entropy of the
+    codes, K at most.
+    """
+    was_training = model.training
+    model.eval()
+    counts = torch.zeros(model.config.n_embed, dtype=torch.long)
+    sums = {"psnr": 0.0, "psnr_box": 0.0, "l1": 0.0}
+    n = 0
+    for x in images:
+        x = x.to(device)
+        with autocast():
+            x_hat, _, indices = model(x)
+        x_hat = x_hat.float().clamp(-1, 1)
+        sums["psnr"] += psnr(x_hat, x).sum().item()
+        sums["psnr_box"] += psnr(box_baseline(x, model.config.factor), x).sum().item()
+        sums["l1"] += (x_hat - x).abs().mean(dim=(1, 2, 3)).sum().item()
+        counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
+        n += len(x)
+    model.train(was_training)
+    if n == 0:
+        raise ValueError("there are no pictures to evaluate on")
+    p = counts.double() / counts.sum()
+    perplexity = torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item()
+    return {k: v / n for k, v in sums.items()} | {"codes_used": (counts > 0).double().mean().item(),
+                                                  "perplexity": perplexity, "pictures": n}
+
+
+def derangement(n: int, seed: int) -> np.ndarray:
+    """A permutation of range(n) that leaves nothing in its place (n >= 2)."""
+    order = np.random.default_rng(seed).permutation(n)
+    wrong = np.empty(n, dtype=np.int64)
+    wrong[order] = np.roll(order, 1)                        # each element gets its neighbour in a random ring
+    return wrong
+
+
+@torch.no_grad()
+def condition_losses(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor,
+                     batch_size: int = 64,
+                     autocast: Callable[[], AbstractContextManager] = torch.no_grad) -> dict[str, float]:
+    """The eps loss on latents z [N, C, h, w] under their own poses [N, 17, 3], under other pictures' and under none.
+
+    The noise is fixed and timestep i of N is spread evenly over the schedule, so that runs and steps compare; all
+    three see the same. shuffled / right is 1 where the model ignores the pose.
+    """
+    if len(z) < 2:
+        raise ValueError(f"shuffled poses need at least 2 pictures, but there is {len(z)}")
+    generator = torch.Generator().manual_seed(SHUFFLE_SEED)
+    noise = torch.randn(z.shape, generator=generator).to(z.device)
+    # Spread by a random order: neighbouring pictures (frames of one film) should not share a timestep.
+    t = torch.linspace(0, diffusion.timesteps - 1, len(z)).round().long()
+    t = t[torch.randperm(len(z), generator=generator)].to(z.device)
+    wrong = poses[torch.as_tensor(derangement(len(z), SHUFFLE_SEED), device=poses.device)]
+    out = {}
+    for name, p, dropped in (("right", poses, False), ("shuffled", wrong, False), ("null", poses, True)):
+        total = 0.0
+        for i in range(0, len(z), batch_size):
+            s = slice(i, i + batch_size)
+            drop = torch.full((len(z[s]),), dropped, device=z.device)
+            with autocast():
+                loss = diffusion.loss(eps_model, z[s], p[s], t=t[s], noise=noise[s], drop=drop)
+            total += loss.double().sum().item()
+        out[name] = total / len(z)
+    return out | {"ratio": out["shuffled"] / out["right"]}
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+def held_out(args: argparse.Namespace, size: int) -> data.Pictures:
+    """The validation pictures the command names: all of --data where it is a set of its own, else the held-out part."""
+    return data.open_data(args.data, size, val=None, all_is_val=args.all)[1]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, flag, default in (("recon", "--vq", "runs/vq/last.pt"), ("condition", "--ckpt", "runs/ldm/last.pt")):
+        sub = commands.add_parser(name)
+        sub.add_argument(flag, dest="ckpt", default=default, metavar="FILE")
+        sub.add_argument("--data", default="figures", help="as for train.py; its held-out part is measured")
+        sub.add_argument("--all", action="store_true", help="measure all pictures of --data, not the held-out part")
+        sub.add_argument("--limit", type=int, default=1000, help="pictures at most")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "recon":
+            payload = checkpoint.load(args.ckpt, "vq")
+            model = checkpoint.build_vq(payload, args.ckpt)
+            images = (x for x, _ in data.in_order(held_out(args, payload["config"]["size"]), 32, args.limit))
+            result = reconstruction(model, images)
+        else:
+            ldm, payload = checkpoint.load_ldm(args.ckpt)
+            pairs = list(data.in_order(held_out(args, payload["config"]["size"]), 32, args.limit))
+            with torch.no_grad():
+                z = torch.cat([ldm.encode(x) for x, _ in pairs])
+            result = condition_losses(ldm, Diffusion(**ldm.schedule), z, torch.cat([p for _, p in pairs]))
+    except ValueError as e:
+        print(f"evaluate.py: {e}", file=sys.stderr)
+        return 2
+    for name, value in result.items():
+        print(f"{name:12s} {value:.4f}" if isinstance(value, float) else f"{name:12s} {value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Draw pictures in poses of your choice: for each pose file a row, the skeleton and then n samples.
+
+    python sample.py examples/poses/*.json
+    python sample.py mine.json --ckpt runs/mine/last.pt -n 4 --steps 100 --guidance 3 --out mine.png
+
+Picture i of a row has seed --seed + i and depends on nothing else: not on the other poses, nor on how many there are.
+"""
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import data
+from diffusion import Diffusion, Step, ddim, ddpm, guided, per_image_noise
+from keypoints import draw, load_poses
+
+BATCH = 16                      # pictures in the network at once
+DEFAULT_STEPS = 50              # of DDIM
+
+
+def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, sampler: str = "ddim",
+           steps: int = DEFAULT_STEPS, eta: float = 0.0, guidance: float = 2.0) -> Iterator[Step]:
+    """Denoises one latent a pose, [B, 17, 3] with seeds [B], for pictures of size x size; yields every step.
+
+    The last step's x [B, C, h, w] is the sample: `ldm.decode` makes the pictures [B, 3, size, size] of it.
+    """
+    diffusion = Diffusion(**ldm.schedule)
+    shape = (ldm.vq.config.embed_dim, size // ldm.vq.config.factor, size // ldm.vq.config.factor)
+    device = ldm.mean.device
+    x_T, noise_fn = per_image_noise(seeds, shape)
+    eps_fn = guided(ldm, poses.to(device, torch.float32), guidance)
+    if sampler == "ddpm":
+        return ddpm(diffusion, eps_fn, x_T.to(device), noise_fn)
+    return ddim(diffusion, eps_fn, x_T.to(device), steps, eta, noise_fn)
+
+
+@torch.no_grad()
+def draw_pictures(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, **how: object) -> list[np.ndarray]:
+    """Pictures uint8 [size, size, 3], one for each pose [B, 17, 3] and seed, in batches, with a progress bar."""
+    total = how["steps"] if how["sampler"] == "ddim" else ldm.schedule["timesteps"]
+    pictures: list[np.ndarray] = []
+    with tqdm(total=total * math.ceil(len(poses) / BATCH), desc="sampling", unit="step", dynamic_ncols=True) as bar:
+        for i in range(0, len(poses), BATCH):
+            z = None
+            for step in sample(ldm, poses[i:i + BATCH], seeds[i:i + BATCH], size, **how):
+                z = step.x
+                bar.update()
+            pictures += list(data.to_uint8(ldm.decode(z).float().cpu()))
+    return pictures
+
+
+def read_poses(paths: Iterable[str]) -> tuple[list[np.ndarray], list[str]]:
+    """The poses [17, 3] of all files and a name for each."""
+    poses, names = [], []
+    for path in paths:
+        found = load_poses(path)
+        poses += found
+        names += [Path(path).stem + (f" {i + 1}" if len(found) > 1 else "") for i in range(len(found))]
+    return poses, names
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="sample.py POSE.json [POSE.json ...] [--flags; --help explains them]")
+    add = parser.add_argument
+    add("poses", nargs="+", metavar="POSE", help="pose files: the seed's, COCO, or [x, y, visible] rows")
+    add("--ckpt", default="runs/ldm/last.pt", metavar="FILE", help="checkpoint of stage 2 (default %(default)s)")
+    add("-n", type=int, default=4, help="pictures a pose (default %(default)s)")
+    add("--sampler", choices=("ddim", "ddpm"), default="ddim")
+    add("--steps", type=int, default=DEFAULT_STEPS, help="of DDIM, 1 to 1000 (default %(default)s; ddpm takes all)")
+    add("--eta", type=float, default=0.0, help="noise of DDIM, 0 to 1 (default %(default)s)")
+    add("--guidance", type=float, default=2.0, metavar="W",
+        help="1: as trained, 0: without the pose, above 1: more of the pose (default %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--out", default="samples.png", metavar="FILE", help="the picture to write (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """ValueError, in one sentence, for a value that cannot be."""
+    if args.n < 1:
+        raise ValueError(f"-n is {args.n}; it must be at least 1")
+    if args.seed < 0:
+        raise ValueError(f"--seed is {args.seed}; it must be 0 or more")
+    if not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance is {args.guidance}; it must be a finite number")
+    if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--out is {args.out}; its name must end in .png, .jpg or .webp")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch sees no CUDA GPU on this machine; leave --device out")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        check_args(args)
+        poses, names = read_poses(args.poses)
+        ldm, payload = checkpoint.load_ldm(args.ckpt, args.device)
+        size, began = payload["config"]["size"], time.monotonic()
+        every = torch.from_numpy(np.stack(poses)).repeat_interleave(args.n, dim=0)      # [P n, 17, 3]
+        seeds = [args.seed + i for i in range(args.n)] * len(poses)
+        pictures = draw_pictures(ldm, every, seeds, size, sampler=args.sampler, steps=args.steps, eta=args.eta,
+                                 guidance=args.guidance)
+        rows = [[draw(pose, size), *pictures[p * args.n:(p + 1) * args.n]] for p, pose in enumerate(poses)]
+        how = f"DDIM {args.steps} steps, eta {args.eta:g}" if args.sampler == "ddim" else "DDPM"
+        data.save_grid(args.out, rows, columns=["pose", *(f"seed {args.seed + i}" for i in range(args.n))],
+                       labels=names, title=f"{how}, guidance {args.guidance:g}, {args.ckpt} step {payload['step']}")
+    except (ValueError, OSError) as e:
+        print(f"sample.py: {e}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {len(pictures)} pictures in {time.monotonic() - began:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

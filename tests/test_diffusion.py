@@ -1,0 +1,340 @@
+"""The diffusion against closed forms on Gaussian data, and against the reference's tables and trajectories."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import golden_weights, relative_error
+from torch import Tensor
+
+from diffusion import Diffusion, Step, ddim, ddim_table, ddim_timesteps, ddpm, guided, per_image_noise
+from unet import UNet, UNetConfig
+
+S_DATA = 0.5      # standard deviation of the Gaussian data
+X0_ATOL = 5e-5    # predicting x0 at T divides float32's rounding by sqrt(alpha_bar) = 0.01
+
+
+@pytest.fixture(scope="module")
+def diffusion() -> Diffusion:
+    return Diffusion()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(golden_config):
+    """The golden UNet as an eps_model(x, t, cond, drop) whose null condition is all zeros, as in the golden cfg3."""
+    reference = golden_config["unet"]
+    config = UNetConfig(**{name: reference[name] for name in UNetConfig.__dataclass_fields__ if name in reference})
+    unet = golden_weights("model.diffusion_model.", UNet(config))
+    return lambda x, t, cond, drop: unet(x, t, cond.masked_fill(drop[:, None, None], 0))
+
+
+def exact_eps(diffusion: Diffusion, s: float):
+    """The best possible eps for data N(0, s^2): E[eps | x_t] = sqrt(1 - ab) x_t / (ab s^2 + 1 - ab), ab = alpha_bar."""
+    def eps_fn(x: Tensor, t: Tensor) -> Tensor:
+        alpha_bar = diffusion.alphas_bar[t].view(-1, *[1] * (x.ndim - 1))
+        return ((1 - alpha_bar).sqrt() / (alpha_bar * s**2 + 1 - alpha_bar)).float() * x
+    return eps_fn
+
+
+def last(steps) -> Tensor:
+    *_, step = steps
+    return step.x
+
+
+# ---- schedule
+
+def test_schedule_is_linear_in_sqrt_beta(diffusion):
+    root = np.linspace(0.0015**0.5, 0.0195**0.5, 1000)
+    np.testing.assert_allclose(diffusion.betas, root**2, rtol=1e-12)
+    np.testing.assert_allclose(diffusion.alphas_bar, np.exp(np.log1p(-root**2).cumsum()), rtol=1e-12)
+
+
+@pytest.mark.parametrize("ours, theirs", [
+    ("betas", "betas"), ("alphas_bar", "alphas_cumprod"), ("posterior_variance", "posterior_variance"),
+    ("posterior_x0_coef", "posterior_mean_coef1"), ("posterior_x_t_coef", "posterior_mean_coef2"),
+])
+def test_schedule_equals_the_reference(diffusion, golden, ours, theirs):
+    np.testing.assert_allclose(getattr(diffusion, ours), golden[f"schedule/{theirs}"], rtol=3e-7)
+
+
+def test_q_sample_and_predict_x0_are_inverse_and_equal_the_reference(diffusion, golden):
+    x0, t, noise = golden["loss/x0"], golden["loss/t"], golden["loss/noise"]
+    x_t = diffusion.q_sample(x0, t, noise)
+    assert relative_error(x_t, golden["loss/x_t"]) < 1e-6
+    assert relative_error(diffusion.predict_x0(x_t, t, noise), x0) < 1e-5
+
+
+def test_posterior_equals_the_reference(diffusion, golden):
+    mean, log_variance = diffusion.posterior(golden["loss/x0"], golden["loss/x_t"], golden["loss/t"])
+    assert relative_error(mean, golden["ddpm/posterior_mean"]) < 1e-6
+    torch.testing.assert_close(log_variance, golden["ddpm/posterior_log_variance"], rtol=1e-6, atol=0)
+
+
+def test_posterior_equals_bayes_rule(diffusion):
+    """q(x_{t-1} | x_t, x0) is N(x_{t-1}; sqrt(ab') x0, 1 - ab') times N(x_t; sqrt(1 - beta) x_{t-1}, beta)."""
+    x0, x_t = 0.3, -1.1
+    for t in (1, 500, 999):
+        ab, beta = diffusion.alphas_bar[t - 1].item(), diffusion.betas[t].item()
+        precision = 1 / (1 - ab) + (1 - beta) / beta
+        mean = (ab**0.5 * x0 / (1 - ab) + (1 - beta) ** 0.5 * x_t / beta) / precision
+        got, log_variance = diffusion.posterior(torch.tensor([[x0]]), torch.tensor([[x_t]]), torch.tensor([t]))
+        assert got.item() == pytest.approx(mean, rel=1e-5)
+        assert log_variance.exp().item() == pytest.approx(1 / precision, rel=1e-5)
+
+
+def test_posterior_at_0_is_x0_with_a_finite_log_variance(diffusion):
+    x0, x_t, t = torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0, 1])
+    mean, log_variance = diffusion.posterior(x0, x_t, t)
+    torch.testing.assert_close(mean[0], x0[0])
+    assert log_variance[0] == log_variance[1]
+
+
+# ---- loss
+
+def test_loss_equals_the_reference(diffusion, golden, tiny_model):
+    with torch.no_grad():
+        loss = diffusion.loss(tiny_model, golden["loss/x0"], golden["unet/context"], t=golden["loss/t"],
+                              noise=golden["loss/noise"], drop=torch.zeros(2, dtype=torch.bool))
+    assert loss.shape == (2,)
+    assert loss.mean().item() == pytest.approx(golden["loss/eps_mse"].item(), rel=1e-5)
+
+
+def test_loss_is_per_sample_and_float32_under_autocast(diffusion):
+    x0, noise = torch.zeros(3, 2, 4, 4), torch.ones(3, 2, 4, 4)
+    seen = torch.tensor([1.0, 2, 4])[:, None, None, None] * torch.ones(3, 2, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = diffusion.loss(lambda x, t, c, drop: seen.bfloat16(), x0, x0, noise=noise)
+    assert loss.dtype == torch.float32
+    assert loss.tolist() == [0, 1, 9]
+
+
+def test_the_exact_eps_reaches_the_least_possible_loss(diffusion):
+    """For Gaussian data the loss at t cannot fall below alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
+    torch.manual_seed(0)
+    eps_fn = exact_eps(diffusion, S_DATA)
+    for t in (50, 300, 900):
+        ab = diffusion.alphas_bar[t].item()
+        loss = diffusion.loss(lambda x, t, c, drop: eps_fn(x, t), S_DATA * torch.randn(64, 4096), torch.zeros(64),
+                              t=torch.full((64,), t))
+        assert loss.mean().item() == pytest.approx(ab * S_DATA**2 / (ab * S_DATA**2 + 1 - ab), rel=0.02)
+
+
+def test_draws_of_the_loss_follow_their_laws(diffusion):
+    """t covers 0..T-1 evenly, the noise is N(0, 1), and p_drop of the samples, each on its own, lose the condition."""
+    torch.manual_seed(0)
+    B, seen = 20_000, {}
+
+    def eps_model(x, t, cond, drop):
+        seen.update(x=x, t=t, drop=drop, cond=cond)
+        return x
+
+    cond = torch.arange(B)
+    diffusion.loss(eps_model, torch.zeros(B, 4), cond, p_drop=0.1)
+    t, drop = seen["t"], seen["drop"]
+    assert (t.min(), t.max()) == (0, 999) and abs(t.double().mean() - 499.5) < 5 * 289 / B**0.5
+    assert drop.dtype == torch.bool and drop.shape == (B,)
+    assert abs(drop.double().mean() - 0.1) < 5 * (0.09 / B) ** 0.5
+    assert abs((drop[1:] & drop[:-1]).double().mean() - 0.01) < 5 * (0.01 / B) ** 0.5
+    noise = seen["x"] / (1 - diffusion.alphas_bar[t]).sqrt()[:, None]
+    assert abs(noise.mean()) < 5 / (4 * B) ** 0.5 and abs(noise.var() - 1) < 5 * (2 / (4 * B)) ** 0.5
+    assert torch.equal(seen["cond"], cond)
+    for p_drop, wanted in ((0, 0), (1, B)):
+        diffusion.loss(eps_model, torch.zeros(B, 4), cond, p_drop=p_drop)
+        assert seen["drop"].sum() == wanted
+
+
+# ---- timesteps and tables
+
+def test_even_spacing_gives_every_number_of_steps():
+    for steps in range(1, 1001):
+        timesteps = ddim_timesteps(1000, steps)
+        assert len(timesteps) == steps and timesteps[-1] == 999 and timesteps[0] >= 0
+        assert (np.diff(timesteps) > 0).all()
+        if steps > 1:
+            assert timesteps[0] == 0 and np.ptp(np.diff(timesteps)) <= 1
+    assert ddim_timesteps(1000, 1).tolist() == [999]
+    assert ddim_timesteps(1000, 1000).tolist() == list(range(1000))
+
+
+def test_uniform_spacing_fails_where_the_reference_does():
+    overruns = 0
+    for steps in range(1, 1001):
+        try:
+            ddim_timesteps(1000, steps, "uniform")
+        except ValueError:
+            overruns += 1
+    assert overruns == 599
+    assert len(ddim_timesteps(1000, 350, "uniform")) == 500
+
+
+@pytest.mark.parametrize("eta", [0, 1])
+@pytest.mark.parametrize("steps", [50, 200, 500])
+def test_ddim_tables_equal_the_reference(diffusion, golden, steps, eta):
+    timesteps, alpha_bar, alpha_bar_prev, sigma = ddim_table(diffusion, steps, eta, "uniform")
+    assert timesteps.tolist() == golden[f"ddim/S{steps}_timesteps"].tolist()
+    np.testing.assert_allclose(alpha_bar, golden[f"ddim/S{steps}_alphas"], rtol=3e-7)
+    np.testing.assert_allclose(alpha_bar_prev, golden[f"ddim/S{steps}_alphas_prev"], rtol=3e-7)
+    np.testing.assert_allclose(sigma, golden[f"ddim/S{steps}_eta{eta}_sigmas"], rtol=1e-4)
+
+
+# ---- samplers
+
+@pytest.mark.parametrize("key, steps, w", [
+    ("eta0_steps10", 10, 1), ("eta0_steps20", 20, 1), ("eta0_steps10_cfg3", 10, 3),
+])
+def test_ddim_trajectories_equal_the_reference(diffusion, golden, tiny_model, key, steps, w):
+    eps_fn = guided(tiny_model, golden["unet/context"], w)
+    run = list(ddim(diffusion, eps_fn, golden["ddim/x_T"], steps, spacing="uniform"))
+    assert [step.t for step in run] == golden[f"ddim/timesteps{steps}"].tolist()[::-1]
+    assert relative_error(run[-1].x, golden[f"ddim/{key}"]) < 1e-4
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50, 333])
+def test_ddim_on_gaussian_data_is_the_known_linear_map(diffusion, steps):
+    """With the exact eps each step multiplies x by (sqrt(ab' ab) s^2 + sqrt((1 - ab')(1 - ab))) / (ab s^2 + 1 - ab)."""
+    timesteps = [round(i * 999 / (steps - 1)) for i in range(steps)] if steps > 1 else [999]
+    ab = diffusion.alphas_bar.numpy()[timesteps]
+    ab_prev = np.array([1.0, *ab[:-1]])
+    v = S_DATA**2
+    factor = ((np.sqrt(ab_prev * ab) * v + np.sqrt((1 - ab_prev) * (1 - ab))) / (ab * v + 1 - ab)).prod()
+    x_T = torch.tensor([[1.0, -0.5]])
+    x = last(ddim(diffusion, exact_eps(diffusion, S_DATA), x_T, steps))
+    torch.testing.assert_close(x, float(factor) * x_T, rtol=1e-4, atol=X0_ATOL)
+
+
+def test_ddim_converges_to_the_probability_flow(diffusion):
+    """Its limit keeps quantiles: x_T, of variance v_T = ab s^2 + 1 - ab at T, arrives at s x_T / sqrt(v_T)."""
+    ab = diffusion.alphas_bar[-1].item()
+    wanted = S_DATA / (ab * S_DATA**2 + 1 - ab) ** 0.5
+    errors = [abs(last(ddim(diffusion, exact_eps(diffusion, S_DATA), torch.ones(1, 1), n)).item() / wanted - 1)
+              for n in (10, 100, 1000)]
+    assert errors[2] < 0.01 and errors[2] < errors[1] / 4 and errors[1] < errors[0] / 5
+
+
+def linear_run(diffusion: Diffusion, sampler, s: float) -> float:
+    """Standard deviation of the samples of a stochastic sampler on N(0, s^2), from 20,000 draws."""
+    g = torch.Generator().manual_seed(1)
+    x_T = torch.randn(1, 20_000, generator=g)
+    noise_fn = lambda i, x: torch.randn(x.shape, generator=g)      # noqa: E731
+    return last(sampler(exact_eps(diffusion, s), x_T, noise_fn)).std().item()
+
+
+@pytest.mark.parametrize("s", [0.5, 2.0])
+@pytest.mark.parametrize("name", ["ddpm", "ddim eta 1", "ddim eta 0.5"])
+def test_samples_have_the_variance_of_the_data(diffusion, name, s):
+    sampler = {
+        "ddpm": lambda eps_fn, x_T, noise_fn: ddpm(diffusion, eps_fn, x_T, noise_fn),
+        "ddim eta 1": lambda eps_fn, x_T, noise_fn: ddim(diffusion, eps_fn, x_T, 500, 1.0, noise_fn),
+        "ddim eta 0.5": lambda eps_fn, x_T, noise_fn: ddim(diffusion, eps_fn, x_T, 500, 0.5, noise_fn),
+    }[name]
+    # Monte-Carlo error of a standard deviation: 1 / sqrt(2 n) = 0.5 %; the rest is the size of the steps
+    assert linear_run(diffusion, sampler, s) == pytest.approx(s, rel=0.025)
+
+
+def test_ddim_with_all_steps_and_eta_1_is_ddpm(diffusion):
+    x_T, noise_fn = per_image_noise([3, 4], (2, 4))
+    eps_fn = exact_eps(diffusion, S_DATA)
+    a = ddpm(diffusion, eps_fn, x_T, noise_fn)
+    b = ddim(diffusion, eps_fn, x_T, 1000, 1.0, noise_fn)
+    for p, q in zip(a, b, strict=True):
+        assert (p.i, p.n, p.t) == (q.i, q.n, q.t)
+        torch.testing.assert_close(p.x, q.x, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 350, 999])
+def test_steps_count_and_end_at_the_predicted_x0(diffusion, steps):
+    run = list(ddim(diffusion, exact_eps(diffusion, S_DATA), torch.ones(1, 3), steps))
+    assert [step.i for step in run] == list(range(steps))
+    assert {step.n for step in run} == {steps}
+    assert run[0].t == 999 and isinstance(run[0], Step)
+    assert torch.equal(run[-1].x, run[-1].x0)
+
+
+def test_predicted_x0_is_the_posterior_mean(diffusion):
+    """For data N(0, s^2): E[x0 | x_t] = sqrt(ab) s^2 x_t / (ab s^2 + 1 - ab)."""
+    x_t = torch.tensor([[1.5]])
+    for step in ddim(diffusion, exact_eps(diffusion, S_DATA), x_t, 20):
+        ab = diffusion.alphas_bar[step.t].item()
+        wanted = ab**0.5 * S_DATA**2 * x_t / (ab * S_DATA**2 + 1 - ab)
+        torch.testing.assert_close(step.x0, wanted, rtol=1e-4, atol=X0_ATOL)
+        x_t = step.x
+
+
+def test_samplers_run_in_float32_without_gradients(diffusion):
+    weight = torch.ones(1, requires_grad=True)
+    for sampler in (ddim(diffusion, lambda x, t: (x * weight).bfloat16(), torch.ones(1, 3).bfloat16(), 3),
+                    ddpm(Diffusion(3), lambda x, t: (x * weight).bfloat16(), torch.ones(1, 3), lambda i, x: x)):
+        for step in sampler:
+            assert step.x.dtype == step.x0.dtype == torch.float32
+            assert not step.x.requires_grad
+    assert torch.is_grad_enabled()
+
+
+# ---- guidance
+
+class Counting:
+    """An eps_model linear in its condition that counts its calls; the null condition is -3."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, x, t, cond, drop):
+        self.batches.append(len(x))
+        assert len(x) == len(t) == len(cond) == len(drop)
+        return x * torch.where(drop, -3.0, cond)[:, None] + t[:, None]
+
+
+@pytest.mark.parametrize("w, batch", [(0, 2), (1, 2), (3.5, 4), (-1.0, 4)])
+def test_guidance_is_linear_and_calls_the_network_once(w, batch):
+    model, cond = Counting(), torch.tensor([5.0, 7.0])
+    x, t = torch.randn(2, 3), torch.tensor([11, 12])
+    eps = guided(model, cond, w)(x, t)
+    eps_null, eps_cond = x * -3 + t[:, None], x * cond[:, None] + t[:, None]
+    torch.testing.assert_close(eps, (1 - w) * eps_null + w * eps_cond)
+    assert model.batches == [batch]
+
+
+# ---- seeds
+
+def test_an_image_depends_on_its_own_seed_alone(diffusion):
+    seeds, shape = [5, 6, 7, 0, 9, 10, 2**31, 6], (3, 4, 4)
+
+    def sample(seeds):
+        x_T, noise_fn = per_image_noise(seeds, shape)
+        return last(ddim(diffusion, exact_eps(diffusion, S_DATA), x_T, 10, 1.0, noise_fn))
+
+    together = sample(seeds)
+    for i, seed in enumerate(seeds):
+        assert torch.equal(sample([seed])[0], together[i])
+    assert torch.equal(together[1], together[7]) and not torch.equal(together[0], together[1])
+
+
+def test_noise_is_normal_and_new_in_every_step():
+    x_T, noise_fn = per_image_noise([0, 1], (20_000,))
+    draws = torch.cat([x_T, *(noise_fn(i, x_T) for i in range(4))])         # [10, n]
+    correlation = torch.corrcoef(draws) - torch.eye(10)
+    assert correlation.abs().max() < 5 / 20_000**0.5
+    assert (draws.var(1) - 1).abs().max() < 5 * (2 / 20_000) ** 0.5
+    assert torch.equal(noise_fn(2, x_T), noise_fn(2, x_T))
+
+
+# ---- errors
+
+def test_errors_say_what_is_allowed(diffusion):
+    x, eps_fn = torch.ones(1, 3), exact_eps(diffusion, S_DATA)
+    for make, message in [
+        (lambda: Diffusion(1), "timesteps is 1"),
+        (lambda: Diffusion(1000, 0.02, 0.01), "linear_start is 0.02 and linear_end 0.01"),
+        (lambda: Diffusion(1000, 0.0, 0.01), "linear_start is 0.0"),
+        (lambda: Diffusion(1000, 0.1, 1.0), "linear_end 1.0"),
+        (lambda: diffusion.loss(eps_fn, x, x, p_drop=1.5), "p_drop is 1.5"),
+        (lambda: next(ddim(diffusion, eps_fn, x, 0)), "steps is 0.*1 to 1000"),
+        (lambda: next(ddim(diffusion, eps_fn, x, 1001)), "steps is 1001.*1 to 1000"),
+        (lambda: next(ddim(diffusion, eps_fn, x, 10, 1.0)), "noise_fn"),
+        (lambda: next(ddim(diffusion, eps_fn, x, 10, 1.5, lambda i, x: x)), "eta is 1.5"),
+        (lambda: next(ddim(diffusion, eps_fn, x, 10, spacing="odd")), "'odd'.*'even' or 'uniform'"),
+        (lambda: ddim_timesteps(1000, 999, "uniform"), "timestep 1000 of 0 to 999"),
+        (lambda: per_image_noise([], (3,)), r"seeds is \[\]"),
+        (lambda: per_image_noise([-1], (3,)), r"seeds is \[-1\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            make()

@@ -1,0 +1,279 @@
+"""The UNet against the reference's parameter list and outputs, and against what attention must and must not do."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import GOLDEN, golden_weights, relative_error
+from torch import Tensor, nn
+
+from diffusion import Diffusion
+from unet import Attention, GroupNorm, UNet, UNetConfig, timestep_embedding
+
+PREFIX = "model.diffusion_model."
+SMALL = UNetConfig(in_channels=3, out_channels=3, model_channels=32, num_res_blocks=1, attention_resolutions=(2,),
+                   channel_mult=(1, 2), num_heads=4, context_dim=16)
+
+
+@pytest.fixture(scope="module")
+def tiny(golden_config) -> UNet:
+    reference = golden_config["unet"]
+    config = UNetConfig(**{name: reference[name] for name in UNetConfig.__dataclass_fields__ if name in reference})
+    return golden_weights(PREFIX, UNet(config))
+
+
+def small(config: UNetConfig = SMALL) -> UNet:
+    """A network with every weight drawn, the zero-initialised ones too."""
+    return golden_weights(PREFIX, UNet(config))
+
+
+def inputs(B: int = 2, C: int = 3, N: int = 17, D: int = 16, size: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return (torch.randn(B, C, size, size, generator=g), torch.randint(1000, (B,), generator=g),
+            torch.randn(B, N, D, generator=g))
+
+
+# ---- the reference
+
+def test_the_default_config_is_the_danbooru_recipe():
+    with torch.device("meta"):
+        model = UNet(UNetConfig())
+    assert sum(p.numel() for p in model.parameters()) == 206_194_243
+    published = json.loads((GOLDEN / "danbooru_keypoints_ldm_state_dict.json").read_text())
+    wanted = {name[len(PREFIX):]: shape for name, (shape, _) in published.items() if name.startswith(PREFIX)}
+    assert {name: list(value.shape) for name, value in model.state_dict().items()} == wanted
+
+
+def test_the_tiny_network_has_the_reference_names(tiny):
+    listed = json.loads((GOLDEN / "tiny_f4" / "parameters.json").read_text())
+    wanted = {name[len(PREFIX):]: shape for name, shape in listed.items() if name.startswith(PREFIX)}
+    assert {name: list(value.shape) for name, value in tiny.state_dict().items()} == wanted
+
+
+@pytest.mark.parametrize("context, out", [("context", "out"), ("context_17tokens", "out_17tokens")])
+def test_output_equals_the_reference(tiny, golden, context, out):
+    with torch.no_grad():
+        eps = tiny(golden["unet/x"], golden["unet/t"], golden[f"unet/{context}"])
+    assert relative_error(eps, golden[f"unet/{out}"]) < 1e-4
+
+
+def test_a_new_network_predicts_zero_and_its_branches_are_closed():
+    """Zero-initialised last layers: the output is exactly 0, and every residual branch adds nothing."""
+    model = UNet(SMALL)
+    x, t, context = inputs()
+    assert model(x, t, context).abs().max() == 0
+    block = model.middle_block
+    h, emb = torch.randn(2, 64, 4, 4), torch.randn(2, 128)
+    assert torch.equal(block(h, emb, context), h)
+
+
+def test_timestep_embedding_is_cosines_then_sines():
+    emb = timestep_embedding(torch.tensor([0, 7]), 6).double()
+    freq = torch.tensor([1.0, 10_000 ** (-1 / 3), 10_000 ** (-2 / 3)], dtype=torch.float64)
+    torch.testing.assert_close(emb[0], torch.tensor([1.0, 1, 1, 0, 0, 0], dtype=torch.float64))
+    torch.testing.assert_close(emb[1], torch.cat([(7 * freq).cos(), (7 * freq).sin()]), atol=1e-6, rtol=0)
+
+
+# ---- attention
+
+def test_attention_equals_its_definition():
+    torch.manual_seed(0)
+    layer, x, context = Attention(32, 16, 4), torch.randn(2, 5, 32), torch.randn(2, 7, 16)
+    q, k, v = layer.to_q(x), layer.to_k(context), layer.to_v(context)
+    heads = []
+    for head in range(4):
+        of = slice(8 * head, 8 * head + 8)
+        weights = (q[..., of] @ k[..., of].mT / 8**0.5).softmax(-1)
+        heads.append(weights @ v[..., of])
+    torch.testing.assert_close(layer(x, context), layer.to_out[0](torch.cat(heads, -1)))
+
+
+def test_every_joint_steers_and_pixels_listen_differently():
+    model, (x, t, context) = small(), inputs(B=1)
+    with torch.no_grad():
+        base = model(x, t, context)
+        for joint in range(17):
+            moved = context.clone()
+            moved[:, joint] += 1
+            change = model(x, t, moved) - base
+            spread = change.flatten(2).std(-1).mean()
+            assert spread > 1e-3 * base.std(), f"joint {joint} moves every pixel alike or not at all"
+
+
+def attn2_output(N: int) -> tuple[Tensor, Tensor]:
+    """(what the middle's cross-attention says to each pixel [B,L,C], its to_q gradient) with N context tokens."""
+    model, (x, t, context) = small(), inputs(N=N)
+    attn2 = model.middle_block[1].transformer_blocks[0].attn2
+    seen = []
+    hook = attn2.register_forward_hook(lambda module, args, out: seen.append(out))
+    model(x, t, context).square().sum().backward()
+    hook.remove()
+    return seen[0].detach(), attn2.to_q.weight.grad
+
+
+def test_a_single_token_cannot_say_where():
+    """The flaw of a [B,1,17] context: one vector for all pixels, and queries that never learn. Not so with 17."""
+    one, gradient = attn2_output(N=1)
+    assert (one - one[:, :1]).abs().max() < 1e-5 * one.abs().max()
+    assert gradient.abs().max() < 1e-5
+    many, gradient = attn2_output(N=17)
+    assert (many - many[:, :1]).abs().max() > 1e-2 * many.abs().max()
+    assert gradient.abs().max() > 1e-3
+
+
+def test_cross_attention_does_not_depend_on_the_order_of_tokens():
+    model, (x, t, context) = small(), inputs()
+    with torch.no_grad():
+        assert relative_error(model(x, t, context.flip(1)), model(x, t, context)) < 1e-5
+
+
+def test_without_context_dim_there_is_no_cross_attention():
+    config = replace(SMALL, context_dim=None)
+    names = [name for name, _ in UNet(config).named_parameters()]
+    assert any("attn1" in name for name in names)
+    assert not any("attn2" in name or "norm2" in name for name in names)
+    x, t, context = inputs()
+    with torch.no_grad():
+        assert small(config)(x, t).std() > 0
+    with pytest.raises(ValueError, match="context_dim is None"):
+        UNet(config)(x, t, context)
+
+
+# ---- the second door, and the timestep
+
+def test_concat_is_the_last_input_channels():
+    model, (x, t, context) = small(replace(SMALL, in_channels=20)), inputs()
+    maps = torch.rand(2, 17, 8, 8)
+    with torch.no_grad():
+        eps = model(x, t, context, maps)
+        assert relative_error(model(torch.cat([x, maps], 1), t, context), eps) < 1e-6
+        for joint in range(17):
+            moved = maps.clone()
+            moved[:, joint, 2, 5] += 1
+            assert (model(x, t, context, moved) - eps).abs().max() > 1e-3 * eps.std()
+
+
+def test_samples_of_a_batch_are_independent():
+    model, (x, t, context) = small(), inputs(B=3)
+    with torch.no_grad():
+        together = model(x, t, context)
+        alone = torch.cat([model(x[i:i + 1], t[i:i + 1], context[i:i + 1]) for i in range(3)])
+        other_t = model(x, torch.cat([t[:2], t[2:] // 2]), context)
+    assert relative_error(together, alone) < 1e-5
+    assert relative_error(other_t[:2], alone[:2]) < 1e-5
+    assert relative_error(other_t[2:], alone[2:]) > 1e-3
+
+
+# ---- layouts and precision
+
+def gradients(model: nn.Module, *args: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    eps = model(*args)
+    eps.float().square().mean().backward()
+    return eps.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_channels_last_weights_change_nothing():
+    args = inputs()
+    eps, grads = gradients(small(), *args)
+    eps_last, grads_last = gradients(small().to(memory_format=torch.channels_last), *args)
+    assert relative_error(eps_last, eps) < 1e-5
+    for name, grad in grads.items():
+        assert (grads_last[name] - grad).abs().max() < 1e-4 * grad.abs().max() + 1e-7, name
+
+
+def test_bf16_autocast_is_close_to_float32(tiny, golden):
+    args = golden["unet/x"], golden["unet/t"], golden["unet/context_17tokens"]
+    eps, grads = gradients(tiny, *args)
+    with torch.autocast("cpu", torch.bfloat16):
+        eps_bf16, grads_bf16 = gradients(tiny.to(memory_format=torch.channels_last), *args)
+    # PyTorch's own GroupNorm and bf16 attention are 2.2e-2 off on this network, which amplifies as random ones do.
+    assert relative_error(eps_bf16, eps) < 3e-2
+    flat, flat_bf16 = (torch.cat([g.flatten() for g in grad.values()]) for grad in (grads, grads_bf16))
+    assert torch.cosine_similarity(flat, flat_bf16, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_equals_pytorchs_and_keeps_the_layout(dtype):
+    torch.manual_seed(0)
+    ours, plain = GroupNorm(32, 64), nn.GroupNorm(32, 64)
+    nn.init.normal_(ours.weight)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 64, 6, 6).to(dtype)
+    a = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    b = x.float().requires_grad_()
+    upstream = torch.randn(2, 64, 6, 6)
+    y = ours(a)
+    y.backward(upstream.to(dtype))
+    plain(b).backward(upstream)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    assert y.dtype == dtype
+    assert relative_error(y, plain(b)) < tolerance
+    assert relative_error(a.grad, b.grad) < tolerance
+    assert relative_error(ours.weight.grad, plain.weight.grad) < tolerance
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_convolution_sees_channels_last_both_ways(dtype):
+    """Activations in, gradients out: one NCHW tensor makes a bf16 convolution's backward many times slower."""
+    model = small(replace(SMALL, channel_mult=(1, 2, 2))).to(memory_format=torch.channels_last)
+    x, _, context = inputs()
+    x.requires_grad_()                                   # or the first convolution's hook has nothing to wait for
+    bad = []
+
+    def note(name: str, what: str, y: Tensor) -> None:
+        if y.ndim == 4 and y.stride(1) != 1:
+            bad.append((name, what, y.stride()))
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda m, xs, name=name: note(name, "input", xs[0]))
+            module.register_full_backward_pre_hook(lambda m, gy, name=name: note(name, "gradient", gy[0]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        loss = Diffusion().loss(lambda x, t, cond, drop: model(x, t, cond), x, context)
+    loss.sum().backward()
+    # The loss hands the last convolution an NCHW gradient; with so few channels that was measured to cost nothing.
+    assert {(name, what) for name, what, _ in bad} <= {("out.2", "gradient")}, bad
+
+
+# ---- errors
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_channels": 48}, "model_channels is 48.*32"),
+    ({"channel_mult": ()}, "channel_mult is empty"),
+    ({"channel_mult": (1, 0)}, "channel_mult 0"),
+    ({"num_heads": 6}, "num_heads is 6.*64"),
+    ({"num_heads": 0}, "num_heads is 0"),
+    ({"attention_resolutions": (8,)}, r"has 8.*\[1, 2\]"),
+    ({"transformer_depth": 0}, "transformer_depth is 0"),
+    ({"num_res_blocks": 0}, "num_res_blocks is 0"),
+    ({"context_dim": 0}, "context_dim is 0"),
+    ({"dropout": 1.0}, "dropout is 1.0"),
+])
+def test_a_wrong_config_says_what_is_allowed(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **change)
+
+
+def test_wrong_inputs_say_both_numbers():
+    model, (x, t, context) = UNet(SMALL), inputs()
+    for args, message in [
+        ((x[:, :, :7], t, context), "7 x 8 pixels.*multiples of 2"),
+        ((x[..., :5], t, context), "8 x 5 pixels.*multiples of 2"),
+        ((x[0], t, context), r"x has shape \[3, 8, 8\]"),
+        ((x[:, :2], t, context), "2 channels.*in_channels = 3"),
+        ((x, t, context, x), "6 together.*in_channels = 3"),
+        ((x, t, context, x[:, :, :4]), r"concat has shape \[2, 3, 4, 8\]"),
+        ((x, t[:1], context), r"t has shape \[1\].*\[2\]"),
+        ((x, t), "context is missing.*context_dim = 16"),
+        ((x, t, context[..., :9]), r"\[2, 17, 9\].*\[2, N, 16\]"),
+        ((x, t, context[:1]), r"\[1, 17, 16\].*\[2, N, 16\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model(*args)
+
+
+def test_a_config_survives_json():
+    assert UNetConfig(**json.loads(json.dumps(SMALL.__dict__))) == SMALL

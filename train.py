@@ -1,0 +1,700 @@
+"""Train either stage: pictures -> autoencoder (--stage vq), then pictures + poses -> diffusion model (--stage ldm).
+
+    python train.py --stage vq                      the toy preset on procedural figures, into runs/vq
+    python train.py --stage ldm                     the same for stage 2, with runs/vq/last.pt, into runs/ldm
+    python train.py --stage vq --data DIR --preset small --out runs/mine-vq
+    python train.py --preset danbooru --dry-run     what would be trained, without training
+
+The same command again resumes; --fresh starts over. Step k is a function of (seed, k), so a resumed run equals the
+uninterrupted one. A run folder holds config.json, log.jsonl, last.pt, best.pt, samples/ and curves.png.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+import data
+import evaluate
+from diffusion import Diffusion, ddim, guided, per_image_noise
+from keypoints import ConditionConfig, draw
+from unet import UNetConfig
+from vq import VQConfig, VQModel
+
+MEASURE_STEPS = 40              # steps whose rate decides the length of a --minutes run; the warm-up is longer
+RESERVE = 0.08                  # share of --minutes left for evaluations, previews, checkpoints and a slower machine
+SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
+EVALS = 10                      # evaluations a run
+EVAL_PICTURES = 512             # held-out pictures an evaluation looks at, at most
+PREVIEWS = 8                    # pictures in a preview
+PREVIEW_STEPS, PREVIEW_GUIDANCE = 25, 2.0
+HARMLESS = {"minutes", "workers", "device", "compile", "out"}       # may differ from the run that is resumed
+
+
+# ------------------------------------------------------------------------------------------------ the recipes
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one stage is trained; the learning rate is the one used, whatever the batch size."""
+    batch_size: int
+    lr: float
+    minutes: float | None = None                    # the default length, or
+    steps: int | None = None
+    lr_final: float = 1.0                           # share of lr left at the end of a cosine; 1.0 is constant
+    warmup: int = 50                                # steps of linear warm-up
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    free: float = 0.0                               # stage 1: share of the run before the codebook is switched on
+    mse: float = 0.0                                # stage 1: weight of the squared error beside the absolute one
+    p_drop: float = 0.1                             # stage 2: share of poses dropped, for guidance
+    ema_decay: float = 0.9999                       # stage 2: with warm-up min(d, (1 + n) / (10 + n))
+
+
+@dataclass(frozen=True)
+class Preset:
+    size: int                                       # side of the pictures, pixels
+    vq_config: VQConfig
+    unet: dict                                      # the fields of UNetConfig that the latent and the doors leave open
+    cond: ConditionConfig
+    vq: Recipe
+    ldm: Recipe
+    normalise: bool = True                          # latents to mean 0 and std 1 a channel, from the cache
+    schedule: dict = field(default_factory=lambda: {"timesteps": 1000, "linear_start": 0.0015, "linear_end": 0.0195})
+
+
+# Small autoencoders are norm-free with branches that start at zero: GroupNorm costs them 4 dB (the picture's absolute
+# colour is lost). Their codes follow by moving average, after a time without quantisation.
+NORM_FREE = {"norm_groups": 0, "zero_init": True, "ema_codebook": True}
+BOTH, SEED = ("tokens", "maps"), ("seed",)
+
+
+def _unet(ch: int, mult: tuple[int, ...], attn: tuple[int, ...], heads: int) -> dict:
+    return {"model_channels": ch, "channel_mult": mult, "attention_resolutions": attn, "num_heads": heads}
+
+
+# fmt: off
+PRESETS = {
+    "toy": Preset(64, VQConfig(ch=32, n_embed=2048, resolution=64, **NORM_FREE),
+        _unet(64, (1, 2, 3), (2, 4), 4), ConditionConfig(BOTH, 64),
+        vq=Recipe(16, 1e-3, minutes=9.0, lr_final=0.03, free=0.15),
+        ldm=Recipe(64, 4e-4, minutes=23.0, lr_final=0.05, warmup=100)),
+    "small": Preset(128, VQConfig(ch=32, n_embed=4096, resolution=128, **NORM_FREE),
+        _unet(64, (1, 2, 3, 4), (4, 8), 4), ConditionConfig(BOTH, 64),
+        vq=Recipe(8, 1e-3, minutes=60, lr_final=0.03, free=0.15),
+        ldm=Recipe(32, 4e-4, minutes=240, lr_final=0.05, warmup=100)),
+    # ours at the seed's size: its networks, but codes from encoder outputs, poses by both doors, normalised latents
+    "base": Preset(256, VQConfig(),
+        _unet(160, (1, 2, 3, 4), (2, 4, 8), 8), ConditionConfig(BOTH, 256),
+        vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000),
+        ldm=Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)),
+    # the seed's own: batch 32 at 2e-6 a sample, one raw-id token, no condition dropout, latents as they come
+    "danbooru": Preset(256, VQConfig(),
+        _unet(160, (1, 2, 3, 4), (8, 4, 2), 8), ConditionConfig(SEED, seed_dim=32),
+        vq=Recipe(4, 1.8e-5, steps=180_000, betas=(0.5, 0.9)),
+        ldm=Recipe(32, 6.4e-5, steps=225_000, betas=(0.9, 0.999), weight_decay=0.01, p_drop=0.0), normalise=False),
+    "f8": Preset(256, VQConfig(ch_mult=(1, 2, 2, 4), z_channels=4, embed_dim=4, n_embed=16384, attn_resolutions=(32,)),
+        _unet(160, (1, 2, 3, 4), (1, 2, 4), 8), ConditionConfig(BOTH, 256),
+        vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000),
+        ldm=Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)),
+    "f16": Preset(256, VQConfig(ch_mult=(1, 1, 2, 2, 4), z_channels=8, embed_dim=8, n_embed=16384,
+                                attn_resolutions=(16,)),
+        _unet(160, (1, 2, 4), (1, 2, 4), 8), ConditionConfig(BOTH, 256),
+        vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000),
+        ldm=Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)),
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, everything resolved: what config.json holds."""
+    stage: str
+    preset: str
+    data: str
+    val: str | None
+    out: str
+    vq: str | None                                  # stage 2: the checkpoint of stage 1
+    seed: int
+    device: str
+    amp: str                                        # bf16, fp16 or off
+    compile: bool
+    workers: int
+    size: int
+    minutes: float | None
+    steps: int | None                               # None until --minutes has been turned into steps
+    recipe: Recipe
+    vq_config: VQConfig
+    unet_config: UNetConfig | None
+    cond_config: ConditionConfig | None
+    schedule: dict | None
+    normalise: bool
+
+
+def make_config(args: argparse.Namespace) -> Config:
+    """Preset + flags -> Config; ValueError for what cannot be."""
+    if args.preset not in PRESETS:
+        raise ValueError(f"there is no preset {args.preset!r}; the presets are {', '.join(PRESETS)}")
+    preset = PRESETS[args.preset]
+    recipe = getattr(preset, args.stage)
+    flags = {"batch_size": args.batch_size, "lr": args.lr}
+    recipe = replace(recipe, **{k: v for k, v in flags.items() if v is not None})
+    steps, minutes = args.steps, args.minutes
+    if steps is None and minutes is None:
+        steps, minutes = recipe.steps, recipe.minutes
+    for name, value in (("--steps", steps), ("--minutes", minutes), ("--batch-size", recipe.batch_size),
+                        ("--lr", recipe.lr)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be a positive number")
+    device = find_device(args.device)
+    latent, cond = preset.vq_config.embed_dim, preset.cond
+    ldm = args.stage == "ldm"
+    return Config(
+        stage=args.stage, preset=args.preset, data=args.data, val=args.val, out=args.out or f"runs/{args.stage}",
+        vq=args.vq if ldm else None, seed=args.seed, device=device, amp=find_amp(args.amp, device),
+        compile=args.compile, workers=args.workers if args.workers is not None else find_workers(device),
+        size=preset.size, minutes=None if steps else minutes, steps=steps, recipe=recipe, vq_config=preset.vq_config,
+        unet_config=UNetConfig(in_channels=latent + cond.map_channels, out_channels=latent,
+                               context_dim=cond.context_dim, **preset.unet) if ldm else None,
+        cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None, normalise=preset.normalise)
+
+
+def find_device(name: str) -> str:
+    """auto -> cuda where there is one; ValueError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        raise ValueError(f"--device is {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}; use auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch sees no CUDA GPU on this machine; use --device cpu or leave it out")
+    if kind == "cuda" and (torch.device(name).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs, counted from cuda:0")
+    return name
+
+
+def find_amp(amp: str, device: str) -> str:
+    """auto -> bf16 where the hardware computes in it, fp16 on an older GPU, else off."""
+    cuda = device.startswith("cuda")
+    if amp == "fp16" and not cuda:
+        raise ValueError("--amp fp16 needs a CUDA GPU, for its GradScaler; use --amp bf16 or off")
+    if amp != "auto":
+        return amp
+    if cuda:
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    # Emulated bf16 is slower than float32, so ask for the instructions. Private, hence the guard.
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bf16" if supported() else "off"
+
+
+def find_workers(device: str) -> int:
+    """On a CPU the training itself needs all cores, and small datasets are remembered in RAM after one epoch."""
+    return min(8, os.cpu_count() or 1) if device.startswith("cuda") else 0
+
+
+def autocast(c: Config) -> AbstractContextManager:
+    dtype = torch.float16 if c.amp == "fp16" else torch.bfloat16
+    return torch.autocast(torch.device(c.device).type, dtype=dtype, enabled=c.amp != "off")
+
+
+def lr_at(step: int, c: Config) -> float:
+    """Linear warm-up, then a cosine from lr to lr_final * lr: a function of the step (c.steps counts after warm-up)."""
+    r = c.recipe
+    if step < r.warmup or c.steps is None:
+        return r.lr * min(1.0, (step + 1) / r.warmup)
+    progress = (step - r.warmup) / max(1, c.steps - r.warmup)
+    return r.lr * (r.lr_final + (1 - r.lr_final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Everything random in step k (noise, timesteps, dropout, restarts) comes from torch's generator, seeded here."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1))
+
+
+class EMA:
+    """Moving average of parameters with decay min(d, (1 + n) / (10 + n)) at update n = 1, 2, ..."""
+
+    def __init__(self, model: nn.Module, average: nn.Module, decay: float):
+        self.decay = decay
+        self.params, self.average = list(model.parameters()), list(average.parameters())
+
+    @torch.no_grad()
+    def update(self, n: int) -> None:
+        d = min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(self.average, self.params, 1 - d)
+
+
+# ------------------------------------------------------------------------------------------- the run's folder
+
+class Run:
+    """The run folder and the clock: resuming, log.jsonl, checkpoints, the number of steps. Knows no model."""
+
+    def __init__(self, c: Config, fresh: bool):
+        self.began = time.monotonic()
+        self.c, self.dir = c, Path(c.out)
+        self.last, self.best_path, self.log_path = self.dir / "last.pt", self.dir / "best.pt", self.dir / "log.jsonl"
+        try:
+            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+            (self.dir / ".writable").touch()
+            (self.dir / ".writable").unlink()
+        except OSError as e:
+            raise ValueError(f"--out {self.dir} cannot be written ({e.strerror}); choose another folder") from None
+        if fresh:
+            for path in (self.last, self.best_path, self.log_path, self.dir / "config.json", self.dir / "curves.png"):
+                path.unlink(missing_ok=True)
+            shutil.rmtree(self.dir / "samples")
+            (self.dir / "samples").mkdir()
+        self.resumed = checkpoint.load(self.last, c.stage) if self.last.exists() else None
+        self.start = self.resumed["step"] if self.resumed else 0
+        self.best = self.resumed["train"]["best"] if self.resumed else None
+        if self.resumed:
+            self._check_same(self.resumed["config"])
+        self._cut_log()
+        self.saved_at = time.monotonic()
+        self.step_seconds: list[float] = []
+        self._write_config()
+
+    def _check_same(self, old: dict) -> None:
+        """A resumed run must be the one that was begun; takes over its number of steps."""
+        new = plain(self.c)
+        if self.c.steps is None or old["minutes"] is not None:
+            new["steps"] = old["steps"]
+        for key in new:
+            if new[key] != old.get(key) and key not in HARMLESS:
+                raise ValueError(f"{self.dir} holds a run with {key} = {old.get(key)}, but this command has {key} = "
+                                 f"{new[key]}; repeat the old command to resume it, or give another --out, or --fresh")
+        self.c = replace(self.c, steps=old["steps"])
+
+    def _cut_log(self) -> None:
+        """Steps after the checkpoint will be made, and logged, again."""
+        if self.log_path.exists():
+            kept = [r for r in read_log(self.log_path) if r["step"] <= self.start]
+            self.log_path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+
+    def _write_config(self) -> None:
+        (self.dir / "config.json").write_text(json.dumps(plain(self.c), indent=1))
+
+    def clock(self, step: int, seconds: float) -> None:
+        """Called after each step; after MEASURE_STEPS of a --minutes run fixes its number of steps."""
+        if self.c.steps is not None:
+            return
+        self.step_seconds.append(seconds)
+        if len(self.step_seconds) == MEASURE_STEPS:
+            rate = statistics.median(self.step_seconds[MEASURE_STEPS // 4:])
+            left = self.c.minutes * 60 * (1 - RESERVE) - (time.monotonic() - self.began)
+            self.c = replace(self.c, steps=step + 1 + max(1, int(left / rate)))
+            self._write_config()
+
+    def log(self, step: int, **values: float) -> None:
+        with open(self.log_path, "a") as f:
+            f.write(json.dumps({"step": step, **values}) + "\n")
+
+    def due(self, step: int) -> bool:
+        """Is an evaluation due after this step?"""
+        n = self.c.steps
+        return n is not None and (step + 1 == n or (step + 1) % max(1, n // EVALS) == 0 and n - step > n // EVALS // 2)
+
+    def save_due(self) -> bool:
+        return self.c.steps is not None and time.monotonic() - self.saved_at >= SAVE_SECONDS
+
+    def save(self, step: int, payload: dict, score: float | None = None) -> None:
+        """last.pt, and best.pt where `score` (higher is better) is the best so far."""
+        better = score is not None and (self.best is None or score > self.best)
+        self.best = score if better else self.best
+        payload = payload | {"format": checkpoint.FORMAT, "step": step, "config": plain(self.c)}
+        payload["train"] = payload["train"] | {"best": self.best}
+        checkpoint.save(self.last, payload)
+        if better:
+            checkpoint.save(self.best_path, {k: v for k, v in payload.items() if k != "train"})
+        self.saved_at = time.monotonic()
+
+    def finish(self, what: str) -> None:
+        minutes = (time.monotonic() - self.began) / 60
+        print(f"{self.dir}: {what}\n{minutes:.1f} minutes, peak memory {peak_memory(self.c.device):.2f} GiB; "
+              f"see {self.dir}/curves.png and {self.dir}/samples/")
+
+
+def plain(c: Config) -> dict:
+    """Config -> nested dicts and lists as JSON gives them back."""
+    return json.loads(json.dumps(asdict(c)))
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl; a line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def peak_memory(device: str) -> float:
+    """GiB: of the GPU where it trains there, else of this process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM fill the list that is yielded, so a step is never cut in two; a second Ctrl-C does cut."""
+    caught: list[int] = []
+
+    def handler(number: int, _frame: object) -> None:
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+def steps_bar(run: Run) -> tqdm:
+    return tqdm(initial=run.start, total=run.c.steps, desc=run.c.stage, unit="step", dynamic_ncols=True, mininterval=1)
+
+
+def plot_curves(run: Run, panels: dict[str, tuple[str, ...]]) -> None:
+    """curves.png: one panel for each {title: (log keys)}, over the steps."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = read_log(run.log_path)
+    fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), constrained_layout=True)
+    for ax, (title, keys) in zip(axes, panels.items(), strict=True):
+        for key in keys:
+            points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
+            if points:
+                ax.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None)
+        ax.set(title=title, xlabel="step")
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(fontsize=8)
+    fig.savefig(run.dir / "curves.png", dpi=110)
+    plt.close(fig)
+
+
+# --------------------------------------------------------------------------------------------------- stage 1
+
+def train_vq(c: Config, fresh: bool = False) -> Path:
+    """Trains the autoencoder of config c; returns the path of its last checkpoint."""
+    run = Run(c, fresh)
+    train, val = data.open_data(c.data, c.size, c.val, remember=c.workers == 0)
+    device, r = torch.device(c.device), c.recipe
+    torch.manual_seed(c.seed)
+    model = VQModel(c.vq_config).to(device, memory_format=torch.channels_last)
+    params = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
+    if run.resumed:
+        checkpoint.fill(model, run.resumed["vq"], str(run.last))
+        model.quantize.usage.copy_(run.resumed["train"]["usage"])
+        opt.load_state_dict(run.resumed["train"]["optimizer"])
+        scaler.load_state_dict(run.resumed["train"]["scaler"])
+    if c.compile:
+        model.encoder.compile()
+        model.decoder.compile()
+
+    def payload() -> dict:
+        return {"stage": "vq", "vq": model.state_dict(), "vq_config": asdict(c.vq_config), "train": {
+            "optimizer": opt.state_dict(), "scaler": scaler.state_dict(), "usage": model.quantize.usage}}
+
+    def evaluate_and_show(step: int) -> dict:
+        result = evaluate.reconstruction(model, (x for x, _ in data.in_order(val, 32, EVAL_PICTURES)), device,
+                                         lambda: autocast(c))
+        preview_vq(model, val, run.dir / "samples" / f"{step:07d}.png", c, result)
+        return result
+
+    result, restarts = {}, 0
+    with stop_signals() as stopped, steps_bar(run) as bar:
+        zoom = data.ZOOM if data.is_folder(c.data) else (1.0, 1.0)      # figures are framed already
+        for step, (x, _, _) in zip(itertools.count(run.start), data.batches(
+                train, r.batch_size, c.seed, run.start, run.c.steps or sys.maxsize, c.workers, augment=True, zoom=zoom,
+                device=device), strict=False):
+            began = time.perf_counter()
+            seed_step(c.seed, step)
+            for group in opt.param_groups:
+                group["lr"] = lr_at(step, run.c)
+            first = int(r.free * run.c.steps) if run.c.steps else sys.maxsize   # the step that switches codes on
+
+            with autocast(c):
+                h = model.encode(x)
+                if step == first:
+                    model.quantize.init_codes(h)
+                z_q, codebook_loss, indices = model.quantize(h)     # also timed, and thrown away, while step < first
+                x_hat = model.decode_raw(z_q if step >= first else h)
+            error = x_hat.float() - x
+            loss = error.abs().mean() + r.mse * error.square().mean()
+            if step >= first:
+                loss = loss + codebook_loss
+            opt.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(opt)
+            grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
+            scaler.step(opt)
+            scaler.update()
+            if step >= first:
+                restarts += model.quantize.update(h, indices)
+
+            run.clock(step, time.perf_counter() - began)
+            bar.total = run.c.steps
+            bar.update()
+            if step % 20 == 0 or step + 1 == run.c.steps:
+                numbers = {"loss": loss.item(), "grad_norm": grad_norm.item()}
+                bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+                run.log(step, **numbers, lr=lr_at(step, run.c), restarts=restarts)
+            if run.due(step):
+                result = evaluate_and_show(step + 1)
+                run.log(step, **{f"val_{k}": v for k, v in result.items()})
+                plot_curves(run, {"loss": ("loss",), "held-out PSNR, dB": ("val_psnr", "val_psnr_box"),
+                                  "codes used": ("val_codes_used",), "gradient norm": ("grad_norm",)})
+                bar.write(f"step {step + 1:6d}  PSNR {result['psnr']:.2f} dB (box {result['psnr_box']:.2f})  codes used "
+                          f"{result['codes_used']:.1%}  perplexity {result['perplexity']:.0f}")
+            if run.due(step) or run.save_due() or stopped:
+                run.save(step + 1, payload(), result["psnr"] if run.due(step) else None)
+            if stopped or step + 1 == run.c.steps:
+                break
+    if stopped:
+        print(f"stopped at step {step + 1} of {run.c.steps}; the same command again goes on from there")
+    elif result:
+        run.finish(f"held-out PSNR {result['psnr']:.2f} dB, {result['psnr'] - result['psnr_box']:+.2f} over box; codes "
+                   f"used {result['codes_used']:.1%} of {c.vq_config.n_embed}, perplexity {result['perplexity']:.0f}")
+    else:
+        print(f"{run.dir} is complete at step {run.start}; --fresh starts it over")
+    return run.last
+
+
+@torch.no_grad()
+def preview_vq(model: VQModel, val: data.Pictures, path: Path, c: Config, result: dict) -> None:
+    """A labelled picture of original | box | reconstruction | error for the first held-out pictures."""
+    x = next(data.in_order(val, PREVIEWS, PREVIEWS))[0].to(c.device)
+    with autocast(c):
+        x_hat = model(x)[0].float().clamp(-1, 1)
+    box = evaluate.box_baseline(x, c.vq_config.factor)
+    error = (x_hat - x).abs().mean(1, keepdim=True).expand_as(x) * 2 - 1
+    rows = [[data.to_uint8(b[i]) for b in (x, box, x_hat, error)] for i in range(len(x))]
+    data.save_grid(path, rows, columns=["original", f"{c.vq_config.factor}x box", "reconstruction", "error"],
+                   title=f"{path.stem}: {result['psnr']:.2f} dB, box {result['psnr_box']:.2f} dB")
+
+
+# --------------------------------------------------------------------------------------------------- stage 2
+
+def train_ldm(c: Config, fresh: bool = False) -> Path:
+    """Trains the diffusion model of config c in the latents of c.vq; returns the path of its last checkpoint."""
+    stage1 = checkpoint.load(c.vq, "vq")
+    run = Run(c, fresh)
+    device, r = torch.device(c.device), c.recipe
+    vq = checkpoint.build_vq(stage1, c.vq).to(device)
+    if stage1["config"]["size"] != c.size:
+        raise ValueError(f"{c.vq} was trained on pictures of {stage1['config']['size']} pixels, but preset {c.preset} "
+                         f"has {c.size}; train stage 1 with --preset {c.preset} too, or give its file with --vq")
+    train, val = data.open_data(c.data, c.size, c.val)
+
+    def encode(x: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(c):
+            return vq.encode(x.to(device)).float()
+
+    key = f"{checkpoint.hash_of(stage1['vq'])} {c.amp}"
+    cache = data.LatentCache(run.dir, key, train, encode, device=device, workers=c.workers)
+    C = vq.config.embed_dim
+    mean, std = (cache.mean, cache.std) if c.normalise else (torch.zeros(C, 1, 1), torch.ones(C, 1, 1))
+
+    torch.manual_seed(c.seed)
+    ldm = checkpoint.LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule)
+    ldm = ldm.to(device, memory_format=torch.channels_last)
+    averaged = copy.deepcopy(ldm).eval().requires_grad_(False)
+    averaged.vq = vq                                        # frozen: one copy serves both
+    params = [p for p in ldm.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
+    if run.resumed:
+        for model, state in ((averaged, run.resumed), (ldm, run.resumed["train"])):
+            checkpoint.fill(model.unet, state["unet"], f"{run.last}: unet")
+            checkpoint.fill(model.cond, state["cond"], f"{run.last}: cond")
+        opt.load_state_dict(run.resumed["train"]["optimizer"])
+        scaler.load_state_dict(run.resumed["train"]["scaler"])
+    ema = EMA(ldm, averaged, r.ema_decay)
+    diffusion = Diffusion(**c.schedule)
+    if c.compile:
+        ldm.unet.compile()
+    mean, std = ldm.mean, ldm.std
+
+    held_out = list(data.in_order(val, 32, EVAL_PICTURES))
+    z_val = torch.cat([(encode(x) - mean) / std for x, _ in held_out])
+    pose_val = torch.cat([pose for _, pose in held_out]).to(device)
+
+    def payload() -> dict:
+        return checkpoint.ldm_payload(averaged) | {"train": {
+            "unet": ldm.unet.state_dict(), "cond": ldm.cond.state_dict(), "optimizer": opt.state_dict(),
+            "scaler": scaler.state_dict()}}
+
+    result, losses = {}, []
+    with stop_signals() as stopped, steps_bar(run) as bar:
+        for step in itertools.count(run.start):
+            if run.c.steps is not None and step >= run.c.steps:
+                break
+            began = time.perf_counter()
+            seed_step(c.seed, step)
+            for group in opt.param_groups:
+                group["lr"] = lr_at(step, run.c)
+
+            h, pose = data.latent_batch(cache, r.batch_size, c.seed, step)
+            z = (h.to(device) - mean) / std
+            with autocast(c):
+                loss = diffusion.loss(ldm, z, pose.to(device), r.p_drop).mean()
+            opt.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(opt)
+            grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
+            scaler.step(opt)
+            scaler.update()
+            ema.update(step + 1)
+
+            losses.append(loss.detach())
+            run.clock(step, time.perf_counter() - began)
+            bar.total = run.c.steps
+            bar.update()
+            if step % 20 == 0 or step + 1 == run.c.steps:
+                numbers = {"loss": torch.stack(losses).mean().item(), "grad_norm": grad_norm.item()}
+                losses.clear()
+                bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+                run.log(step, **numbers, lr=lr_at(step, run.c))
+            if run.due(step):
+                result = evaluate.condition_losses(averaged, diffusion, z_val, pose_val, autocast=lambda: autocast(c))
+                run.log(step, **{f"val_{k}": v for k, v in result.items()})
+                preview_ldm(averaged, diffusion, held_out[0], run.dir / "samples" / f"{step + 1:07d}.png", c, result)
+                plot_curves(run, {"loss": ("loss", "val_right"), "held-out eps loss, EMA": (
+                    "val_right", "val_shuffled", "val_null"), "shuffled / right": ("val_ratio",),
+                    "gradient norm": ("grad_norm",)})
+                bar.write(f"step {step + 1:6d}  held-out loss: right {result['right']:.4f}  shuffled "
+                          f"{result['shuffled']:.4f}  null {result['null']:.4f}  ratio {result['ratio']:.3f}")
+            if run.due(step) or run.save_due() or stopped:
+                run.save(step + 1, payload(), -result["right"] if run.due(step) else None)
+            if stopped:
+                break
+    if stopped:
+        print(f"stopped at step {step + 1} of {run.c.steps}; the same command again goes on from there")
+    elif result:
+        run.finish(f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} under "
+                   f"shuffled ones: ratio {result['ratio']:.3f}")
+    else:
+        print(f"{run.dir} is complete at step {run.start}; --fresh starts it over")
+    return run.last
+
+
+@torch.no_grad()
+def preview_ldm(ldm: checkpoint.LDM, diffusion: Diffusion, batch: tuple[Tensor, Tensor], path: Path, c: Config,
+                result: dict) -> None:
+    """A labelled picture: for held-out poses the real picture's reconstruction | the skeleton | a sample."""
+    x, pose = (t[:PREVIEWS].to(c.device) for t in batch)
+    with autocast(c):
+        x_hat = ldm.decode(ldm.encode(x)).float()
+        x_T, noise_fn = per_image_noise(list(range(len(x))), ldm.encode(x).shape[1:])
+        *_, last = ddim(diffusion, guided(ldm, pose, PREVIEW_GUIDANCE), x_T.to(c.device), PREVIEW_STEPS)
+        sample = ldm.decode(last.x).float()
+    rows = [[data.to_uint8(x_hat[i]), draw(pose[i].cpu(), c.size), data.to_uint8(sample[i])] for i in range(len(x))]
+    data.save_grid(path, [list(row) for row in zip(*rows, strict=True)], labels=["reconstruction of the real picture",
+                   "pose asked for", f"sample, DDIM {PREVIEW_STEPS}, guidance {PREVIEW_GUIDANCE:g}"],
+                   title=f"{path.stem}: held-out loss {result['right']:.4f}, shuffled / right {result['ratio']:.3f}")
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+def dry_run(c: Config) -> None:
+    """Prints what would be trained: the resolved recipe and the parameter counts (no memory is taken for them)."""
+    r, f = c.recipe, c.vq_config.factor
+    with torch.device("meta"):
+        parts = {"encoder": VQModel(c.vq_config).encoder, "decoder": VQModel(c.vq_config).decoder}
+        if c.stage == "ldm":
+            dummy = torch.zeros(c.vq_config.embed_dim, 1, 1)
+            ldm = checkpoint.LDM(VQModel(c.vq_config), c.unet_config, c.cond_config, dummy, dummy, c.schedule)
+            parts |= {"UNet": ldm.unet, "pose encoder": ldm.cond}
+    length = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes (the step rate decides how many steps)"
+    print(f"stage {c.stage}, preset {c.preset}: {c.size}x{c.size} pictures, f{f} latents "
+          f"{c.size // f}x{c.size // f}x{c.vq_config.embed_dim}, {c.vq_config.n_embed} codes")
+    print(f"recipe: batch {r.batch_size}, lr {r.lr:g}, {length}, seed {c.seed}, {c.device}, amp {c.amp}")
+    if c.stage == "ldm":
+        print(f"diffusion: {c.schedule['timesteps']} steps, pose by {' and '.join(c.cond_config.doors)}, condition "
+              f"dropout {r.p_drop:g}")
+    for name, module in parts.items():
+        print(f"{name:13s}{sum(p.numel() for p in module.parameters()):>13,d} parameters")
+    for key, value in plain(c).items():
+        print(f"  {key:12s} {value}")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="train.py --stage {vq,ldm} [--flags; --help explains them]")
+    add = parser.add_argument
+    add("--stage", choices=("vq", "ldm"), help="1: the autoencoder, 2: the diffusion model (--dry-run takes both)")
+    add("--preset", default="toy", help=f"one of {', '.join(PRESETS)} (default %(default)s)")
+    add("--data", default="figures", help="figures[:N], a folder with images/ and keypoints/, a list file, or COCO")
+    add("--val", help="held-out pictures, in the same forms (default: a tenth of the groups of --data)")
+    add("--out", help="run folder (default runs/vq or runs/ldm)")
+    add("--vq", default="runs/vq/last.pt", help="stage 2: the checkpoint of stage 1 (default %(default)s)")
+    add("--steps", type=int, help="length of the run, in steps")
+    add("--minutes", type=float, help="length of the run, in minutes on this machine")
+    add("--batch-size", type=int)
+    add("--lr", type=float, help="the learning rate used, whatever the batch size")
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    add("--compile", action="store_true", help="torch.compile the networks")
+    add("--workers", type=int, help="processes that load pictures (default: 0 on a CPU)")
+    add("--dry-run", action="store_true", help="print the resolved recipe and the parameter counts, train nothing")
+    add("--fresh", action="store_true", help="start over instead of resuming")
+    args = parser.parse_args(argv)
+    if args.stage is None and not args.dry_run:
+        parser.error("--stage vq or --stage ldm is needed")
+    if args.steps and args.minutes:
+        parser.error("--steps and --minutes exclude each other")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        if args.dry_run:
+            for stage in [args.stage] if args.stage else ["vq", "ldm"]:
+                dry_run(make_config(argparse.Namespace(**vars(args) | {"stage": stage})))
+            return 0
+        torch.set_float32_matmul_precision("high")          # TF32 on GPUs
+        c = make_config(args)
+        {"vq": train_vq, "ldm": train_ldm}[c.stage](c, args.fresh)
+    except (ValueError, OSError) as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

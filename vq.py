@@ -1,0 +1,346 @@
+"""Stage 1: a picture x [B, 3, H, W] in [-1, 1] becomes a grid of codes [B, H/f, W/f], and codes a picture again.
+
+    x --encoder--> h --nearest code--> z_q --decoder--> x_hat           f = 2^(len(ch_mult) - 1), f4 for the seed
+
+The network is the one of VQGAN (arXiv:2012.09841) as CompVis trained it, with its submodule names, so that a
+published state dict loads with strict=True. `VQConfig()` is the seed's VQ-f4. What the reference lacks are fields
+whose defaults are its behaviour; the toy preset uses them (norm-free, residual branches that start at zero).
+
+Letters in shape comments: B batch, C channels, H, W picture, h, w = H/f, W/f latent, K codes, N = B h w vectors.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6                                     # of the reference's GroupNorms
+DISTANCES_AT_ONCE = 2 ** 24                         # entries of the distance matrix held in memory: 64 MiB
+USAGE_DECAY = 0.98                                  # of the moving count of each code's use: a memory of 50 steps
+DEAD_BELOW = 0.1                                    # uses a step, relative to the mean code's, that mean "dead"
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128                                   # width of the first level
+    ch_mult: tuple[int, ...] = (1, 2, 4)            # width of each level in units of ch; f = 2^(levels - 1)
+    num_res_blocks: int = 2                         # a level, in the encoder; the decoder has one more
+    z_channels: int = 3                             # C of h as the encoder makes it
+    embed_dim: int = 3                              # C of a code
+    n_embed: int = 8192                             # K
+    attn_resolutions: tuple[int, ...] = ()          # picture sizes at which ResBlocks are followed by attention
+    resolution: int = 256                           # the picture size that attn_resolutions refer to
+    dropout: float = 0.0
+    # what the reference lacks
+    norm_groups: int = 32                           # 0: no norm at all (GroupNorm(32) on 32 channels removes the
+    zero_init: bool = False                         # picture's absolute colour); then zero_init starts each branch at 0
+    ema_codebook: bool = False                      # codes follow the mean of what they code, instead of a gradient
+    beta: float = 0.25                              # weight of the commitment term
+
+    def __post_init__(self):
+        widths = [self.ch * m for m in self.ch_mult]
+        if not widths or min(widths) < 1:
+            raise ValueError(f"VQConfig ch {self.ch} with ch_mult {self.ch_mult}: every level needs channels")
+        if self.norm_groups and any(width % self.norm_groups for width in widths):
+            raise ValueError(f"VQConfig: level widths {widths} must be multiples of norm_groups = {self.norm_groups}")
+
+    @property
+    def factor(self) -> int:
+        """f, how many pixels a side of a latent cell has."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+# -------------------------------------------------------------------------------------------- building blocks
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that reads a contiguous copy on the CPU and lays its output back as channels_last.
+
+    Convolutions want channels_last (bf16 backward is 15 times slower without), but torch's channels_last backward
+    of this norm is as slow; paying two copies halves the time of a whole step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        return super().forward(x.contiguous()).contiguous(memory_format=torch.channels_last)
+
+
+def norm(channels: int, config: VQConfig) -> nn.Module:
+    return GroupNorm(config.norm_groups, channels, eps=NORM_EPS) if config.norm_groups else nn.Identity()
+
+
+def zero_(module: nn.Conv2d, config: VQConfig) -> nn.Conv2d:
+    """The last convolution of a residual branch: zero at the start where the config says so."""
+    if config.zero_init:
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+    return module
+
+
+class ResBlock(nn.Module):
+    """x [B, C_in, H, W] -> shortcut(x) + conv(silu(norm(conv(silu(norm(x)))))) [B, C_out, H, W]."""
+
+    def __init__(self, c_in: int, c_out: int, config: VQConfig):
+        super().__init__()
+        self.norm1 = norm(c_in, config)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = norm(c_out, config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv2 = zero_(nn.Conv2d(c_out, c_out, 3, padding=1), config)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all places of x [B, C, H, W], as a residual branch."""
+
+    def __init__(self, channels: int, config: VQConfig):
+        super().__init__()
+        self.norm = norm(channels, config)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = zero_(nn.Conv2d(channels, channels, 1), config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        h = self.norm(x)
+        q, k, v = (f(h).permute(0, 2, 3, 1).reshape(B, 1, H * W, C) for f in (self.q, self.k, self.v))
+        a = F.scaled_dot_product_attention(q, k, v)                                     # [B, 1, HW, C]
+        return x + self.proj_out(a.reshape(B, H, W, C).permute(0, 3, 1, 2))             # a channels_last view
+
+
+class Downsample(nn.Module):
+    """x [B, C, H, W] -> [B, C, H/2, W/2]; padded right and bottom only, as the published weights expect."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """x [B, C, H, W] -> [B, C, 2H, 2W] by nearest neighbour and a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """What one resolution holds: ResBlocks, each with attention where configured, and a change of size."""
+
+    def __init__(self, c_in: int, c_out: int, n_blocks: int, resolution: int, config: VQConfig):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(n_blocks))
+        with_attention = resolution in config.attn_resolutions
+        self.attn = nn.ModuleList(AttnBlock(c_out, config) for _ in range(n_blocks if with_attention else 0))
+
+    def forward(self, h: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            h = block(h)
+            if len(self.attn):
+                h = self.attn[i](h)
+        return h
+
+
+def middle(channels: int, config: VQConfig) -> nn.Module:
+    """ResBlock, attention, ResBlock at the lowest resolution, under the reference's names."""
+    mid = nn.Module()
+    mid.block_1 = ResBlock(channels, channels, config)
+    mid.attn_1 = AttnBlock(channels, config)
+    mid.block_2 = ResBlock(channels, channels, config)
+    return mid
+
+
+class Encoder(nn.Module):
+    """x [B, 3, H, W] -> [B, z_channels, H/f, W/f]."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        c = config.ch
+        for i, width in enumerate(widths):
+            level = Level(c, width, config.num_res_blocks, config.resolution // 2 ** i, config)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+            c = width
+        self.mid = middle(c, config)
+        self.norm_out = norm(c, config)
+        self.conv_out = nn.Conv2d(c, config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """[B, z_channels, H/f, W/f] -> x_hat [B, out_ch, H, W]."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        c = widths[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, c, 3, padding=1)
+        self.mid = middle(c, config)
+        levels = []
+        for i in reversed(range(len(widths))):                                          # lowest resolution first
+            level = Level(c, widths[i], config.num_res_blocks + 1, config.resolution // 2 ** i, config)
+            c = widths[i]
+            if i > 0:
+                level.upsample = Upsample(c)
+            levels.append(level)
+        self.up = nn.ModuleList(reversed(levels))                                       # up.0 is the full size
+        self.norm_out = norm(c, config)
+        self.conv_out = nn.Conv2d(c, config.out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.conv_in(z)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        for level in reversed(self.up):
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+# ------------------------------------------------------------------------------------------------ the codebook
+
+class VectorQuantizer(nn.Module):
+    """h [B, C, h, w] -> (z_q [B, C, h, w], codebook loss, indices [B, h, w]); the codes are embedding.weight [K, C].
+
+    loss = |sg(h) - z_q|^2 + beta |h - sg(z_q)|^2 (arXiv:1711.00937 eq. 3; the reference's default puts beta on the
+    wrong term). With `ema` the first term gives way to a moving average (same paper, appendix A.1).
+    """
+
+    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, ema: bool = False):
+        super().__init__()
+        self.beta, self.ema = beta, ema
+        self.embedding = nn.Embedding(n_embed, embed_dim)
+        # The reference's start. Nearly all of these are never nearest to anything, so training calls `init_codes`.
+        nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
+        self.embedding.weight.requires_grad_(not ema)
+        # Moving count of uses a step. Training state, not part of the model: kept by train.py beside the optimiser.
+        self.register_buffer("usage", torch.ones(n_embed), persistent=False)
+
+    def nearest(self, h: Tensor) -> Tensor:
+        """Indices [N] of the codes nearest to vectors h [N, C], the distance matrix made in chunks."""
+        codes = self.embedding.weight.float()
+        norms = codes.square().sum(1)                                                   # |h|^2 shifts all K alike
+        chunks = h.float().split(max(1, DISTANCES_AT_ONCE // len(codes)))
+        return torch.cat([torch.addmm(norms, part, codes.T, alpha=-2).argmin(1) for part in chunks])
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """indices [B, h, w] -> z_q [B, C, h, w]."""
+        return self.embedding(indices).permute(0, 3, 1, 2)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # Distances in bf16 pick wrong codes (8 bits of mantissa against 8192 codes) and are slow besides.
+        with torch.autocast(h.device.type, enabled=False):
+            h = h.float()
+            flat = h.permute(0, 2, 3, 1).flatten(0, 2)                                  # [N, C]
+            indices = self.nearest(flat.detach()).view(h.shape[0], *h.shape[2:])
+            z_q = self.lookup(indices)
+            loss = self.beta * F.mse_loss(h, z_q.detach())
+            if not self.ema:
+                loss = loss + F.mse_loss(z_q, h.detach())
+            z_q = h + (z_q - h).detach()                                                # straight-through gradient
+        return z_q, loss, indices
+
+    @torch.no_grad()
+    def init_codes(self, h: Tensor) -> None:
+        """Draw all codes from encoder outputs h [B, C, h, w] (torch's default generator)."""
+        self.embedding.weight.copy_(self._draw(h, len(self.embedding.weight)))
+        self.usage.fill_(1.0)
+
+    @torch.no_grad()
+    def update(self, h: Tensor, indices: Tensor) -> int:
+        """After an optimiser step: count uses, move the codes (`ema`), restart dead ones; returns how many.
+
+        h [B, C, h, w] and indices [B, h, w] are those of the step. Draws from torch's default generator.
+        """
+        K, codes = len(self.usage), self.embedding.weight
+        flat = h.detach().float().permute(0, 2, 3, 1).flatten(0, 2)                     # [N, C]
+        counts = torch.bincount(indices.flatten(), minlength=K).float()                 # [K]
+        new = USAGE_DECAY * self.usage + (1 - USAGE_DECAY) * counts
+        if self.ema:                                        # the moving sum of vectors is usage * code, by definition
+            sums = torch.zeros_like(codes).index_add_(0, indices.flatten(), flat)       # [K, C]
+            total = USAGE_DECAY * self.usage[:, None] * codes + (1 - USAGE_DECAY) * sums
+            codes.copy_(total / new.clamp(min=1e-8)[:, None])
+        self.usage.copy_(new)
+        mean_use = len(flat) / K
+        dead = (self.usage < DEAD_BELOW * mean_use).nonzero().flatten()
+        if len(dead):
+            codes[dead] = self._draw(h, len(dead))
+            self.usage[dead] = mean_use
+        return len(dead)
+
+    def _draw(self, h: Tensor, n: int) -> Tensor:
+        """n vectors of h [B, C, h, w] -> [n, C], without replacement while there are enough."""
+        flat = h.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
+        order = torch.randperm(len(flat), device=flat.device)
+        picked = flat[order.repeat(-(-n // len(flat)))[:n]]
+        if n > len(flat):                                   # equal codes would never part again
+            picked = picked + 0.01 * flat.std() * torch.randn_like(picked)
+        return picked
+
+
+class VQModel(nn.Module):
+    """The autoencoder: encode -> quantize -> decode. `encode` stops before quantisation, which is where stage 2
+    works; `decode` quantises first, so that what stage 2 draws is pulled onto codes the decoder knows."""
+
+    def __init__(self, config: VQConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = VectorQuantizer(config.n_embed, config.embed_dim, config.beta, config.ema_codebook)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x [B, 3, H, W] in [-1, 1] -> h [B, embed_dim, H/f, W/f]; ValueError where f does not divide H and W."""
+        f = self.config.factor
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(f"the autoencoder got a picture batch of shape {tuple(x.shape)}; it takes "
+                             f"[B, {self.config.in_channels}, H, W] with H and W multiples of {f}")
+        return self.quant_conv(self.encoder(x.contiguous(memory_format=torch.channels_last)))
+
+    def decode_raw(self, z: Tensor) -> Tensor:
+        """z [B, embed_dim, h, w] -> x_hat [B, 3, H, W], without quantisation."""
+        return self.decoder(self.post_quant_conv(z.contiguous(memory_format=torch.channels_last)))
+
+    def decode(self, h: Tensor) -> Tensor:
+        """h [B, embed_dim, h, w] -> x_hat [B, 3, H, W]; quantises first, as the reference's VQModelInterface."""
+        return self.decode_raw(self.quantize(h)[0])
+
+    def decode_code(self, indices: Tensor) -> Tensor:
+        """indices [B, h, w] -> x_hat [B, 3, H, W]."""
+        return self.decode_raw(self.quantize.lookup(indices))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x -> (x_hat [B, 3, H, W], codebook loss, indices [B, h, w])."""
+        z_q, loss, indices = self.quantize(self.encode(x))
+        return self.decode_raw(z_q), loss, indices
