@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import checkpoint
 import data
@@ -38,7 +39,7 @@ def box_baseline(x: Tensor, factor: int) -> Tensor:
 
 @torch.no_grad()
 def reconstruction(model: VQModel, images: Iterable[Tensor], device: str | torch.device = "cpu",
-                   autocast: Callable[[], AbstractContextManager] = torch.no_grad) -> dict[str, float]:
+                   autocast: Callable[[], AbstractContextManager] = nullcontext) -> dict[str, float]:
     """Means over all pictures, each batch [B, 3, H, W] in [-1, 1]; usage and perplexity count every code of the set.
 
     psnr is of the quantised reconstruction, psnr_box of `box_baseline`; perplexity is exp of the entropy of the
@@ -79,7 +80,7 @@ def derangement(n: int, seed: int) -> np.ndarray:
 @torch.no_grad()
 def condition_losses(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor,
                      batch_size: int = 64,
-                     autocast: Callable[[], AbstractContextManager] = torch.no_grad) -> dict[str, float]:
+                     autocast: Callable[[], AbstractContextManager] = nullcontext) -> dict[str, float]:
     """The eps loss on latents z [N, C, h, w] under their own poses [N, 17, 3], under other pictures' and under none.
 
     The noise is fixed and timestep i of N is spread evenly over the schedule, so that runs and steps compare; all
@@ -108,34 +109,44 @@ def condition_losses(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: 
 
 # ------------------------------------------------------------------------------------------------- command line
 
-def held_out(args: argparse.Namespace, size: int) -> data.Pictures:
-    """The validation pictures the command names: all of --data where it is a set of its own, else the held-out part."""
-    return data.open_data(args.data, size, val=None, all_is_val=args.all)[1]
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="evaluate.py {recon,condition} [--flags; --help explains them]")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{recon,condition}")
+    for name, flag, default in (("recon", "--vq", "runs/vq/last.pt"), ("condition", "--ckpt", "runs/ldm/last.pt")):
+        sub = commands.add_parser(name)
+        sub.add_argument(flag, dest="ckpt", default=default, metavar="FILE", help="default %(default)s")
+        sub.add_argument("--data", default="figures", help="as for train.py; the held-out part is measured")
+        sub.add_argument("--val", help="held-out pictures, as for train.py (default: a tenth of the groups of --data)")
+        sub.add_argument("--limit", type=int, default=512, help="pictures at most, spread evenly (default %(default)s)")
+        sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    args = parser.parse_args(argv)
+    if args.limit < 2:
+        parser.error(f"--limit is {args.limit}; at least 2 pictures are needed")
+    return args
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """The measures of one command, in float32."""
+    stage, device = {"recon": "vq", "condition": "ldm"}[args.command], checkpoint.find_device(args.device)
+    size = checkpoint.load(args.ckpt, stage)["config"]["size"]
+    held_out = data.open_data(args.data, size, args.val, remember=False)[1]
+    batches = tqdm(data.in_order(held_out, 32, args.limit), desc=args.command, unit="batch", dynamic_ncols=True)
+    if stage == "vq":
+        model = checkpoint.build_vq(checkpoint.load(args.ckpt, "vq"), args.ckpt).to(device)
+        return reconstruction(model, (x for x, _ in batches), device)
+    ldm, _ = checkpoint.load_ldm(args.ckpt, device)
+    with torch.no_grad():
+        pairs = [(ldm.encode(x.to(device)), pose) for x, pose in batches]
+    z, poses = (torch.cat(part).to(device) for part in zip(*pairs, strict=True))
+    return condition_losses(ldm, Diffusion(**ldm.schedule), z, poses)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, flag, default in (("recon", "--vq", "runs/vq/last.pt"), ("condition", "--ckpt", "runs/ldm/last.pt")):
-        sub = commands.add_parser(name)
-        sub.add_argument(flag, dest="ckpt", default=default, metavar="FILE")
-        sub.add_argument("--data", default="figures", help="as for train.py; its held-out part is measured")
-        sub.add_argument("--all", action="store_true", help="measure all pictures of --data, not the held-out part")
-        sub.add_argument("--limit", type=int, default=1000, help="pictures at most")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     try:
-        if args.command == "recon":
-            payload = checkpoint.load(args.ckpt, "vq")
-            model = checkpoint.build_vq(payload, args.ckpt)
-            images = (x for x, _ in data.in_order(held_out(args, payload["config"]["size"]), 32, args.limit))
-            result = reconstruction(model, images)
-        else:
-            ldm, payload = checkpoint.load_ldm(args.ckpt)
-            pairs = list(data.in_order(held_out(args, payload["config"]["size"]), 32, args.limit))
-            with torch.no_grad():
-                z = torch.cat([ldm.encode(x) for x, _ in pairs])
-            result = condition_losses(ldm, Diffusion(**ldm.schedule), z, torch.cat([p for _, p in pairs]))
-    except ValueError as e:
+        result = measure(args)
+    except (ValueError, OSError) as e:
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2
     for name, value in result.items():

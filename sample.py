@@ -97,10 +97,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--guidance is {args.guidance}; it must be a finite number")
     if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out is {args.out}; its name must end in .png, .jpg or .webp")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: torch sees no CUDA GPU on this machine; leave --device out")
+    args.device = checkpoint.find_device(args.device)
 
 
 def main(argv: list[str] | None = None) -> int:

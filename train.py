@@ -43,6 +43,7 @@ from vq import VQConfig, VQModel
 MEASURE_STEPS = 40              # steps whose rate decides the length of a --minutes run; the warm-up is longer
 RESERVE = 0.08                  # share of --minutes left for evaluations, previews, checkpoints and a slower machine
 SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
+LOG_EVERY = 20                  # steps between lines of log.jsonl
 EVALS = 10                      # evaluations a run
 EVAL_PICTURES = 512             # held-out pictures an evaluation looks at, at most
 PREVIEWS = 8                    # pictures in a preview
@@ -95,7 +96,7 @@ def _unet(ch: int, mult: tuple[int, ...], attn: tuple[int, ...], heads: int) -> 
 PRESETS = {
     "toy": Preset(64, VQConfig(ch=32, n_embed=2048, resolution=64, **NORM_FREE),
         _unet(64, (1, 2, 3), (2, 4), 4), ConditionConfig(BOTH, 64),
-        vq=Recipe(16, 1e-3, minutes=9.0, lr_final=0.03, free=0.15),
+        vq=Recipe(8, 1e-3, minutes=9.0, lr_final=0.03, free=0.15),
         ldm=Recipe(64, 4e-4, minutes=23.0, lr_final=0.05, warmup=100)),
     "small": Preset(128, VQConfig(ch=32, n_embed=4096, resolution=128, **NORM_FREE),
         _unet(64, (1, 2, 3, 4), (4, 8), 4), ConditionConfig(BOTH, 64),
@@ -164,7 +165,7 @@ def make_config(args: argparse.Namespace) -> Config:
                         ("--lr", recipe.lr)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it must be a positive number")
-    device = find_device(args.device)
+    device = checkpoint.find_device(args.device)
     latent, cond = preset.vq_config.embed_dim, preset.cond
     ldm = args.stage == "ldm"
     return Config(
@@ -175,23 +176,6 @@ def make_config(args: argparse.Namespace) -> Config:
         unet_config=UNetConfig(in_channels=latent + cond.map_channels, out_channels=latent,
                                context_dim=cond.context_dim, **preset.unet) if ldm else None,
         cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None, normalise=preset.normalise)
-
-
-def find_device(name: str) -> str:
-    """auto -> cuda where there is one; ValueError for a device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(name).type
-    except RuntimeError:
-        raise ValueError(f"--device is {name!r}; use auto, cpu, cuda or cuda:N") from None
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}; use auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch sees no CUDA GPU on this machine; use --device cpu or leave it out")
-    if kind == "cuda" and (torch.device(name).index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs, counted from cuda:0")
-    return name
 
 
 def find_amp(amp: str, device: str) -> str:
@@ -230,6 +214,13 @@ def lr_at(step: int, c: Config) -> float:
 def seed_step(seed: int, step: int) -> None:
     """Everything random in step k (noise, timesteps, dropout, restarts) comes from torch's generator, seeded here."""
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1))
+
+
+def check_finite(loss: Tensor, step: int, run: Run) -> None:
+    """ValueError where the loss is NaN or infinite; called before anything is logged or saved."""
+    if not math.isfinite(loss.item()):
+        raise ValueError(f"the loss is {loss.item()} at step {step}; {run.last} still holds the last good state: "
+                         "start over with a lower --lr, or with --amp off")
 
 
 class EMA:
@@ -465,7 +456,10 @@ def train_vq(c: Config, fresh: bool = False) -> Path:
             run.clock(step, time.perf_counter() - began)
             bar.total = run.c.steps
             bar.update()
-            if step % 20 == 0 or step + 1 == run.c.steps:
+            logging = step % LOG_EVERY == 0 or step + 1 == run.c.steps
+            if logging or run.due(step) or run.save_due() or stopped:
+                check_finite(loss, step, run)
+            if logging:
                 numbers = {"loss": loss.item(), "grad_norm": grad_norm.item()}
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
                 run.log(step, **numbers, lr=lr_at(step, run.c), restarts=restarts)
@@ -474,12 +468,13 @@ def train_vq(c: Config, fresh: bool = False) -> Path:
                 run.log(step, **{f"val_{k}": v for k, v in result.items()})
                 plot_curves(run, {"loss": ("loss",), "held-out PSNR, dB": ("val_psnr", "val_psnr_box"),
                                   "codes used": ("val_codes_used",), "gradient norm": ("grad_norm",)})
-                bar.write(f"step {step + 1:6d}  PSNR {result['psnr']:.2f} dB (box {result['psnr_box']:.2f})  codes used "
-                          f"{result['codes_used']:.1%}  perplexity {result['perplexity']:.0f}")
+                bar.write(f"step {step + 1:6d}  PSNR {result['psnr']:.2f} dB (box {result['psnr_box']:.2f})  codes "
+                          f"used {result['codes_used']:.1%}  perplexity {result['perplexity']:.0f}")
             if run.due(step) or run.save_due() or stopped:
                 run.save(step + 1, payload(), result["psnr"] if run.due(step) else None)
             if stopped or step + 1 == run.c.steps:
                 break
+    data.write_broken(train, run.dir / "broken.txt")
     if stopped:
         print(f"stopped at step {step + 1} of {run.c.steps}; the same command again goes on from there")
     elif result:
@@ -514,7 +509,7 @@ def train_ldm(c: Config, fresh: bool = False) -> Path:
     if stage1["config"]["size"] != c.size:
         raise ValueError(f"{c.vq} was trained on pictures of {stage1['config']['size']} pixels, but preset {c.preset} "
                          f"has {c.size}; train stage 1 with --preset {c.preset} too, or give its file with --vq")
-    train, val = data.open_data(c.data, c.size, c.val)
+    train, val = data.open_data(c.data, c.size, c.val, remember=False)     # each is looked at once
 
     def encode(x: Tensor) -> Tensor:
         with torch.no_grad(), autocast(c):
@@ -580,7 +575,10 @@ def train_ldm(c: Config, fresh: bool = False) -> Path:
             run.clock(step, time.perf_counter() - began)
             bar.total = run.c.steps
             bar.update()
-            if step % 20 == 0 or step + 1 == run.c.steps:
+            logging = step % LOG_EVERY == 0 or step + 1 == run.c.steps
+            if logging or run.due(step) or run.save_due() or stopped:
+                check_finite(loss, step, run)
+            if logging:
                 numbers = {"loss": torch.stack(losses).mean().item(), "grad_norm": grad_norm.item()}
                 losses.clear()
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
@@ -598,6 +596,7 @@ def train_ldm(c: Config, fresh: bool = False) -> Path:
                 run.save(step + 1, payload(), -result["right"] if run.due(step) else None)
             if stopped:
                 break
+    data.write_broken(train, run.dir / "broken.txt")
     if stopped:
         print(f"stopped at step {step + 1} of {run.c.steps}; the same command again goes on from there")
     elif result:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 NORM_EPS = 1e-6                                     # of the reference's GroupNorms
 DISTANCES_AT_ONCE = 2 ** 24                         # entries of the distance matrix held in memory: 64 MiB
 USAGE_DECAY = 0.98                                  # of the moving count of each code's use: a memory of 50 steps
-DEAD_BELOW = 0.1                                    # uses a step, relative to the mean code's, that mean "dead"
+DEAD_BELOW = 0.1                                    # use, relative to the mean code's, that counts as dead
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class VectorQuantizer(nn.Module):
         # The reference's start. Nearly all of these are never nearest to anything, so training calls `init_codes`.
         nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
         self.embedding.weight.requires_grad_(not ema)
-        # Moving count of uses a step. Training state, not part of the model: kept by train.py beside the optimiser.
+        # Moving count of uses, in units of the mean code's. Training state: kept by train.py beside the optimiser.
         self.register_buffer("usage", torch.ones(n_embed), persistent=False)
 
     def nearest(self, h: Tensor) -> Tensor:
@@ -283,18 +283,18 @@ class VectorQuantizer(nn.Module):
         """
         K, codes = len(self.usage), self.embedding.weight
         flat = h.detach().float().permute(0, 2, 3, 1).flatten(0, 2)                     # [N, C]
-        counts = torch.bincount(indices.flatten(), minlength=K).float()                 # [K]
-        new = USAGE_DECAY * self.usage + (1 - USAGE_DECAY) * counts
+        share = K / len(flat)
+        counts = share * torch.bincount(indices.flatten(), minlength=K).float()         # [K], mean 1
+        usage = USAGE_DECAY * self.usage + (1 - USAGE_DECAY) * counts
         if self.ema:                                        # the moving sum of vectors is usage * code, by definition
-            sums = torch.zeros_like(codes).index_add_(0, indices.flatten(), flat)       # [K, C]
+            sums = share * torch.zeros_like(codes).index_add_(0, indices.flatten(), flat)       # [K, C]
             total = USAGE_DECAY * self.usage[:, None] * codes + (1 - USAGE_DECAY) * sums
-            codes.copy_(total / new.clamp(min=1e-8)[:, None])
-        self.usage.copy_(new)
-        mean_use = len(flat) / K
-        dead = (self.usage < DEAD_BELOW * mean_use).nonzero().flatten()
+            codes.copy_(total / usage.clamp(min=1e-8)[:, None])
+        self.usage.copy_(usage)
+        dead = (usage < DEAD_BELOW).nonzero().flatten()
         if len(dead):
             codes[dead] = self._draw(h, len(dead))
-            self.usage[dead] = mean_use
+            self.usage[dead] = 1.0
         return len(dead)
 
     def _draw(self, h: Tensor, n: int) -> Tensor:

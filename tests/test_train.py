@@ -1,0 +1,479 @@
+"""train.py, checkpoint.py, sample.py and evaluate.py: exact resume, honest files, one sentence for each mistake."""
+import json
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_data import folder
+
+import checkpoint
+import data
+import evaluate
+import sample
+import train
+from diffusion import Diffusion
+from keypoints import ConditionConfig
+from vq import VQConfig, VQModel
+
+ROOT = Path(__file__).parent.parent
+MICRO = train.Preset(
+    32, VQConfig(ch=8, ch_mult=(1, 1, 2), num_res_blocks=1, n_embed=32, resolution=32, **train.NORM_FREE),
+    {"model_channels": 32, "channel_mult": (1,), "attention_resolutions": (1,), "num_heads": 2, "num_res_blocks": 1},
+    ConditionConfig(("tokens", "maps"), 16),
+    vq=train.Recipe(4, 1e-3, minutes=1, lr_final=0.1, warmup=2, free=0.5),
+    ldm=train.Recipe(4, 1e-3, minutes=1, lr_final=0.1, warmup=2))
+
+
+@pytest.fixture(autouse=True)
+def micro(monkeypatch):
+    monkeypatch.setitem(train.PRESETS, "micro", MICRO)
+    monkeypatch.setitem(train.PRESETS, "micro_plain", train.replace(   # the reference's way: norms, gradient codebook
+        MICRO, vq_config=VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32, dropout=0.1)))
+    monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
+
+
+def command(stage: str, out: Path, *flags: str, preset: str = "micro") -> list[str]:
+    return ["--stage", stage, "--preset", preset, "--data", "figures:12", "--out", str(out), "--device", "cpu", *flags]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with vq/last.pt and ldm/last.pt of the micro preset."""
+    root = tmp_path_factory.mktemp("trained")
+    patch = pytest.MonkeyPatch()
+    patch.setitem(train.PRESETS, "micro", MICRO)
+    patch.setattr(train, "PREVIEW_STEPS", 2)
+    assert train.main(command("vq", root / "vq", "--steps", "4")) == 0
+    assert train.main(command("ldm", root / "ldm", "--steps", "4", "--vq", str(root / "vq/last.pt"))) == 0
+    patch.undo()
+    return root
+
+
+def same(a: object, b: object, where: str = "") -> None:
+    """Bit for bit, whatever is nested in what."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if key not in ("out", "vq_file"):
+                same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), f"{where} differs by {(a.double() - b.double()).abs().max()}"
+    else:
+        assert a == b, f"{where}: {a} and {b}"
+
+
+class Killed(Exception):
+    """Stands for kill -9 right after a checkpoint: nothing of the process survives it."""
+
+
+# -------------------------------------------------------------------------------------------------- exact resume
+
+@pytest.mark.parametrize("preset", ["micro", "micro_plain"])
+@pytest.mark.parametrize("stage", ["vq", "ldm"])
+def test_six_steps_equal_three_and_resume_and_three(tmp_path, monkeypatch, stage, preset):
+    flags = ["--steps", "6"]
+    if stage == "ldm":
+        assert train.main(command("vq", tmp_path / "vq", "--steps", "2", preset=preset)) == 0
+        flags += ["--vq", str(tmp_path / "vq/last.pt")]
+    assert train.main(command(stage, tmp_path / "whole", *flags, preset=preset)) == 0
+
+    save = train.Run.save
+
+    def save_then_die(run, step, *args):
+        save(run, step, *args)
+        if step == 3:
+            raise Killed
+    with monkeypatch.context() as m:
+        m.setattr(train.Run, "save", save_then_die)
+        with pytest.raises(Killed):
+            train.main(command(stage, tmp_path / "cut", *flags, preset=preset))
+    torch.manual_seed(99)                                       # a new process has another generator state
+    assert checkpoint.load(tmp_path / "cut/last.pt", stage)["step"] == 3
+    assert train.main(command(stage, tmp_path / "cut", *flags, preset=preset)) == 0
+    whole, cut = (checkpoint.load(tmp_path / run / "last.pt", stage) for run in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 6
+    same(whole, cut)
+    assert train.read_log(tmp_path / "whole/log.jsonl") == train.read_log(tmp_path / "cut/log.jsonl")
+    assert [p.name for p in sorted((tmp_path / "cut/samples").iterdir())] == [f"{k:07d}.png" for k in range(1, 7)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["vq", "ldm"])
+def test_a_real_kill_9_loses_nothing_but_time(tmp_path, stage):
+    """The toy preset in a process of its own, killed between two of its checkpoints."""
+    vq = tmp_path / "vq/last.pt"
+    if stage == "ldm":
+        toy = ["--stage", "vq", "--data", "figures:16", "--batch-size", "2", "--steps", "1", "--out", str(vq.parent)]
+        assert train.main(toy) == 0
+    flags = ["--stage", stage, "--data", "figures:16", "--batch-size", "2", "--steps", "8", "--vq", str(vq)]
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", str(tmp_path / "cut")], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    last = tmp_path / "cut/last.pt"
+    while not last.exists() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    process.kill()
+    process.wait()
+    assert 1 <= checkpoint.load(last, stage)["step"] < 8
+    assert train.main([*flags, "--out", str(tmp_path / "cut")]) == 0
+    same(checkpoint.load(tmp_path / "whole/last.pt", stage), checkpoint.load(last, stage))
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def press_ctrl_c(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return clip(*args)
+    flags = command("vq", tmp_path / "cut", "--steps", "6")
+    with monkeypatch.context() as m:
+        m.setattr(torch.nn.utils, "clip_grad_norm_", press_ctrl_c)
+        assert train.main(flags) == 0
+    assert "stopped at step 2 of 6" in capsys.readouterr().out
+    assert train.main(flags) == 0
+    assert train.main(command("vq", tmp_path / "whole", "--steps", "6")) == 0
+    same(*(checkpoint.load(tmp_path / run / "last.pt", "vq") for run in ("whole", "cut")))
+
+
+def test_minutes_become_steps_that_a_resumed_run_keeps(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "MEASURE_STEPS", 4)
+    monkeypatch.setattr(train, "EVAL_PICTURES", 4)
+    flags = command("vq", tmp_path / "run", "--minutes", "0.1")
+    began = time.monotonic()
+    assert train.main(flags) == 0
+    steps = json.loads((tmp_path / "run/config.json").read_text())["steps"]
+    assert steps == checkpoint.load(tmp_path / "run/last.pt", "vq")["step"] > 10
+    assert time.monotonic() - began < 30
+    assert train.main(flags) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == steps
+
+
+def test_a_finished_run_is_left_alone_and_fresh_starts_over(trained, tmp_path, capsys):
+    flags = command("vq", trained / "vq", "--steps", "4")
+    before = (trained / "vq/last.pt").read_bytes()
+    assert train.main(flags) == 0
+    assert "complete at step 4" in capsys.readouterr().out and (trained / "vq/last.pt").read_bytes() == before
+    assert train.main(command("vq", tmp_path / "run", "--steps", "2")) == 0
+    assert train.main(command("vq", tmp_path / "run", "--steps", "3", "--fresh")) == 0
+    assert checkpoint.load(tmp_path / "run/last.pt", "vq")["step"] == 3
+
+
+def test_another_command_does_not_resume_this_run(trained, capsys):
+    assert train.main(command("vq", trained / "vq", "--steps", "4", "--lr", "0.5")) == 2
+    error = capsys.readouterr().err
+    assert "0.5" in error and "0.001" in error and error.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------- what the run leaves
+
+def test_the_run_folder_is_complete(trained):
+    for stage in ("vq", "ldm"):
+        run = trained / stage
+        assert json.loads((run / "config.json").read_text())["steps"] == 4
+        assert Image.open(run / "curves.png").size[0] > 500 and Image.open(run / "samples/0000004.png").size[0] > 300
+        rows = train.read_log(run / "log.jsonl")
+        assert any("val_psnr" in r or "val_ratio" in r for r in rows)
+        assert all(math.isfinite(r.get("loss", 0)) for r in rows)
+        assert (run / "best.pt").exists()
+
+
+def test_stage_one_learns_and_stage_two_lets_the_pose_in(tmp_path):
+    assert train.main(command("vq", tmp_path / "vq", "--steps", "60")) == 0
+    losses = [r["loss"] for r in train.read_log(tmp_path / "vq/log.jsonl") if "loss" in r]
+    assert losses[-1] < 0.6 * losses[0]
+    assert train.main(command("ldm", tmp_path / "ldm", "--steps", "40", "--vq", str(tmp_path / "vq/last.pt"))) == 0
+    losses = [r["loss"] for r in train.read_log(tmp_path / "ldm/log.jsonl") if "loss" in r]
+    assert losses[-1] < 0.95 * losses[0]
+    raw = checkpoint.load(tmp_path / "ldm/last.pt", "ldm")["train"]
+    torch.manual_seed(0)                                        # as the run began
+    vq = checkpoint.build_vq(checkpoint.load(tmp_path / "vq/last.pt", "vq"), "vq")
+    fresh = checkpoint.LDM(vq, *(train.make_config(train.parse_args(command("ldm", tmp_path / "x")))
+                                 .__getattribute__(k) for k in ("unet_config", "cond_config")),
+                           torch.zeros(3, 1, 1), torch.ones(3, 1, 1), MICRO.schedule)
+    for name, start in fresh.cond.state_dict().items():         # every part of the pose encoder has been trained
+        assert not torch.equal(raw["cond"][name], start) or name == "encoder.missing", name
+
+
+def test_ema_equals_the_reference(golden):
+    model, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    shape = golden["ema/w0"].shape
+    model.weight.data, average.weight.data = golden["ema/w0"].clone(), golden["ema/w0"].clone()
+    ema = train.EMA(model, average, 0.9999)
+    for n, w in enumerate(golden["ema/weights"]):
+        model.weight.data.copy_(w.view(shape))
+        ema.update(n + 1)
+    torch.testing.assert_close(average.weight.data, golden["ema/shadow20"].view(shape), rtol=1e-5, atol=1e-6)
+
+
+def test_the_learning_rate_is_the_one_typed_and_does_not_need_the_length_while_warming_up(tmp_path):
+    c = train.make_config(train.parse_args(command("vq", tmp_path, "--steps", "100", "--lr", "0.01")))
+    assert train.lr_at(1, c) == train.lr_at(1, train.replace(c, steps=None)) == 0.01
+    assert train.lr_at(0, c) == 0.005
+    assert train.lr_at(51, c) == pytest.approx(0.01 * (0.1 + 0.9 * 0.5))
+    assert train.lr_at(100, c) == pytest.approx(0.001)
+
+
+def test_dry_run_prints_the_recipe_of_the_seed(capsys):
+    assert train.main(["--preset", "danbooru", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for word in ("206,194,243", "22,337,411", "32,960,771", "batch 32", "lr 6.4e-05", "1000 steps", "256x256", "f4",
+                 "64x64x3"):
+        assert word in out, word
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+def test_a_crash_while_saving_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"format": 1, "stage": "vq", "x": torch.ones(3)})
+
+    def half(payload, f):
+        f.write(b"half a file")
+        raise RuntimeError("No space left on device")
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="c.pt"):
+        checkpoint.save(path, {})
+    monkeypatch.undo()
+    assert checkpoint.load(path, "vq")["x"].sum() == 3 and os.listdir(tmp_path) == ["c.pt"]
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_code_runs_from_a_checkpoint(tmp_path):
+    torch.save({"format": 1, "stage": "vq", "x": Malicious(tmp_path / "owned")}, tmp_path / "torch.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "owned")))
+    for name in ("torch.pt", "plain.pt"):
+        with pytest.raises(ValueError, match=name):
+            checkpoint.load(tmp_path / name, "vq")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("content", ["cut", "text", "empty", "foreign"])
+def test_a_damaged_checkpoint_is_one_sentence(trained, tmp_path, content):
+    whole = (trained / "vq/last.pt").read_bytes()
+    bad = tmp_path / "bad.pt"
+    bad.write_bytes({"cut": whole[:len(whole) // 2], "text": b"hello", "empty": b"", "foreign": b""}[content])
+    if content == "foreign":
+        torch.save({"weights": torch.ones(1)}, bad)
+    with pytest.raises(ValueError) as e:
+        checkpoint.load(bad, "vq")
+    assert "bad.pt" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_state_that_does_not_fit_names_keys_and_both_shapes():
+    state = VQModel(MICRO.vq_config).state_dict()
+    state["quantize.embedding.weight"] = torch.zeros(7, 3)
+    del state["quant_conv.bias"]
+    with pytest.raises(ValueError) as e:
+        checkpoint.fill(VQModel(MICRO.vq_config), state, "x.pt")
+    for word in ("x.pt", "quantize.embedding.weight", "(7, 3)", "(32, 3)", "quant_conv.bias", "lacks it"):
+        assert word in str(e.value)
+
+
+def test_the_hash_sees_every_value():
+    state = VQModel(MICRO.vq_config).state_dict()
+    before = checkpoint.hash_of(state)
+    assert before == checkpoint.hash_of({k: v.clone() for k, v in reversed(state.items())})
+    state["quant_conv.bias"][0] += 1e-6
+    assert checkpoint.hash_of(state) != before
+
+
+def test_a_context_width_that_differs_is_refused():
+    unet = train.UNetConfig(in_channels=3, model_channels=32, channel_mult=(1,), num_heads=2, context_dim=None)
+    with pytest.raises(ValueError, match="would not reach the UNet"):
+        checkpoint.LDM(VQModel(MICRO.vq_config), unet, ConditionConfig(("seed",)), torch.zeros(3, 1, 1),
+                       torch.ones(3, 1, 1), {})
+
+
+# ------------------------------------------------------------------------------------------------------- mistakes
+
+def one_sentence(capsys, code: int, *words: str) -> None:
+    captured = capsys.readouterr()
+    assert code == 2 and "Traceback" not in captured.err
+    message = captured.err.strip().splitlines()
+    assert len(message) == 1, captured.err
+    for word in words:
+        assert word in message[0], message[0]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "nowhere"], ["nowhere"]),
+    (["--data", "figures:many"], ["figures:many"]),
+    (["--preset", "huge"], ["huge", "toy"]),
+    (["--steps", "-3"], ["--steps", "-3"]),
+    (["--minutes", "0"], ["--minutes", "0"]),
+    (["--lr", "nan"], ["--lr", "nan"]),
+    (["--batch-size", "0"], ["--batch-size", "0"]),
+    (["--device", "tpu"], ["tpu", "cuda"]),
+    (["--amp", "fp16"], ["fp16", "bf16"]),
+    pytest.param(["--device", "cuda"], ["cuda", "no CUDA GPU"],
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+])
+def test_a_wrong_value_is_one_sentence(tmp_path, capsys, flags, words):
+    # the last of two equal flags counts
+    one_sentence(capsys, train.main([*command("vq", tmp_path / "run"), *flags]), *words)
+
+
+def test_an_unwritable_folder_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    one_sentence(capsys, train.main(command("vq", tmp_path / "file/run")), "file/run", "--out")
+
+
+def test_stage_two_without_or_with_the_wrong_stage_one(trained, tmp_path, capsys):
+    one_sentence(capsys, train.main(command("ldm", tmp_path / "a", "--vq", str(tmp_path / "no.pt"))),
+                 "no.pt", "train.py --stage vq")
+    one_sentence(capsys, train.main(command("ldm", tmp_path / "b", "--vq", str(trained / "ldm/last.pt"))),
+                 "stage ldm", "stage vq")
+    toy = ["--stage", "ldm", "--data", "figures:4", "--steps", "1", "--out", str(tmp_path / "c"),
+           "--vq", str(trained / "vq/last.pt")]
+    one_sentence(capsys, train.main(toy), "32 pixels", "64")
+
+
+def test_pictures_that_cannot_be_used(tmp_path, capsys):
+    root = folder(tmp_path / "few", 20)
+    (root / "keypoints/clip1_003.json").unlink()
+    one_sentence(capsys, train.main([*command("vq", tmp_path / "a"), "--data", str(root)]), "clip1_003")
+    root = folder(tmp_path / "cut", 20)
+    picture = next(p for p in sorted((root / "images").iterdir()))
+    picture.write_bytes(picture.read_bytes()[:60])
+    code = train.main([*command("vq", tmp_path / "b", "--steps", "40"), "--data", str(root)])
+    one_sentence(capsys, code, picture.name)
+
+
+@pytest.mark.parametrize("argv", [["--stage", "vq", "--smoke"], ["--stage", "three"], [],
+                                  ["--stage", "vq", "--steps", "3", "--minutes", "1"]])
+def test_an_unknown_flag_ends_with_what_is_allowed(capsys, argv):
+    with pytest.raises(SystemExit) as e:
+        train.main(argv)
+    assert e.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------- sampling
+
+POSES = sorted(str(p) for p in (ROOT / "examples/poses").glob("*.json"))
+
+
+def test_sampling_a_row_for_each_pose(trained, tmp_path, capsys):
+    out = tmp_path / "grid.png"
+    assert sample.main([*POSES[:3], "--ckpt", str(trained / "ldm/last.pt"), "-n", "2", "--steps", "3",
+                        "--out", str(out)]) == 0
+    assert "6 pictures" in capsys.readouterr().out and Image.open(out).size[1] > 3 * 100
+
+
+def test_a_picture_depends_on_its_seed_and_pose_alone(trained):
+    ldm, _ = checkpoint.load_ldm(trained / "ldm/last.pt")
+    poses = torch.from_numpy(np.stack(sample.read_poses(POSES[:4])[0])).float()
+
+    def run(which, seeds):
+        *_, last = sample.sample(ldm, poses[which], seeds, 32, steps=4, guidance=3.0, eta=0.5)
+        return last.x
+    together = run([0, 1, 2, 3], [5, 6, 7, 5])
+    torch.testing.assert_close(together[2:3], run([2], [7]), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together[0], together[3])          # same seed, other pose
+    assert not torch.allclose(run([0], [6]), together[:1])       # other seed, same pose
+    assert torch.equal(run([0], [5]), run([0], [5]))
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--ckpt", "none.pt"], ["none.pt", "python train.py --stage ldm"]),
+    (["-n", "0"], ["-n", "0"]), (["--steps", "0"], ["steps", "0", "1000"]), (["--steps", "1001"], ["1001", "1000"]),
+    (["--eta", "2"], ["eta", "2"]), (["--guidance", "nan"], ["--guidance", "nan"]), (["--seed", "-1"], ["--seed"]),
+    (["--out", "x.txt"], ["x.txt", ".png"]), (["--out", "no/such/\0/x.png"], ["x.png"]),
+    (["--device", "tpu"], ["tpu", "cuda"]),
+])
+def test_sampling_mistakes_are_one_sentence(trained, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    code = sample.main([POSES[0], "--ckpt", str(trained / "ldm/last.pt"), "--steps", "2", *flags])
+    error = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in error and error.splitlines()[-1].startswith("sample.py: ")
+    for word in words:
+        assert word in error.splitlines()[-1], error
+
+
+def test_a_pose_file_that_is_not_there(trained, capsys):
+    one_sentence(capsys, sample.main(["none.json", "--ckpt", str(trained / "ldm/last.pt")]), "none.json")
+
+
+# ------------------------------------------------------------------------------------------------------- measures
+
+def test_psnr_is_the_closed_form():
+    x = torch.zeros(1, 3, 4, 4)
+    assert evaluate.psnr(x + 0.2, x).item() == pytest.approx(20.0, abs=1e-4)            # an error of 0.1 on 0..1
+    assert evaluate.psnr(x + 5, x + 1).item() == pytest.approx(120, abs=1e-3)           # clamped first
+
+
+def test_reconstruction_counts_the_codes_of_the_whole_set():
+    torch.manual_seed(0)
+    model = VQModel(MICRO.vq_config)
+    x = torch.rand(10, 3, 32, 32) * 2 - 1
+    model.quantize.init_codes(model.encode(x))
+    result = evaluate.reconstruction(model, [x[:4], x[4:]])
+    x_hat, _, indices = model(x)
+    p = np.bincount(indices.flatten().numpy(), minlength=32) / indices.numel()
+    assert result["codes_used"] == (p > 0).mean() and result["pictures"] == 10
+    assert result["perplexity"] == pytest.approx(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()), rel=1e-4)
+    assert result["psnr"] == pytest.approx(evaluate.psnr(x_hat, x).mean().item(), rel=1e-4)
+    box = x.view(10, 3, 8, 4, 8, 4).mean((3, 5)).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    assert result["psnr_box"] == pytest.approx(evaluate.psnr(box, x).mean().item(), rel=1e-4)
+
+
+def test_a_derangement_moves_everything():
+    for n in (2, 3, 50):
+        order = evaluate.derangement(n, 0)
+        assert sorted(order) == list(range(n)) and (order != np.arange(n)).all()
+
+
+def test_the_condition_ratio_is_one_without_the_pose_and_above_with_it():
+    """A model that knows x0 from the pose alone is right with the right pose and wrong with a shuffled one."""
+    diffusion = Diffusion()
+    torch.manual_seed(0)
+    poses = torch.rand(40, 17, 3)
+    z = poses[:, :1, :1, None].expand(-1, 3, 4, 4).clone()
+
+    def deaf(x_t, t, pose, drop):
+        return torch.zeros_like(x_t)
+
+    def listening(x_t, t, pose, drop):
+        x0 = torch.where(drop[:, None, None, None], torch.tensor(0.5), pose[:, :1, :1, None])
+        a = diffusion.alphas_bar[t].float()[:, None, None, None]
+        return (x_t - a.sqrt() * x0) / (1 - a).sqrt()
+    result = evaluate.condition_losses(deaf, diffusion, z, poses, batch_size=16)
+    assert result["ratio"] == 1 and result["null"] == result["right"]
+    result = evaluate.condition_losses(listening, diffusion, z, poses, batch_size=16)
+    assert result["right"] < 1e-6 < 1e-4 < result["null"] < result["shuffled"]
+
+
+@pytest.mark.parametrize("which, flag, file, key", [("recon", "--vq", "vq/last.pt", "psnr"),
+                                                    ("condition", "--ckpt", "ldm/last.pt", "ratio")])
+def test_the_commands_repeat_what_training_measured(trained, capsys, which, flag, file, key):
+    assert evaluate.main([which, flag, str(trained / file), "--data", "figures:12"]) == 0
+    printed = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()}
+    logged = train.read_log(trained / file.replace("last.pt", "log.jsonl"))[-1][f"val_{key}"]
+    assert printed[key] == pytest.approx(logged, rel=2e-2)                              # training measures in bf16
+
+
+def test_figures_for_training_and_validation_differ():
+    ours, held_out = data.open_data("figures:6", 32)
+    assert not any(np.array_equal(ours[i][0], held_out[j][0]) for i in range(6) for j in range(6))
