@@ -20,6 +20,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -32,6 +33,7 @@ from tqdm import tqdm
 import keypoints
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")     # not EPS, for which PIL would start another program
 ZOOM = (0.8, 1.0)               # side of a training crop, as a share of the picture's short side
 BROKEN_LIMIT = 0.01             # share of pictures that may be unusable before we stop
 FIGURES_VERSION = 1             # raise it when a figure's pixels change: cached latents are then made anew
@@ -67,7 +69,7 @@ def read_picture(path: str | Path, at_least: int | None = None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 if at_least:
                     image.draft(None, (at_least, at_least))     # decodes a large JPEG at 1/2, 1/4 or 1/8
                 image.load()
@@ -96,7 +98,8 @@ def augment(
     pose: np.ndarray,                           # [17,3], normalised to that picture
     size: int,                                  # side of the square that comes out
     rng: np.random.Generator | None = None,     # None: the centre crop of the whole short side
-    zoom: tuple[float, float] = (1.0, 1.0),     # range of the crop's side as a share of the short side; needs rng
+    zoom: tuple[float, float] = (1.0, 1.0),     # range of the crop's side as a share of the short side, but not so
+                                                # small that it would be blown up; needs rng
     flip: bool = False,                         # with rng: mirror every other one; without: mirror
 ) -> tuple[np.ndarray, np.ndarray]:
     """Crop, resize, mirror: the one place where a picture changes its geometry, and its pose with it.
@@ -109,7 +112,8 @@ def augment(
     side, across, down, mirror = min(W, H), 0.5, 0.5, flip
     if rng is not None:
         scale, across, down, coin = rng.random(4)
-        side = max(1, round(side * (zoom[0] + (zoom[1] - zoom[0]) * scale)))
+        least = max(zoom[0], min(zoom[1], size / side))         # a small picture is not cropped to be blown up again
+        side = max(1, round(side * (least + (zoom[1] - least) * scale)))
         mirror = flip and coin < 0.5
     # Whole pixels: a crop that needs no scaling is then an exact copy.
     x0, y0 = min(int(across * (W - side + 1)), W - side), min(int(down * (H - side + 1)), H - side)
@@ -803,7 +807,6 @@ class PoseFolder(Pictures):
         self,
         root: str | Path,
         size: int,                          # side of the square pictures that come out
-        files: list[str] | None = None,     # only these, named as in `names`
     ):
         self.size, self.broken, self.skipped = size, {}, 0
         self.paths: list[str] = []          # picture i
@@ -821,12 +824,6 @@ class PoseFolder(Pictures):
         else:
             self._read_coco(find_coco(root), [root])
         self.names = [os.path.relpath(p, self.root).replace(os.sep, "/") for p in self.paths]
-        if files is not None:
-            unknown = set(files) - set(self.names)
-            if unknown:
-                raise DataError(f"{root}: has no picture {min(unknown)}; name files as in images/a.png")
-            keep = [i for i, name in enumerate(self.names) if name in set(files)]
-            self.names, self.paths, self.poses = ([a[i] for i in keep] for a in (self.names, self.paths, self.poses))
         self.total = len(self.paths) + len(self.broken)
         self.note({})
         if not self.paths:
@@ -914,10 +911,6 @@ class PoseFolder(Pictures):
             where = "" if path in reason else f"{path}: "
             raise DataError(f"{self.root}: {len(self.broken)} of {self.total} pictures cannot be used, "
                             f"more than {BROKEN_LIMIT:.0%}; the first is {where}{reason}")
-
-    def write_broken(self, path: str | Path) -> None:
-        """A line a file: its path, a tab, the reason."""
-        Path(path).write_text("".join(f"{p}\t{reason}\n" for p, reason in self.broken.items()), encoding="utf-8")
 
     def groups(self) -> list[str]:
         """Pictures of one clip share a group: metadata.csv's word for it, else the name without its frame number."""
@@ -1019,13 +1012,21 @@ def note_broken(ds: Dataset, broken: dict[str, str]) -> None:
         ds.note(broken)
 
 
-def write_broken(ds: Dataset, path: str | Path) -> None:
-    """Names the unusable pictures of ds, with reasons, in the file `path`; writes none where there are none."""
-    while hasattr(ds, "ds"):
-        ds = ds.ds
-    if getattr(ds, "broken", None):
-        ds.write_broken(path)
-        print(f"{len(ds.broken)} unusable pictures were left out; {path} names them")
+@contextmanager
+def naming_broken(path: str | Path, *datasets: Dataset) -> Iterator[None]:
+    """However the block ends, the file `path` then names the pictures found unusable in it, if there are any."""
+    try:
+        yield
+    finally:
+        bases = []
+        for ds in datasets:
+            while hasattr(ds, "ds"):
+                ds = ds.ds
+            bases += [ds] if getattr(ds, "broken", None) and ds not in bases else []
+        if bases:
+            broken = {name: reason for ds in bases for name, reason in ds.broken.items()}
+            Path(path).write_text("".join(f"{name}\t{reason}\n" for name, reason in broken.items()), encoding="utf-8")
+            print(f"{len(broken)} unusable pictures were left out; {path} names them", file=sys.stderr)
 
 
 def split(ds: Dataset, fraction: float = 0.1) -> tuple[Part, Part]:
@@ -1052,7 +1053,7 @@ def split(ds: Dataset, fraction: float = 0.1) -> tuple[Part, Part]:
 def find_pictures(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; pictures go there")
-    found = sorted(os.path.join(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names
+    found = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names
                    if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."))
     if not found:
         raise DataError(f"{folder}: no pictures in it ({' '.join(sorted(SUFFIXES))})")
@@ -1097,12 +1098,15 @@ def read_groups(path: Path) -> dict[str, str]:
     """metadata.csv -> {file: group}; empty if there is no such file or no such column."""
     if not path.is_file():
         return {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        column = next((c for c in ("group", "animation", "clip", "video") if c in (rows.fieldnames or [])), None)
-        if column is None or "file" not in rows.fieldnames:
-            return {}
-        return {row["file"]: row[column] for row in rows}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            column = next((c for c in ("group", "animation", "clip", "video") if c in (rows.fieldnames or [])), None)
+            if column is None or "file" not in rows.fieldnames:
+                return {}
+            return {row["file"]: row[column] for row in rows}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a table ({error}); mend it or take it away") from error
 
 
 # --------------------------------------------------------------------------------------------- batches
@@ -1165,7 +1169,7 @@ def load(steps: Steps, ks: range, workers: int, device: str | torch.device) -> I
         try:
             images, poses, indices, broken = next(items)
         except RuntimeError as error:
-            if "worker" not in str(error):
+            if "DataLoader worker (pid" not in str(error):
                 raise
             raise DataError("a process that loads pictures died, most often for want of memory or of /dev/shm; "
                             f"try fewer workers, or none ({str(error).splitlines()[0]})") from error
@@ -1181,7 +1185,7 @@ def batches(
     stop: int,                          # one past the last
     workers: int = 0,                   # processes that load; the batches are the same for any number
     augment: bool = False,              # random crop and mirror, else the centre crop
-    zoom: tuple[float, float] = ZOOM,   # range of the random crop; (1, 1) leaves only the mirror of a square picture
+    zoom: tuple[float, float] = ZOOM,   # range of the random crop; never so far that the crop would be blown up
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yields (images [B,3,S,S] in [-1,1], poses [B,17,3], indices [B]) for steps start..stop-1.
@@ -1214,17 +1218,22 @@ def open_data(spec: str, size: int, val: str | None = None, remember: bool = Tru
         count = spec.partition(":")[2] or str(FIGURES_TRAIN)
         if not count.isdecimal() or int(count) < 1:
             raise DataError(f"--data {spec}: after figures: comes a number of pictures, such as figures:10000")
+        if val:
+            raise DataError(f"--val {val}: procedural figures have held-out figures of their own; leave --val out")
         train = Figures(int(count), size, seed=0)
         held_out = Figures(min(int(count), FIGURES_VAL), size, seed=1)
-        if remember:
-            train = InMemory(train)
-            for i in tqdm(range(len(train)), desc="drawing figures", unit="img", dynamic_ncols=True):
-                train.source(i)
     elif val:
         train, held_out = PoseFolder(spec, size), PoseFolder(val, size)
     else:
         train, held_out = split(PoseFolder(spec, size))
-    return (InMemory(train) if remember and is_folder(spec) else train), held_out
+    return (InMemory(train) if remember else train), held_out
+
+
+def remember_all(ds: Pictures) -> None:
+    """Draws all figures of an InMemory now, with a bar, so that no training step waits for them."""
+    if isinstance(ds, InMemory) and isinstance(ds.ds, Figures):
+        for i in tqdm(range(len(ds)), desc="drawing figures", unit="img", dynamic_ncols=True):
+            ds.source(i)
 
 
 def in_order(ds: Pictures, batch_size: int, limit: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -1477,7 +1486,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         return check(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
 

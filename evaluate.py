@@ -138,6 +138,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     ldm, _ = checkpoint.load_ldm(args.ckpt, device)
     with torch.no_grad():
         pairs = [(ldm.encode(x.to(device)), pose) for x, pose in batches]
+    if not pairs:
+        raise ValueError(f"--data {args.data} has no usable held-out picture")
     z, poses = (torch.cat(part).to(device) for part in zip(*pairs, strict=True))
     return condition_losses(ldm, Diffusion(**ldm.schedule), z, poses)
 

@@ -48,7 +48,7 @@ def read_json(path: str | Path) -> object:
         raise PoseError(f"pose file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as e:
         raise PoseError(f"pose file {path} cannot be read: {e}") from None
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:               # also an integer of 5,000 digits
         raise PoseError(f"pose file {path} is not valid JSON ({e}); export it again") from None
 
 
@@ -92,7 +92,8 @@ def _clean(pose: np.ndarray) -> np.ndarray:
 def read_seed(path: str | Path) -> np.ndarray:
     """The pose [17, 3] float64 of a file in the seed's layout, {"nose": [row, col], ...} on a 512 canvas.
 
-    float64, because the seed's cell ids are floors of these numbers: 175.99999999999997 must not become 176.
+    float64, because the seed's cell ids are floors of these numbers: 175.99999999999997 must not become 176. (Datasets
+    hold float32, so in training such a joint may fall one cell further; sampling keeps float64.)
     """
     data = read_json(path)
     if not isinstance(data, dict):
@@ -113,6 +114,8 @@ def read_coco(path: str | Path) -> dict[str, list[np.ndarray]]:
         where = f"{path}: images[{i}]"
         if not isinstance(image, dict) or not isinstance(image.get("file_name"), str):
             raise PoseError(f"{where} has no file_name")
+        if not isinstance(image.get("id"), int | str):
+            raise PoseError(f"{where}: id is {str(image.get('id'))[:60]}; a number or a string is needed")
         width, height = _numbers([image.get("width"), image.get("height")], (2,), f"{where}: [width, height]")
         if width <= 0 or height <= 0:
             raise PoseError(f"{where}: width {width:g} and height {height:g} must be positive")
@@ -124,7 +127,7 @@ def read_coco(path: str | Path) -> dict[str, list[np.ndarray]]:
             raise PoseError(f"{where} is not an object")
         if person.get("iscrowd") or not person.get("num_keypoints", 1) or "keypoints" not in person:
             continue
-        if person.get("image_id") not in sizes:
+        if not isinstance(person.get("image_id"), int | str) or person["image_id"] not in sizes:
             raise PoseError(f"{where}: image_id {person.get('image_id')} is not among the images")
         name, width, height = sizes[person["image_id"]]
         flat = np.array(_numbers(person["keypoints"], (3 * len(JOINTS),), f"{where}: keypoints"))
@@ -323,9 +326,9 @@ class PoseCondition(nn.Module):
             if drop is not None:                                                        # all zeros: no pose
                 context = context * ~drop[:, None, None]
         if self.encoder is not None:
-            context = self.encoder(pose, drop)
+            context = self.encoder(pose.float(), drop)
         if "maps" in c.doors:
-            maps = heatmaps(pose, size, c.sigma)
+            maps = heatmaps(pose.float(), size, c.sigma)
             if drop is not None:
                 maps = maps * ~drop[:, None, None, None]
         return context, maps

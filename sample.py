@@ -29,7 +29,7 @@ DEFAULT_STEPS = 50              # of DDIM
 
 
 def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, sampler: str = "ddim",
-           steps: int = DEFAULT_STEPS, eta: float = 0.0, guidance: float = 2.0) -> Iterator[Step]:
+           steps: int = DEFAULT_STEPS, eta: float = 0.0, guidance: float = 1.0) -> Iterator[Step]:
     """Denoises one latent a pose, [B, 17, 3] with seeds [B], for pictures of size x size; yields every step.
 
     The last step's x [B, C, h, w] is the sample: `ldm.decode` makes the pictures [B, 3, size, size] of it.
@@ -38,7 +38,7 @@ def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, samp
     shape = (ldm.vq.config.embed_dim, size // ldm.vq.config.factor, size // ldm.vq.config.factor)
     device = ldm.mean.device
     x_T, noise_fn = per_image_noise(seeds, shape)
-    eps_fn = guided(ldm, poses.to(device, torch.float32), guidance)
+    eps_fn = guided(ldm, poses.to(device), guidance)
     if sampler == "ddpm":
         return ddpm(diffusion, eps_fn, x_T.to(device), noise_fn)
     return ddim(diffusion, eps_fn, x_T.to(device), steps, eta, noise_fn)
@@ -78,9 +78,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("-n", type=int, default=4, help="pictures a pose (default %(default)s)")
     add("--sampler", choices=("ddim", "ddpm"), default="ddim")
     add("--steps", type=int, default=DEFAULT_STEPS, help="of DDIM, 1 to 1000 (default %(default)s; ddpm takes all)")
-    add("--eta", type=float, default=0.0, help="noise of DDIM, 0 to 1 (default %(default)s)")
-    add("--guidance", type=float, default=2.0, metavar="W",
-        help="1: as trained, 0: without the pose, above 1: more of the pose (default %(default)s)")
+    add("--eta", type=float, help="noise of DDIM, 0 to 1 (default "
+        f"{checkpoint.DEFAULT_ETA:g}, or 0 for a model that was trained without dropping poses)")
+    add("--guidance", type=float, metavar="W", help="1: as trained, 0: without the pose, above 1: more of the pose "
+        f"(default {checkpoint.DEFAULT_GUIDANCE:g}, or 1 for a model that was trained without dropping poses)")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--out", default="samples.png", metavar="FILE", help="the picture to write (default %(default)s)")
@@ -93,10 +94,11 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"-n is {args.n}; it must be at least 1")
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}; it must be 0 or more")
-    if not math.isfinite(args.guidance):
+    if args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}; it must be a finite number")
     if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--out is {args.out}; its name must end in .png, .jpg or .webp")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)       # before the pictures are drawn, not after
     args.device = checkpoint.find_device(args.device)
 
 
@@ -107,6 +109,11 @@ def main(argv: list[str] | None = None) -> int:
         poses, names = read_poses(args.poses)
         ldm, payload = checkpoint.load_ldm(args.ckpt, args.device)
         size, began = payload["config"]["size"], time.monotonic()
+        args.guidance = ldm.guidance if args.guidance is None else args.guidance
+        args.eta = ldm.eta if args.eta is None else args.eta
+        if args.guidance != 1 and not ldm.knows_null:
+            raise ValueError(f"--guidance is {args.guidance:g}, but {args.ckpt} was trained without dropping poses, so "
+                             "it has no picture of no pose; leave --guidance out")
         every = torch.from_numpy(np.stack(poses)).repeat_interleave(args.n, dim=0)      # [P n, 17, 3]
         seeds = [args.seed + i for i in range(args.n)] * len(poses)
         pictures = draw_pictures(ldm, every, seeds, size, sampler=args.sampler, steps=args.steps, eta=args.eta,

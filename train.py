@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import statistics
@@ -43,11 +42,12 @@ from vq import VQConfig, VQModel
 MEASURE_STEPS = 40              # steps whose rate decides the length of a --minutes run; the warm-up is longer
 RESERVE = 0.08                  # share of --minutes left for evaluations, previews, checkpoints and a slower machine
 SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
+INTERRUPTED = 130               # exit status after Ctrl-C, so that a script does not go on to the next stage
 LOG_EVERY = 20                  # steps between lines of log.jsonl
 EVALS = 10                      # evaluations a run
 EVAL_PICTURES = 512             # held-out pictures an evaluation looks at, at most
 PREVIEWS = 8                    # pictures in a preview
-PREVIEW_STEPS, PREVIEW_GUIDANCE = 25, 2.0
+PREVIEW_STEPS = 25              # of DDIM
 HARMLESS = {"minutes", "workers", "device", "compile", "out"}       # may differ from the run that is resumed
 
 
@@ -65,7 +65,6 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     free: float = 0.0                               # stage 1: share of the run before the codebook is switched on
-    mse: float = 0.0                                # stage 1: weight of the squared error beside the absolute one
     p_drop: float = 0.1                             # stage 2: share of poses dropped, for guidance
     ema_decay: float = 0.9999                       # stage 2: with warm-up min(d, (1 + n) / (10 + n))
 
@@ -97,21 +96,23 @@ PRESETS = {
     "toy": Preset(64, VQConfig(ch=32, n_embed=2048, resolution=64, **NORM_FREE),
         _unet(64, (1, 2, 3), (2, 4), 4), ConditionConfig(BOTH, 64),
         vq=Recipe(8, 1e-3, minutes=9.0, lr_final=0.03, free=0.15),
-        ldm=Recipe(64, 4e-4, minutes=23.0, lr_final=0.05, warmup=100)),
+        ldm=Recipe(32, 4e-4, minutes=23.0, lr_final=0.05, warmup=100)),
     "small": Preset(128, VQConfig(ch=32, n_embed=4096, resolution=128, **NORM_FREE),
         _unet(64, (1, 2, 3, 4), (4, 8), 4), ConditionConfig(BOTH, 64),
-        vq=Recipe(8, 1e-3, minutes=60, lr_final=0.03, free=0.15),
-        ldm=Recipe(32, 4e-4, minutes=240, lr_final=0.05, warmup=100)),
+        vq=Recipe(4, 5e-4, minutes=60, lr_final=0.03, free=0.15, warmup=100),        # 1e-3 diverges at 128 pixels
+        ldm=Recipe(16, 4e-4, minutes=240, lr_final=0.05, warmup=100)),
     # ours at the seed's size: its networks, but codes from encoder outputs, poses by both doors, normalised latents
     "base": Preset(256, VQConfig(),
         _unet(160, (1, 2, 3, 4), (2, 4, 8), 8), ConditionConfig(BOTH, 256),
         vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000),
         ldm=Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)),
-    # the seed's own: batch 32 at 2e-6 a sample, one raw-id token, no condition dropout, latents as they come
+    # the seed's own: batch 32 at 2e-6 a sample, one raw-id token, no condition dropout, latents as they come; but ours
+    # draws and restarts its codes, mirrors pictures, clips gradients, and has no perceptual or adversarial loss yet
     "danbooru": Preset(256, VQConfig(),
         _unet(160, (1, 2, 3, 4), (8, 4, 2), 8), ConditionConfig(SEED, seed_dim=32),
-        vq=Recipe(4, 1.8e-5, steps=180_000, betas=(0.5, 0.9)),
-        ldm=Recipe(32, 6.4e-5, steps=225_000, betas=(0.9, 0.999), weight_decay=0.01, p_drop=0.0), normalise=False),
+        vq=Recipe(4, 1.8e-5, steps=180_000, warmup=1, betas=(0.5, 0.9)),
+        ldm=Recipe(32, 6.4e-5, steps=225_000, warmup=1, betas=(0.9, 0.999), weight_decay=0.01, p_drop=0.0),
+        normalise=False),
     "f8": Preset(256, VQConfig(ch_mult=(1, 2, 2, 4), z_channels=4, embed_dim=4, n_embed=16384, attn_resolutions=(32,)),
         _unet(160, (1, 2, 3, 4), (1, 2, 4), 8), ConditionConfig(BOTH, 256),
         vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000),
@@ -148,6 +149,8 @@ class Config:
     cond_config: ConditionConfig | None
     schedule: dict | None
     normalise: bool
+    pictures: int | None = None                     # found by the run itself: how many train
+    vq_hash: str | None = None                      # stage 2: of the weights in `vq`
 
 
 def make_config(args: argparse.Namespace) -> Config:
@@ -161,6 +164,8 @@ def make_config(args: argparse.Namespace) -> Config:
     steps, minutes = args.steps, args.minutes
     if steps is None and minutes is None:
         steps, minutes = recipe.steps, recipe.minutes
+    if args.seed < 0 or (args.workers or 0) < 0:
+        raise ValueError(f"--seed is {args.seed} and --workers {args.workers}; neither can be below 0")
     for name, value in (("--steps", steps), ("--minutes", minutes), ("--batch-size", recipe.batch_size),
                         ("--lr", recipe.lr)):
         if value is not None and not 0 < value < math.inf:
@@ -216,11 +221,15 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def check_finite(loss: Tensor, step: int, run: Run) -> None:
-    """ValueError where the loss is NaN or infinite; called before anything is logged or saved."""
-    if not math.isfinite(loss.item()):
-        raise ValueError(f"the loss is {loss.item()} at step {step}; {run.last} still holds the last good state: "
-                         "start over with a lower --lr, or with --amp off")
+def check_finite(loss: Tensor, grad_norm: Tensor, step: int, c: Config) -> None:
+    """ValueError where loss or gradient is not finite; called before anything is logged or saved.
+
+    In fp16 an infinite gradient is how the GradScaler finds its scale: it skips that step by itself.
+    """
+    for name, value in (("loss", loss.item()), ("gradient norm", grad_norm.item())):
+        if not math.isfinite(value) and not (c.amp == "fp16" and name != "loss"):
+            raise ValueError(f"the {name} is {value} at step {step}; nothing of it was saved: start over with --fresh "
+                             "and a lower --lr, or with --amp off")
 
 
 class EMA:
@@ -228,7 +237,8 @@ class EMA:
 
     def __init__(self, model: nn.Module, average: nn.Module, decay: float):
         self.decay = decay
-        self.params, self.average = list(model.parameters()), list(average.parameters())
+        pairs = [(p, a) for p, a in zip(model.parameters(), average.parameters(), strict=True) if p.requires_grad]
+        self.params, self.average = zip(*pairs, strict=True)
 
     @torch.no_grad()
     def update(self, n: int) -> None:
@@ -243,7 +253,7 @@ class Run:
 
     def __init__(self, c: Config, fresh: bool):
         self.began = time.monotonic()
-        self.c, self.dir = c, Path(c.out)
+        self.c, self.dir, self.resumed = c, Path(c.out), None
         self.last, self.best_path, self.log_path = self.dir / "last.pt", self.dir / "best.pt", self.dir / "log.jsonl"
         try:
             (self.dir / "samples").mkdir(parents=True, exist_ok=True)
@@ -251,48 +261,54 @@ class Run:
             (self.dir / ".writable").unlink()
         except OSError as e:
             raise ValueError(f"--out {self.dir} cannot be written ({e.strerror}); choose another folder") from None
+        if self.last.exists():
+            self.resumed = checkpoint.load(self.last, c.stage, "give another --out")
         if fresh:
-            for path in (self.last, self.best_path, self.log_path, self.dir / "config.json", self.dir / "curves.png"):
+            self.resumed = None
+            for path in (self.last, self.best_path, self.log_path, self.dir / "curves.png", self.dir / "broken.txt"):
                 path.unlink(missing_ok=True)
             shutil.rmtree(self.dir / "samples")
             (self.dir / "samples").mkdir()
-        self.resumed = checkpoint.load(self.last, c.stage) if self.last.exists() else None
-        self.start = self.resumed["step"] if self.resumed else 0
-        self.best = self.resumed["train"]["best"] if self.resumed else None
         if self.resumed:
             self._check_same(self.resumed["config"])
+        self.start = self.resumed["step"] if self.resumed else 0
+        self.best = self.resumed["train"]["best"] if self.resumed else None
         self._cut_log()
         self.saved_at = time.monotonic()
-        self.step_seconds: list[float] = []
+        self.ticks: list[float] = []
         self._write_config()
 
     def _check_same(self, old: dict) -> None:
-        """A resumed run must be the one that was begun; takes over its number of steps."""
+        """A resumed run must be the one that was begun; its length stays what it was."""
         new = plain(self.c)
-        if self.c.steps is None or old["minutes"] is not None:
+        if self.c.steps is None:
             new["steps"] = old["steps"]
         for key in new:
             if new[key] != old.get(key) and key not in HARMLESS:
                 raise ValueError(f"{self.dir} holds a run with {key} = {old.get(key)}, but this command has {key} = "
                                  f"{new[key]}; repeat the old command to resume it, or give another --out, or --fresh")
-        self.c = replace(self.c, steps=old["steps"])
+        self.c = replace(self.c, steps=old["steps"], minutes=old["minutes"])
 
     def _cut_log(self) -> None:
         """Steps after the checkpoint will be made, and logged, again."""
         if self.log_path.exists():
-            kept = [r for r in read_log(self.log_path) if r["step"] <= self.start]
-            self.log_path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            kept = [r for r in read_log(self.log_path) if r["step"] < self.start]
+            shorter = self.log_path.with_suffix(".partial")
+            shorter.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            os.replace(shorter, self.log_path)
 
     def _write_config(self) -> None:
         (self.dir / "config.json").write_text(json.dumps(plain(self.c), indent=1))
 
-    def clock(self, step: int, seconds: float) -> None:
+    def clock(self, step: int) -> None:
         """Called after each step; after MEASURE_STEPS of a --minutes run fixes its number of steps."""
         if self.c.steps is not None:
             return
-        self.step_seconds.append(seconds)
-        if len(self.step_seconds) == MEASURE_STEPS:
-            rate = statistics.median(self.step_seconds[MEASURE_STEPS // 4:])
+        if self.c.device.startswith("cuda"):
+            torch.cuda.synchronize(self.c.device)
+        self.ticks.append(time.monotonic())
+        if len(self.ticks) == MEASURE_STEPS:
+            rate = statistics.median(np.diff(self.ticks[MEASURE_STEPS // 4:]))
             left = self.c.minutes * 60 * (1 - RESERVE) - (time.monotonic() - self.began)
             self.c = replace(self.c, steps=step + 1 + max(1, int(left / rate)))
             self._write_config()
@@ -315,15 +331,28 @@ class Run:
         self.best = score if better else self.best
         payload = payload | {"format": checkpoint.FORMAT, "step": step, "config": plain(self.c)}
         payload["train"] = payload["train"] | {"best": self.best}
-        checkpoint.save(self.last, payload)
-        if better:
+        if better:              # before last.pt, which says that this score has been reached
             checkpoint.save(self.best_path, {k: v for k, v in payload.items() if k != "train"})
+        checkpoint.save(self.last, payload)
         self.saved_at = time.monotonic()
 
-    def finish(self, what: str) -> None:
+    def finish(self, stopped: list[int], step: int, what: str) -> bool:
+        """Says how the run ended; is it complete?"""
+        if stopped:
+            where = f"at step {step} of {self.c.steps}" if self.c.steps else "before its first checkpoint"
+            print(f"{self.dir}: stopped {where}; the same command again goes on from there")
+            return False
         minutes = (time.monotonic() - self.began) / 60
         print(f"{self.dir}: {what}\n{minutes:.1f} minutes, peak memory {peak_memory(self.c.device):.2f} GiB; "
               f"see {self.dir}/curves.png and {self.dir}/samples/")
+        return True
+
+    def is_complete(self) -> bool:
+        """Nothing left to do? Says so."""
+        complete = self.c.steps is not None and self.start >= self.c.steps
+        if complete:
+            print(f"{self.dir} is complete at step {self.start}; --fresh starts it over")
+        return complete
 
 
 def plain(c: Config) -> dict:
@@ -345,7 +374,8 @@ def read_log(path: Path) -> list[dict]:
 def peak_memory(device: str) -> float:
     """GiB: of the GPU where it trains there, else of this process."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2 ** 30
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    import resource  # here, because Windows lacks it
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
@@ -382,7 +412,12 @@ def plot_curves(run: Run, panels: dict[str, tuple[str, ...]]) -> None:
         for key in keys:
             points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
             if points:
-                ax.plot(*zip(*points, strict=True), label=key, marker="." if len(points) < 30 else None)
+                steps, values = (np.array(column) for column in zip(*points, strict=True))
+                few = len(points) < 30
+                line, = ax.plot(steps, values, label=key, marker="." if few else None, alpha=1 if few else 0.25)
+                if not few:             # one batch is noisy: the mean of 15 lines of the log over it
+                    mean = np.convolve(values, np.ones(15) / 15, mode="valid")
+                    ax.plot(steps[7:7 + len(mean)], mean, color=line.get_color())
         ax.set(title=title, xlabel="step")
         ax.grid(alpha=0.3)
         if ax.lines:
@@ -393,10 +428,12 @@ def plot_curves(run: Run, panels: dict[str, tuple[str, ...]]) -> None:
 
 # --------------------------------------------------------------------------------------------------- stage 1
 
-def train_vq(c: Config, fresh: bool = False) -> Path:
-    """Trains the autoencoder of config c; returns the path of its last checkpoint."""
-    run = Run(c, fresh)
+def train_vq(c: Config, fresh: bool = False) -> bool:
+    """Trains the autoencoder of config c; True when it is complete, False when it was stopped."""
     train, val = data.open_data(c.data, c.size, c.val, remember=c.workers == 0)
+    run = Run(replace(c, pictures=len(train)), fresh)
+    if run.is_complete():
+        return True
     device, r = torch.device(c.device), c.recipe
     torch.manual_seed(c.seed)
     model = VQModel(c.vq_config).to(device, memory_format=torch.channels_last)
@@ -422,17 +459,16 @@ def train_vq(c: Config, fresh: bool = False) -> Path:
         preview_vq(model, val, run.dir / "samples" / f"{step:07d}.png", c, result)
         return result
 
-    result, restarts = {}, 0
-    with stop_signals() as stopped, steps_bar(run) as bar:
-        zoom = data.ZOOM if data.is_folder(c.data) else (1.0, 1.0)      # figures are framed already
-        for step, (x, _, _) in zip(itertools.count(run.start), data.batches(
-                train, r.batch_size, c.seed, run.start, run.c.steps or sys.maxsize, c.workers, augment=True, zoom=zoom,
-                device=device), strict=False):
-            began = time.perf_counter()
+    result, restarts = {}, 0                        # restarts: of dead codes, in this step
+    data.remember_all(train)
+    with stop_signals() as stopped, data.naming_broken(run.dir / "broken.txt", train, val), steps_bar(run) as bar:
+        stop = run.c.steps or sys.maxsize
+        for step, (x, _, _) in enumerate(data.batches(train, r.batch_size, c.seed, run.start, stop, c.workers,
+                                                      augment=True, device=device), run.start):
             seed_step(c.seed, step)
             for group in opt.param_groups:
                 group["lr"] = lr_at(step, run.c)
-            first = int(r.free * run.c.steps) if run.c.steps else sys.maxsize   # the step that switches codes on
+            first = quantize_from(run.c)
 
             with autocast(c):
                 h = model.encode(x)
@@ -441,7 +477,7 @@ def train_vq(c: Config, fresh: bool = False) -> Path:
                 z_q, codebook_loss, indices = model.quantize(h)     # also timed, and thrown away, while step < first
                 x_hat = model.decode_raw(z_q if step >= first else h)
             error = x_hat.float() - x
-            loss = error.abs().mean() + r.mse * error.square().mean()
+            loss = error.abs().mean()
             if step >= first:
                 loss = loss + codebook_loss
             opt.zero_grad(set_to_none=True)
@@ -450,15 +486,15 @@ def train_vq(c: Config, fresh: bool = False) -> Path:
             grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
             scaler.step(opt)
             scaler.update()
-            if step >= first:
-                restarts += model.quantize.update(h, indices)
+            if step >= first and (c.amp != "fp16" or math.isfinite(grad_norm)):     # the scaler skips such a step
+                restarts = model.quantize.update(h, indices)
 
-            run.clock(step, time.perf_counter() - began)
+            run.clock(step)
             bar.total = run.c.steps
             bar.update()
             logging = step % LOG_EVERY == 0 or step + 1 == run.c.steps
             if logging or run.due(step) or run.save_due() or stopped:
-                check_finite(loss, step, run)
+                check_finite(loss, grad_norm, step, c)
             if logging:
                 numbers = {"loss": loss.item(), "grad_norm": grad_norm.item()}
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
@@ -470,27 +506,29 @@ def train_vq(c: Config, fresh: bool = False) -> Path:
                                   "codes used": ("val_codes_used",), "gradient norm": ("grad_norm",)})
                 bar.write(f"step {step + 1:6d}  PSNR {result['psnr']:.2f} dB (box {result['psnr_box']:.2f})  codes "
                           f"used {result['codes_used']:.1%}  perplexity {result['perplexity']:.0f}")
-            if run.due(step) or run.save_due() or stopped:
+            if run.due(step) or run.save_due() or (stopped and run.c.steps):
                 run.save(step + 1, payload(), result["psnr"] if run.due(step) else None)
             if stopped or step + 1 == run.c.steps:
                 break
-    data.write_broken(train, run.dir / "broken.txt")
-    if stopped:
-        print(f"stopped at step {step + 1} of {run.c.steps}; the same command again goes on from there")
-    elif result:
-        run.finish(f"held-out PSNR {result['psnr']:.2f} dB, {result['psnr'] - result['psnr_box']:+.2f} over box; codes "
-                   f"used {result['codes_used']:.1%} of {c.vq_config.n_embed}, perplexity {result['perplexity']:.0f}")
-    else:
-        print(f"{run.dir} is complete at step {run.start}; --fresh starts it over")
-    return run.last
+    return run.finish(stopped, step + 1, "" if not result else
+                      f"held-out PSNR {result['psnr']:.2f} dB, {result['psnr'] - result['psnr_box']:+.2f} over box; "
+                      f"codes used {result['codes_used']:.1%} of {c.vq_config.n_embed}, perplexity "
+                      f"{result['perplexity']:.0f}")
+
+
+def quantize_from(c: Config) -> int:
+    """The step of stage 1 that draws the codebook; a --minutes run cannot know it before its length is known."""
+    return sys.maxsize if c.steps is None else max(int(c.recipe.free * c.steps), MEASURE_STEPS if c.minutes else 0)
 
 
 @torch.no_grad()
 def preview_vq(model: VQModel, val: data.Pictures, path: Path, c: Config, result: dict) -> None:
     """A labelled picture of original | box | reconstruction | error for the first held-out pictures."""
     x = next(data.in_order(val, PREVIEWS, PREVIEWS))[0].to(c.device)
+    model.eval()
     with autocast(c):
         x_hat = model(x)[0].float().clamp(-1, 1)
+    model.train()
     box = evaluate.box_baseline(x, c.vq_config.factor)
     error = (x_hat - x).abs().mean(1, keepdim=True).expand_as(x) * 2 - 1
     rows = [[data.to_uint8(b[i]) for b in (x, box, x_hat, error)] for i in range(len(x))]
@@ -500,28 +538,37 @@ def preview_vq(model: VQModel, val: data.Pictures, path: Path, c: Config, result
 
 # --------------------------------------------------------------------------------------------------- stage 2
 
-def train_ldm(c: Config, fresh: bool = False) -> Path:
-    """Trains the diffusion model of config c in the latents of c.vq; returns the path of its last checkpoint."""
+def train_ldm(c: Config, fresh: bool = False) -> bool:
+    """Trains the diffusion model of config c in the latents of c.vq; True when complete, False when stopped."""
     stage1 = checkpoint.load(c.vq, "vq")
+    vq = checkpoint.build_vq(stage1, c.vq).to(c.device)
+    ours, theirs = (c.size, c.vq_config.embed_dim), (stage1["config"]["size"], vq.config.embed_dim)
+    if ours != theirs:
+        raise ValueError(f"{c.vq} was trained on pictures of {theirs[0]} pixels with {theirs[1]} latent channels, but "
+                         f"preset {c.preset} has {ours[0]} and {ours[1]}; train stage 1 with --preset {c.preset} too, "
+                         "or give its file with --vq")
+    train, val = data.open_data(c.data, c.size, c.val, remember=False)     # each picture is looked at once
+    if len(val) < 2:
+        raise ValueError(f"{c.data} leaves {len(val)} picture to validate on; at least 2 are needed: add pictures, or "
+                         "give a set of its own with --val")
+    c = replace(c, vq_config=vq.config, pictures=len(train), vq_hash=checkpoint.hash_of(stage1["vq"]))
     run = Run(c, fresh)
+    if run.is_complete():
+        return True
     device, r = torch.device(c.device), c.recipe
-    vq = checkpoint.build_vq(stage1, c.vq).to(device)
-    if stage1["config"]["size"] != c.size:
-        raise ValueError(f"{c.vq} was trained on pictures of {stage1['config']['size']} pixels, but preset {c.preset} "
-                         f"has {c.size}; train stage 1 with --preset {c.preset} too, or give its file with --vq")
-    train, val = data.open_data(c.data, c.size, c.val, remember=False)     # each is looked at once
 
     def encode(x: Tensor) -> Tensor:
         with torch.no_grad(), autocast(c):
             return vq.encode(x.to(device)).float()
 
-    key = f"{checkpoint.hash_of(stage1['vq'])} {c.amp}"
-    cache = data.LatentCache(run.dir, key, train, encode, device=device, workers=c.workers)
+    with data.naming_broken(run.dir / "broken.txt", train, val):
+        cache = data.LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, device=device, workers=c.workers)
+        held_out = list(data.in_order(val, 32, EVAL_PICTURES))
     C = vq.config.embed_dim
     mean, std = (cache.mean, cache.std) if c.normalise else (torch.zeros(C, 1, 1), torch.ones(C, 1, 1))
 
     torch.manual_seed(c.seed)
-    ldm = checkpoint.LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule)
+    ldm = checkpoint.LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule, knows_null=r.p_drop > 0)
     ldm = ldm.to(device, memory_format=torch.channels_last)
     averaged = copy.deepcopy(ldm).eval().requires_grad_(False)
     averaged.vq = vq                                        # frozen: one copy serves both
@@ -540,7 +587,6 @@ def train_ldm(c: Config, fresh: bool = False) -> Path:
         ldm.unet.compile()
     mean, std = ldm.mean, ldm.std
 
-    held_out = list(data.in_order(val, 32, EVAL_PICTURES))
     z_val = torch.cat([(encode(x) - mean) / std for x, _ in held_out])
     pose_val = torch.cat([pose for _, pose in held_out]).to(device)
 
@@ -549,12 +595,11 @@ def train_ldm(c: Config, fresh: bool = False) -> Path:
             "unet": ldm.unet.state_dict(), "cond": ldm.cond.state_dict(), "optimizer": opt.state_dict(),
             "scaler": scaler.state_dict()}}
 
-    result, losses = {}, []
+    result, step = {}, run.start
     with stop_signals() as stopped, steps_bar(run) as bar:
         for step in itertools.count(run.start):
             if run.c.steps is not None and step >= run.c.steps:
                 break
-            began = time.perf_counter()
             seed_step(c.seed, step)
             for group in opt.param_groups:
                 group["lr"] = lr_at(step, run.c)
@@ -571,16 +616,14 @@ def train_ldm(c: Config, fresh: bool = False) -> Path:
             scaler.update()
             ema.update(step + 1)
 
-            losses.append(loss.detach())
-            run.clock(step, time.perf_counter() - began)
+            run.clock(step)
             bar.total = run.c.steps
             bar.update()
             logging = step % LOG_EVERY == 0 or step + 1 == run.c.steps
             if logging or run.due(step) or run.save_due() or stopped:
-                check_finite(loss, step, run)
+                check_finite(loss, grad_norm, step, c)
             if logging:
-                numbers = {"loss": torch.stack(losses).mean().item(), "grad_norm": grad_norm.item()}
-                losses.clear()
+                numbers = {"loss": loss.item(), "grad_norm": grad_norm.item()}
                 bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
                 run.log(step, **numbers, lr=lr_at(step, run.c))
             if run.due(step):
@@ -592,19 +635,13 @@ def train_ldm(c: Config, fresh: bool = False) -> Path:
                     "gradient norm": ("grad_norm",)})
                 bar.write(f"step {step + 1:6d}  held-out loss: right {result['right']:.4f}  shuffled "
                           f"{result['shuffled']:.4f}  null {result['null']:.4f}  ratio {result['ratio']:.3f}")
-            if run.due(step) or run.save_due() or stopped:
+            if run.due(step) or run.save_due() or (stopped and run.c.steps):
                 run.save(step + 1, payload(), -result["right"] if run.due(step) else None)
             if stopped:
                 break
-    data.write_broken(train, run.dir / "broken.txt")
-    if stopped:
-        print(f"stopped at step {step + 1} of {run.c.steps}; the same command again goes on from there")
-    elif result:
-        run.finish(f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} under "
-                   f"shuffled ones: ratio {result['ratio']:.3f}")
-    else:
-        print(f"{run.dir} is complete at step {run.start}; --fresh starts it over")
-    return run.last
+    return run.finish(stopped, step + 1, "" if not result else
+                      f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} under "
+                      f"shuffled ones: ratio {result['ratio']:.3f}")
 
 
 @torch.no_grad()
@@ -615,11 +652,11 @@ def preview_ldm(ldm: checkpoint.LDM, diffusion: Diffusion, batch: tuple[Tensor, 
     with autocast(c):
         x_hat = ldm.decode(ldm.encode(x)).float()
         x_T, noise_fn = per_image_noise(list(range(len(x))), ldm.encode(x).shape[1:])
-        *_, last = ddim(diffusion, guided(ldm, pose, PREVIEW_GUIDANCE), x_T.to(c.device), PREVIEW_STEPS)
+        *_, last = ddim(diffusion, guided(ldm, pose, ldm.guidance), x_T.to(c.device), PREVIEW_STEPS, ldm.eta, noise_fn)
         sample = ldm.decode(last.x).float()
     rows = [[data.to_uint8(x_hat[i]), draw(pose[i].cpu(), c.size), data.to_uint8(sample[i])] for i in range(len(x))]
     data.save_grid(path, [list(row) for row in zip(*rows, strict=True)], labels=["reconstruction of the real picture",
-                   "pose asked for", f"sample, DDIM {PREVIEW_STEPS}, guidance {PREVIEW_GUIDANCE:g}"],
+                   "pose asked for", f"sample, DDIM {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"],
                    title=f"{path.stem}: held-out loss {result['right']:.4f}, shuffled / right {result['ratio']:.3f}")
 
 
@@ -632,7 +669,7 @@ def dry_run(c: Config) -> None:
         parts = {"encoder": VQModel(c.vq_config).encoder, "decoder": VQModel(c.vq_config).decoder}
         if c.stage == "ldm":
             dummy = torch.zeros(c.vq_config.embed_dim, 1, 1)
-            ldm = checkpoint.LDM(VQModel(c.vq_config), c.unet_config, c.cond_config, dummy, dummy, c.schedule)
+            ldm = checkpoint.LDM(VQModel(c.vq_config), c.unet_config, c.cond_config, dummy, dummy, c.schedule, True)
             parts |= {"UNet": ldm.unet, "pose encoder": ldm.cond}
     length = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes (the step rate decides how many steps)"
     print(f"stage {c.stage}, preset {c.preset}: {c.size}x{c.size} pictures, f{f} latents "
@@ -683,16 +720,15 @@ def main(argv: list[str] | None = None) -> int:
             for stage in [args.stage] if args.stage else ["vq", "ldm"]:
                 dry_run(make_config(argparse.Namespace(**vars(args) | {"stage": stage})))
             return 0
-        torch.set_float32_matmul_precision("high")          # TF32 on GPUs
         c = make_config(args)
-        {"vq": train_vq, "ldm": train_ldm}[c.stage](c, args.fresh)
+        complete = {"vq": train_vq, "ldm": train_ldm}[c.stage](c, args.fresh)
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+        return INTERRUPTED
+    return 0 if complete else INTERRUPTED
 
 
 if __name__ == "__main__":

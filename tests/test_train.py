@@ -106,7 +106,8 @@ def test_six_steps_equal_three_and_resume_and_three(tmp_path, monkeypatch, stage
     whole, cut = (checkpoint.load(tmp_path / run / "last.pt", stage) for run in ("whole", "cut"))
     assert whole["step"] == cut["step"] == 6
     same(whole, cut)
-    assert train.read_log(tmp_path / "whole/log.jsonl") == train.read_log(tmp_path / "cut/log.jsonl")
+    logs = [train.read_log(tmp_path / run / "log.jsonl") for run in ("whole", "cut")]
+    assert logs[0] == logs[1] and len(logs[0]) >= 6
     assert [p.name for p in sorted((tmp_path / "cut/samples").iterdir())] == [f"{k:07d}.png" for k in range(1, 7)]
 
 
@@ -119,6 +120,7 @@ def test_a_real_kill_9_loses_nothing_but_time(tmp_path, stage):
         toy = ["--stage", "vq", "--data", "figures:16", "--batch-size", "2", "--steps", "1", "--out", str(vq.parent)]
         assert train.main(toy) == 0
     flags = ["--stage", stage, "--data", "figures:16", "--batch-size", "2", "--steps", "8", "--vq", str(vq)]
+    flags += ["--device", "cpu"]
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
     process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", str(tmp_path / "cut")], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -144,7 +146,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypa
     flags = command("vq", tmp_path / "cut", "--steps", "6")
     with monkeypatch.context() as m:
         m.setattr(torch.nn.utils, "clip_grad_norm_", press_ctrl_c)
-        assert train.main(flags) == 0
+        assert train.main(flags) == train.INTERRUPTED
     assert "stopped at step 2 of 6" in capsys.readouterr().out
     assert train.main(flags) == 0
     assert train.main(command("vq", tmp_path / "whole", "--steps", "6")) == 0
@@ -155,13 +157,58 @@ def test_minutes_become_steps_that_a_resumed_run_keeps(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "MEASURE_STEPS", 4)
     monkeypatch.setattr(train, "EVAL_PICTURES", 4)
     flags = command("vq", tmp_path / "run", "--minutes", "0.1")
-    began = time.monotonic()
-    assert train.main(flags) == 0
+    save = train.Run.save
+
+    def save_then_die(run, *args):
+        save(run, *args)
+        raise Killed
+    with monkeypatch.context() as m:
+        m.setattr(train.Run, "save", save_then_die)
+        with pytest.raises(Killed):
+            train.main(flags)
     steps = json.loads((tmp_path / "run/config.json").read_text())["steps"]
-    assert steps == checkpoint.load(tmp_path / "run/last.pt", "vq")["step"] > 10
-    assert time.monotonic() - began < 30
+    assert steps > checkpoint.load(tmp_path / "run/last.pt", "vq")["step"] >= 4
+    monkeypatch.setattr(train, "MEASURE_STEPS", 2)                              # would measure anew, if it did
     assert train.main(flags) == 0
     assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == steps
+    assert checkpoint.load(tmp_path / "run/last.pt", "vq")["step"] == steps
+
+
+def test_the_codebook_of_a_minutes_run_is_drawn_however_short_it_is(tmp_path):
+    c = train.make_config(train.parse_args(command("vq", tmp_path, "--minutes", "1")))
+    assert train.quantize_from(c) == sys.maxsize
+    assert train.quantize_from(train.replace(c, steps=60)) == train.MEASURE_STEPS
+    assert train.quantize_from(train.replace(c, steps=600)) == 300
+    assert train.quantize_from(train.replace(c, steps=6, minutes=None)) == 3
+
+
+def test_ctrl_c_while_the_rate_is_measured_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.Run, "clock", lambda run, step: os.kill(os.getpid(), signal.SIGINT))
+    assert train.main(command("vq", tmp_path / "run", "--minutes", "1")) == train.INTERRUPTED
+    assert "before its first checkpoint" in capsys.readouterr().out and not (tmp_path / "run/last.pt").exists()
+
+
+def test_stage_two_does_not_go_on_in_another_latent_space(tmp_path, capsys):
+    vq, ldm = command("vq", tmp_path / "vq", "--steps", "2"), command("ldm", tmp_path / "ldm", "--steps", "2")
+    ldm += ["--vq", str(tmp_path / "vq/last.pt")]
+    assert train.main(vq) == 0 and train.main(ldm) == 0
+    assert train.main([*vq, "--seed", "5", "--fresh"]) == 0
+    capsys.readouterr()
+    assert train.main(ldm) == 2 and "vq_hash" in capsys.readouterr().err
+
+
+def test_fresh_with_a_mistake_deletes_nothing(trained, capsys):
+    before = sorted(p.name for p in (trained / "vq").iterdir())
+    for flags in (command("vq", trained / "vq", "--fresh", "--data", "nowhere"),
+                  command("ldm", trained / "vq", "--fresh", "--vq", str(trained / "vq/last.pt"))):
+        assert train.main(flags) == 2
+    assert sorted(p.name for p in (trained / "vq").iterdir()) == before
+
+
+def test_a_length_of_another_kind_is_not_ignored(trained, capsys):
+    assert train.main(command("vq", trained / "vq", "--steps", "9")) == 2
+    error = capsys.readouterr().err
+    assert "steps = 4" in error and "steps = 9" in error
 
 
 def test_a_finished_run_is_left_alone_and_fresh_starts_over(trained, tmp_path, capsys):
@@ -201,11 +248,11 @@ def test_stage_one_learns_and_stage_two_lets_the_pose_in(tmp_path):
     losses = [r["loss"] for r in train.read_log(tmp_path / "ldm/log.jsonl") if "loss" in r]
     assert losses[-1] < 0.95 * losses[0]
     raw = checkpoint.load(tmp_path / "ldm/last.pt", "ldm")["train"]
-    torch.manual_seed(0)                                        # as the run began
     vq = checkpoint.build_vq(checkpoint.load(tmp_path / "vq/last.pt", "vq"), "vq")
-    fresh = checkpoint.LDM(vq, *(train.make_config(train.parse_args(command("ldm", tmp_path / "x")))
-                                 .__getattribute__(k) for k in ("unet_config", "cond_config")),
-                           torch.zeros(3, 1, 1), torch.ones(3, 1, 1), MICRO.schedule)
+    c = train.make_config(train.parse_args(command("ldm", tmp_path / "x")))
+    torch.manual_seed(0)                                        # as the run began
+    fresh = checkpoint.LDM(vq, c.unet_config, c.cond_config, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), {}, True)
+    assert torch.equal(raw["cond"]["encoder.missing"], fresh.cond.encoder.missing)      # figures miss no joint
     for name, start in fresh.cond.state_dict().items():         # every part of the pose encoder has been trained
         assert not torch.equal(raw["cond"][name], start) or name == "encoder.missing", name
 
@@ -282,6 +329,13 @@ def test_a_damaged_checkpoint_is_one_sentence(trained, tmp_path, content):
     assert "bad.pt" in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("start", [b"a text", b".", b"R", b"K", b"\x80\x02}"])
+def test_any_other_file_is_one_sentence(tmp_path, start):
+    (tmp_path / "bad.pt").write_bytes(start)
+    with pytest.raises(ValueError, match="bad.pt cannot be read as a checkpoint"):
+        checkpoint.load(tmp_path / "bad.pt", "vq")
+
+
 def test_a_state_that_does_not_fit_names_keys_and_both_shapes():
     state = VQModel(MICRO.vq_config).state_dict()
     state["quantize.embedding.weight"] = torch.zeros(7, 3)
@@ -304,7 +358,7 @@ def test_a_context_width_that_differs_is_refused():
     unet = train.UNetConfig(in_channels=3, model_channels=32, channel_mult=(1,), num_heads=2, context_dim=None)
     with pytest.raises(ValueError, match="would not reach the UNet"):
         checkpoint.LDM(VQModel(MICRO.vq_config), unet, ConditionConfig(("seed",)), torch.zeros(3, 1, 1),
-                       torch.ones(3, 1, 1), {})
+                       torch.ones(3, 1, 1), {}, True)
 
 
 # ------------------------------------------------------------------------------------------------------- mistakes
@@ -327,7 +381,8 @@ def one_sentence(capsys, code: int, *words: str) -> None:
     (["--lr", "nan"], ["--lr", "nan"]),
     (["--batch-size", "0"], ["--batch-size", "0"]),
     (["--device", "tpu"], ["tpu", "cuda"]),
-    (["--amp", "fp16"], ["fp16", "bf16"]),
+    (["--amp", "fp16"], ["fp16", "bf16"]), (["--seed", "-1"], ["--seed", "-1"]), (["--workers", "-1"], ["--workers"]),
+    (["--val", "somewhere"], ["--val", "somewhere"]),
     pytest.param(["--device", "cuda"], ["cuda", "no CUDA GPU"],
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
@@ -410,6 +465,25 @@ def test_sampling_mistakes_are_one_sentence(trained, tmp_path, monkeypatch, caps
     assert code == 2 and "Traceback" not in error and error.splitlines()[-1].startswith("sample.py: ")
     for word in words:
         assert word in error.splitlines()[-1], error
+
+
+def test_guidance_needs_a_model_that_knows_no_pose(trained, tmp_path, capsys):
+    payload = checkpoint.load(trained / "ldm/last.pt", "ldm") | {"knows_null": False}
+    checkpoint.save(tmp_path / "plain.pt", payload)
+    ldm, _ = checkpoint.load_ldm(tmp_path / "plain.pt")
+    assert (ldm.guidance, ldm.eta) == (1, 0)
+    flags = [POSES[0], "--ckpt", str(tmp_path / "plain.pt"), "--steps", "2", "--out", str(tmp_path / "x.png")]
+    assert sample.main([*flags, "-n", "1"]) == 0
+    capsys.readouterr()
+    one_sentence(capsys, sample.main([*flags, "--guidance", "3"]), "--guidance", "without dropping poses")
+
+
+def test_ddpm_takes_all_steps(trained, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(sample.tqdm, "update", lambda bar, n=1: steps.append(n))
+    assert sample.main([POSES[0], "--ckpt", str(trained / "ldm/last.pt"), "-n", "1", "--sampler", "ddpm",
+                        "--out", str(tmp_path / "x.png")]) == 0
+    assert len(steps) == 1000
 
 
 def test_a_pose_file_that_is_not_there(trained, capsys):

@@ -1,0 +1,94 @@
+"""The procedural figures: the same picture whoever asks, and joints that lie on the body that is drawn."""
+import time
+
+import numpy as np
+import pytest
+
+import data
+from data import Figures
+from keypoints import LIMBS
+
+
+def test_a_picture_depends_on_seed_and_number_alone():
+    forward, backward = Figures(20, 64, seed=3), Figures(1000, 64, seed=3)
+    later = {i: backward[i] for i in reversed(range(20))}
+    for i in range(20):
+        image, pose = forward[i]
+        assert np.array_equal(image, later[i][0]) and np.array_equal(pose, later[i][1])
+    assert not np.array_equal(Figures(1, 64, seed=4)[0][0], forward[0][0])
+    assert len({forward[i][0].tobytes() for i in range(20)}) == 20
+
+
+def test_the_size_changes_nothing_but_the_size():
+    small, large = Figures(10, 32), Figures(10, 128)
+    for i in range(10):
+        (image, pose), (image4, pose4) = small[i], large[i]
+        np.testing.assert_allclose(pose, pose4, atol=1e-6)
+        assert image.shape == (32, 32, 3) and image4.shape == (128, 128, 3)
+        shrunk = image4.reshape(32, 4, 32, 4, 3).mean((1, 3))
+        assert np.abs(shrunk - image).mean() < 4                    # of 255: edges fall on other pixels
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """Figures without their people: only the backdrop and the shadow."""
+    def draw(i: int, size: int) -> np.ndarray:
+        with monkeypatch.context() as m:
+            m.setattr(data._Figure, "draw", lambda self: None)
+            return Figures(i + 1, size)[i][0]
+    return draw
+
+
+def test_joints_and_limbs_lie_on_the_body(bare):
+    """At a joint that is inside the frame the picture must differ from the same backdrop without the person."""
+    on, of = 0, 0
+    for i in range(60):
+        image, pose = Figures(i + 1, 128)[i]
+        body = np.abs(image.astype(int) - bare(i, 128)).sum(-1) > 0
+        for a, b in LIMBS[4:] + tuple((j, j) for j in range(17)):
+            for share in (0.0, 0.25, 0.5, 0.75):
+                x, y = ((1 - share) * pose[a, :2] + share * pose[b, :2]) * 128
+                if 0 <= x < 128 and 0 <= y < 128:
+                    on, of = on + body[int(y), int(x)], of + 1
+        assert 0.03 < body.mean() < 0.75
+    assert on / of > 0.97, f"{on} of {of}"
+
+
+def test_left_is_the_persons_own():
+    """Whoever shows nose and both eyes faces us: the left shoulder is then at the larger x. A back is the other way."""
+    figures, right_way, facing = Figures(200), 0, 0
+    for i in range(200):
+        hidden, pose = figures.occluded(i), figures[i][1]
+        if not hidden[:3].any():
+            facing += 1
+            right_way += pose[5, 0] > pose[6, 0]
+    assert facing > 60 and right_way / facing > 0.95
+
+
+def test_poses_are_varied_finite_and_mostly_inside():
+    poses = np.stack([Figures(300)[i][1] for i in range(300)])
+    assert np.isfinite(poses).all() and (poses[..., 2] == 1).all()
+    inside = ((poses[..., :2] > 0) & (poses[..., :2] < 1)).all(-1)
+    assert 0.95 < inside.mean() < 1                                 # a few close-ups leave the frame, on purpose
+    heights = np.ptp(poses[..., 1], axis=1)
+    assert 0.4 < np.median(heights) < 0.9
+    wrists_up = (poses[:, 9, 1] < poses[:, 5, 1]).mean()
+    assert 0.1 < wrists_up < 0.7
+
+
+def test_asking_outside_is_an_error():
+    for i in (-1, 5):
+        with pytest.raises(IndexError, match="there are 5"):
+            Figures(5)[i]
+
+
+@pytest.mark.slow
+def test_four_hundred_pictures_a_second_on_one_core():
+    """CPU time of this thread, best of five, so that a busy machine does not decide."""
+    figures, best = Figures(600), 0.0
+    for start in range(0, 500, 100):
+        began = time.thread_time()
+        for i in range(start, start + 100):
+            figures[i]
+        best = max(best, 100 / (time.thread_time() - began))
+    assert best > 400
