@@ -297,7 +297,7 @@ def test_a_crash_while_saving_leaves_the_old_file_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="c.pt"):
         checkpoint.save(path, {})
     monkeypatch.undo()
-    assert checkpoint.load(path, "vq")["x"].sum() == 3 and os.listdir(tmp_path) == ["c.pt"]
+    assert torch.load(path, weights_only=True)["x"].sum() == 3 and os.listdir(tmp_path) == ["c.pt"]
 
 
 class Malicious:
@@ -355,7 +355,8 @@ def test_the_hash_sees_every_value():
 
 
 def test_a_context_width_that_differs_is_refused():
-    unet = train.UNetConfig(in_channels=3, model_channels=32, channel_mult=(1,), num_heads=2, context_dim=None)
+    unet = train.UNetConfig(in_channels=3, model_channels=32, channel_mult=(1,), attention_resolutions=(1,),
+                            num_heads=2, context_dim=None)
     with pytest.raises(ValueError, match="would not reach the UNet"):
         checkpoint.LDM(VQModel(MICRO.vq_config), unet, ConditionConfig(("seed",)), torch.zeros(3, 1, 1),
                        torch.ones(3, 1, 1), {}, True)
@@ -414,7 +415,9 @@ def test_pictures_that_cannot_be_used(tmp_path, capsys):
     picture = next(p for p in sorted((root / "images").iterdir()))
     picture.write_bytes(picture.read_bytes()[:60])
     code = train.main([*command("vq", tmp_path / "b", "--steps", "40"), "--data", str(root)])
-    one_sentence(capsys, code, picture.name)
+    error = capsys.readouterr().err
+    assert code == 2 and "Traceback" not in error and picture.name in error.splitlines()[-1]
+    assert picture.name in (tmp_path / "b/broken.txt").read_text()
 
 
 @pytest.mark.parametrize("argv", [["--stage", "vq", "--smoke"], ["--stage", "three"], [],
@@ -455,7 +458,7 @@ def test_a_picture_depends_on_its_seed_and_pose_alone(trained):
     (["--ckpt", "none.pt"], ["none.pt", "python train.py --stage ldm"]),
     (["-n", "0"], ["-n", "0"]), (["--steps", "0"], ["steps", "0", "1000"]), (["--steps", "1001"], ["1001", "1000"]),
     (["--eta", "2"], ["eta", "2"]), (["--guidance", "nan"], ["--guidance", "nan"]), (["--seed", "-1"], ["--seed"]),
-    (["--out", "x.txt"], ["x.txt", ".png"]), (["--out", "no/such/\0/x.png"], ["x.png"]),
+    (["--out", "x.txt"], ["x.txt", ".png"]), (["--out", "/proc/none/x.png"], ["/proc/none"]),
     (["--device", "tpu"], ["tpu", "cuda"]),
 ])
 def test_sampling_mistakes_are_one_sentence(trained, tmp_path, monkeypatch, capsys, flags, words):
