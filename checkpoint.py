@@ -27,7 +27,13 @@ FORMAT = 1
 # How to sample where nobody says. eta 1, because a model trained for minutes predicts x0 worse than its mean at the
 # noisiest steps (t > 850), and DDIM with eta 0 carries that error to the end while fresh noise washes it out.
 DEFAULT_GUIDANCE, DEFAULT_ETA = 2.0, 1.0
+NEEDED = {"vq": {"stage", "step", "config", "vq", "vq_config"}}
+NEEDED["ldm"] = NEEDED["vq"] | {"unet", "unet_config", "cond", "cond_config", "mean", "std", "schedule", "knows_null"}
 HOW_TO_MAKE = {"vq": "python train.py --stage vq", "ldm": "python train.py --stage ldm"}
+
+
+class WrongStage(ValueError):
+    """A sound checkpoint, but of the other stage."""
 
 
 def find_device(name: str) -> str:
@@ -76,12 +82,13 @@ def load(path: str | Path, stage: str, advice: str | None = None) -> dict:
     except Exception as e:              # torch's unpickler raises a dozen unrelated types on a foreign file
         raise ValueError(f"{path} cannot be read as a checkpoint: it is cut short, or another kind of file, or holds "
                          f"more than tensors and plain values ({type(e).__name__})") from None
-    needed = {"stage", "step", "config", "vq", "vq_config"}
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT or not needed <= payload.keys():
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT or not NEEDED["vq"] <= payload.keys():
         raise ValueError(f"{path} is no checkpoint of this project in format {FORMAT}")
     if payload["stage"] != stage:
-        raise ValueError(f"{path} is a checkpoint of stage {payload['stage']}, but one of stage {stage} is needed; "
+        raise WrongStage(f"{path} is a checkpoint of stage {payload['stage']}, but one of stage {stage} is needed; "
                          + (advice or f"make it with: {HOW_TO_MAKE[stage]}"))
+    if lacking := NEEDED[stage] - payload.keys():
+        raise ValueError(f"{path} lacks {', '.join(sorted(lacking))}, so an older version made it; train it again")
     return payload
 
 
@@ -174,12 +181,17 @@ def ldm_payload(ldm: LDM) -> dict:
             "mean": ldm.mean, "std": ldm.std, "schedule": ldm.schedule, "knows_null": ldm.knows_null}
 
 
-def load_ldm(path: str | Path, device: str | torch.device = "cpu") -> tuple[LDM, dict]:
-    """The model of a stage-2 checkpoint, frozen, in eval mode, on `device`; and the payload it came from."""
-    payload = load(path, "ldm")
-    ldm = LDM(build_vq(payload, f"{path}: vq"), UNetConfig(**_tuples(payload["unet_config"])),
+def build_ldm(payload: dict, what: str, device: str | torch.device = "cpu") -> LDM:
+    """The model of a stage-2 payload with its EMA weights, frozen, in eval mode, on `device`."""
+    ldm = LDM(build_vq(payload, f"{what}: vq"), UNetConfig(**_tuples(payload["unet_config"])),
               ConditionConfig(**_tuples(payload["cond_config"])), payload["mean"], payload["std"], payload["schedule"],
               payload["knows_null"])
-    fill(ldm.unet, payload["unet"], f"{path}: unet")
-    fill(ldm.cond, payload["cond"], f"{path}: cond")
-    return ldm.eval().requires_grad_(False).to(device, memory_format=torch.channels_last), payload
+    fill(ldm.unet, payload["unet"], f"{what}: unet")
+    fill(ldm.cond, payload["cond"], f"{what}: cond")
+    return ldm.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+
+def load_ldm(path: str | Path, device: str | torch.device = "cpu") -> tuple[LDM, dict]:
+    """The model of a stage-2 checkpoint on `device`, and the payload it came from."""
+    payload = load(path, "ldm")
+    return build_ldm(payload, str(path), device), payload

@@ -1023,10 +1023,13 @@ def naming_broken(path: str | Path, *datasets: Dataset) -> Iterator[None]:
             while hasattr(ds, "ds"):
                 ds = ds.ds
             bases += [ds] if getattr(ds, "broken", None) and ds not in bases else []
-        if bases:
-            broken = {name: reason for ds in bases for name, reason in ds.broken.items()}
-            Path(path).write_text("".join(f"{name}\t{reason}\n" for name, reason in broken.items()), encoding="utf-8")
-            print(f"{len(broken)} unusable pictures were left out; {path} names them", file=sys.stderr)
+        lines = {f"{name}\t{reason}": None for ds in bases for name, reason in ds.broken.items()}
+        if lines:
+            how = {"encoding": "utf-8", "errors": "surrogateescape"}            # file names may be any bytes
+            before = Path(path).read_text(**how).splitlines() if Path(path).exists() else []
+            lines = dict.fromkeys(before) | lines
+            Path(path).write_text("".join(line + "\n" for line in lines), **how)
+            print(f"{len(lines)} unusable pictures were left out; {path} names them", file=sys.stderr)
 
 
 def split(ds: Dataset, fraction: float = 0.1) -> tuple[Part, Part]:
@@ -1232,7 +1235,8 @@ def open_data(spec: str, size: int, val: str | None = None, remember: bool = Tru
 def remember_all(ds: Pictures) -> None:
     """Draws all figures of an InMemory now, with a bar, so that no training step waits for them."""
     if isinstance(ds, InMemory) and isinstance(ds.ds, Figures):
-        for i in tqdm(range(len(ds)), desc="drawing figures", unit="img", dynamic_ncols=True):
+        fit = min(len(ds), ds.free // (3 * ds.size ** 2))
+        for i in tqdm(range(fit), desc="drawing figures", unit="img", dynamic_ncols=True):
             ds.source(i)
 
 

@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, flag, default in (("recon", "--vq", "runs/vq/last.pt"), ("condition", "--ckpt", "runs/ldm/last.pt")):
         sub = commands.add_parser(name)
         sub.add_argument(flag, dest="ckpt", default=default, metavar="FILE", help="default %(default)s")
-        sub.add_argument("--data", default="figures", help="as for train.py; the held-out part is measured")
+        sub.add_argument("--data", help="as for train.py; its held-out part counts (default: as in training)")
         sub.add_argument("--val", help="held-out pictures, as for train.py (default: a tenth of the groups of --data)")
         sub.add_argument("--limit", type=int, default=512, help="pictures at most, spread evenly (default %(default)s)")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
@@ -129,17 +129,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """The measures of one command, in float32."""
     stage, device = {"recon": "vq", "condition": "ldm"}[args.command], checkpoint.find_device(args.device)
-    size = checkpoint.load(args.ckpt, stage)["config"]["size"]
-    held_out = data.open_data(args.data, size, args.val, remember=False)[1]
+    payload = checkpoint.load(args.ckpt, stage)
+    c = payload["config"]
+    spec, val = (args.data, args.val) if args.data else (c["data"], args.val or c["val"])
+    held_out = data.open_data(spec, c["size"], val, remember=False)[1]
     batches = tqdm(data.in_order(held_out, 32, args.limit), desc=args.command, unit="batch", dynamic_ncols=True)
     if stage == "vq":
-        model = checkpoint.build_vq(checkpoint.load(args.ckpt, "vq"), args.ckpt).to(device)
+        model = checkpoint.build_vq(payload, args.ckpt).to(device)
         return reconstruction(model, (x for x, _ in batches), device)
-    ldm, _ = checkpoint.load_ldm(args.ckpt, device)
+    ldm = checkpoint.build_ldm(payload, args.ckpt, device)
     with torch.no_grad():
         pairs = [(ldm.encode(x.to(device)), pose) for x, pose in batches]
     if not pairs:
-        raise ValueError(f"--data {args.data} has no usable held-out picture")
+        raise ValueError(f"{spec} has no usable held-out picture")
     z, poses = (torch.cat(part).to(device) for part in zip(*pairs, strict=True))
     return condition_losses(ldm, Diffusion(**ldm.schedule), z, poses)
 

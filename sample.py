@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ckpt", default="runs/ldm/last.pt", metavar="FILE", help="checkpoint of stage 2 (default %(default)s)")
     add("-n", type=int, default=4, help="pictures a pose (default %(default)s)")
     add("--sampler", choices=("ddim", "ddpm"), default="ddim")
-    add("--steps", type=int, default=DEFAULT_STEPS, help="of DDIM, 1 to 1000 (default %(default)s; ddpm takes all)")
+    add("--steps", type=int, help=f"of DDIM, 1 to 1000 (default {DEFAULT_STEPS}; ddpm takes all)")
     add("--eta", type=float, help="noise of DDIM, 0 to 1 (default "
         f"{checkpoint.DEFAULT_ETA:g}, or 0 for a model that was trained without dropping poses)")
     add("--guidance", type=float, metavar="W", help="1: as trained, 0: without the pose, above 1: more of the pose "
@@ -92,8 +92,11 @@ def check_args(args: argparse.Namespace) -> None:
     """ValueError, in one sentence, for a value that cannot be."""
     if args.n < 1:
         raise ValueError(f"-n is {args.n}; it must be at least 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed is {args.seed}; it must be 0 or more")
+    if not 0 <= args.seed < 2 ** 63:
+        raise ValueError(f"--seed is {args.seed}; it must be a whole number from 0 to 2^63 - 1")
+    if args.sampler == "ddpm" and (args.steps, args.eta) != (None, None):
+        raise ValueError("--sampler ddpm takes all steps and its own noise; leave --steps and --eta out, or use ddim")
+    args.steps = DEFAULT_STEPS if args.steps is None else args.steps
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}; it must be a finite number")
     if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):

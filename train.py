@@ -39,7 +39,7 @@ from keypoints import ConditionConfig, draw
 from unet import UNetConfig
 from vq import VQConfig, VQModel
 
-MEASURE_STEPS = 40              # steps whose rate decides the length of a --minutes run; the warm-up is longer
+MEASURE_STEPS = 40              # steps, at most, whose rate decides the length of a --minutes run
 RESERVE = 0.08                  # share of --minutes left for evaluations, previews, checkpoints and a slower machine
 SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
 INTERRUPTED = 130               # exit status after Ctrl-C, so that a script does not go on to the next stage
@@ -48,7 +48,8 @@ EVALS = 10                      # evaluations a run
 EVAL_PICTURES = 512             # held-out pictures an evaluation looks at, at most
 PREVIEWS = 8                    # pictures in a preview
 PREVIEW_STEPS = 25              # of DDIM
-HARMLESS = {"minutes", "workers", "device", "compile", "out"}       # may differ from the run that is resumed
+HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq"}     # may differ from the resumed run
+                                #   (of stage 1 the hash of its weights decides, not the path)
 
 
 # ------------------------------------------------------------------------------------------------ the recipes
@@ -151,6 +152,7 @@ class Config:
     normalise: bool
     pictures: int | None = None                     # found by the run itself: how many train
     vq_hash: str | None = None                      # stage 2: of the weights in `vq`
+    measured: int | None = None                     # --minutes: how many steps were needed to fix `steps`
 
 
 def make_config(args: argparse.Namespace) -> Config:
@@ -164,8 +166,10 @@ def make_config(args: argparse.Namespace) -> Config:
     steps, minutes = args.steps, args.minutes
     if steps is None and minutes is None:
         steps, minutes = recipe.steps, recipe.minutes
-    if args.seed < 0 or (args.workers or 0) < 0:
-        raise ValueError(f"--seed is {args.seed} and --workers {args.workers}; neither can be below 0")
+    if not 0 <= args.seed < 2 ** 63:
+        raise ValueError(f"--seed is {args.seed}; it must be a whole number from 0 to 2^63 - 1")
+    if (args.workers or 0) < 0:
+        raise ValueError(f"--workers is {args.workers}; it must be 0 or more")
     for name, value in (("--steps", steps), ("--minutes", minutes), ("--batch-size", recipe.batch_size),
                         ("--lr", recipe.lr)):
         if value is not None and not 0 < value < math.inf:
@@ -261,22 +265,40 @@ class Run:
             (self.dir / ".writable").unlink()
         except OSError as e:
             raise ValueError(f"--out {self.dir} cannot be written ({e.strerror}); choose another folder") from None
+        self.fresh, self.measuring = fresh, []
         if self.last.exists():
-            self.resumed = checkpoint.load(self.last, c.stage, "give another --out")
-        if fresh:
-            self.resumed = None
-            for path in (self.last, self.best_path, self.log_path, self.dir / "curves.png", self.dir / "broken.txt"):
+            self._look_at_last()
+        self.start = self.resumed["step"] if self.resumed else 0
+        self.best = self.resumed["train"]["best"] if self.resumed else None
+
+    def _look_at_last(self) -> None:
+        """Sets `resumed` to what last.pt holds, unless --fresh; ValueError where it is not to be touched."""
+        try:
+            found = checkpoint.load(self.last, self.c.stage, "give another --out")
+        except checkpoint.WrongStage:
+            raise
+        except ValueError as e:
+            if self.fresh:
+                return
+            raise ValueError(f"{e}; --fresh starts over") from None
+        if not self.fresh:
+            if "train" not in found:
+                raise ValueError(f"{self.last} holds no training state (a copy of best.pt?) and cannot be resumed; "
+                                 "--fresh starts over")
+            self._check_same(found["config"])
+            self.resumed = found
+
+    def begin(self) -> None:
+        """Called once, right before the first step: only now, when nothing can go wrong any more, is --fresh obeyed."""
+        if self.fresh:
+            for path in (self.last, self.best_path, self.log_path, self.dir / "curves.png"):
                 path.unlink(missing_ok=True)
             shutil.rmtree(self.dir / "samples")
             (self.dir / "samples").mkdir()
-        if self.resumed:
-            self._check_same(self.resumed["config"])
-        self.start = self.resumed["step"] if self.resumed else 0
-        self.best = self.resumed["train"]["best"] if self.resumed else None
+        self.resumed = None                         # restored by now: gigabytes for a large model
         self._cut_log()
-        self.saved_at = time.monotonic()
-        self.ticks: list[float] = []
         self._write_config()
+        self.saved_at = time.monotonic()
 
     def _check_same(self, old: dict) -> None:
         """A resumed run must be the one that was begun; its length stays what it was."""
@@ -287,7 +309,9 @@ class Run:
             if new[key] != old.get(key) and key not in HARMLESS:
                 raise ValueError(f"{self.dir} holds a run with {key} = {old.get(key)}, but this command has {key} = "
                                  f"{new[key]}; repeat the old command to resume it, or give another --out, or --fresh")
-        self.c = replace(self.c, steps=old["steps"], minutes=old["minutes"])
+        if self.c.minutes not in (None, old["minutes"]):
+            print(f"{self.dir} keeps its length of {old['steps']} steps; --fresh makes it {self.c.minutes:g} minutes")
+        self.c = replace(self.c, steps=old["steps"], minutes=old["minutes"], measured=old["measured"])
 
     def _cut_log(self) -> None:
         """Steps after the checkpoint will be made, and logged, again."""
@@ -301,16 +325,17 @@ class Run:
         (self.dir / "config.json").write_text(json.dumps(plain(self.c), indent=1))
 
     def clock(self, step: int) -> None:
-        """Called after each step; after MEASURE_STEPS of a --minutes run fixes its number of steps."""
+        """Called after each step; after the first few of a --minutes run fixes its number of steps."""
         if self.c.steps is not None:
             return
         if self.c.device.startswith("cuda"):
             torch.cuda.synchronize(self.c.device)
-        self.ticks.append(time.monotonic())
-        if len(self.ticks) == MEASURE_STEPS:
-            rate = statistics.median(np.diff(self.ticks[MEASURE_STEPS // 4:]))
-            left = self.c.minutes * 60 * (1 - RESERVE) - (time.monotonic() - self.began)
-            self.c = replace(self.c, steps=step + 1 + max(1, int(left / rate)))
+        self.measuring.append(time.monotonic())
+        n, budget, gone = len(self.measuring), self.c.minutes * 60, time.monotonic() - self.began
+        if n >= MEASURE_STEPS or (n >= 3 and gone > budget / 4):    # not 40 times where a step takes a minute
+            rate = statistics.median(np.diff(self.measuring[n // 4:]))
+            more = max(1, int((budget * (1 - RESERVE) - gone) / rate))
+            self.c = replace(self.c, steps=step + 1 + more, measured=step + 1)
             self._write_config()
 
     def log(self, step: int, **values: float) -> None:
@@ -338,9 +363,9 @@ class Run:
 
     def finish(self, stopped: list[int], step: int, what: str) -> bool:
         """Says how the run ended; is it complete?"""
-        if stopped:
-            where = f"at step {step} of {self.c.steps}" if self.c.steps else "before its first checkpoint"
-            print(f"{self.dir}: stopped {where}; the same command again goes on from there")
+        if stopped and step != self.c.steps:
+            print(f"{self.dir}: stopped at step {step} of {self.c.steps}; the same command again goes on from there"
+                  if self.c.steps else f"{self.dir}: stopped before its first checkpoint; nothing is lost but a moment")
             return False
         minutes = (time.monotonic() - self.began) / 60
         print(f"{self.dir}: {what}\n{minutes:.1f} minutes, peak memory {peak_memory(self.c.device):.2f} GiB; "
@@ -375,7 +400,10 @@ def peak_memory(device: str) -> float:
     """GiB: of the GPU where it trains there, else of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    import resource  # here, because Windows lacks it
+    try:
+        import resource
+    except ImportError:     # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
 
@@ -461,6 +489,7 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
 
     result, restarts = {}, 0                        # restarts: of dead codes, in this step
     data.remember_all(train)
+    run.begin()
     with stop_signals() as stopped, data.naming_broken(run.dir / "broken.txt", train, val), steps_bar(run) as bar:
         stop = run.c.steps or sys.maxsize
         for step, (x, _, _) in enumerate(data.batches(train, r.batch_size, c.seed, run.start, stop, c.workers,
@@ -492,8 +521,9 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
             run.clock(step)
             bar.total = run.c.steps
             bar.update()
-            logging = step % LOG_EVERY == 0 or step + 1 == run.c.steps
-            if logging or run.due(step) or run.save_due() or stopped:
+            logging, stopping = step % LOG_EVERY == 0 or step + 1 == run.c.steps, bool(stopped)
+            saving = run.due(step) or run.save_due() or (stopping and run.c.steps)
+            if logging or saving:
                 check_finite(loss, grad_norm, step, c)
             if logging:
                 numbers = {"loss": loss.item(), "grad_norm": grad_norm.item()}
@@ -506,9 +536,9 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
                                   "codes used": ("val_codes_used",), "gradient norm": ("grad_norm",)})
                 bar.write(f"step {step + 1:6d}  PSNR {result['psnr']:.2f} dB (box {result['psnr_box']:.2f})  codes "
                           f"used {result['codes_used']:.1%}  perplexity {result['perplexity']:.0f}")
-            if run.due(step) or run.save_due() or (stopped and run.c.steps):
+            if saving:
                 run.save(step + 1, payload(), result["psnr"] if run.due(step) else None)
-            if stopped or step + 1 == run.c.steps:
+            if stopping or step + 1 == run.c.steps:
                 break
     return run.finish(stopped, step + 1, "" if not result else
                       f"held-out PSNR {result['psnr']:.2f} dB, {result['psnr'] - result['psnr_box']:+.2f} over box; "
@@ -518,7 +548,7 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
 
 def quantize_from(c: Config) -> int:
     """The step of stage 1 that draws the codebook; a --minutes run cannot know it before its length is known."""
-    return sys.maxsize if c.steps is None else max(int(c.recipe.free * c.steps), MEASURE_STEPS if c.minutes else 0)
+    return sys.maxsize if c.steps is None else max(int(c.recipe.free * c.steps), c.measured or 0)
 
 
 @torch.no_grad()
@@ -548,9 +578,6 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
                          f"preset {c.preset} has {ours[0]} and {ours[1]}; train stage 1 with --preset {c.preset} too, "
                          "or give its file with --vq")
     train, val = data.open_data(c.data, c.size, c.val, remember=False)     # each picture is looked at once
-    if len(val) < 2:
-        raise ValueError(f"{c.data} leaves {len(val)} picture to validate on; at least 2 are needed: add pictures, or "
-                         "give a set of its own with --val")
     c = replace(c, vq_config=vq.config, pictures=len(train), vq_hash=checkpoint.hash_of(stage1["vq"]))
     run = Run(c, fresh)
     if run.is_complete():
@@ -564,8 +591,13 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
     with data.naming_broken(run.dir / "broken.txt", train, val):
         cache = data.LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, device=device, workers=c.workers)
         held_out = list(data.in_order(val, 32, EVAL_PICTURES))
+    if sum(len(x) for x, _ in held_out) < 2:
+        raise ValueError(f"{c.data} leaves fewer than 2 usable pictures to validate on: add pictures, or give a set of "
+                         "its own with --val")
     C = vq.config.embed_dim
     mean, std = (cache.mean, cache.std) if c.normalise else (torch.zeros(C, 1, 1), torch.ones(C, 1, 1))
+    if run.resumed:         # pictures may have been mended since: what is trained goes on in the space it knows
+        mean, std = run.resumed["mean"], run.resumed["std"]
 
     torch.manual_seed(c.seed)
     ldm = checkpoint.LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule, knows_null=r.p_drop > 0)
@@ -595,11 +627,10 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
             "unet": ldm.unet.state_dict(), "cond": ldm.cond.state_dict(), "optimizer": opt.state_dict(),
             "scaler": scaler.state_dict()}}
 
-    result, step = {}, run.start
+    result = {}
+    run.begin()
     with stop_signals() as stopped, steps_bar(run) as bar:
         for step in itertools.count(run.start):
-            if run.c.steps is not None and step >= run.c.steps:
-                break
             seed_step(c.seed, step)
             for group in opt.param_groups:
                 group["lr"] = lr_at(step, run.c)
@@ -619,8 +650,9 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
             run.clock(step)
             bar.total = run.c.steps
             bar.update()
-            logging = step % LOG_EVERY == 0 or step + 1 == run.c.steps
-            if logging or run.due(step) or run.save_due() or stopped:
+            logging, stopping = step % LOG_EVERY == 0 or step + 1 == run.c.steps, bool(stopped)
+            saving = run.due(step) or run.save_due() or (stopping and run.c.steps)
+            if logging or saving:
                 check_finite(loss, grad_norm, step, c)
             if logging:
                 numbers = {"loss": loss.item(), "grad_norm": grad_norm.item()}
@@ -635,9 +667,9 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
                     "gradient norm": ("grad_norm",)})
                 bar.write(f"step {step + 1:6d}  held-out loss: right {result['right']:.4f}  shuffled "
                           f"{result['shuffled']:.4f}  null {result['null']:.4f}  ratio {result['ratio']:.3f}")
-            if run.due(step) or run.save_due() or (stopped and run.c.steps):
+            if saving:
                 run.save(step + 1, payload(), -result["right"] if run.due(step) else None)
-            if stopped:
+            if stopping or step + 1 == run.c.steps:
                 break
     return run.finish(stopped, step + 1, "" if not result else
                       f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} under "
@@ -724,6 +756,10 @@ def main(argv: list[str] | None = None) -> int:
         complete = {"vq": train_vq, "ldm": train_ldm}[c.stage](c, args.fresh)
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"train.py: the memory of {c.device} is too small for this; give a smaller --batch-size than "
+              f"{c.recipe.batch_size}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)

@@ -74,6 +74,13 @@ def test_every_readme_command_parses(line):
             assert list(ROOT.glob(word)), word
 
 
+def test_the_readme_is_finished():
+    text = (ROOT / "README.md").read_text()
+    assert "RESULTS_TABLE" not in text
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
 def test_start_has_the_two_commands_and_ci_runs_the_second():
     start = blocks("Start")
     assert len(start) == 2 and all("pip install -r requirements.txt" in block for block in start)
