@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("poses", nargs="+", metavar="POSE", help="pose files: the seed's, COCO, or [x, y, visible] rows")
     add("--ckpt", default="runs/ldm/last.pt", metavar="FILE", help="checkpoint of stage 2 (default %(default)s)")
-    add("-n", type=int, default=4, help="pictures a pose (default %(default)s)")
+    add("-n", type=int, default=2, help="pictures a pose (default %(default)s)")
     add("--sampler", choices=("ddim", "ddpm"), default="ddim")
     add("--steps", type=int, help=f"of DDIM, 1 to 1000 (default {DEFAULT_STEPS}; ddpm takes all)")
     add("--eta", type=float, help="noise of DDIM, 0 to 1 (default "

@@ -274,7 +274,7 @@ def test_the_run_folder_is_complete(trained):
 def test_stage_one_learns_and_stage_two_lets_the_pose_in(tmp_path):
     assert train.main(command("vq", tmp_path / "vq", "--steps", "60")) == 0
     losses = [r["loss"] for r in train.read_log(tmp_path / "vq/log.jsonl") if "loss" in r]
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert train.main(command("ldm", tmp_path / "ldm", "--steps", "40", "--vq", str(tmp_path / "vq/last.pt"))) == 0
     losses = [r["loss"] for r in train.read_log(tmp_path / "ldm/log.jsonl") if "loss" in r]
     assert losses[-1] < 0.95 * losses[0]
