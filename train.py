@@ -40,7 +40,7 @@ from unet import UNetConfig
 from vq import VQConfig, VQModel
 
 MEASURE_STEPS = 40              # steps, at most, whose rate decides the length of a --minutes run
-RESERVE = 0.08                  # share of --minutes left for evaluations, previews, checkpoints and a slower machine
+RESERVE = 0.05                  # share of --minutes left for checkpoints and a machine that gets slower
 SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
 INTERRUPTED = 130               # exit status after Ctrl-C, so that a script does not go on to the next stage
 LOG_EVERY = 20                  # steps between lines of log.jsonl
@@ -96,8 +96,8 @@ def _unet(ch: int, mult: tuple[int, ...], attn: tuple[int, ...], heads: int) -> 
 PRESETS = {
     "toy": Preset(64, VQConfig(ch=32, n_embed=2048, resolution=64, **NORM_FREE),
         _unet(64, (1, 2, 3), (2, 4), 4), ConditionConfig(BOTH, 64),
-        vq=Recipe(8, 1e-3, minutes=9.0, lr_final=0.03, free=0.15),
-        ldm=Recipe(32, 4e-4, minutes=23.0, lr_final=0.05, warmup=100)),
+        vq=Recipe(8, 1e-3, minutes=9.5, lr_final=0.03, free=0.15),
+        ldm=Recipe(32, 4e-4, minutes=24.0, lr_final=0.05, warmup=100)),
     "small": Preset(128, VQConfig(ch=32, n_embed=4096, resolution=128, **NORM_FREE),
         _unet(64, (1, 2, 3, 4), (4, 8), 4), ConditionConfig(BOTH, 64),
         vq=Recipe(4, 5e-4, minutes=60, lr_final=0.03, free=0.15, warmup=100),        # 1e-3 diverges at 128 pixels
@@ -324,8 +324,11 @@ class Run:
     def _write_config(self) -> None:
         (self.dir / "config.json").write_text(json.dumps(plain(self.c), indent=1))
 
-    def clock(self, step: int) -> None:
-        """Called after each step; after the first few of a --minutes run fixes its number of steps."""
+    def clock(self, step: int, eval_forwards: int) -> None:
+        """Called after each step; after the first few of a --minutes run fixes its number of steps.
+
+        `eval_forwards` pictures go forward through the network in one evaluation; a step costs three times its batch.
+        """
         if self.c.steps is not None:
             return
         if self.c.device.startswith("cuda"):
@@ -334,7 +337,8 @@ class Run:
         n, budget, gone = len(self.measuring), self.c.minutes * 60, time.monotonic() - self.began
         if n >= MEASURE_STEPS or (n >= 3 and gone > budget / 4):    # not 40 times where a step takes a minute
             rate = statistics.median(np.diff(self.measuring[n // 4:]))
-            more = max(1, int((budget * (1 - RESERVE) - gone) / rate))
+            evaluating = EVALS * eval_forwards / (3 * self.c.recipe.batch_size)         # in steps
+            more = max(1, int((budget * (1 - RESERVE) - gone) / rate - evaluating))
             self.c = replace(self.c, steps=step + 1 + more, measured=step + 1)
             self._write_config()
 
@@ -518,7 +522,7 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
             if step >= first and (c.amp != "fp16" or math.isfinite(grad_norm)):     # the scaler skips such a step
                 restarts = model.quantize.update(h, indices)
 
-            run.clock(step)
+            run.clock(step, min(len(val), EVAL_PICTURES))
             bar.total = run.c.steps
             bar.update()
             logging, stopping = step % LOG_EVERY == 0 or step + 1 == run.c.steps, bool(stopped)
@@ -647,7 +651,7 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
             scaler.update()
             ema.update(step + 1)
 
-            run.clock(step)
+            run.clock(step, 3 * len(z_val) + 2 * PREVIEWS * PREVIEW_STEPS)      # right, shuffled, null; guided samples
             bar.total = run.c.steps
             bar.update()
             logging, stopping = step % LOG_EVERY == 0 or step + 1 == run.c.steps, bool(stopped)

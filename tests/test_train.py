@@ -184,7 +184,7 @@ def test_the_codebook_of_a_minutes_run_is_drawn_however_short_it_is(tmp_path):
 
 
 def test_ctrl_c_while_the_rate_is_measured_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.Run, "clock", lambda run, step: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(train.Run, "clock", lambda run, *_: os.kill(os.getpid(), signal.SIGINT))
     assert train.main(command("vq", tmp_path / "run", "--minutes", "1")) == train.INTERRUPTED
     assert "before its first checkpoint" in capsys.readouterr().out and not (tmp_path / "run/last.pt").exists()
 
@@ -232,8 +232,8 @@ def test_slow_steps_are_not_measured_forty_times(tmp_path, monkeypatch):
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
     for step in range(3):
         now[0] += 6.0                                               # 6 s a step: 18 s are over a quarter of a minute
-        run.clock(step)
-    assert run.c.measured == 3 and run.c.steps == 3 + int((60 * (1 - train.RESERVE) - 18) / 6)
+        run.clock(step, eval_forwards=3)
+    assert run.c.measured == 3 and run.c.steps == 3 + 4      # (57 - 18) / 6 = 6.5, less 10 evaluations of 3 / 12 step
 
 
 def test_a_length_of_another_kind_is_not_ignored(trained, capsys):
