@@ -44,8 +44,9 @@ RESERVE = 0.05                  # share of --minutes left for checkpoints and a 
 SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
 INTERRUPTED = 130               # exit status after Ctrl-C, so that a script does not go on to the next stage
 LOG_EVERY = 20                  # steps between lines of log.jsonl
-EVALS = 10                      # evaluations a run
-EVAL_PICTURES = 512             # held-out pictures an evaluation looks at, at most
+EVALS = 6                       # evaluations a run
+EVAL_PICTURES = 512             # held-out pictures an evaluation of stage 1 looks at, at most
+EVAL_LATENTS = 256              # and of stage 2, each under three conditions
 PREVIEWS = 8                    # pictures in a preview
 PREVIEW_STEPS = 25              # of DDIM
 HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq"}     # may differ from the resumed run
@@ -335,7 +336,8 @@ class Run:
             torch.cuda.synchronize(self.c.device)
         self.measuring.append(time.monotonic())
         n, budget, gone = len(self.measuring), self.c.minutes * 60, time.monotonic() - self.began
-        if n >= MEASURE_STEPS or (n >= 3 and gone > budget / 4):    # not 40 times where a step takes a minute
+        measuring = self.measuring[-1] - self.measuring[0]
+        if n >= MEASURE_STEPS or (n >= 3 and measuring > budget / 8):       # not 40 times where a step takes a minute
             rate = statistics.median(np.diff(self.measuring[n // 4:]))
             evaluating = EVALS * eval_forwards / (3 * self.c.recipe.batch_size)         # in steps
             more = max(1, int((budget * (1 - RESERVE) - gone) / rate - evaluating))
@@ -594,7 +596,7 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
 
     with data.naming_broken(run.dir / "broken.txt", train, val):
         cache = data.LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, device=device, workers=c.workers)
-        held_out = list(data.in_order(val, 32, EVAL_PICTURES))
+        held_out = list(data.in_order(val, 32, EVAL_LATENTS))
     if sum(len(x) for x, _ in held_out) < 2:
         raise ValueError(f"{c.data} leaves fewer than 2 usable pictures to validate on: add pictures, or give a set of "
                          "its own with --val")

@@ -233,7 +233,7 @@ def test_slow_steps_are_not_measured_forty_times(tmp_path, monkeypatch):
     for step in range(3):
         now[0] += 6.0                                               # 6 s a step: 18 s are over a quarter of a minute
         run.clock(step, eval_forwards=3)
-    assert run.c.measured == 3 and run.c.steps == 3 + 4      # (57 - 18) / 6 = 6.5, less 10 evaluations of 3 / 12 step
+    assert run.c.measured == 3 and run.c.steps == 3 + 5      # (57 - 18) / 6 = 6.5, less 6 evaluations of 3 / 12 step
 
 
 def test_a_length_of_another_kind_is_not_ignored(trained, capsys):
