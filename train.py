@@ -37,7 +37,7 @@ import evaluate
 from diffusion import Diffusion, ddim, guided, per_image_noise
 from keypoints import ConditionConfig, draw
 from unet import UNetConfig
-from vq import VQConfig, VQModel
+from vq import LPIPS, VQConfig, VQLoss, VQLossConfig, VQModel
 
 MEASURE_STEPS = 40              # steps, at most, whose rate decides the length of a --minutes run
 RESERVE = 0.05                  # share of --minutes left for checkpoints and a machine that gets slower
@@ -49,8 +49,9 @@ EVAL_PICTURES = 512             # held-out pictures an evaluation of stage 1 loo
 EVAL_LATENTS = 256              # and of stage 2, each under three conditions
 PREVIEWS = 8                    # pictures in a preview
 PREVIEW_STEPS = 25              # of DDIM
-HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq"}     # may differ from the resumed run
-                                #   (of stage 1 the hash of its weights decides, not the path)
+TOLERATED = 10                  # steps in a row without a finite loss that are skipped; then the run stops
+HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq", "lpips"}    # may differ from those of
+                                #   the resumed run (of stage 1 the hash of its weights decides, not the path)
 
 
 # ------------------------------------------------------------------------------------------------ the recipes
@@ -67,6 +68,8 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
     free: float = 0.0                               # stage 1: share of the run before the codebook is switched on
+    draw_codes: bool = True                         # from encoder outputs, dead ones again; False: the reference
+    loss: VQLossConfig = VQLossConfig()             # stage 1: L1 and codebook alone, unless it says more
     p_drop: float = 0.1                             # stage 2: share of poses dropped, for guidance
     ema_decay: float = 0.9999                       # stage 2: with warm-up min(d, (1 + n) / (10 + n))
 
@@ -86,6 +89,8 @@ class Preset:
 # Small autoencoders are norm-free with branches that start at zero: GroupNorm costs them 4 dB (the picture's absolute
 # colour is lost). Their codes follow by moving average, after a time without quantisation.
 NORM_FREE = {"norm_groups": 0, "zero_init": True, "ema_codebook": True}
+# Large ones are trained as VQGANs: with LPIPS, and with a discriminator once the reconstruction has settled, softly.
+VQGAN = VQLossConfig(perceptual=1.0, disc_weight=0.75, disc_start=0.1, disc_ramp=0.05, disc_cap=100.0)
 BOTH, SEED = ("tokens", "maps"), ("seed",)
 
 
@@ -106,23 +111,24 @@ PRESETS = {
     # ours at the seed's size: its networks, but codes from encoder outputs, poses by both doors, normalised latents
     "base": Preset(256, VQConfig(),
         _unet(160, (1, 2, 3, 4), (2, 4, 8), 8), ConditionConfig(BOTH, 256),
-        vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000),
+        vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000, loss=VQGAN),
         ldm=Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)),
-    # the seed's own: batch 32 at 2e-6 a sample, one raw-id token, no condition dropout, latents as they come; but ours
-    # draws and restarts its codes, mirrors pictures, clips gradients, and has no perceptual or adversarial loss yet
+    # the seed's own: taming's objective and codebook start, batch 32 at 2e-6 a sample, one raw-id token, no condition
+    # dropout, latents as they come; but ours mirrors pictures, clips gradients and has beta on the right term
     "danbooru": Preset(256, VQConfig(),
         _unet(160, (1, 2, 3, 4), (8, 4, 2), 8), ConditionConfig(SEED, seed_dim=32),
-        vq=Recipe(4, 1.8e-5, steps=180_000, warmup=1, betas=(0.5, 0.9)),
+        vq=Recipe(4, 1.8e-5, steps=180_000, warmup=1, betas=(0.5, 0.9), draw_codes=False,
+                  loss=VQLossConfig(perceptual=1.0, disc_weight=0.8, disc_start=10_000)),
         ldm=Recipe(32, 6.4e-5, steps=225_000, warmup=1, betas=(0.9, 0.999), weight_decay=0.01, p_drop=0.0),
         normalise=False),
     "f8": Preset(256, VQConfig(ch_mult=(1, 2, 2, 4), z_channels=4, embed_dim=4, n_embed=16384, attn_resolutions=(32,)),
         _unet(160, (1, 2, 3, 4), (1, 2, 4), 8), ConditionConfig(BOTH, 256),
-        vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000),
+        vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000, loss=VQGAN),
         ldm=Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)),
     "f16": Preset(256, VQConfig(ch_mult=(1, 1, 2, 2, 4), z_channels=8, embed_dim=8, n_embed=16384,
                                 attn_resolutions=(16,)),
         _unet(160, (1, 2, 4), (1, 2, 4), 8), ConditionConfig(BOTH, 256),
-        vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000),
+        vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000, loss=VQGAN),
         ldm=Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)),
 }
 # fmt: on
@@ -154,6 +160,7 @@ class Config:
     pictures: int | None = None                     # found by the run itself: how many train
     vq_hash: str | None = None                      # stage 2: of the weights in `vq`
     measured: int | None = None                     # --minutes: how many steps were needed to fix `steps`
+    lpips: tuple[str, ...] = ()                     # stage 1: files with the weights of LPIPS
 
 
 def make_config(args: argparse.Namespace) -> Config:
@@ -162,8 +169,14 @@ def make_config(args: argparse.Namespace) -> Config:
         raise ValueError(f"there is no preset {args.preset!r}; the presets are {', '.join(PRESETS)}")
     preset = PRESETS[args.preset]
     recipe = getattr(preset, args.stage)
-    flags = {"batch_size": args.batch_size, "lr": args.lr}
-    recipe = replace(recipe, **{k: v for k, v in flags.items() if v is not None})
+    recipe = replace(recipe, **given(batch_size=args.batch_size, lr=args.lr), loss=replace(recipe.loss, **given(
+        perceptual=args.perceptual, disc_weight=args.disc_weight, disc_start=args.disc_start)))
+    if args.disc_start is not None and not recipe.loss.disc_weight:
+        raise ValueError(f"--disc-start is {args.disc_start:g}, but preset {args.preset} has no discriminator; add "
+                         "--disc-weight 0.75 to have one")
+    if args.lpips_weights and not recipe.loss.perceptual:
+        raise ValueError(f"--lpips-weights is given, but the perceptual loss is off in preset {args.preset}; add "
+                         "--perceptual 1 to have it")
     steps, minutes = args.steps, args.minutes
     if steps is None and minutes is None:
         steps, minutes = recipe.steps, recipe.minutes
@@ -185,7 +198,13 @@ def make_config(args: argparse.Namespace) -> Config:
         size=preset.size, minutes=None if steps else minutes, steps=steps, recipe=recipe, vq_config=preset.vq_config,
         unet_config=UNetConfig(in_channels=latent + cond.map_channels, out_channels=latent,
                                context_dim=cond.context_dim, **preset.unet) if ldm else None,
-        cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None, normalise=preset.normalise)
+        cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None, normalise=preset.normalise,
+        lpips=tuple(args.lpips_weights or ()))
+
+
+def given(**flags: object) -> dict:
+    """The flags that were given."""
+    return {name: value for name, value in flags.items() if value is not None}
 
 
 def find_amp(amp: str, device: str) -> str:
@@ -226,15 +245,22 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def check_finite(loss: Tensor, grad_norm: Tensor, step: int, c: Config) -> None:
-    """ValueError where loss or gradient is not finite; called before anything is logged or saved.
-
-    In fp16 an infinite gradient is how the GradScaler finds its scale: it skips that step by itself.
+def descend(loss: Tensor, params: list[Tensor], opt: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Run,
+            step: int) -> Tensor | None:
+    """Backward, clip, optimiser step. Returns the gradient's norm, or None where nothing moved: loss or gradient was
+    not finite. In fp16 an infinite gradient is how the GradScaler finds its scale, so that is not held against the run.
     """
-    for name, value in (("loss", loss.item()), ("gradient norm", grad_norm.item())):
-        if not math.isfinite(value) and not (c.amp == "fp16" and name != "loss"):
-            raise ValueError(f"the {name} is {value} at step {step}; nothing of it was saved: start over with --fresh "
-                             "and a lower --lr, or with --amp off")
+    opt.zero_grad(set_to_none=True)
+    if not run.usable("loss", loss, step):
+        return None
+    scaler.scale(loss).backward()
+    scaler.unscale_(opt)
+    grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
+    if not scaler.is_enabled() and not run.usable("gradient norm", grad_norm, step):
+        return None
+    scaler.step(opt)
+    scaler.update()
+    return grad_norm if math.isfinite(grad_norm.item()) else None
 
 
 class EMA:
@@ -271,6 +297,8 @@ class Run:
             self._look_at_last()
         self.start = self.resumed["step"] if self.resumed else 0
         self.best = self.resumed["train"]["best"] if self.resumed else None
+        self.skipped = self.resumed["train"]["skipped"] if self.resumed else 0
+        self.in_a_row, self.skipped_at = 0, -1
 
     def _look_at_last(self) -> None:
         """Sets `resumed` to what last.pt holds, unless --fresh; ValueError where it is not to be touched."""
@@ -344,6 +372,19 @@ class Run:
             self.c = replace(self.c, steps=step + 1 + more, measured=step + 1)
             self._write_config()
 
+    def usable(self, name: str, value: Tensor, step: int) -> bool:
+        """Is it finite? Counts the steps where it is not; ValueError at the tenth in a row."""
+        if math.isfinite(value.item()):
+            return True
+        self.in_a_row = self.in_a_row + 1 if self.skipped_at == step - 1 else 1
+        self.skipped, self.skipped_at = self.skipped + 1, step
+        if self.in_a_row >= TOLERATED:
+            kept = f"{self.last} holds the last good checkpoint" if self.last.exists() else "no checkpoint was made yet"
+            raise ValueError(f"the {name} was not finite in {TOLERATED} steps in a row and is {value.item()} at step "
+                             f"{step}, so the run stops; {kept}; start anew, in another --out or with --fresh, with a "
+                             "lower --lr, or with --amp off")
+        return False
+
     def log(self, step: int, **values: float) -> None:
         with open(self.log_path, "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
@@ -361,7 +402,7 @@ class Run:
         better = score is not None and (self.best is None or score > self.best)
         self.best = score if better else self.best
         payload = payload | {"format": checkpoint.FORMAT, "step": step, "config": plain(self.c)}
-        payload["train"] = payload["train"] | {"best": self.best}
+        payload["train"] = payload["train"] | {"best": self.best, "skipped": self.skipped}
         if better:              # before last.pt, which says that this score has been reached
             checkpoint.save(self.best_path, {k: v for k, v in payload.items() if k != "train"})
         checkpoint.save(self.last, payload)
@@ -400,6 +441,12 @@ def read_log(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def log_numbers(run: Run, loss: Tensor, grad_norm: Tensor | None, **parts: Tensor) -> dict[str, float]:
+    """What the log says of a step and of the parts of its loss; of a skipped one nothing but that it was."""
+    values = {} if grad_norm is None else {"loss": loss, "grad_norm": grad_norm} | parts
+    return {name: value.item() for name, value in values.items()} | ({"skipped": run.skipped} if run.skipped else {})
 
 
 def peak_memory(device: str) -> float:
@@ -464,6 +511,7 @@ def plot_curves(run: Run, panels: dict[str, tuple[str, ...]]) -> None:
 
 def train_vq(c: Config, fresh: bool = False) -> bool:
     """Trains the autoencoder of config c; True when it is complete, False when it was stopped."""
+    lpips = load_lpips(c)
     train, val = data.open_data(c.data, c.size, c.val, remember=c.workers == 0)
     run = Run(replace(c, pictures=len(train)), fresh)
     if run.is_complete():
@@ -474,17 +522,27 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
     params = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
+    objective = VQLoss(r.loss, lpips).to(device, memory_format=torch.channels_last)
+    disc, last_layer = objective.disc, model.decoder.conv_out.weight
+    if disc is not None:
+        disc_params, no_scaler = list(disc.parameters()), torch.amp.GradScaler(enabled=False)   # it is all float32
+        disc_opt = torch.optim.AdamW(disc_params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay)
     if run.resumed:
+        state = run.resumed["train"]
         checkpoint.fill(model, run.resumed["vq"], str(run.last))
-        model.quantize.usage.copy_(run.resumed["train"]["usage"])
-        opt.load_state_dict(run.resumed["train"]["optimizer"])
-        scaler.load_state_dict(run.resumed["train"]["scaler"])
-    if c.compile:
+        model.quantize.usage.copy_(state["usage"])
+        opt.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        if disc is not None:
+            checkpoint.fill(disc, state["disc"], f"{run.last}: disc")
+            disc_opt.load_state_dict(state["disc_optimizer"])
+    if c.compile:                   # but for the last layer, whose gradient the adaptive weight takes out of turn
         model.encoder.compile()
-        model.decoder.compile()
+        model.decoder.features = torch.compile(model.decoder.features)
 
     def payload() -> dict:
-        return {"stage": "vq", "vq": model.state_dict(), "vq_config": asdict(c.vq_config), "train": {
+        adversary = {} if disc is None else {"disc": disc.state_dict(), "disc_optimizer": disc_opt.state_dict()}
+        return {"stage": "vq", "vq": model.state_dict(), "vq_config": asdict(c.vq_config), "train": adversary | {
             "optimizer": opt.state_dict(), "scaler": scaler.state_dict(), "usage": model.quantize.usage}}
 
     def evaluate_and_show(step: int) -> dict:
@@ -501,45 +559,42 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
         for step, (x, _, _) in enumerate(data.batches(train, r.batch_size, c.seed, run.start, stop, c.workers,
                                                       augment=True, device=device), run.start):
             seed_step(c.seed, step)
-            for group in opt.param_groups:
+            for group in opt.param_groups + (disc_opt.param_groups if disc is not None else []):
                 group["lr"] = lr_at(step, run.c)
             first = quantize_from(run.c)
 
             with autocast(c):
                 h = model.encode(x)
-                if step == first:
+                if step == first and r.draw_codes:
                     model.quantize.init_codes(h)
                 z_q, codebook_loss, indices = model.quantize(h)     # also timed, and thrown away, while step < first
                 x_hat = model.decode_raw(z_q if step >= first else h)
-            error = x_hat.float() - x
-            loss = error.abs().mean()
-            if step >= first:
-                loss = loss + codebook_loss
-            opt.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.unscale_(opt)
-            grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
-            scaler.step(opt)
-            scaler.update()
-            if step >= first and (c.amp != "fp16" or math.isfinite(grad_norm)):     # the scaler skips such a step
-                restarts = model.quantize.update(h, indices)
+            factor = objective.factor(step, run.c.steps)
+            loss, parts = objective.generator(x, x_hat, codebook_loss if step >= first else 0.0, last_layer, factor)
+            grad_norm = descend(loss, params, opt, scaler, run, step)
+            if step >= first and grad_norm is not None:
+                restarts = model.quantize.update(h, indices, restart=r.draw_codes)
+            if factor > 0 and grad_norm is not None:
+                disc_loss, logits = objective.discriminator(x, x_hat)
+                descend(disc_loss, disc_params, disc_opt, no_scaler, run, step)
+                parts |= logits | {"d_loss": disc_loss}
 
             run.clock(step, min(len(val), EVAL_PICTURES))
             bar.total = run.c.steps
             bar.update()
             logging, stopping = step % LOG_EVERY == 0 or step + 1 == run.c.steps, bool(stopped)
             saving = run.due(step) or run.save_due() or (stopping and run.c.steps)
-            if logging or saving:
-                check_finite(loss, grad_norm, step, c)
             if logging:
-                numbers = {"loss": loss.item(), "grad_norm": grad_norm.item()}
-                bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+                numbers = log_numbers(run, loss, grad_norm, **parts)
+                bar.set_postfix(loss=numbers.get("loss"), refresh=False)
                 run.log(step, **numbers, lr=lr_at(step, run.c), restarts=restarts)
             if run.due(step):
                 result = evaluate_and_show(step + 1)
                 run.log(step, **{f"val_{k}": v for k, v in result.items()})
                 plot_curves(run, {"loss": ("loss",), "held-out PSNR, dB": ("val_psnr", "val_psnr_box"),
-                                  "codes used": ("val_codes_used",), "gradient norm": ("grad_norm",)})
+                                  "codes used": ("val_codes_used",), "gradient norm": ("grad_norm",)}
+                            | ({} if disc is None else {"discriminator": ("logits_real", "logits_fake"),
+                                                        "adaptive weight": ("d_weight",)}))
                 bar.write(f"step {step + 1:6d}  PSNR {result['psnr']:.2f} dB (box {result['psnr_box']:.2f})  codes "
                           f"used {result['codes_used']:.1%}  perplexity {result['perplexity']:.0f}")
             if saving:
@@ -550,6 +605,17 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
                       f"held-out PSNR {result['psnr']:.2f} dB, {result['psnr'] - result['psnr_box']:+.2f} over box; "
                       f"codes used {result['codes_used']:.1%} of {c.vq_config.n_embed}, perplexity "
                       f"{result['perplexity']:.0f}")
+
+
+def load_lpips(c: Config) -> LPIPS | None:
+    """The perceptual distance of config c; ValueError where it wants one and has no weights."""
+    if not c.recipe.loss.perceptual:
+        return None
+    if not c.lpips:
+        raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, whose VGG16 needs weights: give "
+                         "them with --lpips-weights FILE [FILE], fetch them with --download-lpips (528 MB), or go "
+                         "without: --perceptual off")
+    return checkpoint.load_lpips(c.lpips)
 
 
 def quantize_from(c: Config) -> int:
@@ -578,11 +644,7 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
     """Trains the diffusion model of config c in the latents of c.vq; True when complete, False when stopped."""
     stage1 = checkpoint.load(c.vq, "vq")
     vq = checkpoint.build_vq(stage1, c.vq).to(c.device)
-    ours, theirs = (c.size, c.vq_config.embed_dim), (stage1["config"]["size"], vq.config.embed_dim)
-    if ours != theirs:
-        raise ValueError(f"{c.vq} was trained on pictures of {theirs[0]} pixels with {theirs[1]} latent channels, but "
-                         f"preset {c.preset} has {ours[0]} and {ours[1]}; train stage 1 with --preset {c.preset} too, "
-                         "or give its file with --vq")
+    check_latents(c, vq.config, stage1["config"]["size"])
     train, val = data.open_data(c.data, c.size, c.val, remember=False)     # each picture is looked at once
     c = replace(c, vq_config=vq.config, pictures=len(train), vq_hash=checkpoint.hash_of(stage1["vq"]))
     run = Run(c, fresh)
@@ -645,12 +707,7 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
             z = (h.to(device) - mean) / std
             with autocast(c):
                 loss = diffusion.loss(ldm, z, pose.to(device), r.p_drop).mean()
-            opt.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.unscale_(opt)
-            grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
-            scaler.step(opt)
-            scaler.update()
+            grad_norm = descend(loss, params, opt, scaler, run, step)
             ema.update(step + 1)
 
             run.clock(step, 3 * len(z_val) + 2 * PREVIEWS * PREVIEW_STEPS)      # right, shuffled, null; guided samples
@@ -658,11 +715,9 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
             bar.update()
             logging, stopping = step % LOG_EVERY == 0 or step + 1 == run.c.steps, bool(stopped)
             saving = run.due(step) or run.save_due() or (stopping and run.c.steps)
-            if logging or saving:
-                check_finite(loss, grad_norm, step, c)
             if logging:
-                numbers = {"loss": loss.item(), "grad_norm": grad_norm.item()}
-                bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+                numbers = log_numbers(run, loss, grad_norm)
+                bar.set_postfix(loss=numbers.get("loss"), refresh=False)
                 run.log(step, **numbers, lr=lr_at(step, run.c))
             if run.due(step):
                 result = evaluate.condition_losses(averaged, diffusion, z_val, pose_val, autocast=lambda: autocast(c))
@@ -680,6 +735,20 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
     return run.finish(stopped, step + 1, "" if not result else
                       f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} under "
                       f"shuffled ones: ratio {result['ratio']:.3f}")
+
+
+def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
+    """ValueError where the autoencoder of stage 1 is not of the preset's kind; `size`, where known, of its pictures."""
+    def fits(size_: int, ours: VQConfig) -> bool:
+        return size in (None, size_) and (ours.factor, ours.embed_dim) == (theirs.factor, theirs.embed_dim)
+
+    if not fits(c.size, c.vq_config):
+        others = [name for name, p in PRESETS.items() if fits(p.size, p.vq_config)]
+        raise ValueError(f"{c.vq} is an f{theirs.factor} autoencoder with {theirs.embed_dim} latent channels"
+                         + (f" for pictures of {size} pixels" if size else "")
+                         + f", but preset {c.preset} has f{c.vq_config.factor}, {c.vq_config.embed_dim} and {c.size}; "
+                         + (f"preset {' or '.join(others)} fits it" if others else "no preset fits it")
+                         + f", or train stage 1 with --preset {c.preset} too")
 
 
 @torch.no_grad()
@@ -722,6 +791,17 @@ def dry_run(c: Config) -> None:
         print(f"  {key:12s} {value}")
 
 
+def off_or_weight(text: str) -> float:
+    """off -> 0, else a weight of a loss term."""
+    try:
+        value = 0.0 if text == "off" else float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither off nor a number from 0 up")
+    return value
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="train.py --stage {vq,ldm} [--flags; --help explains them]")
@@ -736,6 +816,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--minutes", type=float, help="length of the run, in minutes on this machine")
     add("--batch-size", type=int)
     add("--lr", type=float, help="the learning rate used, whatever the batch size")
+    add("--perceptual", type=off_or_weight, metavar="off|WEIGHT", help="stage 1: of LPIPS (default: the preset's)")
+    add("--lpips-weights", nargs="+", metavar="FILE", help="stage 1: torchvision's VGG16 and the lin weights of "
+        "LPIPS, or one file with both, such as a taming .ckpt")
+    add("--download-lpips", action="store_true", help="stage 1: fetch those weights (528 MB) once, checked by hash")
+    add("--disc-weight", type=off_or_weight, metavar="off|WEIGHT", help="stage 1: of the adversarial loss")
+    add("--disc-start", type=float, metavar="STEP", help="stage 1: when the discriminator comes in; below 1: share of "
+        "the run")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
@@ -759,6 +846,8 @@ def main(argv: list[str] | None = None) -> int:
                 dry_run(make_config(argparse.Namespace(**vars(args) | {"stage": stage})))
             return 0
         c = make_config(args)
+        if args.download_lpips and c.recipe.loss.perceptual:
+            c = replace(c, lpips=tuple(map(str, checkpoint.download_lpips())))
         complete = {"vq": train_vq, "ldm": train_ldm}[c.stage](c, args.fresh)
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)

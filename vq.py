@@ -6,10 +6,13 @@ The network is the one of VQGAN (arXiv:2012.09841) as CompVis trained it, with i
 published state dict loads with strict=True. `VQConfig()` is the seed's VQ-f4. What the reference lacks are fields
 whose defaults are its behaviour; the toy preset uses them (norm-free, residual branches that start at zero).
 
+`VQLoss` is what it is trained on: L1 + LPIPS + codebook + a patch discriminator, weighed against each other.
+
 Letters in shape comments: B batch, C channels, H, W picture, h, w = H/f, W/f latent, K codes, N = B h w vectors.
 """
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -229,14 +232,21 @@ class Decoder(nn.Module):
         self.norm_out = norm(c, config)
         self.conv_out = nn.Conv2d(c, config.out_ch, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def features(self, z: Tensor) -> Tensor:
+        """All but the last layer: [B, z_channels, h, w] -> [B, ch, H, W]."""
         h = self.conv_in(z)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
         for level in reversed(self.up):
             h = level(h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return F.silu(self.norm_out(h))
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.features(z)
+        # In float32 under autocast too: VQLoss compares gradients of this layer, which would vanish in fp16.
+        with torch.autocast(h.device.type, enabled=False):
+            return self.conv_out(h.float())
 
 
 # ------------------------------------------------------------------------------------------------ the codebook
@@ -244,13 +254,14 @@ class Decoder(nn.Module):
 class VectorQuantizer(nn.Module):
     """h [B, C, h, w] -> (z_q [B, C, h, w], codebook loss, indices [B, h, w]); the codes are embedding.weight [K, C].
 
-    loss = |sg(h) - z_q|^2 + beta |h - sg(z_q)|^2 (arXiv:1711.00937 eq. 3; the reference's default puts beta on the
-    wrong term). With `ema` the first term gives way to a moving average (same paper, appendix A.1).
+    loss = |sg(h) - z_q|^2 + beta |h - sg(z_q)|^2 (arXiv:1711.00937 eq. 3). With `ema` the first term gives way to a
+    moving average (same paper, appendix A.1). `legacy` puts beta on the first term, as the reference does by default
+    (a known mistake); it is here to compare with the reference and nothing else sets it.
     """
 
-    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, ema: bool = False):
+    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, ema: bool = False, legacy: bool = False):
         super().__init__()
-        self.beta, self.ema = beta, ema
+        self.beta, self.ema, self.legacy = beta, ema, legacy
         self.embedding = nn.Embedding(n_embed, embed_dim)
         # The reference's start. Nearly all of these are never nearest to anything, so training calls `init_codes`.
         nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
@@ -276,9 +287,9 @@ class VectorQuantizer(nn.Module):
             flat = h.permute(0, 2, 3, 1).flatten(0, 2)                                  # [N, C]
             indices = self.nearest(flat.detach()).view(h.shape[0], *h.shape[2:])
             z_q = self.lookup(indices)
-            loss = self.beta * F.mse_loss(h, z_q.detach())
+            loss = (1 if self.legacy else self.beta) * F.mse_loss(h, z_q.detach())
             if not self.ema:
-                loss = loss + F.mse_loss(z_q, h.detach())
+                loss = loss + (self.beta if self.legacy else 1) * F.mse_loss(z_q, h.detach())
             z_q = h + (z_q - h).detach()                                                # straight-through gradient
         return z_q, loss, indices
 
@@ -289,7 +300,7 @@ class VectorQuantizer(nn.Module):
         self.usage.fill_(1.0)
 
     @torch.no_grad()
-    def update(self, h: Tensor, indices: Tensor) -> int:
+    def update(self, h: Tensor, indices: Tensor, restart: bool = True) -> int:
         """After an optimiser step: count uses, move the codes (`ema`), restart dead ones; returns how many.
 
         h [B, C, h, w] and indices [B, h, w] are those of the step. Draws from torch's default generator.
@@ -305,6 +316,8 @@ class VectorQuantizer(nn.Module):
             codes.copy_(total / usage.clamp(min=1e-8)[:, None])
         self.usage.copy_(usage)
         dead = (usage < DEAD_BELOW).nonzero().flatten()
+        if not restart:
+            return 0
         if len(dead):
             codes[dead] = self._draw(h, len(dead))
             self.usage[dead] = 1.0
@@ -357,3 +370,144 @@ class VQModel(nn.Module):
         """x -> (x_hat [B, 3, H, W], codebook loss, indices [B, h, w])."""
         z_q, loss, indices = self.quantize(self.encode(x))
         return self.decode_raw(z_q), loss, indices
+
+
+# ------------------------------------------------------------------------------------------------ the objective
+
+class PatchDiscriminator(nn.Sequential):
+    """PatchGAN (arXiv:1611.07004): pictures [B, 3, H, W] -> logits [B, 1, H/8 - 2, W/8 - 2], each one judging a patch
+    of 70 x 70 pixels. Above 0 means real. The submodules stand under `main`, as in the reference.
+    """
+
+    def __init__(self, in_channels: int = 3, ch: int = 64, n_layers: int = 3):
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for i in range(1, n_layers + 1):
+            c_in, c_out = ch * min(2 ** (i - 1), 8), ch * min(2 ** i, 8)
+            stride = 2 if i < n_layers else 1
+            layers += [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+        layers.append(nn.Conv2d(c_out, 1, 4, 1, 1))
+        super().__init__(OrderedDict(main=nn.Sequential(*layers)))
+        for module in self.modules():                       # DCGAN's start, as the reference has it
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))     # of VGG16's convolutions
+RGB_SHIFT, RGB_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)     # ImageNet's mean and std, for -1..1
+
+
+class LPIPS(nn.Module):
+    """Perceptual distance (arXiv:1801.03924, version 0.1, VGG16): x, y [B, 3, H, W] in [-1, 1] -> [B].
+
+    Unit-length features of five depths of VGG16, squared differences, weighed per channel, mean over places. New
+    instances have random weights; `checkpoint.load_lpips` fills them. Names are those of taming-transformers.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.scaling_layer = nn.Module()
+        self.scaling_layer.register_buffer("shift", torch.tensor(RGB_SHIFT).view(1, 3, 1, 1))
+        self.scaling_layer.register_buffer("scale", torch.tensor(RGB_SCALE).view(1, 3, 1, 1))
+        self.net = nn.Module()
+        c_in, index = 3, 0                                  # index: in torchvision's vgg16().features
+        for depth, widths in enumerate(VGG_WIDTHS):
+            layers: OrderedDict[str, nn.Module] = OrderedDict()
+            if depth > 0:
+                layers[str(index)] = nn.MaxPool2d(2)
+                index += 1
+            for width in widths:
+                layers[str(index)] = nn.Conv2d(c_in, width, 3, padding=1)
+                layers[str(index + 1)] = nn.ReLU()
+                c_in, index = width, index + 2
+            self.net.add_module(f"slice{depth + 1}", nn.Sequential(layers))
+            lin = nn.Module()
+            lin.model = nn.Sequential(OrderedDict({"1": nn.Conv2d(c_in, 1, 1, bias=False)}))    # 0 was a dropout
+            self.add_module(f"lin{depth}", lin)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The five feature maps of x, each of unit length along its channels."""
+        h = (x - self.scaling_layer.shift) / self.scaling_layer.scale
+        maps = []
+        for depth in range(len(VGG_WIDTHS)):
+            h = self.net.get_submodule(f"slice{depth + 1}")(h)
+            maps.append(h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return maps
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        distance = x.new_zeros(len(x))
+        for depth, (a, b) in enumerate(zip(self.features(x), self.features(y), strict=True)):
+            weighed = self.get_submodule(f"lin{depth}").model((a - b).square())                 # [B, 1, h, w]
+            distance = distance + weighed.mean((1, 2, 3))
+        return distance
+
+
+@dataclass(frozen=True)
+class VQLossConfig:
+    perceptual: float = 0.0                         # weight of LPIPS, 1 in the reference; 0: without, needs no weights
+    disc_weight: float = 0.0                        # of the adversarial term, on top of the adaptive weight; 0: without
+    disc_start: float = 0.0                         # the discriminator comes in at this step; below 1: share of the run
+    disc_ramp: float = 0.0                          # its say grows linearly over this many steps; below 1: share
+    disc_cap: float = 1e4                           # the adaptive weight's largest value
+    codebook_weight: float = 1.0
+
+
+class VQLoss(nn.Module):
+    """L1 + perceptual LPIPS + codebook + adversarial hinge loss, all in float32 (VQGAN, arXiv:2012.09841 eq. 5 to 7).
+
+    One step is `generator(...)`, backward, the autoencoder's optimiser step; then `discriminator(...)`, backward, the
+    discriminator's. Both act on one reconstruction (the reference reconstructs anew for the second).
+    """
+
+    def __init__(self, config: VQLossConfig, lpips: LPIPS | None = None):
+        super().__init__()
+        if config.perceptual and lpips is None:
+            raise ValueError(f"VQLoss has perceptual = {config.perceptual:g} but was given no LPIPS; load its weights "
+                             "with checkpoint.load_lpips, or set perceptual to 0")
+        self.config = config
+        self.perceptual_loss = lpips.eval().requires_grad_(False) if config.perceptual else None
+        self.disc = PatchDiscriminator() if config.disc_weight else None
+
+    def factor(self, step: int, steps: int | None) -> float:
+        """How much the adversarial term counts at a step of a run of `steps`, 0 to 1; a share of None never comes."""
+        c = self.config
+        start, ramp = (v if v == 0 or v >= 1 else v * (steps or float("inf")) for v in (c.disc_start, c.disc_ramp))
+        if self.disc is None or step < start:
+            return 0.0
+        return min(1.0, (step - start + 1) / ramp) if ramp else 1.0
+
+    def adaptive_weight(self, nll: Tensor, g: Tensor, last_layer: Tensor) -> Tensor:
+        """|grad nll| / |grad g| at the decoder's last weight, so that neither drowns the other (eq. 7)."""
+        nll_grad, g_grad = (torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in (nll, g))
+        return (nll_grad.norm() / (g_grad.norm() + 1e-4)).clamp(max=self.config.disc_cap).detach()
+
+    def generator(self, x: Tensor, x_hat: Tensor, codebook_loss: Tensor | float, last_layer: Tensor,
+                  factor: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The autoencoder's loss for pictures x and reconstructions x_hat [B, 3, H, W], and its parts for the log.
+
+        `factor` is that of `factor()`; at 0 the discriminator is not even asked, which saves two backward passes.
+        """
+        c = self.config
+        with torch.autocast(x.device.type, enabled=False):
+            x_hat = x_hat.float()
+            parts = {"l1": (x - x_hat).abs().mean()}
+            nll = parts["l1"]
+            if self.perceptual_loss is not None:
+                parts["lpips"] = self.perceptual_loss(x, x_hat).mean()
+                nll = nll + c.perceptual * parts["lpips"]
+            loss = nll + c.codebook_weight * codebook_loss
+            if factor > 0:
+                self.disc.requires_grad_(False)             # its own gradients come from `discriminator` alone
+                parts["g"] = -self.disc(x_hat).mean()
+                parts["d_weight"] = c.disc_weight * self.adaptive_weight(nll, parts["g"], last_layer)
+                loss = loss + factor * parts["d_weight"] * parts["g"]
+        return loss, {name: value.detach() for name, value in parts.items()}
+
+    def discriminator(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's hinge loss; no gradient reaches x_hat. The parts are the mean logits."""
+        self.disc.requires_grad_(True)
+        with torch.autocast(x.device.type, enabled=False):
+            real, fake = self.disc(x), self.disc(x_hat.detach().float())
+            loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        return loss, {"logits_real": real.detach().mean(), "logits_fake": fake.detach().mean()}

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GOLDEN, golden_weights, relative_error
 
 import vq
@@ -42,13 +43,16 @@ def test_encode_quantize_decode_equal_the_reference(layout, golden):
         close(model(golden["vq/image"])[0], golden["vq/decode"])
 
 
-def test_codebook_loss_gradients_put_beta_on_the_commitment_term(golden):
-    model = VQModel(TINY).eval()
-    golden_weights("first_stage_model.", model)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_codebook_loss_gradients_put_beta_on_the_commitment_term(golden, legacy):
+    """And on the other one in legacy mode, the reference's default, which is here for this comparison only."""
+    quantizer = golden_weights("first_stage_model.quantize.", VectorQuantizer(64, 3, legacy=legacy))
     h = golden["vq/prequant"].clone().requires_grad_()
-    model.quantize(h)[1].backward()
-    close(h.grad, golden["vq/grad_prequant_fixed"])
-    close(model.quantize.embedding.weight.grad, golden["vq/grad_codebook_fixed"])
+    loss, kind = quantizer(h)[1], "legacy" if legacy else "fixed"
+    loss.backward()
+    close(loss.detach(), golden["vq/codebook_loss_legacy" if legacy else "vq/codebook_loss"])
+    close(h.grad, golden[f"vq/grad_prequant_{kind}"])
+    close(quantizer.embedding.weight.grad, golden[f"vq/grad_codebook_{kind}"])
 
 
 @pytest.mark.parametrize("at_once", [1, 1000, 2 ** 24])
@@ -168,3 +172,120 @@ def test_a_width_that_the_norm_cannot_group_is_refused():
     with pytest.raises(ValueError, match="multiples of norm_groups"):
         VQConfig(ch=40)
     assert np.isclose(VQConfig(ch_mult=(1, 2)).factor, 2)
+
+
+# ---- the objective
+
+@pytest.fixture(scope="module")
+def lpips() -> vq.LPIPS:
+    return golden_weights("loss.perceptual_loss.", vq.LPIPS())
+
+
+def test_loss_modules_have_the_names_and_shapes_of_the_published_checkpoint(lpips):
+    loss = vq.VQLoss(vq.VQLossConfig(perceptual=1, disc_weight=0.75), lpips)
+    published = json.loads((GOLDEN / "danbooru_vq_f4_state_dict.json").read_text())
+    wanted = {k[len("loss."):]: shape for k, (shape, _) in published.items() if k.startswith("loss.")}
+    ours = {k.replace("disc.main", "discriminator.main"): list(v.shape) for k, v in loss.state_dict().items()}
+    assert ours == wanted
+
+
+def test_lpips_equals_the_reference_and_is_a_distance(lpips, golden):
+    x, y = golden["gan/image"], golden["gan/reconstruction"]
+    with torch.no_grad():
+        close(lpips(x, y), golden["lpips/distance"])
+        close(lpips(y, x), lpips(x, y))
+        assert lpips(x, x).abs().max() == 0
+
+
+def test_one_generator_and_one_discriminator_step_equal_the_reference(lpips, golden):
+    """gan/reconstruction is a convolution of gan/features with gan/last_layer, which the adaptive weight looks at."""
+    loss = vq.VQLoss(vq.VQLossConfig(perceptual=1, disc_weight=0.75), lpips)
+    golden_weights("loss.discriminator.", loss.disc).train()
+    last_layer = golden["gan/last_layer"].clone().requires_grad_()
+    x, x_hat = golden["gan/image"], F.conv2d(golden["gan/features"], last_layer, padding=1)
+    close(x_hat.detach(), golden["gan/reconstruction"])
+    total, parts = loss.generator(x, x_hat, torch.tensor(0.1), last_layer)
+    close(total.detach(), golden["gan/gen_total_loss"])
+    close(parts["lpips"], golden["gan/gen_p_loss"])
+    close(parts["l1"] + parts["lpips"], golden["gan/gen_nll_loss"])
+    close(parts["g"], golden["gan/gen_g_loss"])
+    close(parts["d_weight"], golden["gan/gen_d_weight"])
+    d_loss, logits = loss.discriminator(x, x_hat)
+    close(d_loss.detach(), golden["gan/disc_disc_loss"])
+    close(logits["logits_real"], golden["gan/disc_logits_real"])
+    close(logits["logits_fake"], golden["gan/disc_logits_fake"])
+
+
+def adversarial(**config) -> tuple[vq.VQLoss, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, last layer, x, x_hat made by that layer)"""
+    torch.manual_seed(0)
+    loss = vq.VQLoss(vq.VQLossConfig(disc_weight=1, **config))
+    last_layer = (0.1 * torch.randn(3, 3, 3, 3)).requires_grad_()
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    return loss, last_layer, x, F.conv2d(torch.randn(2, 3, 64, 64), last_layer, padding=1)
+
+
+def test_the_two_players_leave_no_gradient_on_each_other():
+    loss, last_layer, x, x_hat = adversarial()
+    total, _ = loss.generator(x, x_hat, 0.0, last_layer)
+    total.backward(retain_graph=True)
+    assert last_layer.grad.abs().max() > 0 and all(p.grad is None for p in loss.disc.parameters())
+    before = last_layer.grad.clone()
+    loss.discriminator(x, x_hat)[0].backward()
+    assert torch.equal(last_layer.grad, before) and all(p.grad is not None for p in loss.disc.parameters())
+
+
+def test_the_adaptive_weight_makes_both_gradients_equally_long_and_is_capped():
+    loss, last_layer, x, x_hat = adversarial()
+    _, parts = loss.generator(x, x_hat, 0.0, last_layer)
+    nll_grad = torch.autograd.grad((x - x_hat).abs().mean(), last_layer, retain_graph=True)[0]
+    g_grad = torch.autograd.grad(-loss.disc(x_hat).mean(), last_layer)[0]
+    torch.testing.assert_close(parts["d_weight"], nll_grad.norm() / (g_grad.norm() + 1e-4))
+    assert parts["d_weight"] > 0.1
+    capped, last_layer, x, x_hat = adversarial(disc_cap=0.1)
+    assert capped.generator(x, x_hat, 0.0, last_layer)[1]["d_weight"] == pytest.approx(0.1)
+
+
+def test_before_its_start_the_discriminator_is_not_asked_and_costs_no_backward(monkeypatch):
+    loss, last_layer, x, x_hat = adversarial()
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("an extra backward pass"))
+    monkeypatch.setattr(loss.disc, "forward", lambda x: pytest.fail("the discriminator was asked"))
+    total, parts = loss.generator(x, x_hat, torch.tensor(0.5), last_layer, factor=0.0)
+    torch.testing.assert_close(total, parts["l1"] + 0.5)
+    assert set(parts) == {"l1"}
+
+
+@pytest.mark.parametrize("start, ramp, steps, at", [
+    (100, 0, None, {99: 0, 100: 1}),
+    (100, 50, None, {99: 0, 100: 0.02, 124: 0.5, 149: 1, 5000: 1}),
+    (0.25, 0.1, 1000, {249: 0, 250: 0.01, 299: 0.5, 349: 1}),
+    (0.25, 0, None, {0: 0, 10 ** 9: 0}),                            # the length is not known yet
+    (0, 0, None, {0: 1}),
+])
+def test_the_discriminator_starts_at_a_step_or_a_share_of_the_run_and_ramps_up(start, ramp, steps, at):
+    loss = vq.VQLoss(vq.VQLossConfig(disc_weight=1, disc_start=start, disc_ramp=ramp))
+    assert {step: loss.factor(step, steps) for step in at} == pytest.approx(at)
+    assert vq.VQLoss(vq.VQLossConfig(disc_start=start)).factor(10 ** 9, steps) == 0        # there is none
+
+
+@pytest.mark.parametrize("layer", ["adaptive weight", "losses"])
+def test_losses_and_adaptive_weight_are_float32_under_autocast(layer):
+    """The same numbers with autocast on; in bf16 they would differ in the third digit."""
+    config = VQConfig(ch=8, n_embed=32, resolution=16, norm_groups=0)
+    torch.manual_seed(0)
+    model, loss, x = VQModel(config), vq.VQLoss(vq.VQLossConfig(disc_weight=1)), torch.rand(2, 3, 64, 64) * 2 - 1
+    features = model.decoder.features(torch.randn(2, 3, 16, 16)).detach()
+    model.decoder.features = lambda z: features
+    got = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            x_hat = model.decoder(None)
+            total, parts = loss.generator(x, x_hat, 0.0, model.decoder.conv_out.weight)
+        assert x_hat.dtype == total.dtype == torch.float32
+        got.append(parts["d_weight"] if layer == "adaptive weight" else total.detach())
+    torch.testing.assert_close(got[0], got[1], rtol=1e-6, atol=0)
+
+
+def test_perceptual_without_weights_is_one_sentence():
+    with pytest.raises(ValueError, match="perceptual = 1 but was given no LPIPS"):
+        vq.VQLoss(vq.VQLossConfig(perceptual=1))
