@@ -35,6 +35,7 @@ import keypoints
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")     # not EPS, for which PIL would start another program
 ZOOM = (0.8, 1.0)               # side of a training crop, as a share of the picture's short side
+NO_POSE = np.zeros((len(keypoints.JOINTS), 3))      # every joint missing
 BROKEN_LIMIT = 0.01             # share of pictures that may be unusable before we stop
 FIGURES_VERSION = 1             # raise it when a figure's pixels change: cached latents are then made anew
 REMEMBER_BYTES = 2 << 30
@@ -797,7 +798,8 @@ class PoseFolder(Pictures):
     - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json, the seed's files;
     - a text file that lists pictures, one a line, absolute or relative to it; their keypoints are found the same way;
     - a folder with pictures (in images/ or in itself) and one COCO json (in itself, annotations/ or coco/), or the
-      json itself: the largest person that has a joint is taken, `skipped` counts the pictures without one.
+      json itself: the largest person that has a joint is taken, `skipped` counts the pictures without one;
+    - with `poseless`, also any folder of pictures; a picture without keypoints then has a pose without visible joints.
 
     No picture is opened before it is asked for: ds[i] then raises DataError if it is damaged. `broken` maps each
     file known to be unusable to the reason; more than 1 % of them is an error. names[i] is relative to the root.
@@ -807,8 +809,9 @@ class PoseFolder(Pictures):
         self,
         root: str | Path,
         size: int,                          # side of the square pictures that come out
+        poseless: bool = False,             # take pictures without keypoints too, to measure stage 1 on them
     ):
-        self.size, self.broken, self.skipped = size, {}, 0
+        self.size, self.poseless, self.broken, self.skipped = size, poseless, {}, 0
         self.paths: list[str] = []          # picture i
         self.poses: list = []               # its keypoint file, or its pose [17,3]
         root = Path(root)
@@ -821,13 +824,16 @@ class PoseFolder(Pictures):
         elif (root / "keypoints").is_dir():
             self.root = root
             self._pair(find_pictures(root / "images"))
+        elif poseless and not has_keypoints(root):
+            self.root = root
+            self._pair(find_pictures(root))
         else:
             self._read_coco(find_coco(root), [root])
         self.names = [os.path.relpath(p, self.root).replace(os.sep, "/") for p in self.paths]
         self.total = len(self.paths) + len(self.broken)
         self.note({})
         if not self.paths:
-            raise DataError(f"{root}: no picture with a pose in it")
+            raise DataError(f"{root}: no picture{'' if poseless else ' with a pose'} in it")
 
     def _pair(self, images: list[str]) -> None:
         """Finds each picture's keypoint file from one listing a folder, however many pictures there are."""
@@ -837,6 +843,9 @@ class PoseFolder(Pictures):
             partner, wanted = keypoint_folder(folder), os.path.splitext(name)[0] + ".json"
             if name not in listed(folder):
                 self.broken[path] = "there is no such file"
+            elif self.poseless and (partner is None or wanted not in listed(partner)):
+                self.paths.append(path)
+                self.poses.append(NO_POSE)
             elif partner is None:
                 self.broken[path] = "no folder on its path is called images, so its keypoints cannot be found"
             elif wanted not in listed(partner):
@@ -879,6 +888,7 @@ class PoseFolder(Pictures):
         listed = lru_cache(None)(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
         for name, poses in sorted(people.items()):
             pose, image = largest(poses), os.path.join(folder, name)
+            pose = NO_POSE if pose is None and self.poseless else pose
             if pose is None:
                 self.skipped += 1
             elif os.path.basename(image) not in listed(os.path.dirname(image)):
@@ -1063,10 +1073,21 @@ def find_pictures(folder: Path) -> list[str]:
     return found
 
 
+def json_files(root: Path, pattern: str = "*.json") -> list[Path]:
+    """Where the COCO json of a folder may be."""
+    return sorted(p for d in (root, root / "annotations", root / "coco") for p in d.glob(pattern))
+
+
+def has_keypoints(root: str | Path) -> bool:
+    """Is `root` something that PoseFolder takes, rather than a folder of nothing but pictures?"""
+    root = Path(root)
+    return not root.is_dir() or (root / "keypoints").is_dir() or bool(json_files(root))
+
+
 def find_coco(root: Path) -> Path:
     """The COCO json of a folder; person_keypoints*.json goes before any other json."""
     for pattern in ("*person_keypoints*.json", "*.json"):
-        found = sorted(p for d in (root, root / "annotations", root / "coco") for p in d.glob(pattern))
+        found = json_files(root, pattern)
         if len(found) == 1:
             return found[0]
         if found:
@@ -1211,24 +1232,31 @@ def is_folder(spec: str) -> bool:
     return spec != "figures" and not spec.startswith("figures:")
 
 
+def open_all(spec: str, size: int, poseless: bool = False) -> Pictures:
+    """Every picture that `spec` names: figures, figures:N, or what PoseFolder takes."""
+    if is_folder(spec):
+        return PoseFolder(spec, size, poseless)
+    count = spec.partition(":")[2] or str(FIGURES_TRAIN)
+    if not count.isdecimal() or int(count) < 1:
+        raise DataError(f"--data {spec}: after figures: comes a number of pictures, such as figures:10000")
+    return Figures(int(count), size, seed=0)
+
+
 def open_data(spec: str, size: int, val: str | None = None, remember: bool = True) -> tuple[Pictures, Pictures]:
     """(training pictures, held-out pictures) for the flags --data and --val.
 
     `spec` is figures, figures:N, or what PoseFolder takes; held out are other figures, `val`, or a tenth of the groups.
     `remember` keeps decoded training pictures in RAM. ValueError says in one sentence what is wrong.
     """
+    train = open_all(spec, size)
     if not is_folder(spec):
-        count = spec.partition(":")[2] or str(FIGURES_TRAIN)
-        if not count.isdecimal() or int(count) < 1:
-            raise DataError(f"--data {spec}: after figures: comes a number of pictures, such as figures:10000")
         if val:
             raise DataError(f"--val {val}: procedural figures have held-out figures of their own; leave --val out")
-        train = Figures(int(count), size, seed=0)
-        held_out = Figures(min(int(count), FIGURES_VAL), size, seed=1)
+        held_out = Figures(min(len(train), FIGURES_VAL), size, seed=1)
     elif val:
-        train, held_out = PoseFolder(spec, size), PoseFolder(val, size)
+        held_out = PoseFolder(val, size)
     else:
-        train, held_out = split(PoseFolder(spec, size))
+        train, held_out = split(train)
     return (InMemory(train) if remember else train), held_out
 
 
@@ -1240,13 +1268,24 @@ def remember_all(ds: Pictures) -> None:
             ds.source(i)
 
 
+def spread(ds: Pictures, limit: int) -> Pictures:
+    """At most `limit` pictures of ds, evenly over it."""
+    if limit >= len(ds):
+        return ds
+    return Part(ds, np.linspace(0, len(ds) - 1, limit).round().astype(int).tolist())
+
+
+def numbered(ds: Pictures, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Batches (images [B,3,S,S] in [-1,1], poses [B,17,3], indices [B]) of all pictures in order, but broken ones."""
+    for images, poses, indices in load(Steps(ds, batch_size), range(-(-len(ds) // batch_size)), 0, "cpu"):
+        if len(images):
+            yield to_tensor(images), poses, indices
+
+
 def in_order(ds: Pictures, batch_size: int, limit: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches (images [B,3,S,S] in [-1,1], poses [B,17,3]) of at most `limit` pictures, spread evenly over ds."""
-    if limit < len(ds):
-        ds = Part(ds, np.linspace(0, len(ds) - 1, limit).round().astype(int).tolist())
-    for images, poses, _ in load(Steps(ds, batch_size), range(-(-len(ds) // batch_size)), 0, "cpu"):
-        if len(images):
-            yield to_tensor(images), poses
+    for images, poses, _ in numbered(spread(ds, limit), batch_size):
+        yield images, poses
 
 
 # --------------------------------------------------------------------------------------------- latents

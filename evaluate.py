@@ -1,29 +1,55 @@
 """Measures: how well stage 1 reconstructs and uses its codes, and how much stage 2 listens to the pose.
 
-    python evaluate.py recon --vq runs/vq/last.pt --data DIR            PSNR, L1, code usage, perplexity
+    python evaluate.py recon --data DIR --vq A.pt B.ckpt --out DIR      is this autoencoder good enough for my pictures?
     python evaluate.py condition --ckpt runs/ldm/last.pt --data DIR     eps loss under right, shuffled and no pose
 
-train.py calls the same functions on its validation set. PSNR is of pictures on 0..1, the mean over pictures.
+recon lays any number of autoencoders, ours or published, side by side on the same pictures: L1, PSNR, SSIM, LPIPS and
+rFID, the codes in use, and with --against the codes that other pictures use. All measures take pictures [B, 3, H, W] in
+[-1, 1]; PSNR and SSIM are of pictures on 0..1 and means over pictures. train.py calls the same functions on its
+validation set.
+
+Letters: B batch, H W picture, K codes, D features.
 """
 from __future__ import annotations
 
 import argparse
+import heapq
+import json
+import math
+import random
+import shlex
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 import data
 from diffusion import Diffusion
+from keypoints import JOINTS
 from vq import VQModel
 
+BATCH = 32
 SHUFFLE_SEED = 1234                 # of the fixed noise and the fixed wrong poses: one number, so runs compare
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5   # of the Gaussian window, and the constants K1 and K2: Wang et al. 2004
+SSIM_K1, SSIM_K2 = 0.01, 0.03
+FRECHET_PICTURES = 2048             # with fewer pictures than Inception features the covariance is singular
+DEFAULT_SIZE = 256                  # of pictures, where no checkpoint knows its own: the published ones'
+Measure = Callable[[Tensor, Tensor], Tensor]                # (x_hat, x), each [B, 3, H, W] in [-1, 1] -> [B]
+
+
+# ------------------------------------------------------------------------------------------ measures of pictures
+
+def l1(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Mean absolute difference of each picture, [B], of values in [-1, 1]."""
+    return (x_hat.clamp(-1, 1) - x).abs().mean(dim=(1, 2, 3))
 
 
 def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
@@ -32,9 +58,118 @@ def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
     return -10 * torch.log10(mse.clamp(min=1e-12))
 
 
+def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Structural similarity of each picture, [B]; 1 where both are the same (Wang et al. 2004, eq. 13).
+
+    Per channel, over the places where the Gaussian window lies inside the picture, weighed variances: the numbers of
+    scikit-image with gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.
+    """
+    at = torch.arange(SSIM_WINDOW, device=x.device, dtype=torch.float64) - SSIM_WINDOW // 2
+    g = torch.exp(-at ** 2 / (2 * SSIM_SIGMA ** 2))
+    g = g / g.sum()
+    C = x.shape[1]
+    across = g.view(1, 1, 1, -1).expand(C, 1, 1, -1)
+    down = g.view(1, 1, -1, 1).expand(C, 1, -1, 1)
+
+    def mean(p: Tensor) -> Tensor:
+        return F.conv2d(F.conv2d(p, across, groups=C), down, groups=C)
+    # In float64: a variance is the difference of two nearly equal numbers where the picture is flat.
+    a, b = (x_hat.double().clamp(-1, 1) + 1) / 2, (x.double() + 1) / 2
+    m_a, m_b = mean(a), mean(b)
+    v_a, v_b, v_ab = mean(a * a) - m_a ** 2, mean(b * b) - m_b ** 2, mean(a * b) - m_a * m_b
+    c1, c2 = SSIM_K1 ** 2, SSIM_K2 ** 2
+    s = (2 * m_a * m_b + c1) * (2 * v_ab + c2) / ((m_a ** 2 + m_b ** 2 + c1) * (v_a + v_b + c2))
+    return s.mean(dim=(1, 2, 3)).float()
+
+
 def box_baseline(x: Tensor, factor: int) -> Tensor:
     """x [B, 3, H, W] averaged over factor x factor boxes and blown up again: what an autoencoder has to beat."""
     return F.interpolate(F.avg_pool2d(x, factor), scale_factor=float(factor), mode="nearest")
+
+
+# --------------------------------------------------------------------------------- measures of a set of pictures
+
+def code_use(counts: Tensor) -> dict[str, float]:
+    """Of the uses [K] of each code: the share of codes used at all, and exp of the entropy, K at most."""
+    p = counts.double() / counts.sum()
+    return {"codes_used": (counts > 0).double().mean().item(),
+            "perplexity": torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item()}
+
+
+def code_overlap(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    """How far two sets of pictures use the same codes, from the uses [K] of each code in one and in the other.
+
+    common is |A and B| / |A or B| over codes; ours_known is the share of our uses that fall on codes which they use at
+    all, theirs_known the reverse; histogram is sum min(p_A, p_B), 1 where every code has the same share in both.
+    """
+    a, b = ours > 0, theirs > 0
+    p_a, p_b = ours.double() / ours.sum(), theirs.double() / theirs.sum()
+    return {"both": (a & b).sum().item(), "only_ours": (a & ~b).sum().item(), "only_theirs": (b & ~a).sum().item(),
+            "common": ((a & b).sum() / (a | b).sum()).item(),
+            "ours_known": p_a[b].sum().item(), "theirs_known": p_b[a].sum().item(),
+            "histogram": torch.minimum(p_a, p_b).sum().item()}
+
+
+class Moments:
+    """Mean [D] and covariance [D, D] of features, from running sums in float64."""
+
+    def __init__(self):
+        self.n, self.total, self.outer = 0, 0.0, 0.0
+
+    def add(self, features: Tensor) -> None:
+        """features [B, D]"""
+        f = features.double()
+        self.n, self.total, self.outer = self.n + len(f), self.total + f.sum(0), self.outer + f.T @ f
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        if self.n < 2:
+            raise ValueError(f"a covariance needs at least 2 pictures, but there is {self.n}")
+        mean = self.total / self.n
+        return mean, (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
+
+
+def frechet(a: Moments, b: Moments) -> float:
+    """Squared Frechet distance of the Gaussians with these moments (arXiv:1706.08500 eq. 6): FID of Inception features.
+
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The last trace is the sum of the square roots of the eigenvalues
+    of C_a^(1/2) C_b C_a^(1/2), which is symmetric where C_a C_b is not.
+    """
+    (m_a, c_a), (m_b, c_b) = a.result(), b.result()
+    values, vectors = torch.linalg.eigh(c_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ c_b @ root).clamp(min=0).sqrt().sum()
+    return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * cross).clamp(min=0).item()
+
+
+# ----------------------------------------------------------------------------------------- one pass over pictures
+
+class Tally:
+    """Running figures of one kind of reconstruction; its memory does not grow with the pictures."""
+
+    def __init__(self, measures: dict[str, Measure], n_embed: int = 0):
+        self.measures, self.sums, self.n = measures, dict.fromkeys(measures, 0.0), 0
+        self.counts = torch.zeros(n_embed, dtype=torch.long)        # uses of each code
+        self.moments = Moments()                                    # of the reconstructions' features, for rFID
+
+    def add(self, x_hat: Tensor, x: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
+        """Counts reconstructions x_hat of x [B, 3, H, W] and their codes [B, h, w]; gives each picture's values [B]."""
+        values = {name: measure(x_hat, x) for name, measure in self.measures.items()}
+        for name, value in values.items():
+            self.sums[name] += value.sum().item()
+        if indices is not None:
+            self.counts += count_codes(indices, len(self.counts))
+        self.n += len(x)
+        return values
+
+    def result(self) -> dict[str, float]:
+        if self.n == 0:
+            raise ValueError("there are no pictures to evaluate on")
+        return {k: v / self.n for k, v in self.sums.items()} | (code_use(self.counts) if len(self.counts) else {})
+
+
+def count_codes(indices: Tensor, n_embed: int) -> Tensor:
+    """Uses [K] of each code among indices of any shape, on the CPU."""
+    return torch.bincount(indices.flatten().cpu(), minlength=n_embed)
 
 
 @torch.no_grad()
@@ -47,27 +182,108 @@ def reconstruction(model: VQModel, images: Iterable[Tensor], device: str | torch
     """
     was_training = model.training
     model.eval()
-    counts = torch.zeros(model.config.n_embed, dtype=torch.long)
-    sums = {"psnr": 0.0, "psnr_box": 0.0, "l1": 0.0}
-    n = 0
+    tally, box = Tally({"psnr": psnr, "l1": l1}, model.config.n_embed), Tally({"psnr": psnr})
     for x in images:
         x = x.to(device)
         with autocast():
             x_hat, _, indices = model(x)
-        x_hat = x_hat.float().clamp(-1, 1)
-        sums["psnr"] += psnr(x_hat, x).sum().item()
-        sums["psnr_box"] += psnr(box_baseline(x, model.config.factor), x).sum().item()
-        sums["l1"] += (x_hat - x).abs().mean(dim=(1, 2, 3)).sum().item()
-        counts += torch.bincount(indices.flatten().cpu(), minlength=len(counts))
-        n += len(x)
+        tally.add(x_hat.float(), x, indices)
+        box.add(box_baseline(x, model.config.factor), x)
     model.train(was_training)
-    if n == 0:
-        raise ValueError("there are no pictures to evaluate on")
-    p = counts.double() / counts.sum()
-    perplexity = torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item()
-    return {k: v / n for k, v in sums.items()} | {"codes_used": (counts > 0).double().mean().item(),
-                                                  "perplexity": perplexity, "pictures": n}
+    return tally.result() | {"psnr_box": box.result()["psnr"], "pictures": tally.n}
 
+
+class Shortlist:
+    """Which pictures to show: the worst of all, and some around the median, chosen in memory that does not grow.
+
+    A heap keeps the `n` lowest values, a reservoir (Vitter 1985, algorithm R, seeded) a fair draw of all others too.
+    """
+    RESERVOIR = 1024
+
+    def __init__(self, n: int, seed: int = 0):
+        self.n, self.seen, self.heap, self.reservoir = n, 0, [], []
+        self.rng = random.Random(seed)
+
+    def add(self, value: float, index: int) -> None:
+        heapq.heappush(self.heap, (-value, index))          # the best of the worst lies on top, and leaves
+        if len(self.heap) > self.n:
+            heapq.heappop(self.heap)
+        self.seen += 1
+        if len(self.reservoir) < self.RESERVOIR:
+            self.reservoir.append((value, index))
+        elif (place := self.rng.randrange(self.seen)) < self.RESERVOIR:
+            self.reservoir[place] = value, index
+
+    def worst(self) -> list[int]:
+        """Indices, the worst first."""
+        return [index for _, index in sorted(self.heap, reverse=True)]
+
+    def typical(self) -> list[int]:
+        """Indices of the n values about the median that are not among the worst, from low to high."""
+        worst = set(self.worst())
+        rest = sorted(self.reservoir)
+        middle = (len(rest) - 1) / 2
+        nearest = sorted((abs(rank - middle), rank) for rank, (_, index) in enumerate(rest) if index not in worst)
+        return [rest[rank][1] for rank in sorted(rank for _, rank in nearest[:self.n])]
+
+
+@torch.no_grad()
+def compare(models: list[VQModel], batches: Iterable[tuple[Tensor, Tensor]], measures: dict[str, Measure],
+            features: Callable[[Tensor], Tensor] | None = None, show: int = 3,
+            device: str | torch.device = "cpu") -> tuple[list[dict], dict[int, dict], list[Tally], Shortlist]:
+    """Every model on the same batches (pictures [B, 3, H, W] in [-1, 1], indices [B]), in one pass.
+
+    Returns the figures of each model, those of `box_baseline` by its factor, the models' tallies, and the shortlist of
+    2 * `show` pictures by the first model's psnr. `features` (pictures -> [B, D]) adds their Frechet distance, "rfid".
+    """
+    tallies = [Tally(measures, model.config.n_embed) for model in models]
+    boxes = {factor: Tally(measures) for factor in sorted({model.config.factor for model in models})}
+    originals, shortlist = Moments(), Shortlist(show)
+    for x, indices in batches:
+        x = x.to(device)
+        if features is not None:
+            originals.add(features(x))
+
+        def add(tally: Tally, x_hat: Tensor, codes: Tensor | None = None, x: Tensor = x) -> Tensor:
+            if features is not None:
+                tally.moments.add(features(x_hat))
+            return tally.add(x_hat, x, codes)["psnr"]
+
+        for i, (model, tally) in enumerate(zip(models, tallies, strict=True)):
+            x_hat, _, codes = model(x)
+            values = add(tally, x_hat.float().clamp(-1, 1), codes)
+            if i == 0:
+                for value, index in zip(values.tolist(), indices.tolist(), strict=True):
+                    shortlist.add(value, index)
+        for factor, tally in boxes.items():
+            add(tally, box_baseline(x, factor))
+
+    def result(tally: Tally) -> dict[str, float]:
+        return tally.result() | ({"rfid": frechet(originals, tally.moments)} if features is not None else {})
+    return [result(t) for t in tallies], {factor: result(t) for factor, t in boxes.items()}, tallies, shortlist
+
+
+@torch.no_grad()
+def code_counts(models: list[VQModel], images: Iterable[Tensor], device: str | torch.device = "cpu") -> list[Tensor]:
+    """Uses [K] of each code of each model over all pictures."""
+    counts = [torch.zeros(model.config.n_embed, dtype=torch.long) for model in models]
+    for x in images:
+        for model, count in zip(models, counts, strict=True):
+            count += count_codes(model.quantize(model.encode(x.to(device)))[2], len(count))
+    return counts
+
+
+def inception(device: str | torch.device) -> Callable[[Tensor], Tensor] | None:
+    """pictures [B, 3, H, W] in [-1, 1] -> FID's features [B, 2048], or None where pytorch-fid is not installed."""
+    try:
+        from pytorch_fid.inception import InceptionV3
+    except ImportError:
+        return None
+    model = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval().requires_grad_(False).to(device)
+    return lambda x: model((x + 1) / 2)[0].flatten(1)
+
+
+# ------------------------------------------------------------------------------------------- the pose in stage 2
 
 def derangement(n: int, seed: int) -> np.ndarray:
     """A permutation of range(n) that leaves nothing in its place (n >= 2)."""
@@ -107,54 +323,294 @@ def condition_losses(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: 
     return out | {"ratio": out["shuffled"] / out["right"]}
 
 
+# ------------------------------------------------------------------------------------------- the picture of recon
+
+SHOWN = 3                           # typical pictures, and as many of the worst
+PAGE_WIDTH = 2300                   # pixels, if the tiles do not become smaller than
+TILES = 96, 256                     # sides of a tile, least and most
+ERROR_WHITE = 0.25                  # mean absolute error, of 0..1, that is white; fixed, so that figures compare
+CROP_LEAST = 1 / 8                  # side of a zoomed part, of the picture's
+FACE, HANDS = JOINTS[:5], (("wrist_left", "elbow_left"), ("wrist_right", "elbow_right"))
+Box = tuple[int, int, int, int]     # x0, y0, x1, y1 in pixels
+
+
+def square(centre: np.ndarray, side: float, size: int) -> Box:
+    """The square about `centre` (x, y on 0..1) with that side (of 1), moved into a picture of `size` pixels."""
+    pixels = min(size, max(round(max(side, CROP_LEAST) * size), 8))
+    x0, y0 = (int(np.clip(round(v * size - pixels / 2), 0, size - pixels)) for v in centre)
+    return x0, y0, x0 + pixels, y0 + pixels
+
+
+def eyes_box(pose: np.ndarray, size: int) -> Box | None:
+    """Where the face is, by its joints of a pose [17, 3] that lie inside; None where neither eye nor nose does."""
+    seen = {name: pose[JOINTS.index(name), :2] for name in FACE if is_inside(pose[JOINTS.index(name)])}
+    if not {"nose", "eye_left", "eye_right"} & seen.keys():
+        return None
+    points = np.stack(list(seen.values()))
+    eyes = [seen[name] for name in ("eye_left", "eye_right") if name in seen] or [seen["nose"]]
+    return square(np.mean(eyes, axis=0), 1.6 * np.ptp(points, axis=0).max(), size)
+
+
+def hand_box(pose: np.ndarray, size: int) -> Box | None:
+    """Where a hand is: beyond a wrist inside the picture, away from the elbow where that is known."""
+    for wrist, elbow in HANDS:
+        w, e = pose[JOINTS.index(wrist)], pose[JOINTS.index(elbow)]
+        if is_inside(w):
+            arm = (w - e)[:2] if e[2] > 0 else np.zeros(2)
+            return square(w[:2] + 0.25 * arm, 0.9 * np.hypot(*arm), size)
+    return None
+
+
+def is_inside(joint: np.ndarray) -> bool:
+    return bool(joint[2] > 0 and (joint[:2] >= 0).all() and (joint[:2] <= 1).all())
+
+
+def error_map(x_hat: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] pictures -> their absolute difference, black, red, yellow, white at ERROR_WHITE and above."""
+    error = np.abs(x_hat.astype(float) - x).mean(-1, keepdims=True) / 255 / ERROR_WHITE
+    return (255 * (3 * error - np.arange(3)).clip(0, 1)).round().astype(np.uint8)
+
+
+@torch.no_grad()
+def recon_figure(path: str | Path, models: list[VQModel], names: list[str], ds: data.Pictures,
+                 shown: list[tuple[str, int]], title: str, device: str | torch.device = "cpu") -> None:
+    """A row for each of `shown`, (word, index in ds): original, reconstructions and error maps, then face and hand."""
+    rows = [([], []) for _ in shown]                                # tiles and captions
+    pictures = [ds[index] for _, index in shown]
+    x = data.to_tensor(np.stack([image for image, _ in pictures]))
+    x_hats = [data.to_uint8(torch.cat([model(part.to(device))[0] for part in x.split(1)])) for model in models]
+    parts = [("", [(0, 0, ds.size, ds.size)] * len(shown))]         # what is zoomed, and where in each picture
+    parts += [("eyes", [eyes_box(pose, ds.size) for _, pose in pictures]),
+              ("hand", [hand_box(pose, ds.size) for _, pose in pictures])]
+    parts = [(word, boxes) for word, boxes in parts if any(boxes)]
+    columns = ["original"] + [word for name in names for word in (name, f"{name}: error")]
+    columns += [f"{word}, {name}" for word, _ in parts[1:] for name in ("original", *names)]
+    least, most = TILES
+    tile = int(np.clip(PAGE_WIDTH // len(columns) - 8, least, most))
+
+    def add(row: int, image: np.ndarray | None, caption: str = "") -> None:
+        if image is not None:
+            how = Image.Resampling.BICUBIC if image.shape[0] < tile else Image.Resampling.BOX
+            image = np.asarray(Image.fromarray(image).resize((tile, tile), how))
+        rows[row][0].append(image)
+        rows[row][1].append(caption)
+
+    for row, (image, _) in enumerate(pictures):
+        for word, boxes in parts:
+            if boxes[row] is None:
+                for _ in range(1 + len(models)):
+                    add(row, None)
+                continue
+            x0, y0, x1, y1 = boxes[row]
+            part = image[y0:y1, x0:x1]
+            add(row, part, "" if word else Path(data.picture_name(ds, shown[row][1])).stem)
+            for x_hat in x_hats:
+                part_hat = x_hat[row][y0:y1, x0:x1]
+                dB = psnr(data.to_tensor(part_hat)[None], data.to_tensor(part)[None]).item()
+                add(row, part_hat, f"{dB:.1f} dB")
+                if not word:
+                    add(row, error_map(part_hat, part))
+    data.save_grid(path, [tiles for tiles, _ in rows], columns, [word for word, _ in shown],
+                   [captions for _, captions in rows], title, scale=1)
+
+
 # ------------------------------------------------------------------------------------------------- command line
+
+# name in the figures: heading, what it is in, how it is written
+COLUMNS = {"l1": ("L1", "of 2, lower", ".4f"), "psnr": ("PSNR", "dB, higher", ".2f"), "ssim": ("SSIM", "higher", ".4f"),
+           "lpips": ("LPIPS", "lower", ".4f"), "rfid": ("rFID", "lower", ".2f"),
+           "codes_used": ("codes used", "of all", ".1%"), "perplexity": ("perplexity", "codes", ".1f"),
+           "n_embed": ("codebook", "codes", "d")}
+OVERLAP = {"both": ("in both", "codes", "d"), "only_ours": ("only in A", "codes", "d"),
+           "only_theirs": ("only in B", "codes", "d"), "common": ("A and B", "of A or B", ".1%"),
+           "ours_known": ("uses in A", "of B's codes", ".1%"), "theirs_known": ("uses in B", "of A's codes", ".1%"),
+           "histogram": ("same share", "sum min p", ".1%")}
+
+
+def table(rows: dict[str, dict], columns: dict[str, tuple[str, str, str]]) -> str:
+    """Aligned text: a row for each of `rows`, those columns that any row has; what a row lacks stays empty."""
+    keys = [key for key in columns if any(key in row for row in rows.values())]
+    lines = [["", *(columns[key][line] for key in keys)] for line in (0, 1)]
+    lines += [[name, *(format(row[key], columns[key][2]) if key in row else "" for key in keys)]
+              for name, row in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+                     for line in lines)
+
+
+def names_of(paths: list[str]) -> list[str]:
+    """The shortest ends of the paths that tell them apart: last.pt alone, or a/last.pt and b/last.pt."""
+    parts = [Path(path).resolve().parts for path in paths]
+    for path, own in zip(paths, parts, strict=True):
+        if parts.count(own) > 1:
+            raise ValueError(f"--vq names {path} twice; once is enough")
+    longest = max(map(len, parts))
+    return ["/".join(own[-next(n for n in range(1, longest + 1) if sum(p[-n:] == own[-n:] for p in parts) == 1):])
+            for own in parts]
+
+
+def picture_limit(text: str) -> int:
+    """A number of pictures; 0 or all means every one."""
+    if text in ("0", "all"):
+        return sys.maxsize
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pictures, at least 2, nor all")
+    return int(text)
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="evaluate.py {recon,condition} [--flags; --help explains them]")
+                                     usage="evaluate.py {recon,condition} [--flags; COMMAND --help explains them]")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{recon,condition}")
-    for name, flag, default in (("recon", "--vq", "runs/vq/last.pt"), ("condition", "--ckpt", "runs/ldm/last.pt")):
-        sub = commands.add_parser(name)
-        sub.add_argument(flag, dest="ckpt", default=default, metavar="FILE", help="default %(default)s")
+    recon = commands.add_parser("recon", help="compare autoencoders on pictures")
+    condition = commands.add_parser("condition", help="measure whether stage 2 listens to the pose")
+    recon.add_argument("--vq", dest="ckpt", nargs="+", default=["runs/vq/last.pt"], metavar="FILE",
+                       help="checkpoints of stage 1 or 2, ours or CompVis' (default runs/vq/last.pt)")
+    condition.add_argument("--ckpt", default="runs/ldm/last.pt", metavar="FILE", help="default %(default)s")
+    condition.add_argument("--preset", metavar="NAME", help="what the tensors of a published CompVis checkpoint do not "
+                           f"tell: {', '.join(checkpoint.PUBLISHED)}; ours need none")
+    for sub in (recon, condition):
         sub.add_argument("--data", help="as for train.py; its held-out part counts (default: as in training)")
         sub.add_argument("--val", help="held-out pictures, as for train.py (default: a tenth of the groups of --data)")
-        sub.add_argument("--limit", type=int, default=512, help="pictures at most, spread evenly (default %(default)s)")
+        sub.add_argument("--size", type=int, metavar="PIXELS",
+                         help=f"side of the pictures (default: the first checkpoint's own, else {DEFAULT_SIZE})")
+        sub.add_argument("--limit", type=picture_limit, default=512, metavar="N",
+                         help="pictures at most, spread evenly; 0 or all: every one (default %(default)s)")
+        sub.add_argument("--no-ema", action="store_true", help="raw weights where the moving average is the default")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    recon.add_argument("--all", action="store_true", help="all pictures of --data, also those without keypoints: right "
+                       "for data that no checkpoint was trained on, and a folder of nothing but pictures counts whole")
+    recon.add_argument("--against", metavar="DATA", help="other pictures, all of them up to --limit: which codes do "
+                       "they use that --data does not, and the reverse?")
+    recon.add_argument("--lpips-weights", nargs="+", metavar="FILE", help="vgg16 and the linear weights; adds LPIPS")
+    recon.add_argument("--rfid", action="store_true",
+                       help="adds rFID: needs pip install pytorch-fid, which downloads Inception's weights")
+    recon.add_argument("--out", metavar="DIR", help="writes recon.json and recon.png there")
     args = parser.parse_args(argv)
-    if args.limit < 2:
-        parser.error(f"--limit is {args.limit}; at least 2 pictures are needed")
+    args.argv = sys.argv[1:] if argv is None else argv
     return args
 
 
-def measure(args: argparse.Namespace) -> dict[str, float]:
-    """The measures of one command, in float32."""
-    stage, device = {"recon": "vq", "condition": "ldm"}[args.command], checkpoint.find_device(args.device)
-    payload = checkpoint.load(args.ckpt, stage)
-    c = payload["config"]
-    spec, val = (args.data, args.val) if args.data else (c["data"], args.val or c["val"])
-    held_out = data.open_data(spec, c["size"], val, remember=False)[1]
-    batches = tqdm(data.in_order(held_out, 32, args.limit), desc=args.command, unit="batch", dynamic_ncols=True)
-    if stage == "vq":
-        model = checkpoint.build_vq(payload, args.ckpt).to(device)
-        return reconstruction(model, (x for x, _ in batches), device)
-    ldm = checkpoint.build_ldm(payload, args.ckpt, device)
+def resolve(args: argparse.Namespace, configs: list[dict]) -> tuple[str, str | None, int]:
+    """(data, val, size) from the flags, else from the first training configuration that knows them."""
+    known = {"data": None, "size": None, "val": None}
+    for key in ("data", "size"):
+        if config := next((c for c in configs if c.get(key)), None):
+            known |= {key: config[key]} | ({"val": config.get("val")} if key == "data" else {})
+    if not (args.data or known["data"]):
+        raise ValueError("no checkpoint says what it was trained on; name the pictures with --data")
+    spec, val = (args.data, args.val) if args.data else (known["data"], args.val or known["val"])
+    return spec, val, args.size or known["size"] or DEFAULT_SIZE
+
+
+def open_pictures(args: argparse.Namespace, spec: str, val: str | None, size: int) -> tuple[data.Pictures, str]:
+    """What `recon` measures on, and how to call it."""
+    plain = data.is_folder(spec) and not data.has_keypoints(spec)
+    if args.all or plain:
+        if args.val:
+            raise ValueError(f"--val {args.val}: all pictures of {spec} count; leave it out, or name it as --data")
+        return data.open_all(spec, size, poseless=True), f"all of {spec}"
+    return data.open_data(spec, size, val, remember=False)[1], f"all of {val}" if val else f"held out of {spec}"
+
+
+def load_vq(path: str, ema: bool) -> dict:
+    """The payload of a stage-1 checkpoint, or of the stage-2 one that carries its first stage."""
+    try:
+        return checkpoint.load(path, "vq", ema=ema)
+    except checkpoint.WrongStage:
+        return checkpoint.load(path, "ldm", ema=ema)
+
+
+def passing(ds: data.Pictures, what: str) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """The batches of data.numbered with a bar."""
+    return tqdm(data.numbered(ds, BATCH), total=-(-len(ds) // BATCH), desc=what, unit="batch", dynamic_ncols=True)
+
+
+def recon(args: argparse.Namespace) -> None:
+    """Prints the table and writes recon.json and recon.png."""
+    device, names = checkpoint.find_device(args.device), names_of(args.ckpt)
+    payloads = [load_vq(path, not args.no_ema) for path in args.ckpt]
+    models = [checkpoint.build_vq(payload, path).to(device) for payload, path in zip(payloads, args.ckpt, strict=True)]
+    spec, val, size = resolve(args, [payload["config"] for payload in payloads])
+    f = math.lcm(*(model.config.factor for model in models))
+    if size < SSIM_WINDOW or size % f:
+        raise ValueError(f"--size is {size}; these autoencoders need a multiple of {f} pixels, at least {SSIM_WINDOW}")
+    ds, called = open_pictures(args, spec, val, size)
+    ds = data.spread(ds, args.limit)
+    other = data.spread(data.open_all(args.against, size, poseless=True), args.limit) if args.against else None
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)       # before the work, not after it
+
+    measures: dict[str, Measure] = {"l1": l1, "psnr": psnr, "ssim": ssim}
+    notes = []
+    if args.lpips_weights:
+        measures["lpips"] = checkpoint.load_lpips(args.lpips_weights).to(device)
+    else:
+        notes.append("LPIPS is not measured: --lpips-weights FILE [FILE] adds it")
+    features = inception(device) if args.rfid else None
+    if features is None:
+        notes.append("rFID is not measured: pip install pytorch-fid and --rfid add it")
+    elif len(ds) < FRECHET_PICTURES:
+        notes.append(f"rFID of {len(ds)} pictures is too high and compares only with rFID of as many")
+
+    batches = ((x, indices) for x, _, indices in passing(ds, "reconstructing"))
+    results, boxes, tallies, shortlist = compare(models, batches, measures, features, SHOWN, device)
+    n, shape = tallies[0].n, f"{size} x {size} pixels"
+    rows = {name: result | {"n_embed": model.config.n_embed}
+            for name, result, model in zip(names, results, models, strict=True)}
+    rows |= {f"boxes of {factor} x {factor}": result for factor, result in boxes.items()}
+    print(f"{n} pictures, {called}, {shape}\n\n{table(rows, COLUMNS)}\n")
+
+    report = {"command": shlex.join(["python", "evaluate.py", *args.argv]), "data": spec, "which": called,
+              "pictures": n, "size": size, "device": str(device), "torch": torch.__version__,
+              "checkpoints": [{"name": name, "file": path, "hash": checkpoint.hash_of(payload["vq"]),
+                               "step": payload["step"], "factor": model.config.factor, **rows[name]}
+                              for name, path, payload, model in zip(names, args.ckpt, payloads, models, strict=True)],
+              "baselines": [{"name": f"boxes of {factor} x {factor}", **result} for factor, result in boxes.items()]}
+    if other is not None:
+        theirs = code_counts(models, (x for x, _, _ in passing(other, "other codes")), device)
+        shared = {name: code_overlap(tally.counts, count)
+                  for name, tally, count in zip(names, tallies, theirs, strict=True)}
+        print(f"Codes used, A: {n} pictures, {called}; B: {len(other)} of {args.against}\n\n{table(shared, OVERLAP)}\n")
+        report["against"] = {"data": args.against, "pictures": len(other), "overlap": shared}
+    for note in notes:
+        print(note)
+    if args.out:
+        worst, typical = shortlist.worst(), shortlist.typical()
+        shown = [("typical", index) for index in typical] + [("worst", index) for index in worst]
+        report |= {word: [data.picture_name(ds, index) for w, index in shown if w == word] for word, _ in shown}
+        (Path(args.out) / "recon.json").write_text(json.dumps(report, indent=1) + "\n")
+        recon_figure(Path(args.out) / "recon.png", models, names, ds, shown,
+                     f"{n} pictures, {called}, {shape}: around the median PSNR of {names[0]}, and the worst. Errors: "
+                     f"black 0, white {ERROR_WHITE:.0%} of the range and more", device)
+        print(f"wrote {args.out}/recon.json and recon.png")
+
+
+def condition(args: argparse.Namespace) -> None:
+    """Prints the eps loss under right, shuffled and no pose, in float32."""
+    device = checkpoint.find_device(args.device)
+    ldm, payload = checkpoint.load_ldm(args.ckpt, device, preset=args.preset, ema=not args.no_ema)
+    spec, val, size = resolve(args, [payload["config"]])
+    held_out = data.spread(data.open_data(spec, size, val, remember=False)[1], args.limit)
     with torch.no_grad():
-        pairs = [(ldm.encode(x.to(device)), pose) for x, pose in batches]
+        pairs = [(ldm.encode(x.to(device)), pose) for x, pose, _ in passing(held_out, "encoding")]
     if not pairs:
         raise ValueError(f"{spec} has no usable held-out picture")
     z, poses = (torch.cat(part).to(device) for part in zip(*pairs, strict=True))
-    return condition_losses(ldm, Diffusion(**ldm.schedule), z, poses)
+    for name, value in condition_losses(ldm, Diffusion(**ldm.schedule), z, poses).items():
+        print(f"{name:12s} {value:.4f}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        result = measure(args)
+        {"recon": recon, "condition": condition}[args.command](args)
     except (ValueError, OSError) as e:
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2
-    for name, value in result.items():
-        print(f"{name:12s} {value:.4f}" if isinstance(value, float) else f"{name:12s} {value}")
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

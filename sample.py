@@ -2,6 +2,7 @@
 
     python sample.py examples/poses/*.json
     python sample.py mine.json --ckpt runs/mine/last.pt -n 4 --steps 100 --guidance 3 --out mine.png
+    python sample.py mine.json --ckpt model.ckpt --preset danbooru --steps 500 --eta 0    a published CompVis checkpoint
 
 Picture i of a row has seed --seed + i and depends on nothing else: not on the other poses, nor on how many there are.
 """
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from diffusion import Diffusion, Step, ddim, ddpm, guided, per_image_noise
+from diffusion import Diffusion, Step, ddim, ddim_timesteps, ddpm, guided, per_image_noise
 from keypoints import draw, load_poses
 
 BATCH = 16                      # pictures in the network at once
@@ -29,7 +30,8 @@ DEFAULT_STEPS = 50              # of DDIM
 
 
 def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, sampler: str = "ddim",
-           steps: int = DEFAULT_STEPS, eta: float = 0.0, guidance: float = 1.0) -> Iterator[Step]:
+           steps: int = DEFAULT_STEPS, eta: float = 0.0, guidance: float = 1.0,
+           spacing: str = "even") -> Iterator[Step]:
     """Denoises one latent a pose, [B, 17, 3] with seeds [B], for pictures of size x size; yields every step.
 
     The last step's x [B, C, h, w] is the sample: `ldm.decode` makes the pictures [B, 3, size, size] of it.
@@ -41,13 +43,19 @@ def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, samp
     eps_fn = guided(ldm, poses.to(device), guidance)
     if sampler == "ddpm":
         return ddpm(diffusion, eps_fn, x_T.to(device), noise_fn)
-    return ddim(diffusion, eps_fn, x_T.to(device), steps, eta, noise_fn)
+    return ddim(diffusion, eps_fn, x_T.to(device), steps, eta, noise_fn, spacing)
+
+
+def how_many_steps(ldm: checkpoint.LDM, sampler: str, steps: int, spacing: str) -> int:
+    """Uniform spacing may take more steps than asked for (500 for 350), as the reference does; ddpm takes all."""
+    timesteps = ldm.schedule["timesteps"]
+    return len(ddim_timesteps(timesteps, steps, spacing)) if sampler == "ddim" else timesteps
 
 
 @torch.no_grad()
 def draw_pictures(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, **how: object) -> list[np.ndarray]:
     """Pictures uint8 [size, size, 3], one for each pose [B, 17, 3] and seed, in batches, with a progress bar."""
-    total = how["steps"] if how["sampler"] == "ddim" else ldm.schedule["timesteps"]
+    total = how_many_steps(ldm, how["sampler"], how["steps"], how["spacing"])
     pictures: list[np.ndarray] = []
     with tqdm(total=total * math.ceil(len(poses) / BATCH), desc="sampling", unit="step", dynamic_ncols=True) as bar:
         for i in range(0, len(poses), BATCH):
@@ -75,11 +83,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("poses", nargs="+", metavar="POSE", help="pose files: the seed's, COCO, or [x, y, visible] rows")
     add("--ckpt", default="runs/ldm/last.pt", metavar="FILE", help="checkpoint of stage 2 (default %(default)s)")
+    add("--preset", metavar="NAME", help="what the tensors of a published CompVis checkpoint do not tell: "
+        f"{', '.join(checkpoint.PUBLISHED)}; ours need none")
+    add("--no-ema", action="store_true", help="the raw weights instead of their moving average")
     add("-n", type=int, default=2, help="pictures a pose (default %(default)s)")
     add("--sampler", choices=("ddim", "ddpm"), default="ddim")
     add("--steps", type=int, help=f"of DDIM, 1 to 1000 (default {DEFAULT_STEPS}; ddpm takes all)")
     add("--eta", type=float, help="noise of DDIM, 0 to 1 (default "
         f"{checkpoint.DEFAULT_ETA:g}, or 0 for a model that was trained without dropping poses)")
+    add("--spacing", choices=("even", "uniform"), help="of DDIM's timesteps; uniform is the reference's, which not all "
+        "--steps allow (default even, or uniform for a published checkpoint)")
     add("--guidance", type=float, metavar="W", help="1: as trained, 0: without the pose, above 1: more of the pose "
         f"(default {checkpoint.DEFAULT_GUIDANCE:g}, or 1 for a model that was trained without dropping poses)")
     add("--seed", type=int, default=0)
@@ -94,8 +107,9 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"-n is {args.n}; it must be at least 1")
     if not 0 <= args.seed < 2 ** 63:
         raise ValueError(f"--seed is {args.seed}; it must be a whole number from 0 to 2^63 - 1")
-    if args.sampler == "ddpm" and (args.steps, args.eta) != (None, None):
-        raise ValueError("--sampler ddpm takes all steps and its own noise; leave --steps and --eta out, or use ddim")
+    if args.sampler == "ddpm" and (args.steps, args.eta, args.spacing) != (None, None, None):
+        raise ValueError("--sampler ddpm takes all steps and its own noise; leave --steps, --eta and --spacing out, or "
+                         "use ddim")
     args.steps = DEFAULT_STEPS if args.steps is None else args.steps
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}; it must be a finite number")
@@ -110,19 +124,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_args(args)
         poses, names = read_poses(args.poses)
-        ldm, payload = checkpoint.load_ldm(args.ckpt, args.device)
+        ldm, payload = checkpoint.load_ldm(args.ckpt, args.device, args.preset, ema=not args.no_ema)
+        if foreign := "source" in payload:
+            print(checkpoint.describe(payload, args.ckpt))
         size, began = payload["config"]["size"], time.monotonic()
         args.guidance = ldm.guidance if args.guidance is None else args.guidance
         args.eta = ldm.eta if args.eta is None else args.eta
+        args.spacing = args.spacing or ("uniform" if foreign else "even")
         if args.guidance != 1 and not ldm.knows_null:
             raise ValueError(f"--guidance is {args.guidance:g}, but {args.ckpt} was trained without dropping poses, so "
                              "it has no picture of no pose; leave --guidance out")
         every = torch.from_numpy(np.stack(poses)).repeat_interleave(args.n, dim=0)      # [P n, 17, 3]
         seeds = [args.seed + i for i in range(args.n)] * len(poses)
         pictures = draw_pictures(ldm, every, seeds, size, sampler=args.sampler, steps=args.steps, eta=args.eta,
-                                 guidance=args.guidance)
+                                 guidance=args.guidance, spacing=args.spacing)
         rows = [[draw(pose, size), *pictures[p * args.n:(p + 1) * args.n]] for p, pose in enumerate(poses)]
-        how = f"DDIM {args.steps} steps, eta {args.eta:g}" if args.sampler == "ddim" else "DDPM"
+        steps = how_many_steps(ldm, args.sampler, args.steps, args.spacing)
+        how = f"DDIM {steps} {args.spacing} steps, eta {args.eta:g}" if args.sampler == "ddim" else "DDPM"
         data.save_grid(args.out, rows, columns=["pose", *(f"seed {args.seed + i}" for i in range(args.n))],
                        labels=names, title=f"{how}, guidance {args.guidance:g}, {args.ckpt} step {payload['step']}")
     except (ValueError, OSError) as e:

@@ -22,7 +22,7 @@ import sample
 import train
 from diffusion import Diffusion
 from keypoints import ConditionConfig
-from vq import VQConfig, VQModel
+from vq import LPIPS, VQConfig, VQLoss, VQLossConfig, VQModel
 
 ROOT = Path(__file__).parent.parent
 MICRO = train.Preset(
@@ -38,6 +38,8 @@ def micro(monkeypatch):
     monkeypatch.setitem(train.PRESETS, "micro", MICRO)
     monkeypatch.setitem(train.PRESETS, "micro_plain", train.replace(   # the reference's way: norms, gradient codebook
         MICRO, vq_config=VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32, dropout=0.1)))
+    monkeypatch.setitem(train.PRESETS, "micro_gan", train.replace(MICRO, vq=train.replace(
+        MICRO.vq, loss=VQLossConfig(disc_weight=1.0, disc_start=2, disc_ramp=2))))
     monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
 
 
@@ -81,8 +83,8 @@ class Killed(Exception):
 
 # -------------------------------------------------------------------------------------------------- exact resume
 
-@pytest.mark.parametrize("preset", ["micro", "micro_plain"])
-@pytest.mark.parametrize("stage", ["vq", "ldm"])
+@pytest.mark.parametrize("stage, preset", [("vq", "micro"), ("vq", "micro_plain"), ("vq", "micro_gan"),
+                                           ("ldm", "micro"), ("ldm", "micro_plain")])
 def test_six_steps_equal_three_and_resume_and_three(tmp_path, monkeypatch, stage, preset):
     flags = ["--steps", "6"]
     if stage == "ldm":
@@ -104,6 +106,7 @@ def test_six_steps_equal_three_and_resume_and_three(tmp_path, monkeypatch, stage
     cut = checkpoint.load(tmp_path / "cut/last.pt", stage)
     assert cut["step"] == 3
     assert stage == "ldm" or (cut["train"]["usage"] != 1).any()       # the codebook's own state is there to be lost
+    assert ("disc_optimizer" in cut["train"]) == (preset == "micro_gan")
     assert train.main(command(stage, tmp_path / "cut", *flags, preset=preset)) == 0
     whole, cut = (checkpoint.load(tmp_path / run / "last.pt", stage) for run in ("whole", "cut"))
     assert whole["step"] == cut["step"] == 6
@@ -286,6 +289,134 @@ def test_stage_one_learns_and_stage_two_lets_the_pose_in(tmp_path):
     assert torch.equal(raw["cond"]["encoder.missing"], fresh.cond.encoder.missing)      # figures miss no joint
     for name, start in fresh.cond.state_dict().items():         # every part of the pose encoder has been trained
         assert not torch.equal(raw["cond"][name], start) or name == "encoder.missing", name
+
+
+# ------------------------------------------------------------------------------------------ losses that go wrong
+
+def poison(monkeypatch, stage: str, steps: set[int], what: str) -> None:
+    """Make the training loss, or only its gradient, not a number at these steps."""
+    now, seed_step = [-1], train.seed_step
+
+    def remember_step(seed: int, step: int) -> None:
+        now[0] = step
+        seed_step(seed, step)
+
+    def spoil(loss: torch.Tensor) -> torch.Tensor:
+        if now[0] in steps and torch.is_grad_enabled():
+            loss = loss * (math.nan if what == "loss" else 1.0)
+            loss.register_hook(lambda grad: grad * math.nan)
+        return loss
+
+    monkeypatch.setattr(train, "seed_step", remember_step)
+    owner, name = (VQLoss, "generator") if stage == "vq" else (Diffusion, "loss")
+    healthy = getattr(owner, name)
+
+    def sick(*args, **kwargs):
+        out = healthy(*args, **kwargs)
+        return (spoil(out[0]), out[1]) if stage == "vq" else spoil(out)
+    monkeypatch.setattr(owner, name, sick)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+@pytest.mark.parametrize("stage, preset", [("vq", "micro_gan"), ("ldm", "micro")])
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(trained, tmp_path, monkeypatch, stage, preset, what):
+    flags = ["--vq", str(trained / "vq/last.pt"), "--steps", "8", "--amp", "off"]
+    poison(monkeypatch, stage, {3, 4, 6}, what)
+    saved = {}
+    save = train.Run.save
+    monkeypatch.setattr(train.Run, "save", lambda run, step, payload, score=None: (
+        saved.update({step: train.copy.deepcopy(payload)}), save(run, step, payload, score)))
+    assert train.main(command(stage, tmp_path / "run", *flags, preset=preset)) == 0
+    key = "vq" if stage == "vq" else "train"
+    for before, after in ((3, 5), (6, 7)):                      # payload k is that after step k - 1
+        a, b = (saved[k][key] if stage == "vq" else saved[k]["train"]["unet"] for k in (before, after))
+        same(a, b)                                              # nothing moved
+    with pytest.raises(AssertionError):
+        same(saved[5][key], saved[6][key])
+    rows = train.read_log(tmp_path / "run/log.jsonl")
+    assert [r.get("skipped") for r in rows if "lr" in r][-1] == 3
+    assert all(math.isfinite(v) for r in rows for v in r.values())
+    assert checkpoint.load(tmp_path / "run/last.pt", stage)["train"]["skipped"] == 3
+
+
+@pytest.mark.parametrize("stage", ["vq", "ldm"])
+def test_ten_in_a_row_stop_the_run_and_the_last_good_checkpoint_stays(trained, tmp_path, monkeypatch, capsys, stage):
+    flags = ["--vq", str(trained / "vq/last.pt"), "--steps", "40", "--amp", "off"]
+    monkeypatch.setattr(train, "EVALS", 10)                     # a checkpoint each 4 steps
+    poison(monkeypatch, stage, set(range(8, 40)) | {2, 3, 5}, "loss")
+    assert train.main(command(stage, tmp_path / "run", *flags)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not finite in 10 steps in a row" in error and "at step 17" in error and "last good checkpoint" in error
+    assert "Traceback" not in error
+    kept = checkpoint.load(tmp_path / "run/last.pt", stage)
+    assert kept["step"] in (8, 12, 16) and all(v.isfinite().all() for v in kept["vq"].values())
+
+
+# -------------------------------------------------------------------------------------------- the VQGAN objective
+
+def test_a_preset_that_wants_lpips_says_how_to_get_it_or_do_without(tmp_path, capsys):
+    argv = ["--stage", "vq", "--preset", "base", "--data", "figures:4", "--out", str(tmp_path), "--steps", "1"]
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1
+    for word in ("--lpips-weights", "--download-lpips", "--perceptual off"):
+        assert word in error
+    assert not train.make_config(train.parse_args([*argv, "--perceptual", "off"])).recipe.loss.perceptual
+
+
+def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    lpips, paths = LPIPS(), []
+    monkeypatch.setattr(checkpoint, "load_lpips", lambda files: paths.extend(files) or lpips, raising=False)
+    flags = ["--steps", "5", "--perceptual", "1", "--lpips-weights", "a.pth", "b.pth", "--disc-weight", "0.5",
+             "--disc-start", "0.4"]
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    assert train.main(command("vq", tmp_path / "run", *flags)) == 0
+    assert paths == ["a.pth", "b.pth"]
+    rows = [r for r in train.read_log(tmp_path / "run/log.jsonl") if "lr" in r]
+    assert all({"l1", "lpips"} <= r.keys() for r in rows)
+    assert [("d_weight" in r, "logits_real" in r) for r in rows] == [(False, False)] * 2 + [(True, True)] * 3
+    assert sum(p.numel() for p in lpips.parameters()) > 14e6 and not any("lpips" in k or "perceptual" in k
+               for k in checkpoint.load(tmp_path / "run/last.pt", "vq")["train"])
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--disc-start", "5"], ["--disc-start is 5", "--disc-weight 0.75"]),
+    (["--lpips-weights", "x.pth"], ["--lpips-weights", "--perceptual 1"]),
+])
+def test_flags_of_a_loss_that_is_off_say_how_to_switch_it_on(tmp_path, capsys, flags, words):
+    assert train.main(command("vq", tmp_path, *flags)) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words) and "Traceback" not in error
+
+
+def test_the_faithful_preset_has_the_reference_objective_and_start_of_the_codes():
+    recipe = train.PRESETS["danbooru"].vq
+    assert recipe.loss == VQLossConfig(perceptual=1.0, disc_weight=0.8, disc_start=10_000) and not recipe.draw_codes
+
+
+def test_a_published_stage_one_is_trained_on_and_the_full_file_is_too(tmp_path, capsys):
+    """--vq takes a taming .ckpt, whose picture size nobody knows; what is trained on it samples from one file."""
+    torch.manual_seed(0)
+    state = VQModel(train.PRESETS["micro_plain"].vq_config).state_dict()
+    torch.save({"state_dict": state | {"loss.discriminator.main.0.bias": torch.zeros(64)}}, tmp_path / "vq.ckpt")
+    flags = ["--steps", "2", "--vq", str(tmp_path / "vq.ckpt")]
+    assert train.main(command("ldm", tmp_path / "ldm", *flags, preset="micro_plain")) == 0
+    made = checkpoint.load(tmp_path / "ldm/last.pt", "ldm")
+    same(dict(made["vq"]), dict(state))
+    assert made["vq_config"]["ch"] == 32 and made["config"]["size"] == 32
+    assert train.main(command("ldm", tmp_path / "other", *flags, preset="f8")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "f4 autoencoder with 3 latent channels, but preset f8" in error and "danbooru" in error
+
+
+def test_an_autoencoder_of_another_kind_names_the_presets_that_fit(trained, tmp_path, capsys):
+    argv = ["--stage", "ldm", "--preset", "f8", "--vq", str(trained / "vq/last.pt"), "--out", str(tmp_path)]
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert "f4 autoencoder with 3 latent channels for pictures of 32 pixels" in error and "preset micro or " in error
+    with pytest.raises(ValueError, match="preset toy or small or base or danbooru"):       # size unknown
+        train.check_latents(train.make_config(train.parse_args(argv)), VQConfig(), None)
 
 
 def test_ema_equals_the_reference(golden):
@@ -576,13 +707,17 @@ def test_the_condition_ratio_is_one_without_the_pose_and_above_with_it():
     assert result["right"] < 1e-6 < 1e-4 < result["null"] < result["shuffled"]
 
 
-@pytest.mark.parametrize("which, flag, file, key", [("recon", "--vq", "vq/last.pt", "psnr"),
-                                                    ("condition", "--ckpt", "ldm/last.pt", "ratio")])
-def test_the_commands_repeat_what_training_measured(trained, capsys, which, flag, file, key):
-    assert evaluate.main([which, flag, str(trained / file)]) == 0             # on the data it was trained with
+def test_the_commands_repeat_what_training_measured(trained, tmp_path, capsys):
+    """On the data they were trained with, where nothing else is said; training measures in bf16."""
+    assert evaluate.main(["recon", "--vq", str(trained / "vq/last.pt"), "--out", str(tmp_path)]) == 0
+    found, = json.loads((tmp_path / "recon.json").read_text())["checkpoints"]
+    logged = train.read_log(trained / "vq/log.jsonl")[-1]
+    assert found["psnr"] == pytest.approx(logged["val_psnr"], rel=2e-2)
+    assert found["l1"] == pytest.approx(logged["val_l1"], rel=2e-2)
+    capsys.readouterr()
+    assert evaluate.main(["condition", "--ckpt", str(trained / "ldm/last.pt")]) == 0
     printed = {line.split()[0]: float(line.split()[1]) for line in capsys.readouterr().out.splitlines()}
-    logged = train.read_log(trained / file.replace("last.pt", "log.jsonl"))[-1][f"val_{key}"]
-    assert printed[key] == pytest.approx(logged, rel=2e-2)                              # training measures in bf16
+    assert printed["ratio"] == pytest.approx(train.read_log(trained / "ldm/log.jsonl")[-1]["val_ratio"], rel=2e-2)
 
 
 def test_figures_for_training_and_validation_differ():
