@@ -37,7 +37,7 @@ import evaluate
 from diffusion import Diffusion, ddim, guided, per_image_noise
 from keypoints import ConditionConfig, draw
 from unet import UNetConfig
-from vq import LPIPS, VQConfig, VQLoss, VQLossConfig, VQModel
+from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
 MEASURE_STEPS = 40              # steps, at most, whose rate decides the length of a --minutes run
 RESERVE = 0.05                  # share of --minutes left for checkpoints and a machine that gets slower
@@ -621,6 +621,8 @@ def load_lpips(c: Config) -> LPIPS | None:
 
 def quantize_from(c: Config) -> int:
     """The step of stage 1 that draws the codebook; a --minutes run cannot know it before its length is known."""
+    if not c.recipe.draw_codes:
+        return 0
     return sys.maxsize if c.steps is None else max(int(c.recipe.free * c.steps), c.measured or 0)
 
 
@@ -775,6 +777,8 @@ def dry_run(c: Config) -> None:
     r, f = c.recipe, c.vq_config.factor
     with torch.device("meta"):
         parts = {"encoder": VQModel(c.vq_config).encoder, "decoder": VQModel(c.vq_config).decoder}
+        if c.stage == "vq" and r.loss.disc_weight:
+            parts["discriminator"] = PatchDiscriminator()
         if c.stage == "ldm":
             dummy = torch.zeros(c.vq_config.embed_dim, 1, 1)
             ldm = checkpoint.LDM(VQModel(c.vq_config), c.unet_config, c.cond_config, dummy, dummy, c.schedule, True)
@@ -783,6 +787,12 @@ def dry_run(c: Config) -> None:
     print(f"stage {c.stage}, preset {c.preset}: {c.size}x{c.size} pictures, f{f} latents "
           f"{c.size // f}x{c.size // f}x{c.vq_config.embed_dim}, {c.vq_config.n_embed} codes")
     print(f"recipe: batch {r.batch_size}, lr {r.lr:g}, {length}, seed {c.seed}, {c.device}, amp {c.amp}")
+    if c.stage == "vq":
+        o = r.loss
+        start = f"{o.disc_start:.0%} of the run" if 0 < o.disc_start < 1 else f"step {o.disc_start:g}"
+        print("objective: L1 + codebook" + (f" + {o.perceptual:g} LPIPS" if o.perceptual else "")
+              + (f" + {o.disc_weight:g} (adaptive weight, at most {o.disc_cap:g}) discriminator from {start}"
+                 if o.disc_weight else ""))
     if c.stage == "ldm":
         print(f"diffusion: {c.schedule['timesteps']} steps, pose by {' and '.join(c.cond_config.doors)}, condition "
               f"dropout {r.p_drop:g}")

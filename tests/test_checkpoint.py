@@ -327,6 +327,13 @@ def test_a_file_that_is_no_checkpoint(tmp_path, found):
 
 # ---- files with objects in them
 
+def test_a_tensor_expanded_out_of_one_number_is_refused(tmp_path, networks):
+    """A file of a few bytes may not become terabytes when the model it describes is made."""
+    state = full(networks) | {f"{checkpoint.UNET}out.2.bias": torch.ones(1).expand(10 ** 12)}
+    torch.save({"state_dict": state}, tmp_path / "bomb.ckpt")
+    assert "out.2.bias has shape (1000000000000,) but not that many numbers" in refusal(tmp_path / "bomb.ckpt")
+
+
 @pytest.fixture
 def foreign_classes():
     """Modules that exist while a file is written and are gone when it is read: name -> module."""

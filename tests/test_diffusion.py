@@ -69,6 +69,20 @@ def test_posterior_equals_the_reference(diffusion, golden):
     torch.testing.assert_close(log_variance, golden["ddpm/posterior_log_variance"], rtol=1e-6, atol=0)
 
 
+def test_variational_bound_of_the_reference_is_the_distance_of_our_posteriors(diffusion, tiny_model, golden):
+    """Its loss/vlb is KL(q(x_{t-1} | x_t, x0) || q(x_{t-1} | x_t, x0_hat)), two Gaussians of one variance."""
+    x0, x_t, t = golden["loss/x0"], golden["loss/x_t"], golden["loss/t"]
+    with torch.no_grad():
+        eps = tiny_model(x_t, t, golden["unet/context"], torch.zeros(2, dtype=torch.bool))
+    mean, log_variance = diffusion.posterior(x0, x_t, t)
+    mean_hat, _ = diffusion.posterior(diffusion.predict_x0(x_t, t, eps), x_t, t)
+    kl = (mean - mean_hat).square() / (2 * log_variance.exp())
+    assert kl.mean().item() == pytest.approx(golden["loss/vlb"].item(), rel=1e-4)
+    alphas = 1 - diffusion.betas
+    weights = diffusion.betas**2 / (2 * diffusion.posterior_variance * alphas * (1 - diffusion.alphas_bar))
+    np.testing.assert_allclose(weights[1:], golden["schedule/lvlb_weights"][1:], rtol=1e-5)
+
+
 def test_posterior_equals_bayes_rule(diffusion):
     """q(x_{t-1} | x_t, x0) is N(x_{t-1}; sqrt(ab') x0, 1 - ab') times N(x_t; sqrt(1 - beta) x_{t-1}, beta)."""
     x0, x_t = 0.3, -1.1
