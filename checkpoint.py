@@ -24,7 +24,7 @@ import pickletools
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -106,6 +106,8 @@ def load(path: str | Path, stage: str, advice: str | None = None, preset: str | 
                          + (advice or f"make it with: {HOW_TO_MAKE[stage]}"))
     if lacking := NEEDED[stage] - payload.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(lacking))}, so an older version made it; train it again")
+    for part_of in ("vq", "unet", "cond"):
+        check_bytes(payload.get(part_of, {}), path)
     made_with = payload["config"].get("preset")
     if preset not in (None, made_with):
         raise ValueError(f"--preset is {preset}, but {path} was trained with preset {made_with} and needs no --preset")
@@ -122,13 +124,14 @@ def read(path: Path) -> object:
     A file that holds objects of foreign classes is read as {"state_dict": name -> tensor, "global_step": k} alone.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # what torch says at length becomes one sentence here
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:                   # torch's unpickler raises a dozen unrelated types on a foreign file
-        pass
-    try:
-        return read_foreign(path)
+        if zipfile.is_zipfile(path):
+            check_archive(path)         # before torch: its weights_only runs no code, but it inflates what is deflated
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")     # what torch says at length becomes one sentence here
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:               # torch's unpickler raises a dozen unrelated types on a foreign file
+            return read_foreign(path)
     except Refused as e:
         raise ValueError(f"{path} cannot be read as a checkpoint: {e}") from None
     except Exception as e:              # and so do pickle and zipfile
@@ -150,6 +153,12 @@ def hash_of(state: dict[str, Tensor]) -> str:
 
 def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     """load_state_dict(strict=True), with an error that names the first differing keys and both shapes."""
+    check_fits(model, state, what)
+    model.load_state_dict(state, strict=True)
+
+
+def check_fits(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """ValueError that names the first differing keys and both shapes."""
     own = model.state_dict()
     wrong = [f"{k}: file {tuple(state[k].shape) if k in state else 'lacks it'}, "
              f"model {tuple(own[k].shape) if k in own else 'lacks it'}"
@@ -157,19 +166,32 @@ def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
              if k not in own or k not in state or own[k].shape != state[k].shape]
     if wrong:
         raise ValueError(f"{what} does not fit its configuration in {len(wrong)} places, first {'; '.join(wrong[:3])}")
+
+
+def build(make: Callable[[], nn.Module], state: dict[str, Tensor], what: str) -> nn.Module:
+    """make() with the weights of `state`. Made first without memory, so that a few bytes that say they are a giant
+    network end in a sentence.
+    """
+    with torch.device("meta"):
+        check_fits(make(), state, what)
+    model = make()
     model.load_state_dict(state, strict=True)
+    return model
+
+
+def config_of(kind: type, payload: dict, name: str, what: str) -> object:
+    """payload[name] as a configuration of that class; lists, as JSON gives them, become the tuples that it holds."""
+    try:
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in payload[name].items()})
+    except (TypeError, AttributeError) as e:
+        raise ValueError(f"{what} has a {name} that this version does not know: {e}") from None
 
 
 def build_vq(payload: dict, what: str) -> VQModel:
     """The autoencoder of a payload of either stage, frozen and in eval mode."""
-    model = VQModel(VQConfig(**_tuples(payload["vq_config"])))
-    fill(model, payload["vq"], what)
+    config = config_of(VQConfig, payload, "vq_config", what)
+    model = build(lambda: VQModel(config), payload["vq"], what)
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-def _tuples(config: dict) -> dict:
-    """Lists, as JSON gives them, become the tuples that frozen configs hold."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 
 class LDM(nn.Module):
@@ -229,11 +251,12 @@ def ldm_payload(ldm: LDM) -> dict:
 
 def build_ldm(payload: dict, what: str, device: str | torch.device = "cpu") -> LDM:
     """The model of a stage-2 payload with its EMA weights, frozen, in eval mode, on `device`."""
-    ldm = LDM(build_vq(payload, f"{what}: vq"), UNetConfig(**_tuples(payload["unet_config"])),
-              ConditionConfig(**_tuples(payload["cond_config"])), payload["mean"], payload["std"], payload["schedule"],
-              payload["knows_null"])
-    fill(ldm.unet, payload["unet"], f"{what}: unet")
-    fill(ldm.cond, payload["cond"], f"{what}: cond")
+    vq, configs = build_vq(payload, f"{what}: vq"), (config_of(UNetConfig, payload, "unet_config", what),
+                                                     config_of(ConditionConfig, payload, "cond_config", what))
+    rest = [payload[name] for name in ("mean", "std", "schedule", "knows_null")]
+    weights = {f"{part_of}.{name}": tensor for part_of in ("vq", "unet", "cond")
+               for name, tensor in payload[part_of].items()} | {"mean": rest[0], "std": rest[1]}
+    ldm = build(lambda: LDM(vq, *configs, *rest), weights, what)
     return ldm.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
@@ -314,6 +337,9 @@ PLAIN = {"builtins": BUILTINS, "__builtin__": BUILTINS, "collections": {"Counter
          "argparse": {"Namespace"}, "datetime": {"date", "datetime", "timedelta"}}
 
 
+MOST_NESTED = 100                       # tuples within tuples; torch.save's own are two deep
+
+
 class DeafUnpickler(pickle.Unpickler):
     """Runs nothing: globals are looked up in the tables above and never imported."""
 
@@ -332,39 +358,50 @@ class DeafUnpickler(pickle.Unpickler):
         return key, dtype
 
 
-def read_foreign(path: Path) -> dict:
-    """{"state_dict": name -> tensor, "global_step": k} of a zip that torch.save made, whatever else stands in it."""
+def check_archive(path: Path) -> None:
+    """Refused for a zip that torch.save did not make, or that would take more memory than the file has bytes."""
     with zipfile.ZipFile(path) as archive:
-        records = archive.infolist()
+        records, names = archive.infolist(), archive.namelist()
         root = records[0].filename.split("/")[0]
-        if f"{root}/constants.pkl" in archive.namelist():
+        if f"{root}/constants.pkl" in names:
             raise Refused("it is a TorchScript archive, which is a program, not a checkpoint")
         # torch.save stores without compression, so a file cannot hold more bytes than it has.
         if any(r.compress_type != zipfile.ZIP_STORED for r in records) or (
                 sum(r.file_size for r in records) > path.stat().st_size):
             raise Refused("its records are compressed or overlap, which torch.save never does")
-        if f"{root}/byteorder" in archive.namelist() and archive.read(f"{root}/byteorder") != b"little":
+        if f"{root}/byteorder" in names and archive.read(f"{root}/byteorder") != b"little":
             raise Refused("it was saved on a big-endian machine")
         pickled = archive.read(f"{root}/data.pkl")
-        for op, arg, _ in pickletools.genops(pickled):                  # also finds lengths beyond the end
-            if op.name in ("PUT", "LONG_BINPUT") and arg > len(pickled):
-                raise Refused("its pickle asks for more memory than it can fill")
-        found = DeafUnpickler(io.BytesIO(pickled)).load()
+    nested = 0
+    for op, arg, _ in pickletools.genops(pickled):                      # also finds lengths beyond the end
+        if op.name in ("PUT", "LONG_BINPUT") and arg > len(pickled):
+            raise Refused("its pickle asks for more memory than it can fill")
+        if op.name == "GLOBAL" and arg.endswith(" bytearray"):          # bytearray(10 ** 11), which torch would make
+            raise Refused("it makes a bytearray, which has no place in a checkpoint")
+        if not op.name.endswith("PUT") and op.name != "MEMOIZE":
+            nested = nested + 1 if op.name.startswith("TUPLE") else 0
+        if nested > MOST_NESTED:                                        # hashing such a tuple overflows C's stack
+            raise Refused("its pickle nests tuples without end")
+
+
+def read_foreign(path: Path) -> dict:
+    """{"state_dict": name -> tensor, "global_step": k} of a zip that `check_archive` passed, whatever else is in it."""
+    with zipfile.ZipFile(path) as archive:
+        root = archive.infolist()[0].filename.split("/")[0]
+        found = DeafUnpickler(io.BytesIO(archive.read(f"{root}/data.pkl"))).load()
         if not isinstance(found, dict):
             raise Refused("it holds no dict")
         wanted = found.get("state_dict", found)
-        read_already: dict[tuple, Tensor] = {}      # tensors may share a storage
+        stored: dict[str, bytearray] = {}           # by record: tensors may share a storage
 
         def tensor(later: object) -> Tensor:
             if not isinstance(later, Later) or not isinstance(later.storage[1], torch.dtype):
                 raise Refused("its state_dict holds more than tensors")
-            key, dtype = later.storage
-            if later.storage not in read_already:
-                stored = bytearray(archive.read(f"{root}/data/{key}"))
-                read_already[later.storage] = (torch.frombuffer(stored, dtype=dtype) if stored
-                                               else torch.empty(0, dtype=dtype))
-            # as_strided checks that all of it lies within the storage
-            return read_already[later.storage].as_strided(later.size, later.stride, later.offset)
+            key, dtype = str(later.storage[0]), later.storage[1]
+            if key not in stored:
+                stored[key] = bytearray(archive.read(f"{root}/data/{key}"))
+            flat = torch.frombuffer(stored[key], dtype=dtype) if stored[key] else torch.empty(0, dtype=dtype)
+            return flat.as_strided(later.size, later.stride, later.offset)      # checks that it lies in the storage
 
         return {"state_dict": {name: tensor(later) for name, later in wanted.items()},
                 "global_step": found.get("global_step")}
@@ -436,11 +473,19 @@ def tensors_of(found: object, path: Path) -> tuple[dict[str, Tensor], int]:
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
             raise ValueError(f"{path} is no checkpoint: {name!r} in its state dict is not a plain tensor")
-        # A tensor that is expanded out of one number would take memory only once it is copied into a model.
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)} but not that many numbers")
+    check_bytes(state, path)
     step = found.get("global_step") if state is not found else None
     return state, step if type(step) is int else 0
+
+
+def check_bytes(state: dict[str, Tensor], path: Path) -> None:
+    """ValueError where tensors are larger than the file: expanded out of one number, or all sharing one storage."""
+    held = path.stat().st_size
+    for name, tensor in state.items():
+        held -= tensor.numel() * tensor.element_size()
+        if held < 0:
+            raise ValueError(f"{path} does not hold as many numbers as its tensors say; {name} has shape "
+                             f"{tuple(tensor.shape)}")
 
 
 def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -567,10 +612,10 @@ def schedule_of(state: dict[str, Tensor], path: Path) -> dict:
 
 def describe(payload: dict, path: str | Path) -> str:
     """One line on what a published file was taken for."""
-    vq = VQConfig(**_tuples(payload["vq_config"]))
+    vq = config_of(VQConfig, payload, "vq_config", str(path))
     said = f"VQ-f{vq.factor} {vq.ch} wide x {vq.ch_mult}, {vq.n_embed} codes of {vq.embed_dim}"
     if payload["stage"] == "ldm":
-        unet = UNetConfig(**_tuples(payload["unet_config"]))
+        unet = config_of(UNetConfig, payload, "unet_config", str(path))
         said = (f"UNet {unet.model_channels} wide x {unet.channel_mult}, attention at {unet.attention_resolutions}, "
                 f"{unet.num_heads} heads (preset {payload['config']['preset']}), {said}, "
                 f"{payload['schedule']['timesteps']} timesteps")

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import math
+import mmap
 import os
 import random
 import re
@@ -799,7 +800,8 @@ class PoseFolder(Pictures):
     - a text file that lists pictures, one a line, absolute or relative to it; their keypoints are found the same way;
     - a folder with pictures (in images/ or in itself) and one COCO json (in itself, annotations/ or coco/), or the
       json itself: the largest person that has a joint is taken, `skipped` counts the pictures without one;
-    - with `poseless`, also any folder of pictures; a picture without keypoints then has a pose without visible joints.
+    - with `poseless`, also any folder of pictures, whatever json that is not COCO lies in it; a picture without
+      keypoints then has a pose without visible joints.
 
     No picture is opened before it is asked for: ds[i] then raises DataError if it is damaged. `broken` maps each
     file known to be unusable to the reason; more than 1 % of them is an error. names[i] is relative to the root.
@@ -1075,19 +1077,48 @@ def find_pictures(folder: Path) -> list[str]:
 
 def json_files(root: Path, pattern: str = "*.json") -> list[Path]:
     """Where the COCO json of a folder may be."""
-    return sorted(p for d in (root, root / "annotations", root / "coco") for p in d.glob(pattern))
+    return sorted(p for d in (root, root / "annotations", root / "coco") for p in d.glob(pattern) if p.is_file())
+
+
+COCO_LISTS = [re.compile(rb'"%s"\s*:\s*\[' % name) for name in (b"images", b"annotations")]
+
+
+def is_coco(path: Path) -> bool:
+    """Is a json an object with the lists "images" and "annotations"? Captions, settings and reports are not.
+
+    Told by its bytes, which are not parsed: a file of any size costs no memory, and a COCO json that was cut short is
+    still one, for its reader to complain of. DataError where it cannot be opened.
+    """
+    try:
+        if path.stat().st_size == 0:                # which cannot be mapped
+            return False
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as found:
+            return bool(re.match(rb"(\xef\xbb\xbf)?\s*\{", found)) and all(p.search(found) for p in COCO_LISTS)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def has_keypoints(root: str | Path) -> bool:
     """Is `root` something that PoseFolder takes, rather than a folder of nothing but pictures?"""
     root = Path(root)
-    return not root.is_dir() or (root / "keypoints").is_dir() or bool(json_files(root))
+    return not root.is_dir() or (root / "keypoints").is_dir() or any(map(is_coco, json_files(root)))
+
+
+def is_among_pictures(path: str | Path, root: str | Path) -> bool:
+    """Might PoseFolder(root) take a picture that somebody writes into the folder `path` for one of its own?"""
+    path, root = Path(path).resolve(), Path(root)
+    if not root.is_dir():                           # a list, a COCO json: only what they name counts
+        return False
+    pictures = root / "images" if (root / "images").is_dir() and has_keypoints(root) else root
+    return path == root.resolve() or path.is_relative_to(pictures.resolve())
 
 
 def find_coco(root: Path) -> Path:
-    """The COCO json of a folder; person_keypoints*.json goes before any other json."""
+    """The COCO json of a folder; person_keypoints*.json goes before any other json, and their content decides."""
     for pattern in ("*person_keypoints*.json", "*.json"):
         found = json_files(root, pattern)
+        if len(found) > 1:
+            found = [path for path in found if is_coco(path)]
         if len(found) == 1:
             return found[0]
         if found:

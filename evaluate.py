@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import importlib.util
 import json
 import math
 import random
@@ -21,6 +22,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +38,14 @@ from diffusion import Diffusion
 from keypoints import JOINTS
 from vq import VQModel
 
-BATCH = 32
+BATCH = 8                           # one layer of the published autoencoders is 34 MB for a picture of 256 pixels
 SHUFFLE_SEED = 1234                 # of the fixed noise and the fixed wrong poses: one number, so runs compare
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5   # of the Gaussian window, and the constants K1 and K2: Wang et al. 2004
 SSIM_K1, SSIM_K2 = 0.01, 0.03
 FRECHET_PICTURES = 2048             # with fewer pictures than Inception features the covariance is singular
 DEFAULT_SIZE = 256                  # of pictures, where no checkpoint knows its own: the published ones'
 Measure = Callable[[Tensor, Tensor], Tensor]                # (x_hat, x), each [B, 3, H, W] in [-1, 1] -> [B]
+Features = Callable[[Tensor], Tensor]                       # pictures [B, 3, H, W] in [-1, 1] -> [B, D]
 
 
 # ------------------------------------------------------------------------------------------ measures of pictures
@@ -132,9 +135,11 @@ def frechet(a: Moments, b: Moments) -> float:
     """Squared Frechet distance of the Gaussians with these moments (arXiv:1706.08500 eq. 6): FID of Inception features.
 
     |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The last trace is the sum of the square roots of the eigenvalues
-    of C_a^(1/2) C_b C_a^(1/2), which is symmetric where C_a C_b is not.
+    of C_a^(1/2) C_b C_a^(1/2), which is symmetric where C_a C_b is not. NaN where a feature is not finite.
     """
     (m_a, c_a), (m_b, c_b) = a.result(), b.result()
+    if not (c_a.isfinite().all() and c_b.isfinite().all()):     # on which eigh would raise
+        return math.nan
     values, vectors = torch.linalg.eigh(c_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ c_b @ root).clamp(min=0).sqrt().sum()
@@ -146,10 +151,15 @@ def frechet(a: Moments, b: Moments) -> float:
 class Tally:
     """Running figures of one kind of reconstruction; its memory does not grow with the pictures."""
 
-    def __init__(self, measures: dict[str, Measure], n_embed: int = 0):
+    def __init__(
+        self,
+        measures: dict[str, Measure],
+        n_embed: int = 0,                       # codes to count
+        features: Features | None = None,       # whose moments over the reconstructions rFID needs
+    ):
         self.measures, self.sums, self.n = measures, dict.fromkeys(measures, 0.0), 0
         self.counts = torch.zeros(n_embed, dtype=torch.long)        # uses of each code
-        self.moments = Moments()                                    # of the reconstructions' features, for rFID
+        self.features, self.moments = features, Moments()
 
     def add(self, x_hat: Tensor, x: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
         """Counts reconstructions x_hat of x [B, 3, H, W] and their codes [B, h, w]; gives each picture's values [B]."""
@@ -158,13 +168,17 @@ class Tally:
             self.sums[name] += value.sum().item()
         if indices is not None:
             self.counts += count_codes(indices, len(self.counts))
+        if self.features is not None:
+            self.moments.add(self.features(x_hat))
         self.n += len(x)
         return values
 
-    def result(self) -> dict[str, float]:
+    def result(self, originals: Moments | None = None) -> dict[str, float]:
+        """Means, code use, and with the `originals`' features the Frechet distance to them, "rfid"."""
         if self.n == 0:
             raise ValueError("there are no pictures to evaluate on")
-        return {k: v / self.n for k, v in self.sums.items()} | (code_use(self.counts) if len(self.counts) else {})
+        out = {k: v / self.n for k, v in self.sums.items()} | (code_use(self.counts) if len(self.counts) else {})
+        return out | ({"rfid": frechet(originals, self.moments)} if originals is not None else {})
 
 
 def count_codes(indices: Tensor, n_embed: int) -> Tensor:
@@ -197,6 +211,7 @@ class Shortlist:
     """Which pictures to show: the worst of all, and some around the median, chosen in memory that does not grow.
 
     A heap keeps the `n` lowest values, a reservoir (Vitter 1985, algorithm R, seeded) a fair draw of all others too.
+    NaN, which has no order, counts as the lowest: a picture that broke the model is the first to look at.
     """
     RESERVOIR = 1024
 
@@ -205,6 +220,7 @@ class Shortlist:
         self.rng = random.Random(seed)
 
     def add(self, value: float, index: int) -> None:
+        value = -math.inf if math.isnan(value) else value
         heapq.heappush(self.heap, (-value, index))          # the best of the worst lies on top, and leaves
         if len(self.heap) > self.n:
             heapq.heappop(self.heap)
@@ -227,59 +243,63 @@ class Shortlist:
         return [rest[rank][1] for rank in sorted(rank for _, rank in nearest[:self.n])]
 
 
+@dataclass
+class Comparison:
+    """What `compare` found."""
+    tallies: list[Tally]                # of each model
+    boxes: dict[int, Tally]             # of `box_baseline`, by its factor
+    originals: Moments | None           # of the pictures' own features
+    shortlist: Shortlist                # by the first model's psnr
+
+
 @torch.no_grad()
 def compare(models: list[VQModel], batches: Iterable[tuple[Tensor, Tensor]], measures: dict[str, Measure],
-            features: Callable[[Tensor], Tensor] | None = None, show: int = 3,
-            device: str | torch.device = "cpu") -> tuple[list[dict], dict[int, dict], list[Tally], Shortlist]:
+            features: Features | None = None, show: int = 3, device: str | torch.device = "cpu") -> Comparison:
     """Every model on the same batches (pictures [B, 3, H, W] in [-1, 1], indices [B]), in one pass.
 
-    Returns the figures of each model, those of `box_baseline` by its factor, the models' tallies, and the shortlist of
-    2 * `show` pictures by the first model's psnr. `features` (pictures -> [B, D]) adds their Frechet distance, "rfid".
+    `measures` have psnr among them; the shortlist holds 2 * `show` pictures.
     """
-    tallies = [Tally(measures, model.config.n_embed) for model in models]
-    boxes = {factor: Tally(measures) for factor in sorted({model.config.factor for model in models})}
-    originals, shortlist = Moments(), Shortlist(show)
+    found = Comparison([Tally(measures, model.config.n_embed, features) for model in models],
+                       {f: Tally(measures, 0, features) for f in sorted({model.config.factor for model in models})},
+                       Moments() if features is not None else None, Shortlist(show))
     for x, indices in batches:
         x = x.to(device)
         if features is not None:
-            originals.add(features(x))
-
-        def add(tally: Tally, x_hat: Tensor, codes: Tensor | None = None, x: Tensor = x) -> Tensor:
-            if features is not None:
-                tally.moments.add(features(x_hat))
-            return tally.add(x_hat, x, codes)["psnr"]
-
-        for i, (model, tally) in enumerate(zip(models, tallies, strict=True)):
+            found.originals.add(features(x))
+        for i, (model, tally) in enumerate(zip(models, found.tallies, strict=True)):
             x_hat, _, codes = model(x)
-            values = add(tally, x_hat.float().clamp(-1, 1), codes)
+            values = tally.add(x_hat.float().clamp(-1, 1), x, codes)
             if i == 0:
-                for value, index in zip(values.tolist(), indices.tolist(), strict=True):
-                    shortlist.add(value, index)
-        for factor, tally in boxes.items():
-            add(tally, box_baseline(x, factor))
-
-    def result(tally: Tally) -> dict[str, float]:
-        return tally.result() | ({"rfid": frechet(originals, tally.moments)} if features is not None else {})
-    return [result(t) for t in tallies], {factor: result(t) for factor, t in boxes.items()}, tallies, shortlist
+                for value, index in zip(values["psnr"].tolist(), indices.tolist(), strict=True):
+                    found.shortlist.add(value, index)
+        for factor, tally in found.boxes.items():
+            tally.add(box_baseline(x, factor), x)
+    return found
 
 
 @torch.no_grad()
-def code_counts(models: list[VQModel], images: Iterable[Tensor], device: str | torch.device = "cpu") -> list[Tensor]:
-    """Uses [K] of each code of each model over all pictures."""
-    counts = [torch.zeros(model.config.n_embed, dtype=torch.long) for model in models]
+def code_counts(models: list[VQModel], images: Iterable[Tensor],
+                device: str | torch.device = "cpu") -> tuple[list[Tensor], int]:
+    """Uses [K] of each code of each model over all pictures, and how many pictures that were."""
+    counts, n = [torch.zeros(model.config.n_embed, dtype=torch.long) for model in models], 0
     for x in images:
+        n += len(x)
         for model, count in zip(models, counts, strict=True):
             count += count_codes(model.quantize(model.encode(x.to(device)))[2], len(count))
-    return counts
+    return counts, n
 
 
-def inception(device: str | torch.device) -> Callable[[Tensor], Tensor] | None:
-    """pictures [B, 3, H, W] in [-1, 1] -> FID's features [B, 2048], or None where pytorch-fid is not installed."""
+def inception(device: str | torch.device) -> Features:
+    """FID's features, D = 2048; ValueError without pytorch-fid, or where Inception's weights cannot be had."""
     try:
         from pytorch_fid.inception import InceptionV3
-    except ImportError:
-        return None
-    model = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval().requires_grad_(False).to(device)
+        model = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
+    except ImportError as e:
+        raise ValueError(f"--rfid needs pytorch-fid ({e}): pip install pytorch-fid, or leave --rfid out") from None
+    except OSError as e:                        # URLError is one
+        raise ValueError(f"--rfid: Inception's weights cannot be fetched ({e}); leave --rfid out, or run it once with "
+                         "a network") from None
+    model = model.eval().requires_grad_(False).to(device)
     return lambda x: model((x + 1) / 2)[0].flatten(1)
 
 
@@ -295,12 +315,13 @@ def derangement(n: int, seed: int) -> np.ndarray:
 
 @torch.no_grad()
 def condition_losses(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor,
-                     batch_size: int = 64,
+                     batch_size: int = 64, null: bool = True,
                      autocast: Callable[[], AbstractContextManager] = nullcontext) -> dict[str, float]:
     """The eps loss on latents z [N, C, h, w] under their own poses [N, 17, 3], under other pictures' and under none.
 
     The noise is fixed and timestep i of N is spread evenly over the schedule, so that runs and steps compare; all
-    three see the same. shuffled / right is 1 where the model ignores the pose.
+    three see the same. shuffled / right is 1 where the model ignores the pose. `null` False leaves out the loss under
+    no pose, which means nothing for a model that never saw one.
     """
     if len(z) < 2:
         raise ValueError(f"shuffled poses need at least 2 pictures, but there is {len(z)}")
@@ -311,7 +332,8 @@ def condition_losses(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: 
     t = t[torch.randperm(len(z), generator=generator)].to(z.device)
     wrong = poses[torch.as_tensor(derangement(len(z), SHUFFLE_SEED), device=poses.device)]
     out = {}
-    for name, p, dropped in (("right", poses, False), ("shuffled", wrong, False), ("null", poses, True)):
+    kinds = [("right", poses, False), ("shuffled", wrong, False)] + [("null", poses, True)] * null
+    for name, p, dropped in kinds:
         total = 0.0
         for i in range(0, len(z), batch_size):
             s = slice(i, i + batch_size)
@@ -484,8 +506,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                        "they use that --data does not, and the reverse?")
     recon.add_argument("--lpips-weights", nargs="+", metavar="FILE", help="vgg16 and the linear weights; adds LPIPS")
     recon.add_argument("--rfid", action="store_true",
-                       help="adds rFID: needs pip install pytorch-fid, which downloads Inception's weights")
-    recon.add_argument("--out", metavar="DIR", help="writes recon.json and recon.png there")
+                       help="adds rFID: needs pip install pytorch-fid; fetches Inception's weights once")
+    recon.add_argument("--out", metavar="DIR", help="writes recon.json and recon.png there; not among the pictures")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     return args
@@ -513,92 +535,164 @@ def open_pictures(args: argparse.Namespace, spec: str, val: str | None, size: in
     return data.open_data(spec, size, val, remember=False)[1], f"all of {val}" if val else f"held out of {spec}"
 
 
+def check_size(size: int, multiple: int, least: int = 1) -> None:
+    least = max(least, multiple)
+    if size < least or size % multiple:
+        raise ValueError(f"--size is {size}; this needs a multiple of {multiple} pixels, at least {least}")
+
+
+VQ_PART = ("config", "step", "vq", "vq_config", "source", "weights")
+
+
 def load_vq(path: str, ema: bool) -> dict:
-    """The payload of a stage-1 checkpoint, or of the stage-2 one that carries its first stage."""
+    """The autoencoder's part of a stage-1 checkpoint, or of the stage-2 one that carries its first stage.
+
+    Only VQ_PART, so that no UNet and no optimiser stays in memory. Prints what a published file was taken for.
+    """
     try:
-        return checkpoint.load(path, "vq", ema=ema)
+        payload = checkpoint.load(path, "vq", ema=ema)
     except checkpoint.WrongStage:
-        return checkpoint.load(path, "ldm", ema=ema)
+        payload = None          # loaded below: here the exception still holds all that was read
+    if payload is None:
+        payload = checkpoint.load(path, "ldm", ema=True)        # False is about the UNet; its first stage has no EMA
+    if "source" in payload:
+        print(checkpoint.describe(payload, path))
+    return {key: payload[key] for key in VQ_PART if key in payload}
 
 
-def passing(ds: data.Pictures, what: str) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """The batches of data.numbered with a bar."""
+def passing(ds: data.Pictures, what: str) -> tqdm:
+    """The batches of data.numbered with a bar; use it in `with`, so that no error is printed behind the bar."""
     return tqdm(data.numbered(ds, BATCH), total=-(-len(ds) // BATCH), desc=what, unit="batch", dynamic_ncols=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `recon` is to do, once everything that a person can get wrong is known to be right."""
+    names: list[str]                    # of the models, as short as they can be
+    payloads: list[dict]
+    models: list[VQModel]
+    device: str
+    spec: str                           # the pictures, as --data names them
+    called: str                         # and in words
+    ds: data.Pictures
+    other: data.Pictures | None         # of --against
+    measures: dict[str, Measure]
+    features: Features | None           # for rFID
+
+
+def prepare(args: argparse.Namespace) -> Job:
+    """Opens all that `recon` needs, and makes the folder --out; ValueError or OSError before any work is done."""
+    device, names = checkpoint.find_device(args.device), names_of(args.ckpt)
+    payloads = [load_vq(path, not args.no_ema) for path in args.ckpt]
+    models = [checkpoint.build_vq(payload, path).to(device) for payload, path in zip(payloads, args.ckpt, strict=True)]
+    for path, model in zip(args.ckpt, models, strict=True):
+        if (channels := (model.config.in_channels, model.config.out_ch)) != (3, 3):
+            raise ValueError(f"{path} takes {channels[0]} and gives {channels[1]} channels; pictures have 3")
+    spec, val, size = resolve(args, [payload["config"] for payload in payloads])
+    check_size(size, math.lcm(*(model.config.factor for model in models)), SSIM_WINDOW)
+    ds, called = open_pictures(args, spec, val, size)
+    other = data.open_all(args.against, size, poseless=True) if args.against else None
+    if args.out:
+        for root in filter(None, (spec, val, args.against)):
+            if data.is_folder(root) and data.is_among_pictures(args.out, root):
+                raise ValueError(f"--out {args.out} lies among the pictures of {root}, where recon.png would count as "
+                                 "one of them; name another folder")
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    measures: dict[str, Measure] = {"l1": l1, "psnr": psnr, "ssim": ssim}
+    if args.lpips_weights:
+        measures["lpips"] = checkpoint.load_lpips(args.lpips_weights).to(device)
+    return Job(names, payloads, models, device, spec, called, data.spread(ds, args.limit),
+               data.spread(other, args.limit) if other is not None else None, measures,
+               inception(device) if args.rfid else None)
+
+
+def notes(job: Job, n: int) -> list[str]:
+    """What is not measured, and how it would be; what is to be read with care, of `n` pictures."""
+    out = []
+    if "lpips" not in job.measures:
+        out.append("LPIPS is not measured: --lpips-weights FILE [FILE] adds it")
+    if job.features is None and importlib.util.find_spec("pytorch_fid") is None:
+        out.append("rFID is not measured: pip install pytorch-fid, then --rfid")
+    elif job.features is None:
+        out.append("rFID is not measured: --rfid adds it (fetches Inception's weights once)")
+    elif n < FRECHET_PICTURES:
+        out.append(f"rFID of {n} pictures is too high and compares only with rFID of as many")
+    return out
+
+
+def without_nan(row: dict) -> dict:
+    """A row for JSON, which has no NaN and no infinity: None instead."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+
+
+def report_of(args: argparse.Namespace, job: Job, n: int, rows: dict[str, dict], boxes: dict[str, dict]) -> dict:
+    """recon.json: the table's `rows` of the models and `boxes`, means over `n` pictures, and where they come from."""
+    own = zip(job.names, args.ckpt, job.payloads, job.models, strict=True)
+    return {"command": shlex.join(["python", "evaluate.py", *args.argv]), "data": job.spec, "which": job.called,
+            "pictures": n, "size": job.ds.size, "device": job.device, "torch": torch.__version__,
+            "checkpoints": [{"name": name, "file": path, "hash": checkpoint.hash_of(payload["vq"]),
+                             "step": payload["step"], "factor": model.config.factor, **without_nan(rows[name])}
+                            for name, path, payload, model in own],
+            "baselines": [{"name": name, **without_nan(row)} for name, row in boxes.items()]}
 
 
 def recon(args: argparse.Namespace) -> None:
     """Prints the table and writes recon.json and recon.png."""
-    device, names = checkpoint.find_device(args.device), names_of(args.ckpt)
-    payloads = [load_vq(path, not args.no_ema) for path in args.ckpt]
-    models = [checkpoint.build_vq(payload, path).to(device) for payload, path in zip(payloads, args.ckpt, strict=True)]
-    spec, val, size = resolve(args, [payload["config"] for payload in payloads])
-    f = math.lcm(*(model.config.factor for model in models))
-    if size < SSIM_WINDOW or size % f:
-        raise ValueError(f"--size is {size}; these autoencoders need a multiple of {f} pixels, at least {SSIM_WINDOW}")
-    ds, called = open_pictures(args, spec, val, size)
-    ds = data.spread(ds, args.limit)
-    other = data.spread(data.open_all(args.against, size, poseless=True), args.limit) if args.against else None
-    if args.out:
-        Path(args.out).mkdir(parents=True, exist_ok=True)       # before the work, not after it
-
-    measures: dict[str, Measure] = {"l1": l1, "psnr": psnr, "ssim": ssim}
-    notes = []
-    if args.lpips_weights:
-        measures["lpips"] = checkpoint.load_lpips(args.lpips_weights).to(device)
-    else:
-        notes.append("LPIPS is not measured: --lpips-weights FILE [FILE] adds it")
-    features = inception(device) if args.rfid else None
-    if features is None:
-        notes.append("rFID is not measured: pip install pytorch-fid and --rfid add it")
-    elif len(ds) < FRECHET_PICTURES:
-        notes.append(f"rFID of {len(ds)} pictures is too high and compares only with rFID of as many")
-
-    batches = ((x, indices) for x, _, indices in passing(ds, "reconstructing"))
-    results, boxes, tallies, shortlist = compare(models, batches, measures, features, SHOWN, device)
-    n, shape = tallies[0].n, f"{size} x {size} pixels"
-    rows = {name: result | {"n_embed": model.config.n_embed}
-            for name, result, model in zip(names, results, models, strict=True)}
-    rows |= {f"boxes of {factor} x {factor}": result for factor, result in boxes.items()}
-    print(f"{n} pictures, {called}, {shape}\n\n{table(rows, COLUMNS)}\n")
-
-    report = {"command": shlex.join(["python", "evaluate.py", *args.argv]), "data": spec, "which": called,
-              "pictures": n, "size": size, "device": str(device), "torch": torch.__version__,
-              "checkpoints": [{"name": name, "file": path, "hash": checkpoint.hash_of(payload["vq"]),
-                               "step": payload["step"], "factor": model.config.factor, **rows[name]}
-                              for name, path, payload, model in zip(names, args.ckpt, payloads, models, strict=True)],
-              "baselines": [{"name": f"boxes of {factor} x {factor}", **result} for factor, result in boxes.items()]}
-    if other is not None:
-        theirs = code_counts(models, (x for x, _, _ in passing(other, "other codes")), device)
+    job = prepare(args)
+    with passing(job.ds, "reconstructing") as bar:
+        found = compare(job.models, ((x, indices) for x, _, indices in bar), job.measures, job.features, SHOWN,
+                        job.device)
+    n, called = found.tallies[0].n, job.called
+    rows = {name: tally.result(found.originals) | {"n_embed": model.config.n_embed}
+            for name, tally, model in zip(job.names, found.tallies, job.models, strict=True)}
+    boxes = {f"boxes of {factor} x {factor}": tally.result(found.originals) for factor, tally in found.boxes.items()}
+    about = f"{n} pictures, {called}, {job.ds.size} x {job.ds.size} pixels"
+    print(f"{about}\n\n{table(rows | boxes, COLUMNS)}\n")
+    report = report_of(args, job, n, rows, boxes)
+    if job.other is not None:
+        with passing(job.other, "other codes") as bar:
+            theirs, m = code_counts(job.models, (x for x, _, _ in bar), job.device)
         shared = {name: code_overlap(tally.counts, count)
-                  for name, tally, count in zip(names, tallies, theirs, strict=True)}
-        print(f"Codes used, A: {n} pictures, {called}; B: {len(other)} of {args.against}\n\n{table(shared, OVERLAP)}\n")
-        report["against"] = {"data": args.against, "pictures": len(other), "overlap": shared}
-    for note in notes:
+                  for name, tally, count in zip(job.names, found.tallies, theirs, strict=True)}
+        print(f"Codes used, A: {n} pictures, {called}; B: {m} of {args.against}\n\n{table(shared, OVERLAP)}\n")
+        report["against"] = {"data": args.against, "pictures": m, "overlap": shared}
+    for note in notes(job, n):
         print(note)
     if args.out:
-        worst, typical = shortlist.worst(), shortlist.typical()
-        shown = [("typical", index) for index in typical] + [("worst", index) for index in worst]
-        report |= {word: [data.picture_name(ds, index) for w, index in shown if w == word] for word, _ in shown}
-        (Path(args.out) / "recon.json").write_text(json.dumps(report, indent=1) + "\n")
-        recon_figure(Path(args.out) / "recon.png", models, names, ds, shown,
-                     f"{n} pictures, {called}, {shape}: around the median PSNR of {names[0]}, and the worst. Errors: "
-                     f"black 0, white {ERROR_WHITE:.0%} of the range and more", device)
-        print(f"wrote {args.out}/recon.json and recon.png")
+        write_recon(Path(args.out), job, found.shortlist, report, about)
+
+
+def write_recon(out: Path, job: Job, shortlist: Shortlist, report: dict, about: str) -> None:
+    """recon.json, the report with the names of the pictures on show, and recon.png."""
+    shown = [("typical", index) for index in shortlist.typical()] + [("worst", index) for index in shortlist.worst()]
+    report = report | {word: [data.picture_name(job.ds, index) for w, index in shown if w == word] for word, _ in shown}
+    (out / "recon.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    recon_figure(out / "recon.png", job.models, job.names, job.ds, shown,
+                 f"{about}: around the median PSNR of {job.names[0]}, and the worst. Errors: black 0, white "
+                 f"{ERROR_WHITE:.0%} of the range and more", job.device)
+    print(f"wrote {out}/recon.json and recon.png")
 
 
 def condition(args: argparse.Namespace) -> None:
-    """Prints the eps loss under right, shuffled and no pose, in float32."""
+    """Prints the eps loss under right, shuffled and, where the model knows it, no pose, in float32."""
     device = checkpoint.find_device(args.device)
     ldm, payload = checkpoint.load_ldm(args.ckpt, device, preset=args.preset, ema=not args.no_ema)
+    if "source" in payload:
+        print(checkpoint.describe(payload, args.ckpt))
     spec, val, size = resolve(args, [payload["config"]])
+    del payload                                 # the optimiser's state is twice the model's size
+    check_size(size, ldm.vq.config.factor * 2 ** (len(ldm.unet.config.channel_mult) - 1))
     held_out = data.spread(data.open_data(spec, size, val, remember=False)[1], args.limit)
-    with torch.no_grad():
-        pairs = [(ldm.encode(x.to(device)), pose) for x, pose, _ in passing(held_out, "encoding")]
+    with torch.no_grad(), passing(held_out, "encoding") as bar:
+        pairs = [(ldm.encode(x.to(device)), pose) for x, pose, _ in bar]
     if not pairs:
         raise ValueError(f"{spec} has no usable held-out picture")
     z, poses = (torch.cat(part).to(device) for part in zip(*pairs, strict=True))
-    for name, value in condition_losses(ldm, Diffusion(**ldm.schedule), z, poses).items():
+    losses = condition_losses(ldm, Diffusion(**ldm.schedule), z, poses, BATCH, null=ldm.knows_null)
+    for name, value in losses.items():
         print(f"{name:12s} {value:.4f}")
+    if not ldm.knows_null:
+        print("no loss without a pose: this model was trained without dropping poses")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -607,6 +701,10 @@ def main(argv: list[str] | None = None) -> int:
         {"recon": recon, "condition": condition}[args.command](args)
     except (ValueError, OSError) as e:
         print(f"evaluate.py: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"evaluate.py: the memory of {checkpoint.find_device(args.device)} is too small for this; give a smaller "
+              "--size, or --device cpu", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("evaluate.py: interrupted", file=sys.stderr)

@@ -21,7 +21,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -49,6 +49,7 @@ EVAL_PICTURES = 512             # held-out pictures an evaluation of stage 1 loo
 EVAL_LATENTS = 256              # and of stage 2, each under three conditions
 PREVIEWS = 8                    # pictures in a preview
 PREVIEW_STEPS = 25              # of DDIM
+REHEARSAL = 1e-30               # the adversary's factor while --minutes measures: it takes its time and changes nothing
 TOLERATED = 10                  # steps in a row without a finite loss that are skipped; then the run stops
 HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq", "lpips"}    # may differ from those of
                                 #   the resumed run (of stage 1 the hash of its weights decides, not the path)
@@ -170,14 +171,9 @@ def make_config(args: argparse.Namespace) -> Config:
         raise ValueError(f"there is no preset {args.preset!r}; the presets are {', '.join(PRESETS)}")
     preset = PRESETS[args.preset]
     recipe = getattr(preset, args.stage)
-    recipe = replace(recipe, **given(batch_size=args.batch_size, lr=args.lr), loss=replace(recipe.loss, **given(
-        perceptual=args.perceptual, disc_weight=args.disc_weight, disc_start=args.disc_start)))
-    if args.disc_start is not None and not recipe.loss.disc_weight:
-        raise ValueError(f"--disc-start is {args.disc_start:g}, but preset {args.preset} has no discriminator; add "
-                         "--disc-weight 0.75 to have one")
-    if args.lpips_weights and not recipe.loss.perceptual:
-        raise ValueError(f"--lpips-weights is given, but the perceptual loss is off in preset {args.preset}; add "
-                         "--perceptual 1 to have it")
+    recipe = replace(recipe, **given(batch_size=args.batch_size, lr=args.lr))
+    if args.stage == "vq":
+        recipe = replace(recipe, loss=make_loss(recipe.loss, args))
     steps, minutes = args.steps, args.minutes
     if steps is None and minutes is None:
         steps, minutes = recipe.steps, recipe.minutes
@@ -201,6 +197,20 @@ def make_config(args: argparse.Namespace) -> Config:
                                context_dim=cond.context_dim, **preset.unet) if ldm else None,
         cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None, normalise=preset.normalise,
         lpips=tuple(args.lpips_weights or ()))
+
+
+def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
+    """The objective of stage 1: the preset's and the flags."""
+    if args.disc_weight and not loss.disc_weight:           # when it comes in, and how softly, as where it is usual
+        loss = replace(VQGAN, perceptual=loss.perceptual)
+    loss = replace(loss, **given(perceptual=args.perceptual, disc_weight=args.disc_weight, disc_start=args.disc_start))
+    if args.disc_start is not None and not loss.disc_weight:
+        raise ValueError(f"--disc-start is {args.disc_start:g}, but preset {args.preset} has no discriminator; add "
+                         "--disc-weight 0.75 to have one")
+    if args.lpips_weights and not loss.perceptual:
+        raise ValueError(f"--lpips-weights is given, but the perceptual loss is off in preset {args.preset}; add "
+                         "--perceptual 1 to have it")
+    return loss
 
 
 def given(**flags: object) -> dict:
@@ -249,7 +259,8 @@ def seed_step(seed: int, step: int) -> None:
 def descend(loss: Tensor, params: list[Tensor], opt: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Run,
             step: int) -> Tensor | None:
     """Backward, clip, optimiser step. Returns the gradient's norm, or None where nothing moved: loss or gradient was
-    not finite. In fp16 an infinite gradient is how the GradScaler finds its scale, so that is not held against the run.
+    not finite. In fp16 an infinite gradient is how the GradScaler finds its scale, so that is not held against the run
+    until the scale is so small that overflow is no excuse.
     """
     opt.zero_grad(set_to_none=True)
     if not run.usable("loss", loss, step):
@@ -257,11 +268,19 @@ def descend(loss: Tensor, params: list[Tensor], opt: torch.optim.Optimizer, scal
     scaler.scale(loss).backward()
     scaler.unscale_(opt)
     grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
-    if not scaler.is_enabled() and not run.usable("gradient norm", grad_norm, step):
-        return None
-    scaler.step(opt)
-    scaler.update()
-    return grad_norm if math.isfinite(grad_norm.item()) else None
+    finite = math.isfinite(grad_norm.item())
+    if finite or scaler.is_enabled():               # which then skips the step by itself
+        scaler.step(opt)
+        scaler.update()
+    if not finite and (not scaler.is_enabled() or scaler.get_scale() < 1):
+        run.usable("gradient norm", grad_norm, step)
+    return grad_norm if finite else None
+
+
+def set_lr(lr: float, *optimizers: torch.optim.Optimizer) -> None:
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group["lr"] = lr
 
 
 class EMA:
@@ -293,7 +312,7 @@ class Run:
             (self.dir / ".writable").unlink()
         except OSError as e:
             raise ValueError(f"--out {self.dir} cannot be written ({e.strerror}); choose another folder") from None
-        self.fresh, self.measuring = fresh, []
+        self.fresh, self.measuring, self.said = fresh, [], ""
         if self.last.exists():
             self._look_at_last()
         self.start = self.resumed["step"] if self.resumed else 0
@@ -318,8 +337,14 @@ class Run:
             self._check_same(found["config"])
             self.resumed = found
 
-    def begin(self) -> None:
-        """Called once, right before the first step: only now, when nothing can go wrong any more, is --fresh obeyed."""
+    def begin(self, measure: Callable[[int], tuple[dict, float, str]], payload: Callable[[], dict], eval_forwards: int,
+              panels: dict[str, tuple[str, ...]]) -> None:
+        """Called once, right before the first step: only now, when nothing can go wrong any more, is --fresh obeyed.
+
+        `measure(step)` evaluates: figures, the score that decides about best.pt (higher is better), a line to print;
+        `eval_forwards` pictures go forward in it. `payload()` is what a checkpoint holds; `panels` are of plot_curves.
+        """
+        self.measure, self.payload, self.eval_forwards, self.panels = measure, payload, eval_forwards, panels
         if self.fresh:
             for path in (self.last, self.best_path, self.log_path, self.dir / "curves.png"):
                 path.unlink(missing_ok=True)
@@ -337,8 +362,9 @@ class Run:
             new["steps"] = old["steps"]
         for key in new:
             if new[key] != old.get(key) and key not in HARMLESS:
-                raise ValueError(f"{self.dir} holds a run with {key} = {old.get(key)}, but this command has {key} = "
-                                 f"{new[key]}; repeat the old command to resume it, or give another --out, or --fresh")
+                name, was, now = differing(key, old.get(key), new[key])
+                raise ValueError(f"{self.dir} holds a run with {name} = {was}, but this command has {name} = {now}; "
+                                 "repeat the old command to resume it, or give another --out, or --fresh")
         if self.c.minutes not in (None, old["minutes"]):
             print(f"{self.dir} keeps its length of {old['steps']} steps; --fresh makes it {self.c.minutes:g} minutes")
         self.c = replace(self.c, steps=old["steps"], minutes=old["minutes"], measured=old["measured"])
@@ -354,10 +380,33 @@ class Run:
     def _write_config(self) -> None:
         (self.dir / "config.json").write_text(json.dumps(plain(self.c), indent=1))
 
-    def clock(self, step: int, eval_forwards: int) -> None:
+    def after_step(self, step: int, numbers: dict[str, Tensor | int], bar: tqdm, stopped: list[int]) -> bool:
+        """The clock, the bar, the log, evaluation, checkpoint; does the run end here?
+
+        `numbers` are what the log says of the step, none of one that was skipped.
+        """
+        self.clock(step)
+        bar.total = self.c.steps
+        bar.update()
+        last, bad, score = step + 1 == self.c.steps, self.skipped_at == step, None
+        if step % LOG_EVERY == 0 or last:
+            values = {name: float(value) for name, value in numbers.items()}
+            bar.set_postfix(loss=values.get("loss"), refresh=False)
+            self.log(step, **values, lr=lr_at(step, self.c), **({"skipped": self.skipped} if self.skipped else {}))
+        if self.due(step):
+            result, score, self.said = self.measure(step + 1)
+            self.log(step, **{f"val_{name}": value for name, value in result.items()})
+            plot_curves(self, self.panels)
+            bar.write(f"step {step + 1:6d}  {self.said}")
+        # Weights that make one loss after another not a number may be ruined: the checkpoint before them stays.
+        if (score is not None or self.save_due() or (stopped and self.c.steps)) and not (bad and self.in_a_row > last):
+            self.save(step + 1, self.payload(), score)
+        return last or bool(stopped)
+
+    def clock(self, step: int) -> None:
         """Called after each step; after the first few of a --minutes run fixes its number of steps.
 
-        `eval_forwards` pictures go forward through the network in one evaluation; a step costs three times its batch.
+        A step costs three times the forward pass of its batch.
         """
         if self.c.steps is not None:
             return
@@ -368,7 +417,7 @@ class Run:
         measuring = self.measuring[-1] - self.measuring[0]
         if n >= MEASURE_STEPS or (n >= 3 and measuring > budget / 8):       # not 40 times where a step takes a minute
             rate = statistics.median(np.diff(self.measuring[n // 4:]))
-            evaluating = EVALS * eval_forwards / (3 * self.c.recipe.batch_size)         # in steps
+            evaluating = EVALS * self.eval_forwards / (3 * self.c.recipe.batch_size)         # in steps
             more = max(1, int((budget * (1 - RESERVE) - gone) / rate - evaluating))
             self.c = replace(self.c, steps=step + 1 + more, measured=step + 1)
             self._write_config()
@@ -400,7 +449,7 @@ class Run:
 
     def save(self, step: int, payload: dict, score: float | None = None) -> None:
         """last.pt, and best.pt where `score` (higher is better) is the best so far."""
-        better = score is not None and (self.best is None or score > self.best)
+        better = score is not None and math.isfinite(score) and (self.best is None or score > self.best)
         self.best = score if better else self.best
         payload = payload | {"format": checkpoint.FORMAT, "step": step, "config": plain(self.c)}
         payload["train"] = payload["train"] | {"best": self.best, "skipped": self.skipped}
@@ -409,14 +458,14 @@ class Run:
         checkpoint.save(self.last, payload)
         self.saved_at = time.monotonic()
 
-    def finish(self, stopped: list[int], step: int, what: str) -> bool:
+    def finish(self, stopped: list[int], step: int) -> bool:
         """Says how the run ended; is it complete?"""
         if stopped and step != self.c.steps:
             print(f"{self.dir}: stopped at step {step} of {self.c.steps}; the same command again goes on from there"
                   if self.c.steps else f"{self.dir}: stopped before its first checkpoint; nothing is lost but a moment")
             return False
         minutes = (time.monotonic() - self.began) / 60
-        print(f"{self.dir}: {what}\n{minutes:.1f} minutes, peak memory {peak_memory(self.c.device):.2f} GiB; "
+        print(f"{self.dir}: {self.said}\n{minutes:.1f} minutes, peak memory {peak_memory(self.c.device):.2f} GiB; "
               f"see {self.dir}/curves.png and {self.dir}/samples/")
         return True
 
@@ -426,6 +475,14 @@ class Run:
         if complete:
             print(f"{self.dir} is complete at step {self.start}; --fresh starts it over")
         return complete
+
+
+def differing(name: str, a: object, b: object) -> tuple[str, object, object]:
+    """The first place where two values differ, however deeply nested, and what stands there."""
+    while isinstance(a, dict) and isinstance(b, dict):
+        key = next(k for k in [*b, *a] if a.get(k) != b.get(k))
+        name, a, b = f"{name}.{key}", a.get(key), b.get(key)
+    return name, a, b
 
 
 def plain(c: Config) -> dict:
@@ -442,12 +499,6 @@ def read_log(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return rows
-
-
-def log_numbers(run: Run, loss: Tensor, grad_norm: Tensor | None, **parts: Tensor) -> dict[str, float]:
-    """What the log says of a step and of the parts of its loss; of a skipped one nothing but that it was."""
-    values = {} if grad_norm is None else {"loss": loss, "grad_norm": grad_norm} | parts
-    return {name: value.item() for name, value in values.items()} | ({"skipped": run.skipped} if run.skipped else {})
 
 
 def peak_memory(device: str) -> float:
@@ -512,103 +563,95 @@ def plot_curves(run: Run, panels: dict[str, tuple[str, ...]]) -> None:
 
 def train_vq(c: Config, fresh: bool = False) -> bool:
     """Trains the autoencoder of config c; True when it is complete, False when it was stopped."""
-    lpips = load_lpips(c)
     train, val = data.open_data(c.data, c.size, c.val, remember=c.workers == 0)
     run = Run(replace(c, pictures=len(train)), fresh)
     if run.is_complete():
         return True
     device, r = torch.device(c.device), c.recipe
+    lpips = lpips_of(c)                             # before the seed: what is drawn does not depend on it
     torch.manual_seed(c.seed)
     model = VQModel(c.vq_config).to(device, memory_format=torch.channels_last)
-    params = [p for p in model.parameters() if p.requires_grad]
+    objective = VQLoss(r.loss, lpips).to(device, memory_format=torch.channels_last)
+    params, last_layer, disc = [p for p in model.parameters() if p.requires_grad], model.decoder.conv_out.weight, None
     opt = torch.optim.AdamW(params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=device.type == "cuda")
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
-    objective = VQLoss(r.loss, lpips).to(device, memory_format=torch.channels_last)
-    disc, last_layer = objective.disc, model.decoder.conv_out.weight
-    if disc is not None:
-        disc_params, no_scaler = list(disc.parameters()), torch.amp.GradScaler(enabled=False)   # it is all float32
+    optimizers = {"optimizer": opt}
+    if r.loss.disc_weight:
+        disc, no_scaler = objective.disc, torch.amp.GradScaler(enabled=False)       # it is all float32
+        disc_params = list(disc.parameters())
         disc_opt = torch.optim.AdamW(disc_params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay)
+        optimizers["disc_optimizer"] = disc_opt
     if run.resumed:
         state = run.resumed["train"]
         checkpoint.fill(model, run.resumed["vq"], str(run.last))
         model.quantize.usage.copy_(state["usage"])
-        opt.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state[name])
         if disc is not None:
             checkpoint.fill(disc, state["disc"], f"{run.last}: disc")
-            disc_opt.load_state_dict(state["disc_optimizer"])
     if c.compile:                   # but for the last layer, whose gradient the adaptive weight takes out of turn
         model.encoder.compile()
         model.decoder.features = torch.compile(model.decoder.features)
 
     def payload() -> dict:
-        adversary = {} if disc is None else {"disc": disc.state_dict(), "disc_optimizer": disc_opt.state_dict()}
-        return {"stage": "vq", "vq": model.state_dict(), "vq_config": asdict(c.vq_config), "train": adversary | {
-            "optimizer": opt.state_dict(), "scaler": scaler.state_dict(), "usage": model.quantize.usage}}
+        state = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+        state |= {"scaler": scaler.state_dict(), "usage": model.quantize.usage}
+        return {"stage": "vq", "vq": model.state_dict(), "vq_config": asdict(c.vq_config),
+                "train": state | ({} if disc is None else {"disc": disc.state_dict()})}
 
-    def evaluate_and_show(step: int) -> dict:
+    def train_step(step: int, x: Tensor) -> dict[str, Tensor | int]:
+        """One step on pictures x. A function, so that the graph of a skipped step is gone before the next begins."""
+        first = quantize_from(run.c)
+        with autocast(c):
+            h = model.encode(x)
+            if step == first and r.draw_codes:
+                model.quantize.init_codes(h)
+            z_q, codebook_loss, indices = model.quantize(h)         # also timed, and thrown away, while step < first
+            x_hat = model.decode_raw(z_q if step >= first else h)
+        factor = objective.factor(step, run.c.steps)
+        if disc is not None and run.c.steps is None:                # likewise
+            factor = max(factor, REHEARSAL)
+        loss, parts = objective.generator(x, x_hat, codebook_loss if step >= first else 0.0, last_layer, factor)
+        grad_norm = descend(loss, params, opt, scaler, run, step)
+        if grad_norm is None:
+            return {}
+        numbers = {"loss": loss.detach(), "grad_norm": grad_norm} | parts
+        if step >= first:
+            numbers["restarts"] = model.quantize.update(h, indices, restart=r.draw_codes)
+        if factor > 0:
+            disc_loss, logits = objective.discriminator(x, x_hat)
+            descend(disc_loss, disc_params, disc_opt, no_scaler, run, step)
+            numbers |= logits | {"d_loss": disc_loss.detach()}
+        return numbers
+
+    def measure(step: int) -> tuple[dict, float, str]:
         result = evaluate.reconstruction(model, (x for x, _ in data.in_order(val, 32, EVAL_PICTURES)), device,
                                          lambda: autocast(c))
         preview_vq(model, val, run.dir / "samples" / f"{step:07d}.png", c, result)
-        return result
+        return result, result["psnr"], (
+            f"held-out PSNR {result['psnr']:.2f} dB, {result['psnr'] - result['psnr_box']:+.2f} over box; codes used "
+            f"{result['codes_used']:.1%} of {c.vq_config.n_embed}, perplexity {result['perplexity']:.0f}")
 
-    result, restarts = {}, 0                        # restarts: of dead codes, in this step
+    panels = {"loss": ("loss",), "held-out PSNR, dB": ("val_psnr", "val_psnr_box"), "codes used": ("val_codes_used",),
+              "gradient norm": ("grad_norm",)}
+    if disc is not None:
+        panels |= {"discriminator": ("logits_real", "logits_fake"), "adaptive weight": ("d_weight",)}
     data.remember_all(train)
-    run.begin()
+    run.begin(measure, payload, min(len(val), EVAL_PICTURES), panels)
     with stop_signals() as stopped, data.naming_broken(run.dir / "broken.txt", train, val), steps_bar(run) as bar:
         stop = run.c.steps or sys.maxsize
         for step, (x, _, _) in enumerate(data.batches(train, r.batch_size, c.seed, run.start, stop, c.workers,
                                                       augment=True, device=device), run.start):
             seed_step(c.seed, step)
-            for group in opt.param_groups + (disc_opt.param_groups if disc is not None else []):
-                group["lr"] = lr_at(step, run.c)
-            first = quantize_from(run.c)
-
-            with autocast(c):
-                h = model.encode(x)
-                if step == first and r.draw_codes:
-                    model.quantize.init_codes(h)
-                z_q, codebook_loss, indices = model.quantize(h)     # also timed, and thrown away, while step < first
-                x_hat = model.decode_raw(z_q if step >= first else h)
-            factor = objective.factor(step, run.c.steps)
-            loss, parts = objective.generator(x, x_hat, codebook_loss if step >= first else 0.0, last_layer, factor)
-            grad_norm = descend(loss, params, opt, scaler, run, step)
-            if step >= first and grad_norm is not None:
-                restarts = model.quantize.update(h, indices, restart=r.draw_codes)
-            if factor > 0 and grad_norm is not None:
-                disc_loss, logits = objective.discriminator(x, x_hat)
-                descend(disc_loss, disc_params, disc_opt, no_scaler, run, step)
-                parts |= logits | {"d_loss": disc_loss}
-
-            run.clock(step, min(len(val), EVAL_PICTURES))
-            bar.total = run.c.steps
-            bar.update()
-            logging, stopping = step % LOG_EVERY == 0 or step + 1 == run.c.steps, bool(stopped)
-            saving = run.due(step) or run.save_due() or (stopping and run.c.steps)
-            if logging:
-                numbers = log_numbers(run, loss, grad_norm, **parts)
-                bar.set_postfix(loss=numbers.get("loss"), refresh=False)
-                run.log(step, **numbers, lr=lr_at(step, run.c), restarts=restarts)
-            if run.due(step):
-                result = evaluate_and_show(step + 1)
-                run.log(step, **{f"val_{k}": v for k, v in result.items()})
-                plot_curves(run, {"loss": ("loss",), "held-out PSNR, dB": ("val_psnr", "val_psnr_box"),
-                                  "codes used": ("val_codes_used",), "gradient norm": ("grad_norm",)}
-                            | ({} if disc is None else {"discriminator": ("logits_real", "logits_fake"),
-                                                        "adaptive weight": ("d_weight",)}))
-                bar.write(f"step {step + 1:6d}  PSNR {result['psnr']:.2f} dB (box {result['psnr_box']:.2f})  codes "
-                          f"used {result['codes_used']:.1%}  perplexity {result['perplexity']:.0f}")
-            if saving:
-                run.save(step + 1, payload(), result["psnr"] if run.due(step) else None)
-            if stopping or step + 1 == run.c.steps:
+            set_lr(lr_at(step, run.c), *optimizers.values())
+            numbers = train_step(step, x)
+            if run.after_step(step, numbers, bar, stopped):
                 break
-    return run.finish(stopped, step + 1, "" if not result else
-                      f"held-out PSNR {result['psnr']:.2f} dB, {result['psnr'] - result['psnr_box']:+.2f} over box; "
-                      f"codes used {result['codes_used']:.1%} of {c.vq_config.n_embed}, perplexity "
-                      f"{result['perplexity']:.0f}")
+    return run.finish(stopped, step + 1)
 
 
-def load_lpips(c: Config) -> LPIPS | None:
+def lpips_of(c: Config) -> LPIPS | None:
     """The perceptual distance of config c; ValueError where it wants one and has no weights."""
     if not c.recipe.loss.perceptual:
         return None
@@ -646,6 +689,8 @@ def preview_vq(model: VQModel, val: data.Pictures, path: Path, c: Config, result
 def train_ldm(c: Config, fresh: bool = False) -> bool:
     """Trains the diffusion model of config c in the latents of c.vq; True when complete, False when stopped."""
     stage1 = checkpoint.load(c.vq, "vq")
+    if "source" in stage1:
+        print(checkpoint.describe(stage1, c.vq))
     vq = checkpoint.build_vq(stage1, c.vq).to(c.device)
     check_latents(c, vq.config, stage1["config"]["size"])
     train, val = data.open_data(c.data, c.size, c.val, remember=False)     # each picture is looked at once
@@ -698,46 +743,34 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
             "unet": ldm.unet.state_dict(), "cond": ldm.cond.state_dict(), "optimizer": opt.state_dict(),
             "scaler": scaler.state_dict()}}
 
-    result = {}
-    run.begin()
+    def train_step(step: int, h: Tensor, pose: Tensor) -> dict[str, Tensor]:
+        """One step on latents h under poses."""
+        z = (h.to(device) - mean) / std
+        with autocast(c):
+            loss = diffusion.loss(ldm, z, pose.to(device), r.p_drop).mean()
+        grad_norm = descend(loss, params, opt, scaler, run, step)
+        ema.update(step + 1)
+        return {} if grad_norm is None else {"loss": loss.detach(), "grad_norm": grad_norm}
+
+    def measure(step: int) -> tuple[dict, float, str]:
+        result = evaluate.condition_losses(averaged, diffusion, z_val, pose_val, autocast=lambda: autocast(c))
+        preview_ldm(averaged, diffusion, held_out[0], run.dir / "samples" / f"{step:07d}.png", c, result)
+        return result, -result["right"], (
+            f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} shuffled, "
+            f"{result['null']:.4f} without: ratio {result['ratio']:.3f}")
+
+    # An evaluation: right, shuffled, null; guided samples.
+    run.begin(measure, payload, 3 * len(z_val) + 2 * PREVIEWS * PREVIEW_STEPS, {
+        "loss": ("loss", "val_right"), "held-out eps loss, EMA": ("val_right", "val_shuffled", "val_null"),
+        "shuffled / right": ("val_ratio",), "gradient norm": ("grad_norm",)})
     with stop_signals() as stopped, steps_bar(run) as bar:
         for step in itertools.count(run.start):
             seed_step(c.seed, step)
-            for group in opt.param_groups:
-                group["lr"] = lr_at(step, run.c)
-
-            h, pose = data.latent_batch(cache, r.batch_size, c.seed, step)
-            z = (h.to(device) - mean) / std
-            with autocast(c):
-                loss = diffusion.loss(ldm, z, pose.to(device), r.p_drop).mean()
-            grad_norm = descend(loss, params, opt, scaler, run, step)
-            ema.update(step + 1)
-
-            run.clock(step, 3 * len(z_val) + 2 * PREVIEWS * PREVIEW_STEPS)      # right, shuffled, null; guided samples
-            bar.total = run.c.steps
-            bar.update()
-            logging, stopping = step % LOG_EVERY == 0 or step + 1 == run.c.steps, bool(stopped)
-            saving = run.due(step) or run.save_due() or (stopping and run.c.steps)
-            if logging:
-                numbers = log_numbers(run, loss, grad_norm)
-                bar.set_postfix(loss=numbers.get("loss"), refresh=False)
-                run.log(step, **numbers, lr=lr_at(step, run.c))
-            if run.due(step):
-                result = evaluate.condition_losses(averaged, diffusion, z_val, pose_val, autocast=lambda: autocast(c))
-                run.log(step, **{f"val_{k}": v for k, v in result.items()})
-                preview_ldm(averaged, diffusion, held_out[0], run.dir / "samples" / f"{step + 1:07d}.png", c, result)
-                plot_curves(run, {"loss": ("loss", "val_right"), "held-out eps loss, EMA": (
-                    "val_right", "val_shuffled", "val_null"), "shuffled / right": ("val_ratio",),
-                    "gradient norm": ("grad_norm",)})
-                bar.write(f"step {step + 1:6d}  held-out loss: right {result['right']:.4f}  shuffled "
-                          f"{result['shuffled']:.4f}  null {result['null']:.4f}  ratio {result['ratio']:.3f}")
-            if saving:
-                run.save(step + 1, payload(), -result["right"] if run.due(step) else None)
-            if stopping or step + 1 == run.c.steps:
+            set_lr(lr_at(step, run.c), opt)
+            numbers = train_step(step, *data.latent_batch(cache, r.batch_size, c.seed, step))
+            if run.after_step(step, numbers, bar, stopped):
                 break
-    return run.finish(stopped, step + 1, "" if not result else
-                      f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} under "
-                      f"shuffled ones: ratio {result['ratio']:.3f}")
+    return run.finish(stopped, step + 1)
 
 
 def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
@@ -832,8 +865,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "LPIPS, or one file with both, such as a taming .ckpt")
     add("--download-lpips", action="store_true", help="stage 1: fetch those weights (528 MB) once, checked by hash")
     add("--disc-weight", type=off_or_weight, metavar="off|WEIGHT", help="stage 1: of the adversarial loss")
-    add("--disc-start", type=float, metavar="STEP", help="stage 1: when the discriminator comes in; below 1: share of "
-        "the run")
+    add("--disc-start", type=off_or_weight, metavar="STEP", help="stage 1: when the discriminator comes "
+        "in; below 1: share of the run")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
@@ -846,6 +879,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--stage vq or --stage ldm is needed")
     if args.steps and args.minutes:
         parser.error("--steps and --minutes exclude each other")
+    of_stage_1 = given(perceptual=args.perceptual, disc_weight=args.disc_weight, disc_start=args.disc_start,
+                       lpips_weights=args.lpips_weights, download_lpips=args.download_lpips or None)
+    if args.stage == "ldm" and of_stage_1:
+        parser.error(f"--{next(iter(of_stage_1)).replace('_', '-')} is of stage 1; leave it out with --stage ldm")
     return args
 
 

@@ -315,9 +315,7 @@ class VectorQuantizer(nn.Module):
             total = USAGE_DECAY * self.usage[:, None] * codes + (1 - USAGE_DECAY) * sums
             codes.copy_(total / usage.clamp(min=1e-8)[:, None])
         self.usage.copy_(usage)
-        dead = (usage < DEAD_BELOW).nonzero().flatten()
-        if not restart:
-            return 0
+        dead = (usage < DEAD_BELOW).nonzero().flatten() if restart else usage[:0]
         if len(dead):
             codes[dead] = self._draw(h, len(dead))
             self.usage[dead] = 1.0
@@ -326,6 +324,8 @@ class VectorQuantizer(nn.Module):
     def _draw(self, h: Tensor, n: int) -> Tensor:
         """n vectors of h [B, C, h, w] -> [n, C], without replacement while there are enough."""
         flat = h.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
+        flat = flat[flat.isfinite().all(1)]                 # a code that is not a number would be nearest to everything
+        flat = flat if len(flat) else self.embedding.weight
         order = torch.randperm(len(flat), device=flat.device)
         picked = flat[order.repeat(-(-n // len(flat)))[:n]]
         if n > len(flat):                                   # equal codes would never part again

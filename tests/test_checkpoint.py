@@ -11,6 +11,7 @@ import pickle
 import sys
 import types
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from vq import LPIPS, VQConfig, VQModel
 ROOT = Path(__file__).parent.parent
 SEED = ConditionConfig(("seed",), seed_dim=32)
 RAW_SCALE = 1.25                # raw weights are the EMA weights times this, so that a mix-up shows
+SMALL_VQ = VQConfig(ch=8, n_embed=32, resolution=16, norm_groups=0)
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +44,8 @@ def tiny_preset(monkeypatch):
 def networks(golden_config) -> tuple[UNet, VQModel]:
     unet = golden_config["unet"]
     vq = golden_config["vq"]
-    dd = {k: v for k, v in vq["ddconfig"].items() if k != "double_z"}
-    config = VQConfig(**checkpoint._tuples(dd), embed_dim=vq["embed_dim"], n_embed=vq["n_embed"])
+    dd = {k: tuple(v) if isinstance(v, list) else v for k, v in vq["ddconfig"].items() if k != "double_z"}
+    config = VQConfig(**dd, embed_dim=vq["embed_dim"], n_embed=vq["n_embed"])
     unet = UNet(UNetConfig(**{k: unet[k] for k in UNetConfig.__dataclass_fields__ if k in unet}))
     return golden_weights("model.diffusion_model.", unet), golden_weights("first_stage_model.", VQModel(config))
 
@@ -105,9 +107,11 @@ def listed(name: str) -> dict[str, Tensor]:
     return {k: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for k, (shape, dtype) in entries.items()}
 
 
-def test_the_published_key_lists_give_the_default_configs():
+def test_the_published_key_lists_give_the_default_configs(tmp_path):
     """The key list of the 256 x 256 recipe gives UNetConfig() and VQConfig(), which are that recipe."""
-    path = Path("danbooru.ckpt")
+    path = tmp_path / "danbooru.ckpt"
+    path.touch()
+    os.truncate(path, 4 * 2 ** 30)                  # as large as the real one says it is, without taking the space
     state = listed("danbooru_keypoints_ldm_state_dict.json") | {"betas": Diffusion().betas.float()}
     payload = checkpoint.published({"state_dict": state}, path, "ldm", None, "danbooru", True)
     assert UNetConfig(**payload["unet_config"]) == UNetConfig() and VQConfig(**payload["vq_config"]) == VQConfig()
@@ -331,7 +335,32 @@ def test_a_tensor_expanded_out_of_one_number_is_refused(tmp_path, networks):
     """A file of a few bytes may not become terabytes when the model it describes is made."""
     state = full(networks) | {f"{checkpoint.UNET}out.2.bias": torch.ones(1).expand(10 ** 12)}
     torch.save({"state_dict": state}, tmp_path / "bomb.ckpt")
-    assert "out.2.bias has shape (1000000000000,) but not that many numbers" in refusal(tmp_path / "bomb.ckpt")
+    said = refusal(tmp_path / "bomb.ckpt")
+    assert "does not hold as many numbers as its tensors say; model.diffusion_model.out.2.bias" in said
+
+
+def test_many_tensors_out_of_one_storage_are_refused(tmp_path, networks):
+    one = torch.ones(10 ** 5)
+    torch.save({"state_dict": full(networks) | {f"loss.{i}": one[:] for i in range(100)}}, tmp_path / "bomb.ckpt")
+    assert "does not hold as many numbers" in refusal(tmp_path / "bomb.ckpt")
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"vq_config": {"ch": 2 ** 20}}, "does not fit its configuration"),         # terabytes, were it made
+    ({"vq_config": {"colour": "red"}}, "vq_config that this version does not know"),
+    ({"vq_config": {"ch_mult": 3}}, "vq_config that this version does not know"),
+    ({"vq": {"quant_conv.bias": torch.ones(1).expand(10 ** 9)}}, "does not hold as many numbers"),
+])
+def test_our_own_files_may_not_claim_to_be_giants(tmp_path, change, words):
+    vq = VQModel(SMALL_VQ)
+    payload = {"format": checkpoint.FORMAT, "stage": "vq", "step": 1, "config": {}, "vq": vq.state_dict(),
+               "vq_config": asdict(SMALL_VQ)}
+    (key, values), = change.items()
+    payload[key] = payload[key] | values
+    torch.save(payload, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=words) as e:
+        checkpoint.build_vq(checkpoint.load(tmp_path / "m.pt", "vq"), "m.pt")
+    assert len(str(e.value).splitlines()) == 1
 
 
 @pytest.fixture
@@ -448,6 +477,8 @@ def crafted(path: Path, pickled: bytes) -> Path:
     (b"\x80\x02X\xff\xff\xff\x7fa.", "cannot be read"),                                         # a string of 2 GB
     (b"\x80\x02X\x01\x00\x00\x00xQ.", "cannot be read"),                                        # an unknown reference
     (b"\x80\x02\x82\x01.", "cannot be read"),                                                   # the copyreg registry
+    (b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.", "bytearray"),                # 2 GB, as torch makes it
+    (b"\x80\x02}(N" + b"\x85" * 3_000_000 + b"K\x01u.", "nests tuples"),                      # overflows C's stack
 ])
 def test_crafted_pickles_are_refused(tmp_path, pickled, words):
     assert words in refusal(crafted(tmp_path / "m.ckpt", pickled))
@@ -469,6 +500,36 @@ def test_compressed_records_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "m.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02comegaconf\nX\n." + bytes(10 ** 6))
     assert "compressed" in refusal(tmp_path / "m.ckpt")
+
+
+def test_records_are_not_inflated_by_torch_either(tmp_path):
+    """torch.load alone opens such a file and makes a thousand times its size of it."""
+    torch.save({"format": 1, "x": torch.zeros(10 ** 6)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "m.pt", "w") as bomb:
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED if "/data/" in name else zipfile.ZIP_STORED)
+    assert len(torch.load(tmp_path / "m.pt", weights_only=True)["x"]) == 10 ** 6
+    assert "compressed" in refusal(tmp_path / "m.pt", "vq")
+
+
+def test_records_that_overlap_are_refused(tmp_path):
+    """Each of a thousand entries may point at the same bytes."""
+    path = crafted(tmp_path / "m.ckpt", b"\x80\x02}." + bytes(1000))
+    with zipfile.ZipFile(path, "a") as archive:
+        for i in range(50):
+            twin = zipfile.ZipInfo(f"archive/data/{i}")
+            first = archive.infolist()[0]
+            twin.header_offset, twin.file_size, twin.CRC = first.header_offset, first.file_size, first.CRC
+            twin.compress_size = first.compress_size
+            archive.filelist.append(twin)
+        archive._didModify = True
+    assert "overlap" in refusal(path)
+
+
+def test_another_byte_order_is_refused(tmp_path):
+    with zipfile.ZipFile(crafted(tmp_path / "m.ckpt", b"\x80\x02}."), "a") as archive:
+        archive.writestr("archive/byteorder", "big")
+    assert "big-endian" in refusal(tmp_path / "m.ckpt")
 
 
 def test_a_program_is_refused(tmp_path):

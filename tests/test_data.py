@@ -233,6 +233,48 @@ def test_pictures_beside_the_coco_json(tmp_path):
         PoseFolder(tmp_path, 20)
 
 
+@pytest.mark.parametrize("text", [
+    '{"a.png": "three images: []"}', '{"checkpoints": [], "worst": ["a.png"]}', '["images", "annotations"]', "",
+    '{"image": "a.png"}\n{"image": "b.png"}\n', '[{"images": [], "annotations": []}]', '{"images": [1, 2]}',
+    '{"images": 3, "annotations": 4}'])
+def test_a_json_of_something_else_leaves_a_folder_of_plain_pictures(tmp_path, text):
+    for name in "ab":
+        Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
+    (tmp_path / "captions.json").write_text(text)
+    (tmp_path / "folder.json").mkdir()
+    assert not data.has_keypoints(tmp_path)
+    ds = PoseFolder(tmp_path, 9, poseless=True)
+    assert ds.names == ["a.png", "b.png"] and not ds[0][1].any()
+    with pytest.raises(DataError, match="captions.json is|not valid JSON"):     # to train on, it must be COCO
+        PoseFolder(tmp_path, 9)
+
+
+def test_coco_among_other_json_files_is_found(tmp_path):
+    write_coco(tmp_path / "k.json", {"a.png": (20, 20, [some_pose(0) * (20, 20, 2)])}, tmp_path)
+    (tmp_path / "recon.json").write_text('{"worst": ["a.png"]}')
+    for poseless in (False, True):
+        ds = PoseFolder(tmp_path, 20, poseless)
+        assert ds.names == ["a.png"] and ds[0][1][:, 2].all()
+    text = (tmp_path / "k.json").read_text()
+    (tmp_path / "k.json").write_text(text[:-20])        # its poses are not dropped without a word
+    with pytest.raises(DataError, match="k.json is not valid JSON"):
+        PoseFolder(tmp_path, 20, poseless=True)
+    with pytest.raises(DataError, match="gone.json: cannot be read"):
+        data.is_coco(tmp_path / "gone.json")
+
+
+def test_which_folders_lie_among_the_pictures(tmp_path):
+    pairs, plain = folder(tmp_path / "pairs", 2), tmp_path / "plain"
+    (plain / "images").mkdir(parents=True)
+    (plain / "list.txt").write_text("images/a.png")
+    (tmp_path / "link").symlink_to(plain)
+    for path, root, wanted in ((pairs, pairs, True), (pairs / "images/x", pairs, True), (pairs / "x", pairs, False),
+                               (plain, plain, True), (plain / "x/y", plain, True), (tmp_path / "link/x", plain, True),
+                               (plain / "images/../x", tmp_path / "link", True), (tmp_path, plain, False),
+                               (tmp_path / "plain2", plain, False), (plain, plain / "list.txt", False)):
+        assert data.is_among_pictures(path, root) == wanted, (path, root)
+
+
 def test_both_readers_agree(tmp_path):
     n, images = 12, {}
     for i in range(n):

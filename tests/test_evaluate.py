@@ -1,9 +1,12 @@
 """evaluate.py: each measure against a closed form, brute force or scikit-image, and the recon command end to end."""
+import importlib.util
 import json
 import math
+import sys
 import weakref
-from dataclasses import asdict
-from types import SimpleNamespace
+from dataclasses import asdict, replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +16,17 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
-from keypoints import JOINTS
+from keypoints import JOINTS, ConditionConfig, PoseCondition
+from unet import UNet, UNetConfig
 from vq import VQConfig, VQModel
 
 TINY = VQConfig(ch=8, n_embed=32, resolution=16, norm_groups=0, zero_init=True)
 PICTURES = 24
+
+
+def vq_payload(model: VQModel) -> dict:
+    return {"format": checkpoint.FORMAT, "stage": "vq", "step": 3, "vq": model.state_dict(),
+            "vq_config": asdict(model.config), "config": {"size": 16, "data": f"figures:{PICTURES}", "val": None}}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +39,22 @@ def files(tmp_path_factory):
         model = VQModel(TINY).eval()
         model.quantize.init_codes(model.encode(x))
         (root / name).mkdir()
-        checkpoint.save(root / name / "last.pt", {
-            "format": checkpoint.FORMAT, "stage": "vq", "step": 3, "vq": model.state_dict(), "vq_config": asdict(TINY),
-            "config": {"size": 16, "data": f"figures:{PICTURES}", "val": None}})
+        checkpoint.save(root / name / "last.pt", vq_payload(model))
     return root
+
+
+@pytest.fixture(scope="module")
+def ldm(files) -> dict:
+    """The payload of a tiny stage 2 upon a/last.pt, with EMA weights alone, as train.py writes best.pt."""
+    torch.manual_seed(0)
+    stage_1 = checkpoint.load(files / "a/last.pt", "vq")
+    unet = UNetConfig(model_channels=32, num_res_blocks=1, channel_mult=(1, 2), attention_resolutions=(2,), num_heads=4)
+    cond = ConditionConfig(("seed",))
+    return stage_1 | {
+        "stage": "ldm", "unet": UNet(unet).state_dict(), "unet_config": asdict(unet),
+        "cond": PoseCondition(cond).state_dict(), "cond_config": asdict(cond), "mean": torch.zeros(3, 1, 1),
+        "std": torch.ones(3, 1, 1), "knows_null": False, "config": stage_1["config"] | {"preset": "tiny"},
+        "schedule": {"timesteps": 100, "linear_start": 0.0015, "linear_end": 0.0195}}
 
 
 # ------------------------------------------------------------------------------------------ measures of pictures
@@ -146,6 +167,105 @@ def test_the_shortlist_keeps_the_worst_and_some_about_the_median():
     assert abs(np.mean([i for _, i in shortlist.reservoir]) - 5000) < 400               # early and late ones alike
 
 
+@pytest.mark.parametrize("order", ["first", "last", "between"])
+def test_a_nan_is_the_worst(order):
+    values = [float(v) for v in np.random.default_rng(0).permutation(100)]
+    at = {"first": 0, "last": 100, "between": 50}[order]
+    values[at:at] = [math.nan, math.nan]
+    shortlist = evaluate.Shortlist(3)
+    for index, value in enumerate(values):
+        shortlist.add(value, index)
+    worst = [values[index] for index in shortlist.worst()]
+    assert math.isnan(worst[0]) and math.isnan(worst[1]) and worst[2] == 0
+    assert all(45 < values[index] < 55 for index in shortlist.typical())
+
+
+def test_rfid_compares_the_features_of_reconstructions_and_originals():
+    """Features f of the pictures and f / 2 + 0.1 of the reconstructions: |m / 2 - 0.1|^2 + tr C (1 - 1/2)^2."""
+    def model(x):
+        return x / 2 + 0.1, 0, torch.zeros(len(x), 4, 4, dtype=torch.long)
+    model.config = SimpleNamespace(n_embed=8, factor=4)
+    scale = torch.tensor([1, 0.5, 0.2]).view(3, 1, 1)
+    x = scale * (2 * torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1).square()
+    features = lambda x: x[:, :, ::4, ::4].flatten(1)[:, ::5]                           # noqa: E731
+    batches = ((x[i:i + 8], torch.arange(i, i + 8)) for i in range(0, 40, 8))
+    found = evaluate.compare([model], batches, {"psnr": evaluate.psnr}, features)
+    f = features(x).double().numpy()
+    wanted = ((f.mean(0) / 2 - 0.1) ** 2).sum() + np.trace(np.cov(f.T)) / 4
+    assert found.tallies[0].result(found.originals)["rfid"] == pytest.approx(wanted, rel=1e-5)
+    means = lambda x: x.mean((2, 3))                                                    # noqa: E731
+    found = evaluate.compare([model], [(x, torch.arange(40))], {"psnr": evaluate.psnr}, means)
+    assert found.boxes[4].result(found.originals)["rfid"] == pytest.approx(0, abs=1e-6)     # boxes keep the means
+
+
+def test_features_that_are_not_finite_have_no_distance():
+    m = moments([0, 0], np.eye(2))
+    broken = evaluate.Moments()
+    broken.add(torch.tensor([[math.nan, 0], [1, 1]]))
+    assert math.isnan(evaluate.frechet(m, broken)) and math.isnan(evaluate.frechet(broken, m))
+
+
+@pytest.fixture
+def pytorch_fid(monkeypatch):
+    """A package of that name whose network gives 2048 times the mean of what it is given, which it keeps in `seen`."""
+    class InceptionV3(torch.nn.Module):
+        BLOCK_INDEX_BY_DIM = {64: 0, 2048: 3}
+        seen = []
+
+        def __init__(self, blocks):
+            super().__init__()
+            assert blocks == [3]
+
+        def forward(self, x):
+            self.seen.append(x)
+            return [x.mean((1, 2, 3)).view(-1, 1, 1, 1).expand(-1, 2048, 1, 1)]
+    package, module = ModuleType("pytorch_fid"), ModuleType("pytorch_fid.inception")
+    package.__spec__, module.InceptionV3 = ModuleSpec("pytorch_fid", None), InceptionV3
+    monkeypatch.setitem(sys.modules, "pytorch_fid", package)
+    monkeypatch.setitem(sys.modules, "pytorch_fid.inception", module)
+    return InceptionV3
+
+
+def test_inception_sees_pictures_on_0_to_1(pytorch_fid):
+    x = torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, -0.5, 1.0)])
+    found = evaluate.inception("cpu")(x)
+    assert found.shape == (3, 2048) and found[:, 7].tolist() == [0, 0.25, 1]
+    seen, = pytorch_fid.seen
+    assert (seen.min(), seen.max()) == (0, 1)
+
+
+def test_rfid_on_demand(files, pytorch_fid, capsys):
+    a = str(files / "a/last.pt")
+    assert evaluate.main(["recon", "--vq", a, "--rfid", "--limit", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert "rFID" in printed.splitlines()[2] and "rFID of 4 pictures is too high" in printed
+    assert len(pytorch_fid.seen) == 3                           # originals, reconstructions, boxes
+    assert all(0 <= x.min() and x.max() <= 1 for x in pytorch_fid.seen)
+    assert evaluate.main(["recon", "--vq", a, "--limit", "4"]) == 0
+    assert "--rfid adds it (fetches" in capsys.readouterr().out
+
+
+def test_rfid_without_its_package(files, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pytorch_fid" else find_spec(name))
+    monkeypatch.setitem(sys.modules, "pytorch_fid.inception", None)
+    monkeypatch.setitem(sys.modules, "pytorch_fid", None)
+    a = str(files / "a/last.pt")
+    assert evaluate.main(["recon", "--vq", a, "--limit", "4"]) == 0
+    assert "rFID is not measured: pip install pytorch-fid, then --rfid" in capsys.readouterr().out
+    assert evaluate.main(["recon", "--vq", a, "--rfid"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "pip install pytorch-fid" in error and len(error.splitlines()) == 1
+
+
+def test_inceptions_weights_that_cannot_be_fetched(pytorch_fid, monkeypatch):
+    def offline(self, blocks):
+        raise OSError("no network")
+    monkeypatch.setattr(pytorch_fid, "__init__", offline)
+    with pytest.raises(ValueError, match=r"--rfid: Inception's weights cannot be fetched \(no network\)"):
+        evaluate.inception("cpu")
+
+
 def test_memory_does_not_grow_with_the_pictures():
     alive, most = weakref.WeakSet(), []
 
@@ -165,9 +285,11 @@ def test_memory_does_not_grow_with_the_pictures():
     peaks = []
     for n in (4, 40):
         most.clear()
-        results, _, tallies, _ = evaluate.compare([model], batches(n), {"psnr": evaluate.psnr}, features)
+        found = evaluate.compare([model], batches(n), {"psnr": evaluate.psnr}, features)
         peaks.append(max(most))
-        assert tallies[0].n == 2 * n and results[0].keys() == {"psnr", "codes_used", "perplexity", "rfid"}
+        tally = found.tallies[0]
+        assert tally.n == 2 * n
+        assert tally.result(found.originals).keys() == {"psnr", "codes_used", "perplexity", "rfid"}
     assert peaks[0] == peaks[1] <= 3                # a batch, its reconstruction, and the batch that is being made
 
 
@@ -234,11 +356,102 @@ def test_lpips_where_weights_are_given(files, monkeypatch, capsys):
 
 def test_pictures_without_keypoints_count(files, tmp_path, capsys):
     ds = data.Figures(3, 20)
+    (tmp_path / "mine").mkdir()
     for i in range(3):
-        Image.fromarray(ds[i][0]).save(tmp_path / f"{i}.png")
-    flags = ["recon", "--vq", str(files / "a/last.pt"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert evaluate.main(flags) == 0
+        Image.fromarray(ds[i][0]).save(tmp_path / f"mine/{i}.png")
+    (tmp_path / "mine/captions.json").write_text('{"0.png": "a person"}')
+    flags = ["recon", "--vq", str(files / "a/last.pt"), "--data", str(tmp_path / "mine"), "--out"]
+    assert evaluate.main([*flags, str(tmp_path / "out")]) == 0
     assert "3 pictures, all of" in capsys.readouterr().out
+    for out in ("mine", "mine/out"):
+        assert evaluate.main([*flags, str(tmp_path / out)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert "name another folder" in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "mine/out").exists()
+    assert evaluate.main(["recon", "--vq", str(files / "a/last.pt"), "--against", str(tmp_path / "mine"), "--out",
+                          str(tmp_path / "mine/out")]) == 2
+
+
+def test_broken_pictures_of_against_are_not_counted(files, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for i in range(100):
+        Image.new("RGB", (16, 16), (2 * i, 0, 0)).save(other / f"{i:02}.png")
+    (other / "40.png").write_bytes(b"no picture")
+    assert evaluate.main(["recon", "--vq", str(files / "a/last.pt"), "--against", str(other), "--limit", "all",
+                          "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out/recon.json").read_text())["against"]["pictures"] == 99
+
+
+def test_a_model_that_gives_nan_is_reported_in_sound_json(files, tmp_path, capsys):
+    payload = checkpoint.load(files / "a/last.pt", "vq")
+    payload["vq"]["decoder.conv_out.bias"][:] = math.nan
+    checkpoint.save(tmp_path / "nan.pt", payload)
+    assert evaluate.main(["recon", "--vq", str(tmp_path / "nan.pt"), "--limit", "8", "--out", str(tmp_path)]) == 0
+    assert "nan" in capsys.readouterr().out
+    report = json.loads((tmp_path / "recon.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert report["checkpoints"][0]["psnr"] is None and report["baselines"][0]["psnr"] > 0
+
+
+def test_batches_are_small(files, monkeypatch):
+    """The published autoencoders take a gigabyte for a few pictures of 256 pixels."""
+    sizes, compare = [], evaluate.compare
+
+    def spy(models, batches, *rest):
+        return compare(models, (sizes.append(len(batch[0])) or batch for batch in batches), *rest)
+    monkeypatch.setattr(evaluate, "compare", spy)
+    assert evaluate.main(["recon", "--vq", str(files / "a/last.pt")]) == 0
+    assert sizes == [8, 8, 8]
+
+
+def test_of_a_stage_two_file_the_first_stage_alone_stays_in_memory(ldm, files, tmp_path, capsys):
+    train = {"unet": {}, "cond": {}, "optimizer": torch.zeros(9)}
+    checkpoint.save(tmp_path / "last.pt", ldm | {"train": train})
+    checkpoint.save(tmp_path / "best.pt", ldm)
+    for name in ("last.pt", "best.pt"):
+        for ema in (True, False):                       # its first stage has no EMA, so neither file is refused
+            payload = evaluate.load_vq(str(tmp_path / name), ema)
+            assert payload.keys() == {"config", "step", "vq", "vq_config"}
+    assert evaluate.load_vq(str(files / "a/last.pt"), True).keys() == {"config", "step", "vq", "vq_config"}
+    assert evaluate.main(["recon", "--vq", str(tmp_path / "best.pt"), "--no-ema", "--limit", "4"]) == 0
+    assert "CompVis" not in capsys.readouterr().out
+
+
+def test_what_a_published_file_was_taken_for_is_said(ldm, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = VQModel(VQConfig(ch=32, n_embed=32))
+    torch.save({"state_dict": model.state_dict(), "global_step": 77}, tmp_path / "vq.ckpt")
+    assert evaluate.load_vq(str(tmp_path / "vq.ckpt"), True).keys() == {
+        "config", "step", "vq", "vq_config", "source", "weights"}
+    capsys.readouterr()
+    data_flags = ["--data", "figures:4", "--size", "16", "--limit", "4"]
+    assert evaluate.main(["recon", "--vq", str(tmp_path / "vq.ckpt"), *data_flags]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "vq.ckpt: a CompVis checkpoint of stage vq, step 77, raw weights: VQ-f4 32 wide" in first
+    checkpoint.save(tmp_path / "ldm.pt", ldm | {"source": "CompVis", "weights": "EMA"})
+    for flags in (["recon", "--vq"], ["condition", "--ckpt"]):
+        assert evaluate.main([*flags, str(tmp_path / "ldm.pt"), *data_flags]) == 0
+        first = capsys.readouterr().out.splitlines()[0]
+        assert "ldm.pt: a CompVis checkpoint of stage ldm" in first and "100 timesteps" in first
+
+
+def test_condition_has_no_null_where_no_pose_was_dropped(ldm, tmp_path, capsys):
+    printed = []
+    for knows in (False, True):
+        checkpoint.save(tmp_path / "ldm.pt", ldm | {"knows_null": knows})
+        assert evaluate.main(["condition", "--ckpt", str(tmp_path / "ldm.pt")]) == 0
+        printed.append([line.split() for line in capsys.readouterr().out.splitlines()])
+    assert [words[0] for words in printed[0][:-1]] == ["right", "shuffled", "ratio"]
+    assert [words[0] for words in printed[1]] == ["right", "shuffled", "null", "ratio"]
+    assert [words for words in printed[1] if words[0] != "null"] == printed[0][:-1]
+
+
+@pytest.mark.parametrize("size", ["12", "-8"])
+def test_condition_with_a_size_that_the_unet_cannot_take(ldm, tmp_path, capsys, size):
+    checkpoint.save(tmp_path / "ldm.pt", ldm)
+    assert evaluate.main(["condition", "--ckpt", str(tmp_path / "ldm.pt"), "--size", size]) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"--size is {size}" in error and "multiple of 8" in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -261,6 +474,12 @@ def test_checkpoints_that_cannot_be_compared(files, capsys):
         assert word in error and len(error.splitlines()) == 1
 
 
+def test_an_autoencoder_of_something_else_than_colour_pictures(tmp_path, capsys):
+    checkpoint.save(tmp_path / "grey.pt", vq_payload(VQModel(replace(TINY, in_channels=1))))
+    assert evaluate.main(["recon", "--vq", str(tmp_path / "grey.pt")]) == 2
+    assert "grey.pt takes 1 and gives 3 channels" in capsys.readouterr().err
+
+
 def test_the_limit(capsys):
     assert evaluate.picture_limit("all") == evaluate.picture_limit("0") > 10 ** 9 and evaluate.picture_limit("7") == 7
     with pytest.raises(SystemExit) as e:
@@ -274,3 +493,13 @@ def test_an_interrupt_ends_with_130(files, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "compare", interrupted)
     assert evaluate.main(["recon", "--vq", str(files / "a/last.pt")]) == 130
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_too_little_memory_is_one_sentence(files, monkeypatch, capsys):
+    def full(models, batches, *_):
+        next(batches)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore\nlines")
+    monkeypatch.setattr(evaluate, "compare", full)
+    assert evaluate.main(["recon", "--vq", str(files / "a/last.pt"), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1:]       # a line of its own, after the bar
+    assert error == ["evaluate.py: the memory of cpu is too small for this; give a smaller --size, or --device cpu"]

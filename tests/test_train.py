@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import sample
 import train
 from diffusion import Diffusion
 from keypoints import ConditionConfig
+from unet import UNet
 from vq import LPIPS, VQConfig, VQLoss, VQLossConfig, VQModel
 
 ROOT = Path(__file__).parent.parent
@@ -231,11 +233,11 @@ def test_fresh_replaces_a_damaged_checkpoint(tmp_path, capsys):
 def test_slow_steps_are_not_measured_forty_times(tmp_path, monkeypatch):
     c = train.make_config(train.parse_args(command("vq", tmp_path / "run", "--minutes", "1")))
     run = train.Run(c, fresh=False)
-    run.began, now = 0.0, [0.0]
+    run.began, run.eval_forwards, now = 0.0, 3, [0.0]
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
     for step in range(3):
         now[0] += 6.0                                               # 6 s a step: 18 s are over a quarter of a minute
-        run.clock(step, eval_forwards=3)
+        run.clock(step)
     assert run.c.measured == 3 and run.c.steps == 3 + 5      # (57 - 18) / 6 = 6.5, less 6 evaluations of 3 / 12 step
 
 
@@ -322,17 +324,17 @@ def poison(monkeypatch, stage: str, steps: set[int], what: str) -> None:
 def test_a_loss_that_is_not_finite_is_skipped_and_counted(trained, tmp_path, monkeypatch, stage, preset, what):
     flags = ["--vq", str(trained / "vq/last.pt"), "--steps", "8", "--amp", "off"]
     poison(monkeypatch, stage, {3, 4, 6}, what)
-    saved = {}
-    save = train.Run.save
-    monkeypatch.setattr(train.Run, "save", lambda run, step, payload, score=None: (
-        saved.update({step: train.copy.deepcopy(payload)}), save(run, step, payload, score)))
+    states, after_step = {}, train.Run.after_step
+
+    def watch(run, step, *args):
+        states[step + 1] = train.copy.deepcopy(run.payload()["vq"] if stage == "vq" else run.payload()["train"]["unet"])
+        return after_step(run, step, *args)
+    monkeypatch.setattr(train.Run, "after_step", watch)
     assert train.main(command(stage, tmp_path / "run", *flags, preset=preset)) == 0
-    key = "vq" if stage == "vq" else "train"
-    for before, after in ((3, 5), (6, 7)):                      # payload k is that after step k - 1
-        a, b = (saved[k][key] if stage == "vq" else saved[k]["train"]["unet"] for k in (before, after))
-        same(a, b)                                              # nothing moved
+    same(states[3], states[5])                                  # nothing moved in steps 3 and 4, nor in step 6
+    same(states[6], states[7])
     with pytest.raises(AssertionError):
-        same(saved[5][key], saved[6][key])
+        same(states[5], states[6])
     rows = train.read_log(tmp_path / "run/log.jsonl")
     assert [r.get("skipped") for r in rows if "lr" in r][-1] == 3
     assert all(math.isfinite(v) for r in rows for v in r.values())
@@ -344,12 +346,83 @@ def test_ten_in_a_row_stop_the_run_and_the_last_good_checkpoint_stays(trained, t
     flags = ["--vq", str(trained / "vq/last.pt"), "--steps", "40", "--amp", "off"]
     monkeypatch.setattr(train, "EVALS", 10)                     # a checkpoint each 4 steps
     poison(monkeypatch, stage, set(range(8, 40)) | {2, 3, 5}, "loss")
+    seed_step = train.seed_step
+
+    def ruin(seed: int, step: int) -> None:         # as a diverging run does: the weights go first
+        seed_step(seed, step)
+        if step == 8:
+            for module in list(networks):
+                for p in module.parameters():
+                    p.data.fill_(1e30)
+    monkeypatch.setattr(train, "seed_step", ruin)
+    networks, owner = weakref.WeakSet(), VQModel if stage == "vq" else UNet
+    init = owner.__init__
+    monkeypatch.setattr(owner, "__init__", lambda self, *args: (init(self, *args), networks.add(self))[0])
     assert train.main(command(stage, tmp_path / "run", *flags)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "not finite in 10 steps in a row" in error and "at step 17" in error and "last good checkpoint" in error
     assert "Traceback" not in error
     kept = checkpoint.load(tmp_path / "run/last.pt", stage)
-    assert kept["step"] in (8, 12, 16) and all(v.isfinite().all() for v in kept["vq"].values())
+    assert kept["step"] == 8
+    weights = kept["vq"] if stage == "vq" else kept["train"]["unet"]
+    assert all(v.abs().max() < 1e6 for v in weights.values())
+    best = checkpoint.load(tmp_path / "run/best.pt", stage)
+    assert all(v.abs().max() < 1e6 for v in best["vq" if stage == "vq" else "unet"].values())
+
+
+def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, monkeypatch):
+    scores = iter([math.nan, 2.0, math.inf, 1.0])
+    honest = evaluate.reconstruction
+    monkeypatch.setattr(evaluate, "reconstruction", lambda *a, **k: honest(*a, **k) | {"psnr": next(scores)})
+    assert train.main(command("vq", tmp_path / "run", "--steps", "4")) == 0
+    assert checkpoint.load(tmp_path / "run/best.pt", "vq")["step"] == 2
+    assert checkpoint.load(tmp_path / "run/last.pt", "vq")["train"]["best"] == 2.0
+
+
+class Counter:
+    """What descend needs of a Run."""
+    def __init__(self):
+        self.bad = 0
+
+    def usable(self, name: str, value: torch.Tensor, step: int) -> bool:
+        self.bad += not math.isfinite(value.item())
+        return math.isfinite(value.item())
+
+
+def test_in_fp16_an_overflow_is_forgiven_until_the_scale_is_no_excuse():
+    p = torch.nn.Parameter(torch.ones(3))
+    opt, scaler, run = torch.optim.SGD([p], lr=0.1), torch.amp.GradScaler("cpu", init_scale=4.0), Counter()
+
+    def loss(healthy: bool) -> torch.Tensor:
+        out = p.sum()
+        if not healthy:
+            out.register_hook(lambda grad: grad * math.inf)
+        return out
+
+    counted = []
+    for step in range(5):
+        assert train.descend(loss(False), [p], opt, scaler, run, step) is None
+        counted.append(run.bad)
+    assert counted == [0, 0, 1, 2, 3]               # scales 2, 1, then 1/2, ...
+    assert torch.equal(p.data, torch.ones(3))
+    assert train.descend(loss(True), [p], opt, scaler, run, 5) is not None and (p.data < 1).all()
+
+
+def test_a_skipped_step_frees_its_graph_before_the_next(tmp_path, monkeypatch):
+    """Else a GPU that is full at every step runs out of memory at the first skipped one."""
+    poison(monkeypatch, "vq", {2}, "loss")
+    alive, at_start, encode = weakref.WeakSet(), [], VQModel.encode
+
+    def watch(self, x):
+        if torch.is_grad_enabled():
+            at_start.append(len(alive))
+        h = encode(self, x)
+        if torch.is_grad_enabled():
+            alive.add(h)
+        return h
+    monkeypatch.setattr(VQModel, "encode", watch)
+    assert train.main(command("vq", tmp_path / "run", "--steps", "5", "--amp", "off", preset="micro_gan")) == 0
+    assert at_start == [0] * 5
 
 
 # -------------------------------------------------------------------------------------------- the VQGAN objective
@@ -376,6 +449,8 @@ def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_p
     rows = [r for r in train.read_log(tmp_path / "run/log.jsonl") if "lr" in r]
     assert all({"l1", "lpips"} <= r.keys() for r in rows)
     assert [("d_weight" in r, "logits_real" in r) for r in rows] == [(False, False)] * 2 + [(True, True)] * 3
+    groups = checkpoint.load(tmp_path / "run/last.pt", "vq")["train"]["disc_optimizer"]["param_groups"]
+    assert groups[0]["lr"] == rows[-1]["lr"]
     assert sum(p.numel() for p in lpips.parameters()) > 14e6 and not any("lpips" in k or "perceptual" in k
                for k in checkpoint.load(tmp_path / "run/last.pt", "vq")["train"])
 
@@ -383,11 +458,47 @@ def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_p
 @pytest.mark.parametrize("flags, words", [
     (["--disc-start", "5"], ["--disc-start is 5", "--disc-weight 0.75"]),
     (["--lpips-weights", "x.pth"], ["--lpips-weights", "--perceptual 1"]),
+    (["--disc-weight", "1", "--disc-start", "-5"], ["'-5'"]), (["--disc-start", "nan"], ["'nan'"]),
 ])
 def test_flags_of_a_loss_that_is_off_say_how_to_switch_it_on(tmp_path, capsys, flags, words):
-    assert train.main(command("vq", tmp_path, *flags)) == 2
+    try:
+        assert train.main(command("vq", tmp_path, *flags)) == 2
+    except SystemExit as e:
+        assert e.code == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words) and "Traceback" not in error
+
+
+def test_flags_of_stage_one_are_not_ignored_in_stage_two(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(command("ldm", tmp_path, "--disc-weight", "1"))
+    assert "--disc-weight is of stage 1" in capsys.readouterr().err
+    assert train.main(["--preset", "base", "--dry-run", "--disc-start", "0.2", "--lpips-weights", "x.pth"]) == 0
+    assert "discriminator from 20% of the run" in capsys.readouterr().out
+
+
+def test_a_discriminator_that_was_asked_for_comes_in_as_softly_as_where_it_is_usual():
+    loss = train.make_config(train.parse_args(["--stage", "vq", "--disc-weight", "0.5"])).recipe.loss
+    assert loss == train.replace(train.VQGAN, perceptual=0.0, disc_weight=0.5)
+
+
+def test_while_minutes_are_measured_the_adversary_takes_its_time_and_changes_nothing(tmp_path, monkeypatch):
+    """Its extra passes are in the measured rate; the gradients are those without it, bit for bit."""
+    monkeypatch.setattr(train, "MEASURE_STEPS", 3)
+    factors, generator = [], VQLoss.generator
+
+    def watch(self, x, x_hat, codebook_loss, last_layer, factor):
+        total, parts = generator(self, x, x_hat, codebook_loss, last_layer, factor)
+        factors.append(factor)
+        if factor == train.REHEARSAL:
+            without, _ = generator(self, x, x_hat, codebook_loss, last_layer, 0.0)
+            grads = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (total, without)]
+            assert torch.equal(total, without) and torch.equal(*grads)
+        return total, parts
+    monkeypatch.setattr(VQLoss, "generator", watch)
+    flags = ["--minutes", "0.05", "--disc-weight", "1", "--disc-start", "0.99"]
+    assert train.main(command("vq", tmp_path / "run", *flags)) == 0
+    assert factors[:3] == [train.REHEARSAL] * 3 and factors[3] == 0
 
 
 def test_the_faithful_preset_has_the_reference_objective_and_start_of_the_codes():

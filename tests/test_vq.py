@@ -1,5 +1,6 @@
 """vq.py against the reference's golden numbers, brute force and finite reasoning."""
 import json
+import math
 
 import numpy as np
 import pytest
@@ -208,6 +209,9 @@ def test_one_generator_and_one_discriminator_step_equal_the_reference(lpips, gol
     close(total.detach(), golden["gan/gen_total_loss"])
     close(parts["lpips"], golden["gan/gen_p_loss"])
     close(parts["l1"] + parts["lpips"], golden["gan/gen_nll_loss"])
+    close(parts["l1"] + parts["lpips"], golden["gan/gen_rec_loss"])             # one number by two names there
+    close(total.detach() - parts["d_weight"] * parts["g"] - golden["gan/gen_nll_loss"], golden["gan/gen_quant_loss"])
+    assert loss.factor(0, None) == golden["gan/gen_disc_factor"]
     close(parts["g"], golden["gan/gen_g_loss"])
     close(parts["d_weight"], golden["gan/gen_d_weight"])
     d_loss, logits = loss.discriminator(x, x_hat)
@@ -289,3 +293,36 @@ def test_losses_and_adaptive_weight_are_float32_under_autocast(layer):
 def test_perceptual_without_weights_is_one_sentence():
     with pytest.raises(ValueError, match="perceptual = 1 but was given no LPIPS"):
         vq.VQLoss(vq.VQLossConfig(perceptual=1))
+
+
+def test_the_discriminator_and_lpips_compute_in_float32_under_autocast(lpips):
+    loss, last_layer, x, x_hat = adversarial()
+    loss.perceptual_loss, seen = lpips, []
+    for module in (loss.disc.main[0], lpips.net.slice1[0]):
+        module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss.generator(x, x_hat, 0.0, last_layer)
+        loss.discriminator(x, x_hat)
+    assert len(seen) == 5 and set(seen) == {torch.float32}
+
+
+def test_codes_are_drawn_from_what_is_finite():
+    """One NaN among the encoder outputs would become the code that is nearest to everything."""
+    torch.manual_seed(0)
+    h = torch.randn(1, 3, 8, 8)
+    h[0, 1, 2, 3] = math.nan
+    for K in (64, 128):                                             # as many codes as vectors, and more
+        quantizer = VectorQuantizer(K, 3)
+        quantizer.init_codes(h)
+        assert quantizer.embedding.weight.isfinite().all() and quantizer.embedding.weight.abs().max() > 1
+    quantizer.init_codes(torch.full_like(h, math.nan))
+    assert quantizer.embedding.weight.isfinite().all()
+
+
+def test_every_golden_number_is_looked_at():
+    """Some are reached through their parts: total losses, tables by formatted names."""
+    tests = "".join(path.read_text() for path in (GOLDEN.parent).glob("test_*.py"))
+    with np.load(GOLDEN / "tiny_f4" / "tensors.npz") as arrays:
+        keys = set(arrays.files)
+    formatted = {key for key in keys if key.startswith(("schedule/", "ddim/", "vq/grad_", "unet/out"))}
+    assert [key for key in sorted(keys - formatted) if f'"{key}"' not in tests] == []
