@@ -109,8 +109,9 @@ PRESETS = {
         _unet(64, (1, 2, 3, 4), (4, 8), 4), ConditionConfig(BOTH, 64),
         vq=Recipe(4, 5e-4, minutes=60, lr_final=0.03, free=0.15, warmup=100),        # 1e-3 diverges at 128 pixels
         ldm=Recipe(16, 4e-4, minutes=240, lr_final=0.05, warmup=100)),
-    # ours at the seed's size: its networks, but codes from encoder outputs, poses by both doors, normalised latents
-    "base": Preset(256, VQConfig(),
+    # ours at the seed's size: its networks, but codes drawn from encoder outputs that follow by moving average (the
+    # best of six ways, benchmarks/RESULTS.md), poses by both doors, normalised latents
+    "base": Preset(256, VQConfig(ema_codebook=True),
         _unet(160, (1, 2, 3, 4), (2, 4, 8), 8), ConditionConfig(BOTH, 256),
         vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000, loss=VQGAN),
         ldm=Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)),
@@ -123,12 +124,13 @@ PRESETS = {
         ldm=Recipe(32, 6.4e-5, steps=225_000, warmup=1, betas=(0.9, 0.999), weight_decay=0.01, p_drop=0.0),
         normalise=False),
     # the autoencoders of f8 and f16 have as many parameters as that of f4 (54, 56 and 55 million)
-    "f8": Preset(256, VQConfig(ch_mult=(1, 2, 3, 3), z_channels=4, embed_dim=4, n_embed=16384, attn_resolutions=(32,)),
+    "f8": Preset(256, VQConfig(ch_mult=(1, 2, 3, 3), z_channels=4, embed_dim=4, n_embed=16384, attn_resolutions=(32,),
+                               ema_codebook=True),
         _unet(160, (1, 2, 3, 4), (1, 2, 4), 8), ConditionConfig(BOTH, 256),
         vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000, loss=VQGAN),
         ldm=Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)),
     "f16": Preset(256, VQConfig(ch_mult=(1, 1, 2, 3, 3), z_channels=8, embed_dim=8, n_embed=16384,
-                                attn_resolutions=(16,)),
+                                attn_resolutions=(16,), ema_codebook=True),
         _unet(160, (1, 2, 4), (1, 2, 4), 8), ConditionConfig(BOTH, 256),
         vq=Recipe(4, 1e-4, steps=180_000, lr_final=0.1, free=0.01, warmup=1000, loss=VQGAN),
         ldm=Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)),
