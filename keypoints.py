@@ -600,10 +600,8 @@ def fit(pose: np.ndarray, size: tuple[float, float], how: str) -> np.ndarray:
     as near to the person's as the picture allows, and joints beyond the cut are then outside 0..1.
     """
     span = {"letterbox": max, "crop": min}[how](size) / np.array(size)                  # of the square, in pictures
-    if how == "letterbox":
-        start = (1 - span) / 2
-    else:
-        seen = pose[pose[:, 2] > 0, :2]
+    start, seen = (1 - span) / 2, pose[pose[:, 2] > 0, :2]
+    if how == "crop" and len(seen):
         start = np.clip((seen.min(axis=0) + seen.max(axis=0) - span) / 2, 0, 1 - span)
     return crop(pose, (*start, *(start + span)))
 
