@@ -437,8 +437,8 @@ def load_wrecks(folder, count: int, seed: int) -> int:
     rng, file, refused = random.Random(seed), folder / "wreck.json", 0
     for _ in range(count):
         file.write_bytes(wreck(rng))
-        how = {"format": rng.choice([None, None, *FORMATS]), "canvas": rng.choice([None, (W, H), (W, H)]),
-               "person": rng.choice([None, None, 2])}
+        how = {"format": rng.choice(list(FORMATS)) if rng.random() < 0.2 else None,
+               "canvas": rng.choice([None, *[(W, H)] * 4]), "person": rng.choice([2, *[None] * 9])}
         try:
             found = K.load_poses(file, **how)
         except PoseError as e:
@@ -454,11 +454,11 @@ def load_wrecks(folder, count: int, seed: int) -> int:
 
 
 def test_wrecked_files_give_poses_or_a_sentence(tmp_path):
-    assert 300 < load_wrecks(tmp_path, 1000, seed=1) < 970
+    assert 200 < load_wrecks(tmp_path, 1000, seed=1) < 950
 
 
 @pytest.mark.slow
 def test_twenty_thousand_wrecked_files_in_a_minute(tmp_path):
     began = time.process_time()
-    assert 6_000 < load_wrecks(tmp_path, 20_000, seed=2) < 19_400
+    assert 4_000 < load_wrecks(tmp_path, 20_000, seed=2) < 19_000
     assert time.process_time() - began < 60
