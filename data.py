@@ -889,7 +889,7 @@ class PoseFolder(Pictures):
         self.root = folder.parent if folder.name == "images" else folder
         listed = lru_cache(None)(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
         for name, poses in sorted(people.items()):
-            pose, image = largest(poses), os.path.join(folder, name)
+            pose, image = keypoints.largest(poses), os.path.join(folder, name)
             pose = NO_POSE if pose is None and self.poseless else pose
             if pose is None:
                 self.skipped += 1
@@ -1124,14 +1124,6 @@ def find_coco(root: Path) -> Path:
         if found:
             raise DataError(f"{root}: {len(found)} json files, {found[0].name}, {found[1].name}, ...; name one of them")
     raise DataError(f"{root}: neither a folder keypoints/ beside images/ nor a COCO json; see PoseFolder in data.py")
-
-
-def largest(poses: list[np.ndarray]) -> np.ndarray | None:
-    """The pose whose seen joints span the largest box, joints counting where boxes tie; None without a seen joint."""
-    def span(pose):
-        seen = pose[pose[:, 2] > 0, :2]
-        return float(np.prod(np.ptp(seen, axis=0))), len(seen)
-    return max((p for p in poses if (p[:, 2] > 0).any()), key=span, default=None)
 
 
 @lru_cache(maxsize=4096)

@@ -2,14 +2,18 @@
 
     python sample.py examples/poses/*.json
     python sample.py mine.json --ckpt runs/mine/last.pt -n 4 --steps 100 --guidance 3 --out mine.png
+    python sample.py wide.json --canvas 1920x1080 --person 2 --fit crop
     python sample.py mine.json --ckpt model.ckpt --preset danbooru --steps 500 --eta 0    a published CompVis checkpoint
 
+A pose file (COCO, OpenPose, MediaPipe, YOLO, ...: README.md lists them) is told by its content, whatever its name;
+each picture or frame in it gives one pose, that of its largest person.
 Picture i of a row has seed --seed + i and depends on nothing else: not on the other poses, nor on how many there are.
 """
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -23,10 +27,11 @@ from tqdm import tqdm
 import checkpoint
 import data
 from diffusion import Diffusion, Step, ddim, ddim_timesteps, ddpm, guided, per_image_noise
-from keypoints import draw, load_poses
+from keypoints import FORMATS, MIN_CONFIDENCE, draw, fit, load_poses
 
 BATCH = 16                      # pictures in the network at once
 DEFAULT_STEPS = 50              # of DDIM
+DEFAULT_FRAMES = 8              # of a file that holds a video or a whole dataset
 
 
 def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, sampler: str = "ddim",
@@ -67,21 +72,49 @@ def draw_pictures(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: in
     return pictures
 
 
-def read_poses(paths: Iterable[str]) -> tuple[list[np.ndarray], list[str]]:
-    """The poses [17, 3] of all files and a name for each."""
+def read_poses(paths: Iterable[str], fit_how: str = "letterbox", frames: int = DEFAULT_FRAMES,
+               **how: object) -> tuple[list[np.ndarray], list[str]]:
+    """The poses [17, 3] of all files, fitted to the square picture, and a name for each; `how` goes to load_poses.
+
+    Of a file of more than `frames` pictures so many are taken, evenly from the first to the last. Prints what each
+    file was taken for.
+    """
     poses, names = [], []
     for path in paths:
-        found = load_poses(path)
-        poses += found
-        names += [Path(path).stem + (f" {i + 1}" if len(found) > 1 else "") for i in range(len(found))]
+        found = load_poses(path, **how)
+        taken = np.unique(np.linspace(0, len(found.poses) - 1, min(frames, len(found.poses))).round().astype(int))
+        print(f"{path}: {found.taken_for}" + (f", {len(taken)} of them drawn" if len(taken) < len(found.poses) else ""))
+        for i in taken:
+            size = found.sizes[i] or (1, 1)                 # nothing said, nothing to correct
+            poses.append(fit(found.poses[i], size, fit_how))
+            names.append(Path(path).stem + (f" {found.pictures[i]}" if len(found.poses) > 1 else ""))
     return poses, names
+
+
+def canvas(text: str) -> tuple[int, int]:
+    """"768x512" -> (768, 512): width, height."""
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text} is not a size; width x height in pixels is needed, as in 768x512")
+    return int(match[1]), int(match[2])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="sample.py POSE.json [POSE.json ...] [--flags; --help explains them]")
     add = parser.add_argument
-    add("poses", nargs="+", metavar="POSE", help="pose files: the seed's, COCO, or [x, y, visible] rows")
+    add("poses", nargs="+", metavar="POSE", help="pose files of any format below, told by their content")
+    add("--format", choices=FORMATS, metavar="NAME",
+        help=f"read them as this, whatever they look like: {', '.join(FORMATS)}")
+    add("--person", type=int, metavar="K", help="the K-th person of each picture, from 1, in the file's order, those "
+        "without a joint left out (default: the largest)")
+    add("--frames", type=int, default=DEFAULT_FRAMES, metavar="N", help="of a file of more pictures or frames, draw N, "
+        "evenly from the first to the last (default %(default)s)")
+    add("--canvas", type=canvas, metavar="WxH", help="size of the posed picture, where a file does not say it")
+    add("--min-confidence", type=float, default=MIN_CONFIDENCE, metavar="C",
+        help="below it a joint counts as missing (default %(default)s)")
+    add("--fit", choices=("letterbox", "crop"), default="letterbox", help="a pose from a picture that is not square: "
+        "all of it with bars (the default), or the square of its short side, around the person; never squeezed")
     add("--ckpt", default="runs/ldm/last.pt", metavar="FILE", help="checkpoint of stage 2 (default %(default)s)")
     add("--preset", metavar="NAME", help="what the tensors of a published CompVis checkpoint do not tell: "
         f"{', '.join(checkpoint.PUBLISHED)}; ours need none")
@@ -105,6 +138,10 @@ def check_args(args: argparse.Namespace) -> None:
     """ValueError, in one sentence, for a value that cannot be."""
     if args.n < 1:
         raise ValueError(f"-n is {args.n}; it must be at least 1")
+    if args.frames < 1 or args.person is not None and args.person < 1:
+        raise ValueError(f"--frames is {args.frames} and --person {args.person}; both count from 1")
+    if not 0 <= args.min_confidence < math.inf:
+        raise ValueError(f"--min-confidence is {args.min_confidence}; it must be a number from 0, mostly to 1")
     if not 0 <= args.seed < 2 ** 63:
         raise ValueError(f"--seed is {args.seed}; it must be a whole number from 0 to 2^63 - 1")
     if args.sampler == "ddpm" and (args.steps, args.eta, args.spacing) != (None, None, None):
@@ -123,7 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         check_args(args)
-        poses, names = read_poses(args.poses)
+        poses, names = read_poses(args.poses, args.fit, args.frames, format=args.format, person=args.person,
+                                  canvas=args.canvas, min_confidence=args.min_confidence)
         ldm, payload = checkpoint.load_ldm(args.ckpt, args.device, args.preset, ema=not args.no_ema)
         if foreign := "source" in payload:
             print(checkpoint.describe(payload, args.ckpt))
