@@ -581,7 +581,8 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
     if r.loss.disc_weight:
         disc, no_scaler = objective.disc, torch.amp.GradScaler(enabled=False)       # it is all float32
         disc_params = list(disc.parameters())
-        disc_opt = torch.optim.AdamW(disc_params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay)
+        disc_opt = torch.optim.AdamW(disc_params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay,
+                                     fused=device.type == "cuda")
         optimizers["disc_optimizer"] = disc_opt
     if run.resumed:
         state = run.resumed["train"]
@@ -905,6 +906,12 @@ def main(argv: list[str] | None = None) -> int:
     except torch.OutOfMemoryError:
         print(f"train.py: the memory of {c.device} is too small for this; give a smaller --batch-size than "
               f"{c.recipe.batch_size}", file=sys.stderr)
+        return 2
+    except RuntimeError as e:
+        if not (args.compile and type(e).__module__.startswith("torch._")):     # of _dynamo or _inductor
+            raise
+        print(f"train.py: torch.compile cannot compile this here ({type(e).__name__}); leave --compile out",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
