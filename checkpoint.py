@@ -95,7 +95,10 @@ def load(path: str | Path, stage: str, advice: str | None = None, preset: str | 
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}; make one with: {HOW_TO_MAKE[stage]}")
+        raise ValueError(f"there is no checkpoint {path}; make one with: {HOW_TO_MAKE[stage]}" if not path.is_dir() else
+                         f"{path} is a folder; give the checkpoint in it, such as {path / 'last.pt'}")
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty, 0 bytes; make a checkpoint with: {HOW_TO_MAKE[stage]}")
     payload = read(path)
     if not isinstance(payload, dict) or "format" not in payload:
         return published(payload, path, stage, advice, preset, ema)
@@ -542,6 +545,9 @@ def first_stage(state: dict[str, Tensor], path: Path, ema: bool) -> tuple[dict, 
     if not any(name.startswith("quantize.") for name in vq):
         raise ValueError(f"{path} has a first stage without a codebook (no quantize.*), a KL autoencoder; "
                          "only VQ ones are supported")
+    if "encoder.norm_out.weight" not in vq:
+        raise ValueError(f"{path} has an autoencoder without norms, which CompVis never made; if this project "
+                         "trained it, give the file that train.py wrote")
     ch, in_channels = shape(vq, "encoder.conv_in.weight", 4, path)[:2]
     levels = range(max(1, count(vq, "encoder.down.")))
     widths = [shape(vq, f"encoder.down.{i}.block.0.conv1.weight", 4, path)[0] for i in levels]

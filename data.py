@@ -1098,6 +1098,11 @@ def is_coco(path: Path) -> bool:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
+def has_pictures(root: Path) -> bool:
+    return any(p.suffix.lower() in SUFFIXES for folder in (root, root / "images") if folder.is_dir()
+               for p in folder.iterdir())
+
+
 def has_keypoints(root: str | Path) -> bool:
     """Is `root` something that PoseFolder takes, rather than a folder of nothing but pictures?"""
     root = Path(root)
@@ -1123,7 +1128,9 @@ def find_coco(root: Path) -> Path:
             return found[0]
         if found:
             raise DataError(f"{root}: {len(found)} json files, {found[0].name}, {found[1].name}, ...; name one of them")
-    raise DataError(f"{root}: neither a folder keypoints/ beside images/ nor a COCO json; see PoseFolder in data.py")
+    raise DataError(f"{root} has pictures without poses: put them into {root}/images and their keypoints into "
+                    f"{root}/keypoints, or a COCO json beside them" if has_pictures(root) else
+                    f"{root}: there is neither a picture nor a pose in it")
 
 
 @lru_cache(maxsize=4096)
@@ -1541,7 +1548,7 @@ def check(args) -> int:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="data.py", description="Checks a dataset and reports on it.")
-    parser.add_argument("root", help="folder, list of pictures or COCO json (see PoseFolder), or the word figures")
+    parser.add_argument("root", help="folder, list of pictures or COCO json, or the word figures")
     parser.add_argument("--size", type=int, help="side of the squares in the overview (256; figures 64)")
     parser.add_argument("--n", type=int, default=16, help="how many figures")
     parser.add_argument("--overview", metavar="FILE", help="write 16 pictures with their skeletons there")

@@ -88,12 +88,15 @@ def read_text(path: str | Path, limit: int | None = MAX_BYTES) -> str:
     """A file's text, UTF-8 or the UTF-16 that a Windows shell writes; else a PoseError with one sentence saying why."""
     try:
         if not Path(path).is_file():                            # a pipe would hang, a folder has no text
-            raise PoseError(f"pose file {path} " + ("is not a file" if Path(path).exists() else "does not exist"))
+            raise PoseError(f"pose file {path} " + ("is a folder; name the files in it" if Path(path).is_dir() else
+                                                       "is not a file" if Path(path).exists() else "does not exist"))
         if limit and (size := Path(path).stat().st_size) > limit:
             raise PoseError(f"pose file {path} has {size / 2 ** 20:.0f} MiB, at most {limit >> 20} are read; split it")
         raw = Path(path).read_bytes()
         return raw.decode(json.detect_encoding(raw))
-    except (OSError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError:
+        raise PoseError(f"{path} is no text, so no pose file; a picture, perhaps? Poses are .json files") from None
+    except OSError as e:
         raise PoseError(f"pose file {path} cannot be read: {e}") from None
 
 

@@ -90,7 +90,8 @@ class Preset:
 # Small autoencoders are norm-free with branches that start at zero: GroupNorm costs them 4 dB (the picture's absolute
 # colour is lost). Their codes follow by moving average, after a time without quantisation.
 NORM_FREE = {"norm_groups": 0, "zero_init": True, "ema_codebook": True}
-# Large ones are trained as VQGANs: with LPIPS, and with a discriminator once the reconstruction has settled, softly.
+# Large ones are trained as VQGANs: with LPIPS, and with a discriminator once the reconstruction has settled. Small ones
+# are not: in minutes the discriminator takes 5 dB and gives nothing back (benchmarks/RESULTS.md).
 VQGAN = VQLossConfig(perceptual=1.0, disc_weight=0.75, disc_start=0.1, disc_ramp=0.05, disc_cap=100.0)
 BOTH, SEED = ("tokens", "maps"), ("seed",)
 
@@ -516,13 +517,14 @@ def peak_memory(device: str) -> float:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM fill the list that is yielded, so a step is never cut in two; a second Ctrl-C does cut."""
+    """Ctrl-C and SIGTERM fill the list that is yielded, so a step is never cut in two; a second one does cut."""
     caught: list[int] = []
 
     def handler(number: int, _frame: object) -> None:
-        if caught and number == signal.SIGINT:
+        if caught:                                          # a second one, of either kind
             raise KeyboardInterrupt
         caught.append(number)
+        os.write(2, b"\nstopping after this step and saving; once more stops at once\n")   # print is not safe here
 
     old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -633,8 +635,10 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
                                          lambda: autocast(c))
         preview_vq(model, val, run.dir / "samples" / f"{step:07d}.png", c, result)
         return result, result["psnr"], (
-            f"held-out PSNR {result['psnr']:.2f} dB, {result['psnr'] - result['psnr_box']:+.2f} over box; codes used "
-            f"{result['codes_used']:.1%} of {c.vq_config.n_embed}, perplexity {result['perplexity']:.0f}")
+            f"held-out PSNR {result['psnr']:.2f} dB, averaging over boxes has {result['psnr_box']:.2f}"
+            + ("" if result["psnr"] > result["psnr_box"] else ": WORSE than that, train longer")
+            + f"; codes used {result['codes_used']:.1%} of {c.vq_config.n_embed}, perplexity "
+            f"{result['perplexity']:.0f}")
 
     panels = {"loss": ("loss",), "held-out PSNR, dB": ("val_psnr", "val_psnr_box"), "codes used": ("val_codes_used",),
               "gradient norm": ("grad_norm",)}

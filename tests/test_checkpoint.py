@@ -546,7 +546,7 @@ def test_truncated_files_are_one_sentence(tmp_path, networks, foreign_classes, f
     bad = tmp_path / "m.ckpt"
     for share in (0, 1e-5, 0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.99999):
         bad.write_bytes(whole[:int(share * len(whole))])
-        assert "cut short" in refusal(bad)
+        assert ("cut short" if bad.stat().st_size else "is empty") in refusal(bad)
 
 
 # ---- LPIPS

@@ -299,7 +299,7 @@ def test_coco_names_cannot_leave_the_folder(tmp_path, name):
 def test_errors_name_the_file(tmp_path):
     with pytest.raises(DataError, match="nowhere: there is no such"):
         PoseFolder(tmp_path / "nowhere", 8)
-    with pytest.raises(DataError, match="keypoints/ beside images/"):
+    with pytest.raises(DataError, match="neither a picture nor a pose"):
         PoseFolder(tmp_path, 8)
     (tmp_path / "keypoints").mkdir()
     with pytest.raises(DataError, match="images: there is no such folder"):

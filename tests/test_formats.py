@@ -328,7 +328,7 @@ def test_a_refusal_names_the_place(tmp_path, content, words):
 
 def test_what_is_no_file_or_too_large_is_refused(tmp_path):
     (tmp_path / "large.json").write_bytes(b" " * (K.MAX_BYTES + 1))
-    for path, word in ((tmp_path, "not a file"), (tmp_path / "none.json", "does not exist"),
+    for path, word in ((tmp_path, "is a folder"), (tmp_path / "none.json", "does not exist"),
                        (tmp_path / "large.json", "at most 32"), ("/dev/zero", "not a file")):
         with pytest.raises(PoseError, match=word):
             K.load_poses(path)
