@@ -254,12 +254,13 @@ def ldm_payload(ldm: LDM) -> dict:
 
 def build_ldm(payload: dict, what: str, device: str | torch.device = "cpu") -> LDM:
     """The model of a stage-2 payload with its EMA weights, frozen, in eval mode, on `device`."""
-    vq, configs = build_vq(payload, f"{what}: vq"), (config_of(UNetConfig, payload, "unet_config", what),
-                                                     config_of(ConditionConfig, payload, "cond_config", what))
-    rest = [payload[name] for name in ("mean", "std", "schedule", "knows_null")]
+    vq, unet, cond = (config_of(kind, payload, name, what) for kind, name in (
+        (VQConfig, "vq_config"), (UNetConfig, "unet_config"), (ConditionConfig, "cond_config")))
+    mean, std = payload["mean"], payload["std"]
     weights = {f"{part_of}.{name}": tensor for part_of in ("vq", "unet", "cond")
-               for name, tensor in payload[part_of].items()} | {"mean": rest[0], "std": rest[1]}
-    ldm = build(lambda: LDM(vq, *configs, *rest), weights, what)
+               for name, tensor in payload[part_of].items()} | {"mean": mean, "std": std}
+    ldm = build(lambda: LDM(VQModel(vq), unet, cond, mean, std, payload["schedule"], payload["knows_null"]), weights,
+                what)
     return ldm.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 

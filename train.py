@@ -93,7 +93,7 @@ NORM_FREE = {"norm_groups": 0, "zero_init": True, "ema_codebook": True}
 # Large ones are trained as VQGANs: with LPIPS, and with a discriminator once the reconstruction has settled. Small ones
 # are not: in minutes the discriminator takes 5 dB and gives nothing back (benchmarks/RESULTS.md).
 VQGAN = VQLossConfig(perceptual=1.0, disc_weight=0.75, disc_start=0.1, disc_ramp=0.05, disc_cap=100.0)
-BOTH, SEED = ("tokens", "maps"), ("seed",)
+BOTH = ("tokens", "maps")
 
 
 def _unet(ch: int, mult: tuple[int, ...], attn: tuple[int, ...], heads: int) -> dict:
@@ -119,7 +119,7 @@ PRESETS = {
     # the seed's own: taming's objective and codebook start, batch 32 at 2e-6 a sample, one raw-id token, no condition
     # dropout, latents as they come; but ours mirrors pictures, clips gradients and has beta on the right term
     "danbooru": Preset(256, VQConfig(),
-        _unet(160, (1, 2, 3, 4), (8, 4, 2), 8), ConditionConfig(SEED, seed_dim=32),
+        _unet(160, (1, 2, 3, 4), (8, 4, 2), 8), checkpoint.PUBLISHED["danbooru"].cond,
         vq=Recipe(4, 1.8e-5, steps=180_000, warmup=1, betas=(0.5, 0.9), draw_codes=False,
                   loss=VQLossConfig(perceptual=1.0, disc_weight=0.8, disc_start=10_000)),
         ldm=Recipe(32, 6.4e-5, steps=225_000, warmup=1, betas=(0.9, 0.999), weight_decay=0.01, p_drop=0.0),

@@ -450,7 +450,6 @@ class VQLossConfig:
     disc_start: float = 0.0                         # the discriminator comes in at this step; below 1: share of the run
     disc_ramp: float = 0.0                          # its say grows linearly over this many steps; below 1: share
     disc_cap: float = 1e4                           # the adaptive weight's largest value
-    codebook_weight: float = 1.0
 
 
 class VQLoss(nn.Module):
@@ -496,7 +495,7 @@ class VQLoss(nn.Module):
             if self.perceptual_loss is not None:
                 parts["lpips"] = self.perceptual_loss(x, x_hat).mean()
                 nll = nll + c.perceptual * parts["lpips"]
-            loss = nll + c.codebook_weight * codebook_loss
+            loss = nll + codebook_loss
             if factor > 0:
                 self.disc.requires_grad_(False)             # its own gradients come from `discriminator` alone
                 parts["g"] = -self.disc(x_hat).mean()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import checkpoint
 import sample
+import train
 from checkpoint import PUBLISHED, Published
 from diffusion import Diffusion, ddim
 from keypoints import ConditionConfig
@@ -105,6 +106,13 @@ def listed(name: str) -> dict[str, Tensor]:
     """The tensors of a key list of a real file, on the meta device."""
     entries = json.loads((GOLDEN / name).read_text())
     return {k: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for k, (shape, dtype) in entries.items()}
+
+
+def test_what_tensors_do_not_tell_is_what_the_preset_trains_with():
+    for name, told in PUBLISHED.items():
+        if name != "tiny":                          # the fixture's
+            preset = train.PRESETS[name]
+            assert (told.size, told.num_heads, told.cond) == (preset.size, preset.unet["num_heads"], preset.cond)
 
 
 def test_the_published_key_lists_give_the_default_configs(tmp_path):
