@@ -6,11 +6,12 @@ and become the same payload, so that nothing else has to know about them.
 
     {"format": 1, "stage": "vq" | "ldm", "step": k, "config": {...}, "vq": state dict, "vq_config": {...},
      "train": {...}, and for ldm: "unet", "unet_config", "cond", "cond_config", "mean", "std",
-     "schedule", "knows_null"}
+     "schedule", "knows_null", and "poses", which older files lack}
 
 "unet" and "cond" are the EMA weights; the raw weights, the optimiser and whatever else a resumed run needs stand
-under "train". The ldm file carries its frozen VQ and the latent statistics: one file is enough to sample. The payload
-of a published file has "source": "CompVis" and "weights": "EMA" | "raw" besides, and no "train".
+under "train". The ldm file carries its frozen VQ, the latent statistics and poses it was trained on (float16
+[N, 17, 3]): one file is enough to sample. The payload of a published file has "source": "CompVis" and "weights":
+"EMA" | "raw" besides, and no "train".
 """
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from keypoints import ConditionConfig, PoseCondition
+from keypoints import JOINTS, ConditionConfig, PoseCondition
 from unet import UNet, UNetConfig
 from vq import LPIPS, VQConfig, VQModel
 
@@ -269,6 +270,25 @@ def load_ldm(path: str | Path, device: str | torch.device = "cpu", preset: str |
     """The model of a stage-2 checkpoint on `device`, and the payload it came from; `preset` and `ema` as in `load`."""
     payload = load(path, "ldm", preset=preset, ema=ema)
     return build_ldm(payload, str(path), device), payload
+
+
+def training_poses(payload: dict, path: str | Path) -> np.ndarray | None:
+    """Poses [N, 17, 3] float32 of pictures that the model of a stage-2 payload was trained on, spread over all of them.
+
+    None where the file has none: published files, and ours from before they were kept. ValueError where what it has
+    under "poses" is something else.
+    """
+    poses = payload.get("poses")
+    if poses is None:
+        return None
+    shape_of = f"{poses.dtype} {list(poses.shape)}" if isinstance(poses, Tensor) else type(poses).__name__
+    if not isinstance(poses, Tensor) or poses.layout is not torch.strided or poses.dtype != torch.float16 or (
+            poses.ndim != 3 or poses.shape[1:] != (len(JOINTS), 3)):
+        raise ValueError(f"{path} has {shape_of} for poses; float16 [N, {len(JOINTS)}, 3] is needed")
+    check_bytes({"poses": poses}, Path(path))
+    if not poses.isfinite().all():
+        raise ValueError(f"{path} has poses that are not finite numbers; the file is damaged, train it again")
+    return poses.detach().float().numpy() if (poses[..., 2] > 0).any() else None
 
 
 # -------------------------------------------------------------------------------- reading objects without running them

@@ -2,6 +2,8 @@
 
     python sample.py examples/poses/*.json
     python sample.py mine.json --ckpt runs/mine/last.pt -n 4 --steps 100 --guidance 3 --out mine.png
+    python sample.py mine.json --typical 0.5        pulled halfway toward the poses that the model was trained on
+    python sample.py --common 9                     no pose file: the nine most common kinds of those
     python sample.py wide.json --canvas 1920x1080 --person 2 --fit crop
     python sample.py mine.json --ckpt model.ckpt --preset danbooru --steps 500 --eta 0    a published CompVis checkpoint
 
@@ -27,11 +29,12 @@ from tqdm import tqdm
 import checkpoint
 import data
 from diffusion import Diffusion, Step, ddim, ddim_timesteps, ddpm, guided, per_image_noise
-from keypoints import FORMATS, MIN_CONFIDENCE, draw, fit, load_poses
+from keypoints import FORMATS, MIN_CONFIDENCE, PoseDensity, draw, fit, load_poses
 
 BATCH = 16                      # pictures in the network at once
 DEFAULT_STEPS = 50              # of DDIM
 DEFAULT_FRAMES = 8              # of a file that holds a video or a whole dataset
+VERY_UNUSUAL = 0.99             # further out than this share of the training poses: --typical is suggested
 
 
 def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, sampler: str = "ddim",
@@ -91,6 +94,44 @@ def read_poses(paths: Iterable[str], fit_how: str = "letterbox", frames: int = D
     return poses, names
 
 
+def density_of(payload: dict, path: str, needed_by: str | None = None) -> PoseDensity | None:
+    """How the training poses of a stage-2 payload lie; None where the file `path` has none.
+
+    ValueError where it has none and the flag `needed_by` cannot do without, and for poses that are damaged.
+    """
+    poses = checkpoint.training_poses(payload, path)
+    if poses is None and needed_by:
+        raise ValueError(f"{needed_by} needs poses that the model was trained on, but {path} is a published file, or "
+                         f"older than that flag, and has none; leave {needed_by} out, or train stage 2 anew with: "
+                         f"{checkpoint.HOW_TO_MAKE['ldm']}")
+    return None if poses is None else PoseDensity(poses)
+
+
+def percent(share: float) -> str:
+    """0.979 -> "97 %": 100 % are all of them, so nothing is rounded up."""
+    return f"{math.floor(100 * share)} %"
+
+
+def pull(poses: np.ndarray, names: list[str], density: PoseDensity, typical: float) -> tuple[np.ndarray, list[str]]:
+    """The given poses [P, 17, 3] pulled toward the training poses by `typical`, and labels that say how far out each
+    is then. Prints a line each, of before and after."""
+    pulled = density.typical(poses, typical)
+    labels = []
+    for name, was, now in zip(names, density.unusual(poses), density.unusual(pulled), strict=True):
+        print(f"{name}: further out than {percent(was)} of the training poses"
+              + (f"; with --typical {typical:g} than {percent(now)}" if typical else
+                 "; --typical 0.5 pulls it halfway to its nearest ones" if was > VERY_UNUSUAL else ""))
+        labels.append(f"{name}, further out than {percent(now)}")
+    return pulled, labels
+
+
+def most_common(n: int, density: PoseDensity) -> tuple[np.ndarray, list[str]]:
+    """The n most common kinds of training pose [n, 17, 3], and labels that say how dense it is about each."""
+    chosen = density.common(n)
+    shares = (density.own > density.own[chosen, None]).mean(axis=1)
+    return density.poses[chosen], [f"common {i + 1}, denser than {percent(share)}" for i, share in enumerate(shares)]
+
+
 def canvas(text: str) -> tuple[int, int]:
     """"768x512" -> (768, 512): width, height."""
     match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)
@@ -101,9 +142,13 @@ def canvas(text: str) -> tuple[int, int]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="sample.py POSE.json [POSE.json ...] [--flags; --help explains them]")
+                                     usage="sample.py {POSE.json ... | --common N} [--flags; --help explains them]")
     add = parser.add_argument
-    add("poses", nargs="+", metavar="POSE", help="pose files of any format below, told by their content")
+    add("poses", nargs="*", metavar="POSE", help="pose files of any format below, told by their content")
+    add("--common", type=int, metavar="N", help="instead of pose files: the N most common kinds of pose that the model "
+        "was trained on")
+    add("--typical", type=float, default=0.0, metavar="A", help="pull each pose toward the training poses it is "
+        "nearest to: 0 leaves it as given (the default), 1 goes all the way to their middle")
     add("--format", choices=FORMATS, metavar="NAME",
         help=f"read them as this, whatever they look like: {', '.join(FORMATS)}")
     add("--person", type=int, metavar="K", help="the K-th person of each picture, from 1, in the file's order, those "
@@ -136,6 +181,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace) -> None:
     """ValueError, in one sentence, for a value that cannot be."""
+    if not args.poses and args.common is None:
+        raise ValueError("there is nothing to draw; name pose files, or let --common 9 take the poses that the model "
+                         "knows best")
+    if args.poses and args.common is not None:
+        raise ValueError(f"--common takes poses from the checkpoint, so {args.poses[0]} would not be drawn; leave one "
+                         "of them out")
+    if args.common is not None and args.common < 1:
+        raise ValueError(f"--common is {args.common}; it must be at least 1")
+    if not 0 <= args.typical <= 1:
+        raise ValueError(f"--typical is {args.typical:g}; it must be between 0, the pose as given, and 1")
+    if args.common is not None and args.typical:
+        raise ValueError("--typical pulls poses that you give, and those of --common are typical already; leave one of "
+                         "them out")
     if args.n < 1:
         raise ValueError(f"-n is {args.n}; it must be at least 1")
     if args.frames < 1 or args.person is not None and args.person < 1:
@@ -165,6 +223,12 @@ def main(argv: list[str] | None = None) -> int:
         ldm, payload = checkpoint.load_ldm(args.ckpt, args.device, args.preset, ema=not args.no_ema)
         if foreign := "source" in payload:
             print(checkpoint.describe(payload, args.ckpt))
+        needed_by = "--common" if args.common else "--typical" if args.typical else None
+        density = density_of(payload, args.ckpt, needed_by)
+        if args.common:
+            poses, names = most_common(args.common, density)
+        elif density:
+            poses, names = pull(np.stack(poses), names, density, args.typical)
         size, began = payload["config"]["size"], time.monotonic()
         args.guidance = ldm.guidance if args.guidance is None else args.guidance
         args.eta = ldm.eta if args.eta is None else args.eta

@@ -49,6 +49,7 @@ EVAL_PICTURES = 512             # held-out pictures an evaluation of stage 1 loo
 EVAL_LATENTS = 256              # and of stage 2, each under three conditions
 PREVIEWS = 8                    # pictures in a preview
 PREVIEW_STEPS = 25              # of DDIM
+POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py says by them how usual a pose is
 REHEARSAL = 1e-30               # the adversary's factor while --minutes measures: it takes its time and changes nothing
 TOLERATED = 10                  # steps in a row without a finite loss that are skipped; then the run stops
 HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq", "lpips"}    # may differ from those of
@@ -745,8 +746,10 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
     z_val = torch.cat([(encode(x) - mean) / std for x, _ in held_out])
     pose_val = torch.cat([pose for _, pose in held_out]).to(device)
 
+    poses = poses_kept(cache)
+
     def payload() -> dict:
-        return checkpoint.ldm_payload(averaged) | {"train": {
+        return checkpoint.ldm_payload(averaged) | {"poses": poses, "train": {
             "unet": ldm.unet.state_dict(), "cond": ldm.cond.state_dict(), "optimizer": opt.state_dict(),
             "scaler": scaler.state_dict()}}
 
@@ -778,6 +781,14 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
             if run.after_step(step, numbers, bar, stopped):
                 break
     return run.finish(stopped, step + 1)
+
+
+def poses_kept(cache: data.LatentCache) -> Tensor:
+    """Poses of training pictures that have a visible joint, float16 [N, 17, 3]: all, or POSES_KEPT spread evenly."""
+    poses = cache.poses[:len(cache):2]                      # the odd rows are their mirror images
+    poses = poses[(poses[..., 2] > 0).any(axis=1)]
+    rows = np.linspace(0, len(poses) - 1, min(len(poses), POSES_KEPT)).round().astype(int)
+    return torch.from_numpy(poses[rows]).half()
 
 
 def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:

@@ -1,4 +1,4 @@
-"""How common a pose is: keypoints.PoseDensity against loops, invariances and planted densities; where it is used."""
+"""How common a pose is: keypoints.PoseDensity against loops, invariances and planted densities."""
 import numpy as np
 import pytest
 

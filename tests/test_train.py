@@ -19,6 +19,7 @@ from test_data import folder
 import checkpoint
 import data
 import evaluate
+import keypoints
 import sample
 import train
 from diffusion import Diffusion
@@ -712,6 +713,114 @@ def test_sampling_a_row_for_each_pose(trained, tmp_path, capsys):
     assert sample.main([*POSES[:3], "--ckpt", str(trained / "ldm/last.pt"), "-n", "2", "--steps", "3",
                         "--out", str(out)]) == 0
     assert "6 pictures" in capsys.readouterr().out and Image.open(out).size[1] > 3 * 100
+
+
+def rewritten(trained, tmp_path, **changes) -> str:
+    """The trained stage 2 with other entries; None removes one."""
+    payload = torch.load(trained / "ldm/last.pt", weights_only=True) | changes
+    checkpoint.save(tmp_path / "other.pt", {key: value for key, value in payload.items() if value is not None})
+    return str(tmp_path / "other.pt")
+
+
+def spy_on_poses(monkeypatch) -> list[torch.Tensor]:
+    """What is drawn from now on: poses [B, 17, 3], a tensor for each call."""
+    drawn, draw_pictures = [], sample.draw_pictures
+    monkeypatch.setattr(sample, "draw_pictures",
+                        lambda ldm, poses, *args, **how: drawn.append(poses) or draw_pictures(ldm, poses, *args, **how))
+    return drawn
+
+
+def test_a_checkpoint_carries_training_poses_spread_over_all(trained, monkeypatch):
+    wanted = np.stack([data.Figures(12, 32).source(i)[1] for i in range(12)])
+    for name in ("last.pt", "best.pt"):
+        _, payload = checkpoint.load_ldm(path := trained / "ldm" / name)
+        assert payload["poses"].dtype == torch.float16
+        np.testing.assert_allclose(checkpoint.training_poses(payload, path), wanted, atol=1 / 2048)
+    cache = type("Cache", (), {"poses": np.ones((30, 17, 3), np.float32), "__len__": lambda self: 26})()
+    cache.poses[:, 0, 0] = np.arange(30)                            # the last four rows were never filled
+    cache.poses[4, :, 2] = 0                                        # picture 2 has no visible joint
+    assert train.poses_kept(cache)[:, 0, 0].tolist() == [0, 2, *range(6, 26, 2)]
+    monkeypatch.setattr(train, "POSES_KEPT", 4)
+    assert train.poses_kept(cache)[:, 0, 0].tolist() == [0, 10, 16, 24]
+
+
+def test_every_pose_is_told_how_unusual_it_is(trained, tmp_path, capsys, monkeypatch):
+    """Planted: standing.json is what the model was trained on, a pose of random joints is far from everything."""
+    standing, drawn = str(ROOT / "examples/poses/standing.json"), spy_on_poses(monkeypatch)
+    (pose,), _ = sample.read_poses([standing])
+    rng = np.random.default_rng(0)
+    poses = torch.from_numpy(np.repeat(pose[None], 50, axis=0) + rng.normal(0, 0.01, (50, 17, 3)) * [1, 1, 0]).half()
+    (tmp_path / "absurd.json").write_text(json.dumps([[*xy, 1] for xy in rng.uniform(0.1, 0.9, (17, 2)).tolist()]))
+    flags = ["--ckpt", rewritten(trained, tmp_path, poses=poses), "-n", "1", "--steps", "1",
+             "--out", str(tmp_path / "x.png")]
+    capsys.readouterr()
+    labels, save_grid = [], data.save_grid
+    monkeypatch.setattr(data, "save_grid", lambda *args, **how: labels.extend(how["labels"]) or save_grid(*args, **how))
+    assert sample.main([standing, str(tmp_path / "absurd.json"), *flags]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert "standing: further out than 0 % of the training poses" in out
+    assert ("absurd: further out than 100 % of the training poses; --typical 0.5 pulls it halfway to its nearest ones"
+            in out)
+    assert labels == ["standing, further out than 0 %", "absurd, further out than 100 %"]
+
+    assert sample.main([str(tmp_path / "absurd.json"), *flags, "--typical", "1"]) == 0
+    assert "absurd: further out than 100 % of the training poses; with --typical 1 than 0 %" in capsys.readouterr().out
+    (_, given), (pulled,) = drawn
+    density = keypoints.PoseDensity(poses.double().numpy())
+    np.testing.assert_allclose(pulled, density.typical(given[None].numpy(), 1.0)[0], atol=1e-6)
+    assert labels[2:] == ["absurd, further out than 0 %"]
+
+
+def test_common_poses_need_no_file(trained, tmp_path, monkeypatch, capsys):
+    drawn, ckpt = spy_on_poses(monkeypatch), str(trained / "ldm/last.pt")
+    out = tmp_path / "common.png"
+    assert sample.main(["--common", "3", "--ckpt", ckpt, "-n", "2", "--steps", "1", "--out", str(out)]) == 0
+    density = keypoints.PoseDensity(checkpoint.training_poses(checkpoint.load(ckpt, "ldm"), ckpt))
+    assert len(set(density.common(3))) == 3
+    np.testing.assert_array_equal(drawn[0][::2], density.poses[density.common(3)])
+    assert "6 pictures" in capsys.readouterr().out and Image.open(out).size[1] > 3 * 100
+    one_sentence(capsys, sample.main(["--common", "13", "--ckpt", ckpt]), "13 common poses", "1 to 12")
+
+
+def test_a_checkpoint_without_poses_samples_as_before_and_says_what_to_do(trained, tmp_path, monkeypatch, capsys):
+    flags = ["--ckpt", rewritten(trained, tmp_path, poses=None), "-n", "1", "--steps", "1",
+             "--out", str(tmp_path / "x.png")]
+    drawn = spy_on_poses(monkeypatch)
+    assert sample.main([POSES[0], *flags]) == 0
+    assert "further out" not in capsys.readouterr().out
+    (pose,), _ = sample.read_poses(POSES[:1])
+    np.testing.assert_array_equal(drawn[0][0], pose)
+    assert sample.main([POSES[0], "--ckpt", str(trained / "ldm/last.pt"), *flags[2:]]) == 0
+    assert torch.equal(*drawn)                                      # --typical 0 changes no bit
+    capsys.readouterr()
+    one_sentence(capsys, sample.main(["--common", "2", *flags]), "--common", "other.pt", "train.py --stage ldm")
+    code, captured = sample.main([POSES[0], "--typical", "0.5", *flags]), capsys.readouterr()
+    assert code == 2 and "--typical" in captured.err and "train.py --stage ldm" in captured.err
+    for none in (torch.zeros(0, 17, 3).half(), torch.zeros(5, 17, 3).half()):
+        assert checkpoint.training_poses({"poses": none}, tmp_path / "other.pt") is None
+
+
+@pytest.mark.parametrize("poses, words", [
+    (torch.ones(4, 17, 3), ["float32 [4, 17, 3]", "float16 [N, 17, 3]"]),
+    (torch.ones(4, 16, 3).half(), ["[4, 16, 3]"]), (torch.ones(()).half(), ["[]"]), ([1, 2], ["list"]),
+    (torch.ones(2, 17, 3).half().to_sparse(), ["float16 [N, 17, 3]"]),
+    (torch.full((2, 17, 3), torch.nan).half(), ["not finite"]),
+    (torch.ones(1).half().expand(10 ** 9, 17, 3), ["does not hold as many numbers", "poses"]),
+])
+def test_damaged_poses_in_a_checkpoint_are_one_sentence(trained, tmp_path, capsys, poses, words):
+    ckpt = rewritten(trained, tmp_path, poses=poses)
+    one_sentence(capsys, sample.main(["--common", "2", "--ckpt", ckpt, "--out", str(tmp_path / "x.png")]),
+                 "other.pt", *words)
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], ["pose files", "--common"]), ([POSES[0], "--common", "3"], ["--common", POSES[0]]),
+    (["--common", "0"], ["--common is 0"]), ([POSES[0], "--typical", "1.5"], ["--typical is 1.5"]),
+    ([POSES[0], "--typical", "nan"], ["--typical is nan"]), (["--common", "2", "--typical", "0.5"], ["--typical"]),
+])
+def test_poses_that_nobody_or_two_ask_for_are_one_sentence(trained, tmp_path, capsys, argv, words):
+    flags = ["--ckpt", str(trained / "ldm/last.pt"), "--out", str(tmp_path / "x.png")]
+    one_sentence(capsys, sample.main([*argv, *flags]), *words)
 
 
 def test_a_picture_depends_on_its_seed_and_pose_alone(trained):
