@@ -4,6 +4,7 @@ A pose is a float array [17, 3] = (x, y, visible): x right, y down, normalised t
 inside; values outside are kept, not clamped; visible is 0 or 1 and a missing joint is (0, 0, 0). "Left" is the
 person's own left. Door 1 is cross-attention: `PoseEncoder` turns a pose into 17 context tokens. Door 2 is
 concatenation: `heatmaps` turns it into 17 Gaussian maps beside the noisy latent. `PoseCondition` holds both.
+`PoseDensity` tells how usual a pose is among those that a model was trained on.
 
 Letters in shape comments: B batch, J = 17 joints, D token width, h, w height and width of a map.
 """
@@ -882,8 +883,9 @@ class PoseDensity:
 
     def _nearest(self, poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Distances [B, k], ascending, of poses [B, 17, 3] to their neighbours, and these as rows of `shapes`."""
-        near = _distances(torch.from_numpy(_shapes(poses)).float(), self._fast).topk(self.k, largest=False)
-        return near.values.double().numpy(), near.indices.numpy()
+        near = [_distances(some, self._fast).topk(self.k, largest=False)
+                for some in torch.from_numpy(_shapes(poses)).float().split(ROWS)]
+        return torch.cat([n.values for n in near]).double().numpy(), torch.cat([n.indices for n in near]).numpy()
 
     def distance(self, poses: np.ndarray) -> np.ndarray:
         """[B] to the k-th nearest training pose, of poses [B, 17, 3]."""
