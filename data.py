@@ -1793,7 +1793,7 @@ def measure(rows: np.ndarray) -> Bodies:
     return Bodies(length / size[:, None] / usual, torso, facing / _quantile(np.abs(facing), 0.5, 0))
 
 
-def odd_poses(checked: Checked) -> tuple[list[Suspect], list[str], dict]:
+def odd_poses(checked: Checked) -> tuple[list[Suspect], dict[str, str], dict]:
     """(suspects, verdicts on the whole dataset, numbers) about the poses."""
     numbers = np.flatnonzero(checked.rows["sound"])
     rows = checked.rows[numbers]
@@ -1818,13 +1818,13 @@ def odd_poses(checked: Checked) -> tuple[list[Suspect], list[str], dict]:
                 *(keypoints.JOINTS[j] for j in keypoints.LIMBS[limbs[i].argmax()]), limbs[i].max()))
     verdicts, about = judge(body)
     dx, dy, facing = *body.torso.T, _quantile(body.facing, 0.5, 1)
-    if about["torsos_lying"] > 0.5:
+    if "axes" in verdicts:
         suspect("axes", dy / (np.abs(dx) + 1e-9), 2, lambda i: "it stands upright, unlike most of this dataset")
     else:                                       # the exchange lays a person down, the head to the left, and mirrors it
         suspect("axes", np.where(dx > 2 * np.abs(dy), -facing, 0), OUT_OF_DOUBT,
                 lambda i: "it lies with the head to the left, and would stand and face the viewer with row and column "
                           "exchanged")
-        if about["torsos_head_down"] <= 0.5:
+        if "upright" not in verdicts:
             suspect("head down", -dy / (np.abs(dx) + 1e-9), 0.5, lambda i: "the hips are above the shoulders")
     sides = np.nan_to_num(body.facing)
     suspect("sides", np.minimum(sides.max(1, initial=0), -sides.min(1, initial=0)), OUT_OF_DOUBT,
@@ -1841,23 +1841,22 @@ def visible(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return seen, seen & ((poses[..., :2] < 0) | (poses[..., :2] > 1)).any(-1)
 
 
-def judge(body: Bodies) -> tuple[list[str], dict]:
-    """Sentences about all poses together, and the shares they rest on: lying, head down, facing the viewer."""
-    torso, verdicts = body.torso[np.isfinite(body.torso).all(1)], []
+def judge(body: Bodies) -> tuple[dict[str, str], dict]:
+    """What is wrong with most poses, as {"axes", "upright" or "sides": sentence}, and the shares that this rests on."""
+    torso, verdicts = body.torso[np.isfinite(body.torso).all(1)], {}
     facing = _quantile(body.facing, 0.5, 1)
     facing = facing[np.abs(np.nan_to_num(facing)) > OUT_OF_DOUBT]
     dx, dy = torso.T
-    lying, down = (float(x.mean()) if len(torso) >= FEWEST else 0.0 for x in (np.abs(dx) > np.abs(dy), dy < 0))
-    if lying > 0.5:
-        verdicts.append(f"rows and columns look exchanged: from shoulders to hips, {lying:.0%} of {len(torso)} people "
-                        f"lie rather than stand, {(dx > 0).mean():.0%} with the head to the left")
-    elif down > 0.5:
-        verdicts.append(f"up and down look exchanged: {down:.0%} of {len(torso)} people have the hips above the "
-                        "shoulders; y is measured from the top")
-    toward = float((facing > 0).mean()) if len(facing) >= FEWEST else None
-    if toward is not None and (1 - toward if verdicts else toward) < FACING_LEAST:      # an exchange mirrors them, too
-        verdicts.append(f"left and right look exchanged: only {toward if not verdicts else 1 - toward:.0%} of "
-                        f"{len(facing)} people face the viewer, if left is the person's own")
+    lying, down, toward = (float(x.mean()) if len(x) else None for x in (np.abs(dx) > np.abs(dy), dy < 0, facing > 0))
+    if len(torso) >= FEWEST and lying > 0.5:
+        verdicts["axes"] = (f"rows and columns look exchanged: from shoulders to hips, {lying:.0%} of {len(torso)} "
+                            f"people lie rather than stand, {(dx > 0).mean():.0%} with the head to the left")
+    elif len(torso) >= FEWEST and down > 0.5:
+        verdicts["upright"] = (f"up and down look exchanged: {down:.0%} of {len(torso)} people have the hips above the "
+                               "shoulders; y is measured from the top")
+    if len(facing) >= FEWEST and (likely := 1 - toward if verdicts else toward) < FACING_LEAST:    # those mirror, too
+        verdicts["sides"] = (f"left and right look exchanged: only {likely:.0%} of {len(facing)} people face the "
+                             "viewer, if left is the person's own")
     return verdicts, {"torsos": len(torso), "torsos_lying": lying, "torsos_head_down": down,
                       "turned_to_a_side": len(facing), "facing_the_viewer": toward}
 
@@ -2013,15 +2012,15 @@ def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], report:
 
     rows = checked.rows[checked.rows["sound"]]
     ordinary = np.flatnonzero(checked.rows["sound"])
-    ordinary = np.unique(ordinary[np.linspace(0, len(ordinary) - 1, ACROSS).round().astype(int)]).tolist()
+    ordinary = ordinary[np.unique(np.linspace(0, len(ordinary) - 1, ACROSS).astype(int))] if len(ordinary) else []
     shown = worst(suspects)
     cells = [(i, Path(checked.files[i]).name, "dimgray") for i in ordinary]
     cells += [(None, "", "")] * (-len(cells) % ACROSS)
     cells += [(s.index, f"{s.kind}: {s.why}\n{Path(s.file).name}", "firebrick") for s in shown]
-    lines = -(-len(cells) // ACROSS)
+    lines = max(1, -(-len(cells) // ACROSS))
     page = Figure(figsize=(16, 5.2 + 3.5 * lines), layout="constrained")
     top, below = page.subfigures(2, 1, height_ratios=(5.2, 3.5 * lines))
-    verdicts = "".join(f"\n{_plain(sentence, 150)}" for sentence in report["verdicts"])
+    verdicts = "".join(f"\n{_plain(sentence, 150)}" for sentence in report["verdicts"].values())
     top.suptitle(f"{_plain(report['root'], 80)}: {len(rows)} pictures, {len(suspects)} suspects{verdicts}",
                  color="firebrick" if report["verdicts"] else "black", parse_math=False)
     where, joints, sizes = top.subplots(1, 3)
@@ -2067,7 +2066,7 @@ def _draw_density(ax, poses: np.ndarray) -> None:
     ax.set(title="where people are: all skeletons", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
 
 
-def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: list[str], about: dict) -> dict:
+def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: dict, about: dict) -> dict:
     """Everything that is said of a dataset, in the types of JSON."""
     sound, both = checked.rows["sound"], [ds for ds in (checked.train, checked.val) if ds is not None]
     size = checked.rows["size"][sound]
@@ -2108,16 +2107,16 @@ def describe(report: dict) -> Iterator[str]:
         yield (f"joints      {n * len(joints)}, {share(missing, n * len(joints))} missing, "
                f"{share(outside, n * len(joints))} outside the picture")
         yield f"groups      {report['groups']}; {n - told['held_out']} to train on, {told['held_out']} held out"
-        toward = report["facing_the_viewer"]
-        yield (f"people      {report['torsos_lying']:.1%} lie, {report['torsos_head_down']:.1%} head down"
-               + (f", {toward:.1%} face the viewer" if toward is not None else ""))
+        people = {"torsos_lying": "lie", "torsos_head_down": "are head down", "facing_the_viewer": "face the viewer"}
+        yield "people      " + ", ".join(f"{report[key]:.1%} {what}" for key, what in people.items()
+                                         if report[key] is not None)
     for kind, what in KINDS.items():
         if counts[kind]:
             yield f"{kind:<12}{share(counts[kind], told['found'] if kind == 'broken' else n)} {what}"
             for suspect in [s for s in report["suspects"] if s["kind"] == kind][:3]:
                 why = suspect["why"]
                 yield f"  {why if suspect['file'] in why else '{}: {}'.format(suspect['file'], why)}"
-    for sentence in report["verdicts"]:
+    for sentence in report["verdicts"].values():
         yield f"LOOK        {sentence}"
     if not report["verdicts"] and not report["suspects"]:
         yield "all is well: nothing to look at was found"
