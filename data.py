@@ -1533,7 +1533,6 @@ WINDOW = 256                    # pictures with one part in common: each is comp
 SAME_CELL, SAME_MEAN = 12, 2    # grey levels between the thumbnails of one picture saved twice: at most, on average
 LEAST_LIMBS = 4                 # joints of fewer limbs tell nothing about a person's size
 LONG_LIMB = 2.2                 # times its usual length: figures reach 1.97, game renders 1.64
-SHORT_TORSO = 0.3               # of the usual: seen from above or below, and its direction means nothing
 OUT_OF_DOUBT = 0.5              # of a usual width: less may be a body seen from the side
 FEWEST = 10                     # people, before anything is said about all of them
 FACING_LEAST = 0.35             # the share of people who face the viewer; figures 0.7, game renders 0.85
@@ -1582,25 +1581,23 @@ def find_bars(pixels: np.ndarray) -> tuple[int, int, int, int]:
     all pixels differ. A flat background ends where somebody stands, one pixel here and another there.
     """
     H, W = pixels.shape[:2]
-
-    def differs(some: np.ndarray) -> np.ndarray:
-        apart = np.maximum(some, colour) - np.minimum(some, colour)
-        return np.maximum(np.maximum(apart[..., 0], apart[..., 1]), apart[..., 2]) > BAR_NOISE      # 5 x as .max(-1)
-
-    tried = None
-    for outermost in (pixels[0], pixels[:, 0]):
+    for outermost in (pixels[0], pixels[:, 0]):         # one of the two is part of a bar, if there are any
         colour = np.median(outermost, axis=0).astype(np.uint8)
-        if (colour == tried).all() or differs(outermost).mean() > BAR_STRAY:
-            continue
-        tried = colour
-        ink = differs(pixels)                                                       # [H,W]
-        (x0, x1), (y0, y1) = (_pair_of_bars(ink.mean(axis) > BAR_STRAY) for axis in (0, 1))
-        part = ink[y0:y1, x0:x1]
-        edges = [_sharp_edge(lines, n) if at not in (0, n) else 0 for lines, at, n in (
-            (part.T, x0, W), (part, y0, H), (part.T[::-1], x1, W), (part[::-1], y1, H))]
-        if None not in edges:
-            return x0 + edges[0], y0 + edges[1], x1 - edges[2], y1 - edges[3]
-    return 0, 0, W, H
+        if _differs(outermost, colour).mean() <= BAR_STRAY:
+            break
+    else:
+        return 0, 0, W, H
+    ink = _differs(pixels, colour)                                                  # [H,W]
+    (x0, x1), (y0, y1) = (_pair_of_bars(ink.mean(axis) > BAR_STRAY) for axis in (0, 1))
+    part = ink[y0:y1, x0:x1]
+    edges = [_sharp_edge(lines, n) if at not in (0, n) else 0 for lines, at, n in (
+        (part.T, x0, W), (part, y0, H), (part.T[::-1], x1, W), (part[::-1], y1, H))]
+    return (0, 0, W, H) if None in edges else (x0 + edges[0], y0 + edges[1], x1 - edges[2], y1 - edges[3])
+
+
+def _differs(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    apart = np.maximum(pixels, colour) - np.minimum(pixels, colour)
+    return np.maximum(np.maximum(apart[..., 0], apart[..., 1]), apart[..., 2]) > BAR_NOISE          # 5 x as .max(-1)
 
 
 def _pair_of_bars(content: np.ndarray) -> tuple[int, int]:
@@ -1684,7 +1681,8 @@ def find_copies(hashes: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
 
     The hash is cut into BANDS parts; copies agree in one at least. Pictures are sorted by a part and by brightness,
     and each is compared with the next WINDOW that have the part in common: near-linear, however many there are. Only
-    where more than WINDOW different pictures share a part (flat backgrounds) can a copy be overlooked.
+    where more than WINDOW different pictures share a part (flat backgrounds) can a copy be overlooked. A picture saved
+    again, as JPEG or in another size, is a copy; one that was cropped or moved by a hundredth is not.
     """
     N = len(hashes)
     if not N:
@@ -1791,10 +1789,8 @@ def measure(rows: np.ndarray) -> Bodies:
     size[np.isfinite(length).sum(1) < LEAST_LIMBS] = np.nan
     torso = (xy[:, 11] + xy[:, 12] - xy[:, 5] - xy[:, 6]) / 2
     neck = (xy[:, 5] + xy[:, 6]) / 2 - xy[:, 0]                     # where the hips are out of the picture
-    down, long = np.where(np.isnan(torso), neck, torso), np.linalg.norm(torso, axis=1) / size
-    short = long < SHORT_TORSO * _quantile(long[:, None], 0.5, 0)
-    down[short] = torso[short] = np.nan
-    down = down / np.linalg.norm(down, axis=1, keepdims=True)
+    down = np.where(np.isnan(torso), neck, torso)
+    down = down / np.maximum(np.linalg.norm(down, axis=1, keepdims=True), 1e-9)
     wide = np.stack([xy[:, left] - xy[:, right] for left, right in CENTRE_LINES.values()], 1)       # [N,4,2]
     facing = (wide[..., 0] * down[:, None, 1] - wide[..., 1] * down[:, None, 0]) / size[:, None]
     return Bodies(length / size[:, None] / usual, torso, facing / _quantile(np.abs(facing), 0.5, 0))
@@ -2235,7 +2231,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("data.py: interrupted; nothing was written", file=sys.stderr)
+        print("data.py: interrupted; no half file is left behind", file=sys.stderr)
         return 130
 
 

@@ -222,6 +222,29 @@ def test_missing_joints_are_no_fault(figures, tmp_path):
     assert missing == sum(p["keypoints"][2::3].count(0) for p in people) > 200
 
 
+def test_half_length_portraits_are_judged_by_their_neck(figures, tmp_path):
+    """No hips in sight: the shoulders of two of them are swapped, which their eyes contradict."""
+    images, people = [], []
+    for i, (image, pose) in enumerate(figures[:30]):
+        pose = (swap_sides("shoulder", "elbow", "wrist")(pose) if i in (4, 6) else pose) * (SIDE, SIDE, 2)
+        pose[11:] = 0
+        save_pair(tmp_path / "set", f"a{i}.png", image, pose)
+        images.append({"id": i, "file_name": f"a{i}.png", "width": SIDE, "height": SIDE})
+        people.append({"id": i, "image_id": i, "keypoints": pose.ravel().tolist()})
+    shutil.rmtree(tmp_path / "set/keypoints")
+    (tmp_path / "set/k.json").write_text(json.dumps({"images": images, "annotations": people}))
+    report = run(tmp_path / "set")
+    assert suspects(report) == {("sides", "a4.png"), ("sides", "a6.png")}
+    assert report["torsos"] == 0 and report["torsos_lying"] is None and not report["verdicts"]
+
+
+def test_of_few_people_nothing_is_said_in_general(figures, tmp_path):
+    for i, (image, pose) in enumerate(figures[:6]):
+        save_pair(tmp_path / "set", f"a{i}.png", image, swap_sides("eye", "ear", *keypoints.JOINTS[5:])(pose))
+    report = run(tmp_path / "set")
+    assert not report["verdicts"] and report["facing_the_viewer"] == 0
+
+
 def test_nothing_but_broken_pictures_is_a_report_too(tmp_path, capsys):
     (tmp_path / "set/images").mkdir(parents=True), (tmp_path / "set/keypoints").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "set/images/a.png")
@@ -301,6 +324,20 @@ def test_the_search_finds_what_brute_force_finds():
         hashes[i] = hashes[i] ^ np.bitwise_or.reduce(np.uint64(1) << bits.astype(np.uint64), initial=np.uint64(0))
     found, wanted = data.find_copies(hashes, thumbs), brute_force(hashes, thumbs)
     assert (found == wanted).all() and 40 < len(np.unique(found)) < 120
+
+
+def test_copies_are_found_among_different_pictures_of_one_hash_and_brightness():
+    rng, zero = np.random.default_rng(0), np.zeros((100, 2), np.uint64)
+    thumbs = rng.permuted(np.linspace(20, 230, 256).astype(np.uint8).reshape(1, 256).repeat(60, 0), axis=1)
+    thumbs = np.concatenate([thumbs, thumbs[:40] ^ 1]).reshape(100, 16, 16)     # the same, one grey level off
+    assert (data.find_copies(zero, thumbs) == [*range(60), *range(40)]).all()
+
+
+def test_a_small_change_makes_another_picture():
+    thumbs = np.random.default_rng(0).integers(0, 200, (1, 16, 16), dtype=np.uint8).repeat(3, 0)
+    thumbs[1, 7, 7] += 10                                                       # noise
+    thumbs[2, 7, 7:9] += 40                                                     # a hand
+    assert data.find_copies(np.zeros((3, 2), np.uint64), thumbs).tolist() == [0, 0, 2]
 
 
 def test_thousands_of_equal_pictures_are_one_group():
@@ -464,7 +501,7 @@ def test_coco_is_checked_and_trimmed(figures, tmp_path):
                         told["annotations"], strict=True):
         shift = np.subtract(old["keypoints"], new["keypoints"]).reshape(17, 3)[4]
         assert np.allclose(np.subtract(old["segmentation"], new["segmentation"])[0].reshape(3, 2), shift[:2])
-        assert new["bbox"] == [0, 0, 120, 90]
+        assert new["bbox"] == [0, 0, 120, 90] and new["keypoints"][9:12] == [0, 0, 0]
 
 
 def test_a_list_is_checked_and_trimmed(figures, tmp_path):
@@ -532,7 +569,7 @@ def test_an_interruption_is_one_sentence_and_leaves_no_half_file(clean, tmp_path
 
 
 def test_odd_file_names_are_written_and_drawn(clean):
-    name = "$x_{1}$ \t日本 \udcff.png"
+    name = "$x_{$ \t日本 \udcff.png"
     shutil.move(clean / "images/clip0_001.png", clean / "images" / name)
     shutil.move(clean / "keypoints/clip0_001.json", clean / "keypoints" / name.replace(".png", ".json"))
     rewrite(clean, name[:-4], lambda pose: pose + (0.7, 0, 0))
