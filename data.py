@@ -1611,7 +1611,7 @@ def _pair_of_bars(content: np.ndarray) -> tuple[int, int]:
 
 def _sharp_edge(lines: np.ndarray, n: int) -> int | None:
     """How many of the lines inside a bar belong to its edge, soft after scaling and JPEG; None where it is no edge."""
-    full = lines[:min(max(3, n // 32), 9)].mean(1) >= BAR_EDGE
+    full = lines[:min(1 + n // 32, 9)].mean(1) >= BAR_EDGE
     return int(full.argmax()) if full.any() else None
 
 
@@ -1663,7 +1663,8 @@ def _unchanged(item):
 
 def examine(ds: Pictures, workers: int) -> tuple[np.ndarray, dict[int, str]]:
     """RECORD [N] of ds, the same for any number of processes, and {number: why} of the pictures that are broken."""
-    loader = DataLoader(Examination(ds), batch_size=None, num_workers=workers, collate_fn=_unchanged)
+    loader = DataLoader(Examination(ds), batch_size=None, num_workers=workers, collate_fn=_unchanged,
+                        generator=torch.Generator())
     rows, broken, done = np.zeros(len(ds), RECORD), {}, 0
     with tqdm(total=len(ds), desc="checking", unit="img", dynamic_ncols=True, disable=None) as bar:
         for some, why in fetch(loader):
@@ -1781,19 +1782,23 @@ def measure(rows: np.ndarray) -> Bodies:
     xy = np.where(pose[..., 2:] > 0, pose[..., :2] * rows["size"][:, None], np.nan)                 # [N,17,2] pixels
     a, b = np.array(keypoints.LIMBS).T
     length = np.linalg.norm(xy[:, a] - xy[:, b], axis=-1)                                           # [N,16]
-    size = _quantile(length, 0.75, 1)
+    size = _positive(_quantile(length, 0.75, 1))
     for _ in range(3):
-        size[~(size > 0)] = np.nan
-        usual = _quantile(length / size[:, None], 0.5, 0)
-        size = _quantile(length / np.where(usual > 0, usual, np.nan), 0.75, 1)
+        usual = _positive(_quantile(length / size[:, None], 0.5, 0))
+        size = _positive(_quantile(length / usual, 0.75, 1))
     size[np.isfinite(length).sum(1) < LEAST_LIMBS] = np.nan
     torso = (xy[:, 11] + xy[:, 12] - xy[:, 5] - xy[:, 6]) / 2
     neck = (xy[:, 5] + xy[:, 6]) / 2 - xy[:, 0]                     # where the hips are out of the picture
     down = np.where(np.isnan(torso), neck, torso)
-    down = down / np.maximum(np.linalg.norm(down, axis=1, keepdims=True), 1e-9)
+    down = down / _positive(np.linalg.norm(down, axis=1, keepdims=True))
     wide = np.stack([xy[:, left] - xy[:, right] for left, right in CENTRE_LINES.values()], 1)       # [N,4,2]
     facing = (wide[..., 0] * down[:, None, 1] - wide[..., 1] * down[:, None, 0]) / size[:, None]
-    return Bodies(length / size[:, None] / usual, torso, facing / _quantile(np.abs(facing), 0.5, 0))
+    return Bodies(length / size[:, None] / usual, torso, facing / _positive(_quantile(np.abs(facing), 0.5, 0)))
+
+
+def _positive(x: np.ndarray) -> np.ndarray:
+    """x, with NaN for what nothing can be divided by."""
+    return np.where(x > 0, x, np.nan)
 
 
 def odd_poses(checked: Checked) -> tuple[list[Suspect], dict[str, str], dict]:
@@ -1902,7 +1907,7 @@ def trim(checked: Checked, target: Path) -> int:
     byte for byte. Returns how many were cut. Nothing is left behind where it is interrupted.
     """
     ds, made, cut = checked.train, Path(f"{target}.partial"), {}
-    made.mkdir(parents=True)
+    made.mkdir(parents=True, exist_ok=True)
     try:
         kept = [i for i in range(len(ds)) if checked.rows["sound"][i]]
         lists = {}                                      # a list may name pictures anywhere: those go into images/
@@ -2164,8 +2169,11 @@ def open_checked(args: argparse.Namespace) -> tuple[Pictures, Pictures | None]:
         inside = [root for root in (*roots, train.root) if target.resolve().is_relative_to(root.resolve())]
         if inside:
             raise DataError(f"--trim {target}: that is inside {inside[0]}; name a folder elsewhere")
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise DataError(f"--trim {target}: that is there already; name a new folder, nothing is overwritten")
+        if out.resolve().is_relative_to(target.resolve()):
+            raise DataError(f"--out {out}: that is inside --trim {target}; name a folder elsewhere")
+        for path in (target, Path(f"{target}.partial")):
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise DataError(f"--trim {path}: that is there already; name a new folder, nothing is overwritten")
     return train, val[0] if val else None
 
 
@@ -2198,7 +2206,7 @@ def check(args: argparse.Namespace) -> int:
     suspects.sort(key=lambda s: (list(KINDS).index(s.kind), -s.score, s.file))
     about |= pairs | {"groups": len(set(group_names(train)))}
     report = make_report(args.root, checked, suspects, verdicts, about)
-    print("\n".join(describe(report)))
+    print("\n".join(describe(report)).encode("utf-8", "replace").decode())      # file names may be any bytes
     write_files(out, checked, suspects, report, args.size)
     if args.trim:
         cut = trim(checked, Path(args.trim))

@@ -222,6 +222,16 @@ def test_missing_joints_are_no_fault(figures, tmp_path):
     assert missing == sum(p["keypoints"][2::3].count(0) for p in people) > 200
 
 
+@pytest.mark.parametrize("pose", [np.zeros((17, 3)) + (0.5, 0.5, 1), np.linspace(0.1, 0.9, 17)[:, None] * (1, 0, 0)
+                                  + (0, 0.5, 1)], ids=["one point", "one line"])
+@pytest.mark.filterwarnings("error")
+def test_poses_that_are_none_break_nothing(figures, tmp_path, pose, capfd):
+    for i in range(12):
+        save_pair(tmp_path / "set", f"a{i}.png", figures[i][0], pose)
+    kinds = {kind for kind, _ in suspects(run(tmp_path / "set"))}
+    assert kinds == ({"point"} if pose[0, 0] == 0.5 else set()) and not capfd.readouterr().err
+
+
 def test_half_length_portraits_are_judged_by_their_neck(figures, tmp_path):
     """No hips in sight: the shoulders of two of them are swapped, which their eyes contradict."""
     images, people = [], []
@@ -537,11 +547,14 @@ def test_two_pictures_of_one_name_have_no_room_in_a_copy(figures, tmp_path, caps
     (["--trim", "SET/new"], "is inside"), (["--trim", "SET"], "is inside"), (["--trim", "FULL"], "is there already"),
     (["--trim", "FULL/x"], "is there already"), (["--workers", "-1"], "--workers -1: at least 0"),
     (["--size", "0"], "--size 0"), (["--val", "NOWHERE"], "NOWHERE: there is no such"),
+    (["--out", "NEW/x", "--trim", "NEW"], "is inside --trim"), (["--trim", "PART"], "PART.partial: that is there"),
     (["--out", "FULL/x"], "x"), (["--val", "SET", "--out", "SET/images"], "among")])
 def test_a_wrong_flag_is_one_sentence(clean, tmp_path, flags, words, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("mine")
+    (tmp_path / "PART.partial/x").mkdir(parents=True)
     flags = [f.replace("SET", str(clean)).replace("FULL", str(tmp_path / "full")) for f in flags]
+    flags = [f.replace("NEW", str(tmp_path / "new")).replace("PART", str(tmp_path / "PART")) for f in flags]
     before = sorted(tmp_path.rglob("*"))
     assert data.main([str(clean), *(() if "--out" in flags else ("--out", str(tmp_path / "out"))), *flags]) == 2
     err = capsys.readouterr().err
@@ -568,7 +581,7 @@ def test_an_interruption_is_one_sentence_and_leaves_no_half_file(clean, tmp_path
     assert names == (set() if where != "_cut_picture" else {"report.json", "suspects.txt", "overview.png"})
 
 
-def test_odd_file_names_are_written_and_drawn(clean):
+def test_odd_file_names_are_printed_written_and_drawn(clean, capsys):
     name = "$x_{$ \t日本 \udcff.png"
     shutil.move(clean / "images/clip0_001.png", clean / "images" / name)
     shutil.move(clean / "keypoints/clip0_001.json", clean / "keypoints" / name.replace(".png", ".json"))
