@@ -1532,7 +1532,7 @@ BANDS = HASH_BITS + 1           # so at least one of so many parts of the hash i
 WINDOW = 256                    # pictures with one part in common: each is compared with so many of like brightness
 SAME_CELL, SAME_MEAN = 12, 2    # grey levels between the thumbnails of one picture saved twice: at most, on average
 LEAST_LIMBS = 4                 # joints of fewer limbs tell nothing about a person's size
-LONG_LIMB = 2.2                 # times its usual length: figures reach 1.97, game renders 1.64
+LONG_LIMB = 2.2                 # times its usual length: figures reach 1.81, game renders 1.55
 OUT_OF_DOUBT = 0.5              # of a usual width: less may be a body seen from the side
 FEWEST = 10                     # people, before anything is said about all of them
 FACING_LEAST = 0.35             # the share of people who face the viewer; figures 0.7, game renders 0.85
@@ -1782,10 +1782,9 @@ def measure(rows: np.ndarray) -> Bodies:
     xy = np.where(pose[..., 2:] > 0, pose[..., :2] * rows["size"][:, None], np.nan)                 # [N,17,2] pixels
     a, b = np.array(keypoints.LIMBS).T
     length = np.linalg.norm(xy[:, a] - xy[:, b], axis=-1)                                           # [N,16]
-    size = _positive(_quantile(length, 0.75, 1))
-    for _ in range(3):
-        usual = _positive(_quantile(length / size[:, None], 0.5, 0))
-        size = _positive(_quantile(length / usual, 0.75, 1))
+    size = _positive(_quantile(length, 0.75, 1))                    # a first guess, by the long limbs
+    usual = _positive(_quantile(length / size[:, None], 0.5, 0))
+    size = _positive(_quantile(length / usual, 0.75, 1))
     size[np.isfinite(length).sum(1) < LEAST_LIMBS] = np.nan
     torso = (xy[:, 11] + xy[:, 12] - xy[:, 5] - xy[:, 6]) / 2
     neck = (xy[:, 5] + xy[:, 6]) / 2 - xy[:, 0]                     # where the hips are out of the picture

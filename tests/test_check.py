@@ -372,18 +372,19 @@ BARS = [dict(top=9, bottom=9), dict(left=7, right=8), dict(top=12, bottom=10, co
 @pytest.mark.parametrize("bars", BARS, ids=str)
 @pytest.mark.parametrize("quality", [None, 85], ids=["png", "jpeg"])
 def test_bars_are_found_to_the_pixel(figures, bars, quality, tmp_path):
+    found = []
     for image, _ in figures[:6]:
         image = np.array(Image.fromarray(image).resize((256, 200), Image.Resampling.BICUBIC))
-        # A figure's own ground is no bar's colour, so that the edge is there at every pixel.
         whole = with_bars(image, **bars)
         wanted = (bars.get("left", 0), bars.get("top", 0), bars.get("left", 0) + 256, bars.get("top", 0) + 200)
         if quality:
             Image.fromarray(whole).save(tmp_path / "a.jpg", quality=quality)
             whole = np.array(Image.open(tmp_path / "a.jpg"))
-        found = data.find_bars(whole)
-        if bars.get("colour") == (255, 255, 255) and found == (0, 0, *whole.shape[1::-1]):
-            continue                                                # a pale wall is hard to tell from a white bar
-        assert np.abs(np.subtract(found, wanted)).max() <= (2 if quality else 0)
+        box = data.find_bars(whole)
+        found.append(box != (0, 0, *whole.shape[1::-1]))
+        assert not found[-1] or np.abs(np.subtract(box, wanted)).max() <= (2 if quality else 0)
+    # White bars around a pale wall, of nearly the same colour, may be overlooked.
+    assert all(found) or bars.get("colour") == (255, 255, 255) and sum(found) >= 4
 
 
 def cut_out(kind: str, seed: int) -> np.ndarray:
@@ -465,6 +466,14 @@ def test_trimmed_pictures_keep_their_joints_where_they_were(figures, tmp_path, c
         assert list(csv.reader(file))[1] == ["images/a0.png", "one"]
     assert not {s for s in suspects(run(tmp_path / "new")) if s[0] == "bars"}
     assert not (tmp_path / "new.partial").exists() and "4 of them trimmed" in capsys.readouterr().out
+
+
+def test_what_cannot_be_read_is_left_out_of_the_copy(figures, tmp_path, capsys):
+    barred_set(tmp_path / "set", figures)
+    (tmp_path / "set/images/a5.png").write_bytes(b"not a picture")
+    run(tmp_path / "set", "--trim", str(tmp_path / "new"), status=2)
+    assert PoseFolder(tmp_path / "new", SIDE).names == [f"images/a{i}.png" for i in (0, 1, 2, 3, 4, 6, 7)]
+    assert "7 sound pictures, 3 of them trimmed" in capsys.readouterr().out
 
 
 def test_a_trimmed_jpeg(figures, tmp_path):
