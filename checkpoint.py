@@ -68,6 +68,13 @@ def find_device(name: str) -> str:
     return name
 
 
+def has_bf16(device: str) -> bool:
+    """Does the hardware compute in bf16? Emulated it is slower than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private, hence the guard
+
+
 def save(path: str | Path, payload: dict) -> None:
     """Write `payload` so that `path` is at every moment either the old file or the whole new one.
 

@@ -106,17 +106,20 @@ class Diffusion:
         return (eps.float() - noise.float()).square().flatten(1).mean(1)     # [B]
 
 
-def guided(eps_model: EpsModel, cond: Tensor, w: float) -> EpsFn:
+def guided(eps_model: EpsModel, cond: Tensor, w: float, interval: tuple[int, int] | None = None) -> EpsFn:
     """Classifier-free guidance: eps = eps_null + w (eps_cond - eps_null), for cond [B,...].
 
     w = 1 is the conditional model and w = 0 the unconditional one, each one evaluation of B samples;
-    any other w is one evaluation of 2 B.
+    any other w is one evaluation of 2 B. Outside the timesteps lo <= t <= hi of an `interval` w is 1
+    (arXiv:2404.07724); all samples must then be at the same t.
     """
 
     def eps_fn(x: Tensor, t: Tensor) -> Tensor:
         keep = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)    # [B]
-        if w in (0, 1):
-            return eps_model(x, t, cond, keep if w == 1 else ~keep)
+        if w == 1 or interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
+            return eps_model(x, t, cond, keep)
+        if w == 0:
+            return eps_model(x, t, cond, ~keep)
         both = eps_model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, cond]), torch.cat([~keep, keep]))
         eps_null, eps_cond = both.float().chunk(2)                           # [B, ...] each
         return eps_null + w * (eps_cond - eps_null)

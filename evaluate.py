@@ -2,13 +2,15 @@
 
     python evaluate.py recon --data DIR --vq A.pt B.ckpt --out DIR      is this autoencoder good enough for my pictures?
     python evaluate.py condition --ckpt runs/ldm/last.pt --data DIR     eps loss under right, shuffled and no pose
+    python evaluate.py pose --ckpt runs/ldm/last.pt --data DIR --out DIR    are the people drawn in the pose asked for?
 
 recon lays any number of autoencoders, ours or published, side by side on the same pictures: L1, PSNR, SSIM, LPIPS and
 rFID, the codes in use, and with --against the codes that other pictures use. All measures take pictures [B, 3, H, W] in
 [-1, 1]; PSNR and SSIM are of pictures on 0..1 and means over pictures. train.py calls the same functions on its
-validation set.
+validation set. pose draws held-out poses and finds the joints in what was drawn, by a small network that learnt it from
+the person's own pictures in minutes, or by any detector outside.
 
-Letters: B batch, H W picture, K codes, D features.
+Letters: B batch, H W picture, K codes, D features, J = 17 joints, n cells a side of a joint's map.
 """
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ import heapq
 import importlib.util
 import json
 import math
+import os
 import random
+import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +33,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
 import data
+import sample
 from diffusion import Diffusion
-from keypoints import JOINTS
+from keypoints import JOINTS, MIRROR, PoseError, draw, heatmaps, load_poses, oks, on_canvas, pck
 from vq import VQModel
 
 BATCH = 8                           # one layer of the published autoencoders is 34 MB for a picture of 256 pixels
@@ -345,6 +350,308 @@ def condition_losses(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: 
     return out | {"ratio": out["shuffled"] / out["right"]}
 
 
+# ------------------------------------------------------------------------------------------- the pose in a picture
+
+READER_VERSION = 1                  # raise it when what a reader learns changes: cached ones are then made anew
+READER_SIDES = 64, 128              # pixels a side that it looks at: the second where pictures have more than the first
+READER_WIDTHS = 32, 64, 128, 192    # channels at 1/2, 1/4, 1/8 and 1/16 of that
+READER_BATCH, READER_STEPS, READER_LR, READER_WARMUP = 32, 2000, 3e-3, 50
+READER_SIGMA = 0.025                # of the Gaussian that a joint's map is to be, in pictures
+READER_WINDOW = 3                   # cells about the highest whose mean is the joint's place
+JUDGE = 0.9                         # PCK@0.1 of the reader on real pictures; below, it is no good judge of drawn ones
+
+
+class ReaderBlock(nn.Module):
+    """[B, in, h, w] -> [B, out, h/stride, w/stride]: two convolutions beside a shortcut (arXiv:1512.03385)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        same = in_channels == out_channels and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(F.relu(self.norm1(self.conv1(x))))
+        return F.relu(self.shortcut(x) + self.norm2(y))
+
+
+class PoseReader(nn.Module):
+    """Pictures [B, 3, H, W] in [-1, 1] -> a map for each joint [B, J, n, n], before softmax, and features [B, D].
+
+    One hourglass (arXiv:1603.06937): down to 1/16 of `side`, and up again with what was there on the way. n is half of
+    `side`; the features, D = 192, are the mean over the lowest level.
+    """
+
+    def __init__(self, side: int):
+        super().__init__()
+        self.side, first, steps = side, READER_WIDTHS[0], list(zip(READER_WIDTHS, READER_WIDTHS[1:], strict=False))
+        self.stem = nn.Sequential(nn.Conv2d(3, first, 5, 2, 2, bias=False), nn.BatchNorm2d(first), nn.ReLU())
+        self.down = nn.ModuleList([ReaderBlock(first, first)] + [
+            nn.Sequential(ReaderBlock(a, b, stride=2), ReaderBlock(b, b)) for a, b in steps])
+        self.narrow = nn.ModuleList([nn.Conv2d(b, a, 1) for a, b in steps])
+        self.up = nn.ModuleList([ReaderBlock(a, a) for a, _ in steps])
+        self.head = nn.Conv2d(first, len(JOINTS), 1)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[-2:] != (self.side, self.side):
+            x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
+        h, passed = self.stem(x.contiguous(memory_format=torch.channels_last)), []
+        for down in self.down:
+            h = down(h)
+            passed.append(h)
+        features = h.float().mean((2, 3))                                               # [B, D]
+        for i in reversed(range(len(self.up))):
+            h = self.up[i](passed[i] + F.interpolate(self.narrow[i](h), scale_factor=2.0, mode="bilinear"))
+        return self.head(h).float(), features
+
+    @torch.no_grad()
+    def read(self, x: Tensor) -> tuple[np.ndarray, Tensor]:
+        """The poses [B, J, 3] in pictures x, every joint visible, and the features [B, D].
+
+        The mirror image is asked too, and the mean of both answers taken: a quarter of the errors are gone.
+        """
+        x = x.to(self.head.weight.device)
+        (logits, features), (mirrored, _) = self(x), self(x.flip(-1))
+        xy = peaks((logits + mirrored[:, MIRROR].flip(-1)) / 2).cpu().numpy().astype(np.float64)
+        return np.concatenate([xy, np.ones((*xy.shape[:2], 1))], axis=2), features.cpu()
+
+
+def peaks(logits: Tensor) -> Tensor:
+    """The place [B, J, 2] = (x, y), in 0..1, of each map [B, J, n, n]: its mean within READER_WINDOW of the top cell.
+
+    The mean over the whole map would lie between both hands where it is not clear which is which.
+    """
+    n = logits.shape[-1]
+    p = logits.flatten(2).softmax(-1)                                                   # [B, J, n^2]
+    cell, top = torch.arange(n, device=p.device), p.argmax(-1)
+    near_x, near_y = ((cell - at[..., None]).abs() <= READER_WINDOW for at in (top % n, top // n))      # [B, J, n]
+    p = p.unflatten(2, (n, n)) * near_y[..., :, None] * near_x[..., None, :]
+    p = p / p.sum((2, 3), keepdim=True)
+    centres = (cell + 0.5) / n
+    return torch.stack([(p.sum(2) * centres).sum(-1), (p.sum(3) * centres).sum(-1)], dim=-1)
+
+
+def reader_loss(logits: Tensor, poses: Tensor) -> Tensor:
+    """Cross entropy of the maps [B, J, n, n] and Gaussians about those joints of poses [B, J, 3] that are on canvas."""
+    counted = on_canvas(poses)                                                          # [B, J]
+    wanted = heatmaps(poses, logits.shape[-1], READER_SIGMA).flatten(2)
+    wanted = wanted / wanted.sum(-1, keepdim=True).clamp(min=1e-9)
+    loss = -(wanted * logits.flatten(2).log_softmax(-1)).sum(-1)
+    return (loss * counted).sum() / counted.sum().clamp(min=1)
+
+
+def train_reader(pictures: data.Pictures, device: str = "cpu", steps: int = READER_STEPS) -> PoseReader:
+    """A PoseReader of these pictures and their poses, mirrored ones too; three minutes of two cores for toy figures."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        reader = PoseReader(READER_SIDES[pictures.size > READER_SIDES[0]])
+    reader = reader.to(device)
+    opt = torch.optim.AdamW(reader.parameters(), lr=READER_LR)
+    data.remember_all(pictures)
+    batches = data.batches(pictures, READER_BATCH, 0, 0, steps, augment=True, zoom=(1.0, 1.0), device=device)
+    bf16 = checkpoint.has_bf16(device)
+    with tqdm(batches, "learning to read poses", steps, unit="step", dynamic_ncols=True, mininterval=1) as bar:
+        for step, (x, poses, _) in enumerate(bar):
+            for group in opt.param_groups:                          # warm-up, then a cosine to nothing
+                group["lr"] = READER_LR * min((step + 1) / READER_WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+                logits, _ = reader(x)
+            loss = reader_loss(logits, poses)
+            opt.zero_grad(set_to_none=True)
+            loss.backward()
+            opt.step()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+    return reader.eval().requires_grad_(False)
+
+
+def reader_path(spec: str, side: int) -> Path:
+    """Where the reader of --data `spec` is kept: beside the dataset, or in runs/ where nothing can be written there."""
+    name, runs = f"pose-reader-{side}.pt", Path("runs")
+    if not data.is_folder(spec):
+        return runs / f"{spec.replace(':', '-')}-{name}"
+    root = Path(spec)
+    folder, name = (root, name) if root.is_dir() else (root.parent, f"{root.stem}-{name}")
+    return folder / name if os.access(folder, os.W_OK) else runs / f"{root.stem}-{name}"
+
+
+def find_reader(spec: str, pictures: data.Pictures, device: str = "cpu",
+                steps: int = READER_STEPS) -> PoseReader:
+    """The reader of the training `pictures` of --data `spec`: the cached one if it learnt from just these, or new."""
+    side = READER_SIDES[pictures.size > READER_SIDES[0]]
+    path = reader_path(spec, side)
+    about = {"version": READER_VERSION, "pictures": data.fingerprint(pictures), "side": side, "steps": steps}
+    if path.is_file():
+        try:
+            found = checkpoint.read(path)
+            if found["about"] == about:
+                reader = checkpoint.build(lambda: PoseReader(side), found["reader"], str(path))
+                print(f"pose reader {path}, trained before")
+                return reader.eval().requires_grad_(False).to(device)
+        except (ValueError, KeyError, TypeError):           # whatever it is, a new one takes its place
+            pass
+    reader = train_reader(pictures, device, steps)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(path, {"about": about, "reader": reader.state_dict()})
+    print(f"pose reader kept in {path}")
+    return reader
+
+
+def fidelity(read: np.ndarray, asked: np.ndarray) -> dict:
+    """How well poses read [B, J, 3] fit those asked for: pck@0.1, pck@0.2, oks, and of each joint its PCK@0.1.
+
+    Joints that were asked for outside the picture do not count, for nobody can see them.
+    """
+    counted = on_canvas(asked)
+    joints = pck(read, asked, 0.1, counted)
+    return {"pck@0.1": float(np.nanmean(joints)), "pck@0.2": float(np.nanmean(pck(read, asked, 0.2, counted))),
+            "oks": float(np.nanmean(oks(read, asked, counted))),
+            "joints": dict(zip(JOINTS, joints.tolist(), strict=True))}
+
+
+def read_all(reader: PoseReader, images: np.ndarray) -> tuple[np.ndarray, Moments]:
+    """The poses [N, J, 3] in pictures uint8 [N, H, W, 3], and the moments of their features."""
+    moments, poses = Moments(), []
+    for i in range(0, len(images), READER_BATCH):
+        pose, features = reader.read(data.to_tensor(images[i:i + READER_BATCH]))
+        moments.add(features)
+        poses.append(pose)
+    return np.concatenate(poses), moments
+
+
+# ------------------------------------------------------------------------------------------- the pose in samples
+
+FIDELITY = {"pck@0.1": ("PCK@0.1", "higher", ".3f"), "pck@0.2": ("PCK@0.2", "higher", ".3f"),
+            "oks": ("OKS", "higher", ".3f"), "frechet": ("Frechet distance", "reader's features", ".3f")}
+EXTREMES = 5                        # pictures of the best and as many of the worst
+PICTURES, POSES_ASKED = "pictures", "poses.json"        # in --out, for a detector outside
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Held-out poses, what the model drew for them, and the pictures that they were taken from."""
+    asked: np.ndarray               # [N, J, 3]
+    samples: np.ndarray             # uint8 [N, S, S, 3]
+    real: np.ndarray                # uint8 [N, S, S, 3]
+    about: dict                     # what they depend on; another checkpoint or seed makes others
+
+
+def draw_held_out(ldm: checkpoint.LDM, held_out: data.Pictures, seed: int, about: dict, **how: object) -> Drawn:
+    """A sample for the pose of each held-out picture, the i-th with seed `seed` + i; `how` goes to sample.sample."""
+    with passing(held_out, "reading pictures") as bar:
+        pairs = [(x, pose) for x, pose, _ in bar]
+    if sum(len(x) for x, _ in pairs) < 2:
+        raise ValueError("there are fewer than 2 usable held-out pictures, and shuffled poses need two")
+    x, poses = (torch.cat(part) for part in zip(*pairs, strict=True))
+    samples = sample.draw_pictures(ldm, poses, [seed + i for i in range(len(poses))], held_out.size, **how)
+    return Drawn(poses.double().numpy(), np.stack(samples), data.to_uint8(x), about)
+
+
+def round_trip(ldm: checkpoint.LDM, images: np.ndarray) -> np.ndarray:
+    """Pictures uint8 [N, H, W, 3] through stage 1 and back: what a perfect stage 2 would draw."""
+    device, out = ldm.mean.device, []
+    with torch.no_grad():
+        for i in range(0, len(images), BATCH):
+            out.append(data.to_uint8(ldm.vq(data.to_tensor(images[i:i + BATCH]).to(device))[0].float()))
+    return np.concatenate(out)
+
+
+def judge(drawn: Drawn, read: dict[str, np.ndarray]) -> dict[str, dict]:
+    """The rows of the table: `fidelity` of each kind of picture in `read`, and of the samples to other pictures' poses.
+
+    `read` are the poses [N, J, 3] found in "samples" and perhaps in "decoded" and "real" pictures.
+    """
+    rows = {name: fidelity(poses, drawn.asked) for name, poses in read.items()}
+    return rows | {"shuffled": fidelity(read["samples"], drawn.asked[derangement(len(drawn.asked), SHUFFLE_SEED)])}
+
+
+def write_pictures(out: Path, drawn: Drawn) -> None:
+    """`out`/pictures/000000.png ...: first the samples, then the real ones; poses.json says in COCO's words what was
+    asked for, so that a detector can be run on them and --detected read its answer."""
+    (out / PICTURES).mkdir(parents=True, exist_ok=True)
+    images, annotations, side = [], [], drawn.samples.shape[1]
+    for i, picture in enumerate(np.concatenate([drawn.samples, drawn.real])):
+        name, pose = f"{i:06d}.png", drawn.asked[i % len(drawn.asked)]
+        Image.fromarray(picture).save(out / PICTURES / name)
+        images.append({"id": i, "file_name": name, "width": side, "height": side})
+        flat = [v for x, y, seen in pose for v in (x * side, y * side, 2 * int(seen > 0))]
+        seen = pose[pose[:, 2] > 0, :2] * side
+        box = [*seen.min(0), *np.ptp(seen, axis=0)] if len(seen) else [0.0, 0.0, 0.0, 0.0]
+        annotations.append({"id": i, "image_id": i, "category_id": 1, "keypoints": flat, "iscrowd": 0, "bbox": box,
+                            "area": box[2] * box[3], "num_keypoints": len(seen)})
+    categories = [{"id": 1, "name": "person", "keypoints": list(JOINTS)}]
+    (out / POSES_ASKED).write_text(json.dumps({"info": drawn.about, "images": images, "annotations": annotations,
+                                               "categories": categories}))
+
+
+def read_pictures(out: Path, about: dict) -> Drawn:
+    """What write_pictures wrote; ValueError where there is nothing, or of another checkpoint or other flags."""
+    first = f"run this command without --detected first, then a detector on {out / PICTURES}"
+    try:
+        found = json.loads((out / POSES_ASKED).read_text())
+        pictures = np.stack([np.asarray(data.read_picture(out / PICTURES / f"{i:06d}.png"))
+                             for i in range(len(found["annotations"]))])
+        asked = np.array([a["keypoints"] for a in found["annotations"]], dtype=np.float64).reshape(-1, len(JOINTS), 3)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"--out {out} holds no pictures that were drawn for a detector ({e}); {first}") from None
+    if found["info"] != about:
+        key = next(key for key in about if found["info"].get(key) != about[key])
+        raise ValueError(f"the pictures in {out} were drawn with {key} = {found['info'].get(key)}, but this command "
+                         f"has {about[key]}; {first}")
+    n = len(asked) // 2
+    asked = asked[:n] / [pictures.shape[2], pictures.shape[1], 2]
+    return Drawn(asked, pictures[:n], pictures[n:], about)
+
+
+def read_detected(path: str | Path, drawn: Drawn) -> dict[str, np.ndarray]:
+    """An external detector's poses in the pictures of write_pictures: "samples", and "real" where it saw those too.
+
+    `path` is a file of any format in keypoints.FORMATS, whose pictures are told apart by the last number in their name
+    or id, or a folder of such files, one a picture. A picture in which nobody was found has no visible joint.
+    """
+    n, side = len(drawn.asked), drawn.samples.shape[1]
+    files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [path]
+    if not files:
+        raise ValueError(f"--detected {path}: no .json file in it")
+    found = np.zeros((2 * n, len(JOINTS), 3))
+    numbers = set()
+    for file in files:
+        try:
+            poses = load_poses(file, canvas=(side, side))
+        except PoseError as e:
+            if len(files) > 1 and "nobody" in str(e):
+                continue
+            raise
+        names = poses.pictures if len(files) == 1 else [Path(file).stem]
+        for name, pose in zip(names, poses.poses, strict=False):
+            digits = re.findall(r"\d+", Path(name).stem)
+            if digits and int(digits[-1]) < 2 * n:
+                found[int(digits[-1])] = pose
+                numbers.add(int(digits[-1]))
+    if not any(i < n for i in numbers):
+        raise ValueError(f"--detected {path}: none of its pictures is one of 000000 to {n - 1:06d}, the samples")
+    return {"samples": found[:n]} | ({"real": found[n:]} if any(i >= n for i in numbers) else {})
+
+
+def extremes_figure(path: Path, drawn: Drawn, read: np.ndarray, title: str) -> None:
+    """The best and the worst samples by OKS: skeleton asked for, sample, skeleton read in it, the real picture."""
+    side, scores = drawn.samples.shape[1], oks(read, drawn.asked, on_canvas(drawn.asked))
+    order = np.argsort(np.nan_to_num(scores))[::-1]
+    n = min(EXTREMES, len(order) // 2)
+    rows, captions = [[] for _ in range(4)], [[] for _ in range(4)]
+    for i in (*order[:n], *order[-n:]):
+        cells = (draw(drawn.asked[i], side), drawn.samples[i], draw(read[i], side, drawn.samples[i]), drawn.real[i])
+        for row, caption, cell, words in zip(rows, captions, cells, ("", "", f"OKS {scores[i]:.2f}", ""), strict=True):
+            row.append(cell)
+            caption.append(words)
+    data.save_grid(path, rows, ["best"] * n + ["worst"] * n, ["pose asked for", "sample", "pose read in it",
+                   "real picture of that pose"], captions, title)
+
+
 # ------------------------------------------------------------------------------------------- the picture of recon
 
 SHOWN = 3                           # typical pictures, and as many of the worst
@@ -365,7 +672,7 @@ def square(centre: np.ndarray, side: float, size: int) -> Box:
 
 def eyes_box(pose: np.ndarray, size: int) -> Box | None:
     """Where the face is, by its joints of a pose [17, 3] that lie inside; None where neither eye nor nose does."""
-    seen = {name: pose[JOINTS.index(name), :2] for name in FACE if is_inside(pose[JOINTS.index(name)])}
+    seen = {name: pose[JOINTS.index(name), :2] for name in FACE if on_canvas(pose[JOINTS.index(name)])}
     if not {"nose", "eye_left", "eye_right"} & seen.keys():
         return None
     points = np.stack(list(seen.values()))
@@ -377,14 +684,10 @@ def hand_box(pose: np.ndarray, size: int) -> Box | None:
     """Where a hand is: beyond a wrist inside the picture, away from the elbow where that is known."""
     for wrist, elbow in HANDS:
         w, e = pose[JOINTS.index(wrist)], pose[JOINTS.index(elbow)]
-        if is_inside(w):
+        if on_canvas(w):
             arm = (w - e)[:2] if e[2] > 0 else np.zeros(2)
             return square(w[:2] + 0.25 * arm, 0.9 * np.hypot(*arm), size)
     return None
-
-
-def is_inside(joint: np.ndarray) -> bool:
-    return bool(joint[2] > 0 and (joint[:2] >= 0).all() and (joint[:2] <= 1).all())
 
 
 def error_map(x_hat: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -482,21 +785,24 @@ def picture_limit(text: str) -> int:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="evaluate.py {recon,condition} [--flags; COMMAND --help explains them]")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{recon,condition}")
+                                     usage="evaluate.py {recon,condition,pose} [--flags; COMMAND --help explains "
+                                     "them]")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{recon,condition,pose}")
     recon = commands.add_parser("recon", help="compare autoencoders on pictures")
     condition = commands.add_parser("condition", help="measure whether stage 2 listens to the pose")
+    pose = commands.add_parser("pose", help="measure whether samples show the pose asked for")
     recon.add_argument("--vq", dest="ckpt", nargs="+", default=["runs/vq/last.pt"], metavar="FILE",
                        help="checkpoints of stage 1 or 2, ours or CompVis' (default runs/vq/last.pt)")
-    condition.add_argument("--ckpt", default="runs/ldm/last.pt", metavar="FILE", help="default %(default)s")
-    condition.add_argument("--preset", metavar="NAME", help="what the tensors of a published CompVis checkpoint do not "
-                           f"tell: {', '.join(checkpoint.PUBLISHED)}; ours need none")
-    for sub in (recon, condition):
+    for sub in (condition, pose):
+        sub.add_argument("--ckpt", default="runs/ldm/last.pt", metavar="FILE", help="default %(default)s")
+        sub.add_argument("--preset", metavar="NAME", help="what the tensors of a published CompVis checkpoint do not "
+                         f"tell: {', '.join(checkpoint.PUBLISHED)}; ours need none")
+    for sub in (recon, condition, pose):
         sub.add_argument("--data", help="as for train.py; its held-out part counts (default: as in training)")
         sub.add_argument("--val", help="held-out pictures, as for train.py (default: a tenth of the groups of --data)")
         sub.add_argument("--size", type=int, metavar="PIXELS",
                          help=f"side of the pictures (default: the first checkpoint's own, else {DEFAULT_SIZE})")
-        sub.add_argument("--limit", type=picture_limit, default=512, metavar="N",
+        sub.add_argument("--limit", type=picture_limit, default=256 if sub is pose else 512, metavar="N",
                          help="pictures at most, spread evenly; 0 or all: every one (default %(default)s)")
         sub.add_argument("--no-ema", action="store_true", help="raw weights where the moving average is the default")
         sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
@@ -508,6 +814,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     recon.add_argument("--rfid", action="store_true",
                        help="adds rFID: needs pip install pytorch-fid; fetches Inception's weights once")
     recon.add_argument("--out", metavar="DIR", help="writes recon.json and recon.png there; not among the pictures")
+    pose.add_argument("--out", metavar="DIR", help="writes pose.json and pose.png there, and all pictures with the "
+                      "poses asked for, to run another detector on; not among the pictures of --data")
+    pose.add_argument("--detected", metavar="FILE", help="what a detector found in the pictures of an earlier --out, "
+                      "in place of the reader: a pose file of any format, or a folder of one a picture")
+    pose.add_argument("--steps", type=int, default=sample.DEFAULT_STEPS, help="of DDIM (default %(default)s)")
+    pose.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1 (default as in sample.py)")
+    pose.add_argument("--guidance", type=float, metavar="W", help="default as in sample.py")
+    pose.add_argument("--seed", type=int, default=0, help="the i-th sample has seed --seed + i")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     return args
@@ -539,6 +853,16 @@ def check_size(size: int, multiple: int, least: int = 1) -> None:
     least = max(least, multiple)
     if size < least or size % multiple:
         raise ValueError(f"--size is {size}; this needs a multiple of {multiple} pixels, at least {least}")
+
+
+def make_out(out: str | None, *roots: str | None) -> None:
+    """Makes the folder --out, if one is wanted and it does not lie among the pictures of `roots`."""
+    for root in filter(None, roots if out else ()):
+        if data.is_folder(root) and data.is_among_pictures(out, root):
+            raise ValueError(f"--out {out} lies among the pictures of {root}, where what is written there would count "
+                             "as one of them; name another folder")
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
 
 
 VQ_PART = ("config", "step", "vq", "vq_config", "source", "weights")
@@ -592,12 +916,7 @@ def prepare(args: argparse.Namespace) -> Job:
     check_size(size, math.lcm(*(model.config.factor for model in models)), SSIM_WINDOW)
     ds, called = open_pictures(args, spec, val, size)
     other = data.open_all(args.against, size, poseless=True) if args.against else None
-    if args.out:
-        for root in filter(None, (spec, val, args.against)):
-            if data.is_folder(root) and data.is_among_pictures(args.out, root):
-                raise ValueError(f"--out {args.out} lies among the pictures of {root}, where recon.png would count as "
-                                 "one of them; name another folder")
-        Path(args.out).mkdir(parents=True, exist_ok=True)
+    make_out(args.out, spec, val, args.against)
     measures: dict[str, Measure] = {"l1": l1, "psnr": psnr, "ssim": ssim}
     if args.lpips_weights:
         measures["lpips"] = checkpoint.load_lpips(args.lpips_weights).to(device)
@@ -679,9 +998,8 @@ def condition(args: argparse.Namespace) -> None:
     ldm, payload = checkpoint.load_ldm(args.ckpt, device, preset=args.preset, ema=not args.no_ema)
     if "source" in payload:
         print(checkpoint.describe(payload, args.ckpt))
-    spec, val, size = resolve(args, [payload["config"]])
+    spec, val, size = resolve_ldm(args, ldm, payload)
     del payload                                 # the optimiser's state is twice the model's size
-    check_size(size, ldm.vq.config.factor * 2 ** (len(ldm.unet.config.channel_mult) - 1))
     held_out = data.spread(data.open_data(spec, size, val, remember=False)[1], args.limit)
     with torch.no_grad(), passing(held_out, "encoding") as bar:
         pairs = [(ldm.encode(x.to(device)), pose) for x, pose, _ in bar]
@@ -695,10 +1013,106 @@ def condition(args: argparse.Namespace) -> None:
         print("no loss without a pose: this model was trained without dropping poses")
 
 
+def resolve_ldm(args: argparse.Namespace, ldm: checkpoint.LDM, payload: dict) -> tuple[str, str | None, int]:
+    """(data, val, size) as `resolve`, for pictures that this UNet can take."""
+    spec, val, size = resolve(args, [payload["config"]])
+    check_size(size, ldm.vq.config.factor * 2 ** (len(ldm.unet.config.channel_mult) - 1))
+    return spec, val, size
+
+
+def check_pose_args(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
+    """Fills in what the model samples with where nobody says; ValueError for what cannot be."""
+    args.guidance = ldm.guidance if args.guidance is None else args.guidance
+    args.eta = ldm.eta if args.eta is None else args.eta
+    if args.guidance != 1 and not ldm.knows_null:
+        raise ValueError(f"--guidance is {args.guidance:g}, but {args.ckpt} was trained without dropping poses, so it "
+                         "has no picture of no pose; leave --guidance out")
+    if not (math.isfinite(args.guidance) and 0 <= args.eta <= 1 and 1 <= args.steps <= ldm.schedule["timesteps"]
+            and 0 <= args.seed < 2 ** 62):
+        raise ValueError(f"--guidance is {args.guidance}, --eta {args.eta}, --steps {args.steps}, --seed {args.seed}; "
+                         f"they must be finite, 0 to 1, 1 to {ldm.schedule['timesteps']}, and 0 or more")
+    if args.detected and not args.out:
+        raise ValueError("--detected tells what was found in pictures that an earlier run wrote to --out; name that "
+                         "folder with --out")
+
+
+def pose(args: argparse.Namespace) -> None:
+    """Draws held-out poses, reads the joints in the samples, prints the table and writes pose.json and pose.png."""
+    device = checkpoint.find_device(args.device)
+    ldm, payload = checkpoint.load_ldm(args.ckpt, device, preset=args.preset, ema=not args.no_ema)
+    if "source" in payload:
+        print(checkpoint.describe(payload, args.ckpt))
+    spec, val, size = resolve_ldm(args, ldm, payload)
+    check_pose_args(args, ldm)
+    make_out(args.out, spec, val)
+    train, held_out = data.open_data(spec, size, val)
+    held_out = data.spread(held_out, args.limit)
+    about = {"checkpoint": checkpoint.hash_of(payload["unet"]), "data": spec, "val": val, "size": size,
+             "pictures": len(held_out), "steps": args.steps, "eta": args.eta, "guidance": args.guidance,
+             "seed": args.seed}
+    step = payload["step"]
+    del payload                                 # the optimiser's state is twice the model's size
+    moments: dict[str, Moments] = {}
+    if args.detected:
+        drawn = read_pictures(Path(args.out), about)
+        read = read_detected(args.detected, drawn)
+    else:
+        reader = find_reader(spec, train, device)
+        drawn = draw_held_out(ldm, held_out, args.seed, about, sampler="ddim", steps=args.steps, eta=args.eta,
+                              guidance=args.guidance, spacing="even")
+        read = {}
+        for name, images in {"samples": drawn.samples, "decoded": round_trip(ldm, drawn.real),
+                             "real": drawn.real}.items():
+            read[name], moments[name] = read_all(reader, images)
+    rows = judge(drawn, read)
+    for name in moments.keys() - {"real"}:
+        rows[name]["frechet"] = frechet(moments["real"], moments[name])
+    called = (f"{len(drawn.asked)} held-out poses of {spec}, {args.ckpt} step {step}, DDIM {args.steps} steps, eta "
+              f"{args.eta:g}, guidance {args.guidance:g}")
+    print(f"{called}\n")
+    print("\n".join(describe_pose(rows, args.detected or "the pose reader")))
+    if args.out:
+        out = Path(args.out)
+        if not args.detected:
+            write_pictures(out, drawn)
+        figures = {name: without_nan(row | {"joints": without_nan(row["joints"])}) for name, row in rows.items()}
+        report = {"command": shlex.join(["python", "evaluate.py", *args.argv]),
+                  "read_by": args.detected or "pose reader", **about, "rows": figures}
+        (out / "pose.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        extremes_figure(out / "pose.png", drawn, read["samples"], f"{called}: PCK@0.1 {rows['samples']['pck@0.1']:.3f}"
+                        + (f", real pictures {rows['real']['pck@0.1']:.3f}" if "real" in rows else ""))
+        print(f"\nwrote {out}/pose.json, pose.png" + ("" if args.detected else f", {PICTURES}/ and {POSES_ASKED}"))
+
+
+ROW_NAMES = {"samples": "samples", "decoded": "real pictures through stage 1", "real": "real pictures (the ceiling)",
+             "shuffled": "samples, other poses (the floor)"}
+
+
+def describe_pose(rows: dict[str, dict], reader: str) -> Iterator[str]:
+    """The tables and the verdict in words."""
+    names = [name for name in ROW_NAMES if name in rows]
+    yield table({ROW_NAMES[name]: rows[name] for name in names}, FIDELITY)
+    yield ""
+    columns = {name: (name, "PCK@0.1", ".3f") for name in names}
+    yield table({joint.replace("_", " "): {name: rows[name]["joints"][joint] for name in names} for joint in JOINTS},
+                columns)
+    yield ""
+    got, floor = (rows[name]["pck@0.1"] for name in ("samples", "shuffled"))
+    if "real" not in rows:
+        yield f"{reader} says nothing about the real pictures, so there is no ceiling; the floor is {floor:.3f}"
+        return
+    ceiling = rows["real"]["pck@0.1"]
+    yield (f"PCK@0.1 of samples is {got:.3f}, {got / max(ceiling, 1e-9):.2f} of the ceiling {ceiling:.3f}; floor "
+           f"{floor:.3f}")
+    if ceiling < JUDGE:
+        yield (f"the ceiling is low: {reader} finds only {ceiling:.0%} of the joints of real pictures, so its verdict "
+               "on samples is weak; more pictures make a better reader, and --detected takes another one")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        {"recon": recon, "condition": condition}[args.command](args)
+        {"recon": recon, "condition": condition, "pose": pose}[args.command](args)
     except (ValueError, OSError) as e:
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2

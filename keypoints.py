@@ -779,26 +779,33 @@ def _box(pose: np.ndarray) -> tuple[float, float]:
     return tuple(np.ptp(xy, axis=0)) if len(xy) else (0.0, 0.0)
 
 
-def pck(predicted: np.ndarray, true: np.ndarray, fraction: float = 0.1) -> np.ndarray:
+def on_canvas(pose: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """bool [..., 17] of poses [..., 17, 3]: visible and inside the picture, so that somebody can find it there."""
+    return (pose[..., 2] > 0) & (pose[..., :2] >= 0).all(-1) & (pose[..., :2] <= 1).all(-1)
+
+
+def pck(predicted: np.ndarray, true: np.ndarray, fraction: float = 0.1,
+        counted: np.ndarray | None = None) -> np.ndarray:
     """Per-joint share of correct keypoints, [17]: within `fraction` of the true person's box diagonal.
 
-    Both are [B, 17, 3]; only joints visible in `true` count, a joint not visible in `predicted` is wrong, and a
-    joint never visible gives NaN. Percentage of correct keypoints after Yang and Ramanan (2013), box normalised.
+    Both are [B, 17, 3]; the joints `counted`, bool [B, 17], count (None: those visible in `true`), a joint not visible
+    in `predicted` is wrong, and a joint that never counts gives NaN. Percentage of correct keypoints after Yang and
+    Ramanan (2013), box normalised.
     """
     diagonal = np.array([np.hypot(*_box(p)) for p in true])[:, None]
     distance = np.linalg.norm(predicted[..., :2] - true[..., :2], axis=-1)              # [B, J]
     right = (distance <= fraction * diagonal) & (predicted[..., 2] > 0)
-    counted = true[..., 2] > 0
+    counted = true[..., 2] > 0 if counted is None else counted
     with np.errstate(invalid="ignore"):
         return (right & counted).sum(0) / np.where(counted.sum(0), counted.sum(0), np.nan)
 
 
-def oks(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Object keypoint similarity [B] of poses [B, 17, 3]: mean of exp(-d^2 / (2 s^2 k^2)) over joints visible in
-    `true`, k = 2 SIGMAS and s^2 the area of the box around the joints (cocodataset.org/#keypoints-eval)."""
+def oks(predicted: np.ndarray, true: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+    """Object keypoint similarity [B] of poses [B, 17, 3]: mean of exp(-d^2 / (2 s^2 k^2)) over the joints `counted`
+    (as in pck), k = 2 SIGMAS and s^2 the area of the box around the joints (cocodataset.org/#keypoints-eval)."""
     out = np.full(len(true), np.nan)
     for b, (p, t) in enumerate(zip(predicted, true, strict=True)):
-        seen = t[:, 2] > 0
+        seen = t[:, 2] > 0 if counted is None else counted[b]
         if seen.any():
             d2 = ((p[:, :2] - t[:, :2]) ** 2).sum(-1)
             area = max(float(np.prod(_box(t))), 1e-12)

@@ -39,7 +39,7 @@ VERY_UNUSUAL = 0.99             # further out than this share of the training po
 
 def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, sampler: str = "ddim",
            steps: int = DEFAULT_STEPS, eta: float = 0.0, guidance: float = 1.0,
-           spacing: str = "even") -> Iterator[Step]:
+           spacing: str = "even", interval: tuple[int, int] | None = None) -> Iterator[Step]:
     """Denoises one latent a pose, [B, 17, 3] with seeds [B], for pictures of size x size; yields every step.
 
     The last step's x [B, C, h, w] is the sample: `ldm.decode` makes the pictures [B, 3, size, size] of it.
@@ -48,7 +48,7 @@ def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, samp
     shape = (ldm.vq.config.embed_dim, size // ldm.vq.config.factor, size // ldm.vq.config.factor)
     device = ldm.mean.device
     x_T, noise_fn = per_image_noise(seeds, shape)
-    eps_fn = guided(ldm, poses.to(device), guidance)
+    eps_fn = guided(ldm, poses.to(device), guidance, interval)
     if sampler == "ddpm":
         return ddpm(diffusion, eps_fn, x_T.to(device), noise_fn)
     return ddim(diffusion, eps_fn, x_T.to(device), steps, eta, noise_fn, spacing)

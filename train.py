@@ -229,11 +229,7 @@ def find_amp(amp: str, device: str) -> str:
         raise ValueError("--amp fp16 needs a CUDA GPU, for its GradScaler; use --amp bf16 or off")
     if amp != "auto":
         return amp
-    if cuda:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # Emulated bf16 is slower than float32, so ask for the instructions. Private, hence the guard.
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bf16" if supported() else "off"
+    return "bf16" if checkpoint.has_bf16(device) else "fp16" if cuda else "off"
 
 
 def find_workers(device: str) -> int:

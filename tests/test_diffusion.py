@@ -307,6 +307,16 @@ def test_guidance_is_linear_and_calls_the_network_once(w, batch):
     assert model.batches == [batch]
 
 
+@pytest.mark.parametrize("t, inside", [(199, False), (200, True), (700, True), (701, False)])
+@pytest.mark.parametrize("w", [0.0, 3.0])
+def test_outside_its_interval_there_is_no_guidance(t, inside, w):
+    model, cond = Counting(), torch.tensor([5.0, 7.0])
+    x, ts = torch.randn(2, 3), torch.tensor([t, t])
+    eps = guided(model, cond, w, (200, 700))(x, ts)
+    torch.testing.assert_close(eps, guided(model, cond, w if inside else 1.0)(x, ts))
+    assert model.batches[0] == (4 if inside and w else 2)
+
+
 # ---- seeds
 
 def test_an_image_depends_on_its_own_seed_alone(diffusion):

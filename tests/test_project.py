@@ -17,9 +17,9 @@ MAY_IMPORT = {
     "keypoints": set(), "vq": set(), "unet": set(), "diffusion": set(),
     "data": {"keypoints"},
     "checkpoint": {"vq", "unet", "keypoints"},
-    "evaluate": {"data", "diffusion", "keypoints", "vq", "unet", "checkpoint"},
+    "sample": {"data", "diffusion", "keypoints", "vq", "unet", "checkpoint"},
+    "evaluate": {"data", "diffusion", "keypoints", "vq", "unet", "checkpoint", "sample"},
     "train": {"data", "diffusion", "keypoints", "vq", "unet", "checkpoint", "evaluate"},
-    "sample": {"data", "diffusion", "keypoints", "vq", "unet", "checkpoint", "evaluate"},
 }
 
 

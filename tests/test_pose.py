@@ -1,0 +1,260 @@
+"""The pose reader and evaluate.py pose: places in closed form, a perfect detector, what is cached, what is refused."""
+import json
+import os
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import data
+import evaluate
+from keypoints import JOINTS, ConditionConfig, PoseCondition, flip, heatmaps
+from unet import UNet, UNetConfig
+from vq import VQConfig, VQModel
+
+RNG = np.random.default_rng(0)
+J = len(JOINTS)
+
+
+def poses_of(n: int) -> np.ndarray:
+    return np.concatenate([RNG.uniform(0.1, 0.9, (n, J, 2)), np.ones((n, J, 1))], axis=2)
+
+
+def are_equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- the reader
+
+def test_the_place_of_a_gaussian_is_its_centre():
+    poses = torch.from_numpy(poses_of(50))
+    found = evaluate.peaks(heatmaps(poses, 32, 0.025).clamp(min=1e-12).log())
+    assert (found - poses[..., :2]).abs().max() < 0.1 / 32                  # a tenth of a cell
+
+
+def test_of_two_places_the_likelier_counts_and_not_their_mean():
+    pose = torch.tensor([[[0.2, 0.3, 1.0], [0.8, 0.7, 1.0]]])
+    one, other = heatmaps(pose, 32, 0.025)[0]
+    found = evaluate.peaks((0.6 * one + 0.4 * other).clamp(min=1e-12).log()[None, None])
+    assert torch.allclose(found[0, 0], pose[0, 0, :2], atol=0.005)
+
+
+def test_the_loss_in_closed_form():
+    poses = torch.from_numpy(poses_of(3)).float()
+    flat = torch.zeros(3, J, 16, 16)
+    assert evaluate.reader_loss(flat, poses).item() == pytest.approx(np.log(256))       # any q against 1/256
+    wanted = heatmaps(poses, 16, evaluate.READER_SIGMA)
+    wanted = wanted / wanted.sum((2, 3), keepdim=True)
+    entropy = -(wanted * wanted.clamp(min=1e-30).log()).sum((2, 3)).mean()
+    assert evaluate.reader_loss(wanted.clamp(min=1e-30).log(), poses).item() == pytest.approx(entropy.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("place", [(1.2, 0.5, 1), (0.5, -0.1, 1), (0.5, 0.5, 0)])
+def test_joints_that_nobody_can_see_teach_nothing(place):
+    poses, logits = torch.from_numpy(poses_of(2)).float(), torch.randn(2, J, 16, 16)
+    poses[:, 3:] = 0
+    alone = evaluate.reader_loss(logits, poses)
+    poses[:, 5] = torch.tensor(place)
+    assert evaluate.reader_loss(logits, poses) == alone
+    poses[:, :, 2] = 0
+    assert evaluate.reader_loss(logits, poses) == 0
+
+
+def test_a_picture_is_read_alike_in_any_batch():
+    reader = evaluate.PoseReader(64).eval()
+    images = RNG.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    together, moments = evaluate.read_all(reader, images)
+    alone, _ = evaluate.read_all(reader, images[3:4])
+    np.testing.assert_allclose(together[3], alone[0], atol=1e-5)
+    assert moments.n == 5 and together.shape == (5, J, 3) and (together[..., 2] == 1).all()
+
+
+def test_training_learns_moves_no_generator_and_repeats_itself():
+    pictures = data.Figures(32, 64)
+    torch.manual_seed(5)
+    first = evaluate.train_reader(pictures, steps=3)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.rand(1) == after
+    second = evaluate.train_reader(pictures, steps=3)
+    assert are_equal(first, second)
+    assert not first.training and not any(p.requires_grad for p in first.parameters())
+
+
+def test_a_picture_and_its_mirror_image_have_mirrored_poses():
+    reader = evaluate.PoseReader(64).eval()
+    x = torch.rand(3, 3, 64, 64) * 2 - 1
+    (pose, _), (mirrored, _) = reader.read(x), reader.read(x.flip(-1))
+    np.testing.assert_allclose(flip(mirrored), pose, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_it_learns_to_read_pictures_it_has_not_seen():
+    reader = evaluate.train_reader(data.Figures(4000, 64), steps=300)
+    held_out = [data.Figures(64, 64, seed=1)[i] for i in range(64)]
+    read, _ = evaluate.read_all(reader, np.stack([image for image, _ in held_out]))
+    asked = np.stack([pose for _, pose in held_out])
+    assert evaluate.fidelity(read, asked)["pck@0.1"] > 0.65
+    assert evaluate.fidelity(read, asked[evaluate.derangement(64, 0)])["pck@0.1"] < 0.3
+
+
+def test_the_reader_is_cached_beside_the_dataset_and_made_anew_for_other_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained = []
+    train = evaluate.train_reader
+    monkeypatch.setattr(evaluate, "train_reader", lambda *args: trained.append(args[0]) or train(*args))
+    few, more = data.Figures(4, 64), data.Figures(5, 64)
+    reader = evaluate.find_reader("figures:4", few, steps=1)
+    again = evaluate.find_reader("figures:4", few, steps=1)
+    path = tmp_path / "runs/figures-4-pose-reader-64.pt"
+    assert path.is_file() and trained == [few]
+    assert are_equal(reader, again)
+    assert not again.training
+    evaluate.find_reader("figures:4", more, steps=1)                        # the same name, other pictures
+    evaluate.find_reader("figures:4", more, steps=2)
+    path.write_bytes(path.read_bytes()[:500])
+    evaluate.find_reader("figures:4", more, steps=2)
+    assert trained == [few, more, more, more]
+
+
+def test_where_the_reader_is_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/people.json").touch()
+    assert str(evaluate.reader_path("mine", 64)) == "mine/pose-reader-64.pt"
+    assert str(evaluate.reader_path("mine/people.json", 128)) == "mine/people-pose-reader-128.pt"
+    assert str(evaluate.reader_path("figures", 64)) == "runs/figures-pose-reader-64.pt"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)             # root may write anywhere
+    assert str(evaluate.reader_path("mine", 64)) == "runs/mine-pose-reader-64.pt"
+
+
+def test_fidelity_by_hand():
+    asked = poses_of(4)
+    asked[:, 0, :2], asked[:, 1, :2] = (0, 0), (0.6, 0.8)                   # the box's diagonal is 1, at least
+    asked[:, 2:, :2] = asked[:, 2:, :2] * 0.5
+    read = asked.copy()
+    read[0, 4, 0] += 0.09
+    read[1, 4, 0] += 0.15
+    read[2, 4, 0] += 0.25
+    rows = evaluate.fidelity(read, asked)
+    assert rows["joints"]["ear_right"] == 0.5 and rows["pck@0.1"] == pytest.approx(1 - 0.5 / J)
+    assert rows["pck@0.2"] == pytest.approx(1 - 0.25 / J) and 0.9 < rows["oks"] < 1
+    asked[3, 0, :2] = read[3, 0, :2] = (-0.6, -0.8)     # outside: does not count itself, but the box is its person's
+    read[3, 4, 0] += 0.19
+    assert evaluate.fidelity(read, asked)["joints"]["ear_right"] == 0.5
+    read[3, 0, :2] = 0.9
+    assert evaluate.fidelity(read, asked)["joints"]["nose"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a tiny stage 2 in ldm.pt, of 12 figures of 16 pixels."""
+    root = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    vq = VQModel(VQConfig(ch=8, n_embed=32, resolution=16, norm_groups=0, zero_init=True)).eval()
+    cond = ConditionConfig(("tokens", "maps"), 8)
+    unet = UNetConfig(in_channels=3 + cond.map_channels, model_channels=32, num_res_blocks=1, channel_mult=(1, 2),
+                      attention_resolutions=(2,), num_heads=4, context_dim=8)
+    checkpoint.save(root / "ldm.pt", {
+        "format": checkpoint.FORMAT, "stage": "ldm", "step": 3,
+        "config": {"size": 16, "data": "figures:12", "val": None},
+        "vq": vq.state_dict(), "vq_config": asdict(vq.config), "unet": UNet(unet).state_dict(),
+        "unet_config": asdict(unet), "cond": PoseCondition(cond).state_dict(), "cond_config": asdict(cond),
+        "mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "knows_null": True,
+        "schedule": {"timesteps": 100, "linear_start": 0.0015, "linear_end": 0.0195}})
+    return root
+
+
+@pytest.fixture
+def pose(tiny, tmp_path, monkeypatch):
+    """Runs evaluate.py pose in an empty folder: pose(flags...) -> exit status."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate.find_reader, "__defaults__", ("cpu", 1))
+    first = ["pose", "--ckpt", str(tiny / "ldm.pt"), "--steps", "2", "--limit", "6"]
+    return lambda *flags: evaluate.main([*first, *flags])
+
+
+def test_pose_end_to_end(pose, tmp_path, capsys):
+    assert pose("--out", "o") == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "o/pose.json").read_text())
+    rows = report["rows"]
+    assert set(rows) == {"samples", "decoded", "real", "shuffled"} and set(rows["real"]["joints"]) == set(JOINTS)
+    assert "6 held-out poses of figures:12" in printed and "the ceiling is low" in printed
+    assert f"{rows['samples']['pck@0.1']:.3f}" in printed and "wrist right" in printed
+    assert rows["samples"]["frechet"] > 0 and "frechet" not in rows["real"]
+    assert report["pictures"] == 6 and report["guidance"] == checkpoint.DEFAULT_GUIDANCE
+    assert len(list((tmp_path / "o/pictures").glob("*.png"))) == 12 and (tmp_path / "o/pose.png").stat().st_size > 1000
+
+
+def test_a_perfect_detector_has_a_perfect_score(pose, tmp_path, capsys):
+    assert pose("--out", "o") == 0
+    own = json.loads((tmp_path / "o/pose.json").read_text())["rows"]
+    capsys.readouterr()
+    assert pose("--out", "o", "--detected", "o/poses.json") == 0            # what was asked for, as COCO annotations
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "o/pose.json").read_text())["rows"]
+    for name in ("samples", "real"):
+        assert rows[name]["pck@0.1"] == 1 and rows[name]["oks"] == pytest.approx(1)
+    assert 0 < rows["shuffled"]["pck@0.1"] < 0.6 and own["samples"]["pck@0.1"] < 0.6
+    assert "1.00 of the ceiling 1.000" in printed and "the ceiling is low" not in printed
+
+
+def test_a_folder_of_files_and_pictures_in_which_nobody_was_found(pose, tmp_path, capsys):
+    assert pose("--out", "o") == 0
+    (tmp_path / "found").mkdir()
+    asked = json.loads((tmp_path / "o/poses.json").read_text())["annotations"]
+    for i in (0, 1, 2):                                                     # of 6 samples, and of no real picture
+        joints = np.array(asked[i]["keypoints"]).reshape(17, 3)
+        flat = np.zeros((18, 3))
+        for ours, theirs in enumerate([0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10]):     # OpenPose's 18
+            flat[theirs] = [*joints[ours, :2], 0.9]
+        (tmp_path / f"found/{i:06d}_keypoints.json").write_text(json.dumps(
+            {"version": 1.1, "people": [{"pose_keypoints_2d": flat.ravel().tolist()}]}))
+    (tmp_path / "found/000003_keypoints.json").write_text(json.dumps({"version": 1.1, "people": []}))
+    capsys.readouterr()
+    assert pose("--out", "o", "--detected", "found") == 0
+    assert "there is no ceiling" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "o/pose.json").read_text())["rows"]
+    assert set(rows) == {"samples", "shuffled"} and rows["samples"]["pck@0.1"] == pytest.approx(0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--guidance", "nan"], ["--guidance is nan"]), (["--eta", "2"], ["--eta 2"]), (["--steps", "0"], ["--steps 0"]),
+    (["--seed", "-1"], ["--seed -1"]), (["--size", "12"], ["--size is 12"]), (["--detected", "x.json"], ["--out"]),
+    (["--detected", "x.json", "--out", "o"], ["without --detected first"]), (["--data", "nowhere"], ["nowhere"]),
+    (["--data", "figures:1"], ["fewer than 2"]),
+])
+def test_a_mistake_is_one_sentence(pose, capsys, flags, words):
+    assert pose(*flags) == 2
+    lines = capsys.readouterr().err.strip().replace("\r", "\n").splitlines()
+    error = [line for line in lines if "evaluate.py:" in line]
+    assert len(error) == 1 and all(word in error[0] for word in words), error
+
+
+def test_what_was_detected_elsewhere_is_refused(pose, tmp_path, capsys):
+    assert pose("--out", "o") == 0
+    (tmp_path / "empty").mkdir()
+    data_ = json.loads((tmp_path / "o/poses.json").read_text())
+    for i, image in enumerate(data_["images"]):
+        image["file_name"] = f"photo{i + 1000}.png"
+    (tmp_path / "other.json").write_text(json.dumps(data_))
+    for flags, words in ((["--detected", "empty"], "no .json"), (["--detected", "other.json"], "none of its pictures"),
+                         (["--detected", "none.json"], "none.json"),
+                         (["--detected", "o/poses.json", "--seed", "1"], "seed = 0")):
+        capsys.readouterr()
+        assert pose("--out", "o", *flags) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_model_without_null_is_not_guided(pose, tiny, tmp_path, capsys):
+    payload = checkpoint.load(tiny / "ldm.pt", "ldm")
+    checkpoint.save(tmp_path / "deaf.pt", payload | {"knows_null": False})
+    assert pose("--ckpt", "deaf.pt", "--guidance", "2") == 2
+    assert "trained without dropping poses" in capsys.readouterr().err
+    assert pose("--ckpt", "deaf.pt") == 0
+    assert "eta 0, guidance 1" in capsys.readouterr().out
