@@ -1,0 +1,189 @@
+"""Which condition steers best? Six at equal wall time, on the toy UNet over one and the same autoencoder.
+
+    python benchmarks/conditions.py --vq runs/vq/last.pt --data figures --steps 1100 --seeds 0 1 --out DIR
+    python benchmarks/conditions.py --vq VQ --data FOLDER --steps 1100 --seeds 0 --out DIR --variants maps tokens+maps
+
+--steps is what the variant `tokens+maps` gets (nine minutes of two free cores); the others get what they can do in the
+same time, from step times taken in turns in one process. Prints the table that stands in benchmarks/RESULTS.md: the
+eps loss under right, shuffled and no poses, then PCK and OKS of samples, read by the pose reader. The conditions that
+lost live here, not in keypoints.py. A run that is complete in DIR is not trained again, so two of these commands with
+different --seeds may share a folder, one after the other or each with one core.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import keypoints  # noqa: E402
+import train  # noqa: E402
+from diffusion import Diffusion  # noqa: E402
+
+CELLS = 32                      # a side of the grid, the seed's own
+ROUNDS, EACH = 5, 3             # of timing: rounds through all variants, steps of each in a round
+
+
+class CellEncoder(keypoints.PoseEncoder):
+    """One token a joint like its parent, but the position enters as the learned embedding of its cell of the grid."""
+
+    def __init__(self, dim: int, n_freqs: int = 8):
+        super().__init__(dim, n_freqs)
+        self.position = nn.Embedding(CELLS ** 2, dim)
+
+    def forward(self, pose: Tensor, drop: Tensor | None = None) -> Tensor:
+        position = self.position(keypoints.tokenize(pose, CELLS))               # [B, J, D]
+        tokens = self.joint + torch.where(pose[..., 2:] > 0, position, self.missing)
+        return tokens if drop is None else torch.where(drop[:, None, None], self.null, tokens)
+
+
+# name: doors, encoder of the tokens
+VARIANTS = {
+    "seed": (("seed",), keypoints.PoseEncoder),
+    "cells": (("tokens",), CellEncoder),
+    "tokens": (("tokens",), keypoints.PoseEncoder),                             # Fourier features of x and y
+    "maps": (("maps",), keypoints.PoseEncoder),
+    "cells+maps": (("tokens", "maps"), CellEncoder),
+    "tokens+maps": (("tokens", "maps"), keypoints.PoseEncoder),
+}
+
+
+@contextmanager
+def variant(name: str) -> Iterator[None]:
+    """Inside the block the toy preset and the models in checkpoints have this condition."""
+    doors, encoder = VARIANTS[name]
+    toy, own = train.PRESETS["toy"], keypoints.PoseEncoder
+    train.PRESETS["toy"] = replace(toy, cond=replace(toy.cond, doors=doors))
+    keypoints.PoseEncoder = encoder
+    try:
+        yield
+    finally:
+        train.PRESETS["toy"], keypoints.PoseEncoder = toy, own
+
+
+def config(args: argparse.Namespace, name: str, seed: int, steps: int) -> train.Config:
+    """Inside `variant(name)`."""
+    words = ["--stage", "ldm", "--vq", args.vq, "--data", args.data, "--steps", str(steps), "--seed", str(seed),
+             "--out", str(Path(args.out, f"{name}-{seed}"))]
+    return train.make_config(train.parse_args(words))
+
+
+def step_times(args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a training step of each variant: the median of all rounds, taken in turns."""
+    steps, times = {}, {name: [] for name in VARIANTS}
+    vq = checkpoint.build_vq(checkpoint.load(args.vq, "vq"), args.vq)
+    for name in VARIANTS:
+        with variant(name):
+            c = config(args, name, 0, 1)
+            C, side = vq.config.embed_dim, c.size // vq.config.factor
+            ldm = checkpoint.LDM(vq, c.unet_config, c.cond_config, torch.zeros(C, 1, 1), torch.ones(C, 1, 1),
+                                 c.schedule, True).to(memory_format=torch.channels_last)
+        steps[name] = stepper(ldm, c, torch.randn(c.recipe.batch_size, C, side, side))
+    for i in range(ROUNDS + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            for _ in range(EACH):
+                step()
+            if i:                                                               # the first round warms up
+                times[name].append((time.perf_counter() - began) / EACH)
+    return {name: statistics.median(took) for name, took in times.items()}
+
+
+def stepper(ldm: checkpoint.LDM, c: train.Config, z: Tensor):
+    """A function that makes one training step of `ldm` on latents z."""
+    pose = torch.rand(len(z), len(keypoints.JOINTS), 3)
+    params = [p for p in ldm.parameters() if p.requires_grad]
+    opt, diffusion = torch.optim.AdamW(params, lr=c.recipe.lr), Diffusion(**c.schedule)
+
+    def step() -> None:
+        with train.autocast(c):
+            loss = diffusion.loss(ldm, z, pose, c.recipe.p_drop).mean()
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+    return step
+
+
+def share_latents(out: Path, run: Path) -> None:
+    """All runs are over the same latents: a copy is quicker than encoding ten thousand pictures again."""
+    run.mkdir(parents=True, exist_ok=True)
+    for file in [p for p in out.glob("*/latents-*") if p.parent != run and p.suffix != ".tmp"]:
+        if not (run / file.name).exists():
+            shutil.copy(file, run / file.name)
+
+
+def figures_of(args: argparse.Namespace, name: str, seed: int) -> dict:
+    """One row of the table: losses from the run's log, the rest from samples of its last checkpoint; kept in a file."""
+    run = Path(args.out, f"{name}-{seed}")
+    kept = run / f"fidelity-{args.pictures}-{args.sampling_steps}.json"
+    if not kept.exists():
+        with variant(name):
+            ldm, payload = checkpoint.load_ldm(run / "last.pt")
+        size = payload["config"]["size"]
+        train_part, held_out = data.open_data(args.data, size)
+        reader = evaluate.find_reader(args.data, train_part)
+        drawn = evaluate.draw_held_out(ldm, data.spread(held_out, args.pictures), 0, {}, sampler="ddim", eta=ldm.eta,
+                                       steps=args.sampling_steps, guidance=ldm.guidance, spacing="even")
+        read, moments = {}, {}
+        for kind, images in (("samples", drawn.samples), ("real", drawn.real)):
+            read[kind], moments[kind] = evaluate.read_all(reader, images)
+        rows = evaluate.judge(drawn, read)
+        rows["samples"]["frechet"] = evaluate.frechet(moments["real"], moments["samples"])
+        last = [row for row in train.read_log(run / "log.jsonl") if "val_right" in row][-1]
+        kept.write_text(json.dumps(rows | {"losses": last}, indent=1))
+    found = json.loads(kept.read_text())
+    losses, samples = found["losses"], found["samples"]
+    return {"steps": losses["step"] + 1, "right": losses["val_right"], "shuffled": losses["val_shuffled"],
+            "null": losses["val_null"], "ratio": losses["val_ratio"], "floor": found["shuffled"]["pck@0.1"],
+            "ceiling": found["real"]["pck@0.1"], **{key: samples[key] for key in evaluate.FIDELITY}}
+
+
+COLUMNS = {"steps": ("steps", "", "d"), "right": ("eps loss", "right", ".4f"),
+           "shuffled": ("eps loss", "shuffled", ".4f"), "null": ("eps loss", "null", ".4f"),
+           "ratio": ("shuffled", "/ right", ".3f"), **evaluate.FIDELITY,
+           "floor": ("floor", "PCK@0.1", ".3f"), "ceiling": ("ceiling", "PCK@0.1", ".3f")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vq", required=True)
+    parser.add_argument("--data", default="figures")
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--pictures", type=int, default=128, help="samples a run")
+    parser.add_argument("--sampling-steps", type=int, default=50)
+    parser.add_argument("--out", required=True)
+    args = parser.parse_args()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "step_times.json").exists():
+        (out / "step_times.json").write_text(json.dumps(step_times(args), indent=1))
+    seconds = json.loads((out / "step_times.json").read_text())
+    print({name: round(value, 3) for name, value in seconds.items()})
+    for seed in args.seeds:
+        for name in args.variants:
+            with variant(name):
+                c = config(args, name, seed, round(args.steps * seconds["tokens+maps"] / seconds[name]))
+                share_latents(out, Path(c.out))
+                print(f"{name}, seed {seed}: {c.steps} steps", flush=True)
+                train.train_ldm(c)
+    rows = {f"{name}, seed {seed}": figures_of(args, name, seed) for name in args.variants for seed in args.seeds}
+    print(evaluate.table(rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
