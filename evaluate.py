@@ -355,7 +355,7 @@ def condition_losses(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: 
 READER_VERSION = 1                  # raise it when what a reader learns changes: cached ones are then made anew
 READER_SIDES = 64, 128              # pixels a side that it looks at: the second where pictures have more than the first
 READER_WIDTHS = 32, 64, 128, 192    # channels at 1/2, 1/4, 1/8 and 1/16 of that
-READER_BATCH, READER_STEPS, READER_LR, READER_WARMUP = 32, 2000, 3e-3, 50
+READER_BATCH, READER_STEPS, READER_LR, READER_WARMUP = 32, 2300, 4e-3, 50
 READER_SIGMA = 0.025                # of the Gaussian that a joint's map is to be, in pictures
 READER_WINDOW = 3                   # cells about the highest whose mean is the joint's place
 JUDGE = 0.9                         # PCK@0.1 of the reader on real pictures; below, it is no good judge of drawn ones
@@ -450,7 +450,7 @@ def train_reader(pictures: data.Pictures, device: str = "cpu", steps: int = READ
         torch.manual_seed(0)
         reader = PoseReader(READER_SIDES[pictures.size > READER_SIDES[0]])
     reader = reader.to(device)
-    opt = torch.optim.AdamW(reader.parameters(), lr=READER_LR)
+    opt = torch.optim.AdamW(reader.parameters(), lr=READER_LR, betas=(0.9, 0.99))
     data.remember_all(pictures)
     batches = data.batches(pictures, READER_BATCH, 0, 0, steps, augment=True, zoom=(1.0, 1.0), device=device)
     bf16 = checkpoint.has_bf16(device)
