@@ -83,6 +83,17 @@ def test_training_learns_moves_no_generator_and_repeats_itself():
     assert not first.training and not any(p.requires_grad for p in first.parameters())
 
 
+def test_half_of_the_pictures_are_degraded_and_keep_their_colours():
+    x = torch.stack([data.to_tensor(data.Figures(1, 64)[0][0])] * 400)
+    generator = torch.Generator().manual_seed(0)
+    y = evaluate.degraded(x, generator)
+    same = (y == x).flatten(1).all(1)
+    assert 0.4 < same.float().mean() < 0.6
+    assert ((y - x)[~same].mean((0, 2, 3)).abs() < 0.02).all()               # no colour is favoured
+    assert 0.05 < (y - x)[~same].std() < 0.4
+    assert not torch.equal(evaluate.degraded(x, generator), y)
+
+
 def test_a_picture_and_its_mirror_image_have_mirrored_poses():
     reader = evaluate.PoseReader(64).eval()
     x = torch.rand(3, 3, 64, 64) * 2 - 1
