@@ -1311,11 +1311,14 @@ def remember_all(ds: Pictures) -> None:
             ds.source(i)
 
 
+def evenly(n: int, limit: int) -> np.ndarray:
+    """At most `limit` of the numbers 0..n-1, ascending, from the first to the last, evenly spread."""
+    return np.linspace(0, n - 1, min(n, limit)).round().astype(int)
+
+
 def spread(ds: Pictures, limit: int) -> Pictures:
     """At most `limit` pictures of ds, evenly over it."""
-    if limit >= len(ds):
-        return ds
-    return Part(ds, np.linspace(0, len(ds) - 1, limit).round().astype(int).tolist())
+    return ds if limit >= len(ds) else Part(ds, evenly(len(ds), limit).tolist())
 
 
 def numbered(ds: Pictures, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -1848,7 +1851,7 @@ def odd_poses(checked: Checked) -> tuple[list[Suspect], dict[str, str], dict]:
 def visible(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[N,17,3] -> bool [N,17] twice: the joints that are not missing, and those of them outside the picture."""
     seen = poses[..., 2] > 0
-    return seen, seen & ((poses[..., :2] < 0) | (poses[..., :2] > 1)).any(-1)
+    return seen, seen & ~keypoints.on_canvas(poses)
 
 
 def judge(body: Bodies) -> tuple[dict[str, str], dict]:

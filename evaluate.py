@@ -460,11 +460,15 @@ def degraded(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(chosen.to(x.device), soft + (amount * spots).to(x.device), x)
 
 
+def reader_side(pictures: data.Pictures) -> int:
+    return READER_SIDES[pictures.size > READER_SIDES[0]]
+
+
 def train_reader(pictures: data.Pictures, device: str = "cpu", steps: int = READER_STEPS) -> PoseReader:
     """A PoseReader of these pictures and their poses, mirrored ones too; three minutes of two cores for toy figures."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        reader = PoseReader(READER_SIDES[pictures.size > READER_SIDES[0]])
+        reader = PoseReader(reader_side(pictures))
     reader = reader.to(device)
     opt = torch.optim.AdamW(reader.parameters(), lr=READER_LR, betas=(0.9, 0.99))
     data.remember_all(pictures)
@@ -498,7 +502,7 @@ def reader_path(spec: str, side: int) -> Path:
 def find_reader(spec: str, pictures: data.Pictures, device: str = "cpu",
                 steps: int = READER_STEPS) -> PoseReader:
     """The reader of the training `pictures` of --data `spec`: the cached one if it learnt from just these, or new."""
-    side = READER_SIDES[pictures.size > READER_SIDES[0]]
+    side = reader_side(pictures)
     path = reader_path(spec, side)
     about = {"version": READER_VERSION, "pictures": data.fingerprint(pictures), "side": side, "steps": steps}
     if path.is_file():
@@ -556,15 +560,26 @@ class Drawn:
     about: dict                     # what they depend on; another checkpoint or seed makes others
 
 
-def draw_held_out(ldm: checkpoint.LDM, held_out: data.Pictures, seed: int, about: dict, **how: object) -> Drawn:
-    """A sample for the pose of each held-out picture, the i-th with seed `seed` + i; `how` goes to sample.sample."""
+def draw_held_out(
+    ldm: checkpoint.LDM,
+    held_out: data.Pictures,
+    steps: int = sample.DEFAULT_STEPS,
+    eta: float | None = None,                   # None: the model's own
+    guidance: float | None = None,              # likewise
+    interval: tuple[int, int] | None = None,    # timesteps with guidance; None: all
+    seed: int = 0,
+    about: dict | None = None,
+) -> Drawn:
+    """A sample by DDIM for the pose of each held-out picture, the i-th with seed `seed` + i."""
     with passing(held_out, "reading pictures") as bar:
         pairs = [(x, pose) for x, pose, _ in bar]
     if sum(len(x) for x, _ in pairs) < 2:
         raise ValueError("there are fewer than 2 usable held-out pictures, and shuffled poses need two")
     x, poses = (torch.cat(part) for part in zip(*pairs, strict=True))
-    samples = sample.draw_pictures(ldm, poses, [seed + i for i in range(len(poses))], held_out.size, **how)
-    return Drawn(poses.double().numpy(), np.stack(samples), data.to_uint8(x), about)
+    samples = sample.draw_pictures(
+        ldm, poses, [seed + i for i in range(len(poses))], held_out.size, sampler="ddim", spacing="even", steps=steps,
+        eta=ldm.eta if eta is None else eta, guidance=ldm.guidance if guidance is None else guidance, interval=interval)
+    return Drawn(poses.double().numpy(), np.stack(samples), data.to_uint8(x), about or {})
 
 
 def round_trip(ldm: checkpoint.LDM, images: np.ndarray) -> np.ndarray:
@@ -583,6 +598,20 @@ def judge(drawn: Drawn, read: dict[str, np.ndarray]) -> dict[str, dict]:
     """
     rows = {name: fidelity(poses, drawn.asked) for name, poses in read.items()}
     return rows | {"shuffled": fidelity(read["samples"], drawn.asked[derangement(len(drawn.asked), SHUFFLE_SEED)])}
+
+
+def assess(reader: PoseReader, drawn: Drawn, **more: np.ndarray) -> tuple[dict[str, dict], np.ndarray]:
+    """The rows of `judge` with Frechet distances to the real pictures, and the poses [N, J, 3] read in the samples.
+
+    `more` are other kinds of picture, uint8 [N, S, S, 3] by name. A distance is in this reader's features: it compares
+    with those of the same reader and of as many pictures.
+    """
+    kinds = {"samples": drawn.samples, **more, "real": drawn.real}
+    found = {name: read_all(reader, images) for name, images in kinds.items()}
+    rows = judge(drawn, {name: poses for name, (poses, _) in found.items()})
+    for name in kinds.keys() - {"real"}:
+        rows[name]["frechet"] = frechet(found["real"][1], found[name][1])
+    return rows, found["samples"][0]
 
 
 def write_pictures(out: Path, drawn: Drawn) -> None:
@@ -1010,12 +1039,8 @@ def write_recon(out: Path, job: Job, shortlist: Shortlist, report: dict, about: 
 
 def condition(args: argparse.Namespace) -> None:
     """Prints the eps loss under right, shuffled and, where the model knows it, no pose, in float32."""
-    device = checkpoint.find_device(args.device)
-    ldm, payload = checkpoint.load_ldm(args.ckpt, device, preset=args.preset, ema=not args.no_ema)
-    if "source" in payload:
-        print(checkpoint.describe(payload, args.ckpt))
-    spec, val, size = resolve_ldm(args, ldm, payload)
-    del payload                                 # the optimiser's state is twice the model's size
+    ldm, _, spec, val, size = open_ldm(args)
+    device = ldm.mean.device
     held_out = data.spread(data.open_data(spec, size, val, remember=False)[1], args.limit)
     with torch.no_grad(), passing(held_out, "encoding") as bar:
         pairs = [(ldm.encode(x.to(device)), pose) for x, pose, _ in bar]
@@ -1029,20 +1054,23 @@ def condition(args: argparse.Namespace) -> None:
         print("no loss without a pose: this model was trained without dropping poses")
 
 
-def resolve_ldm(args: argparse.Namespace, ldm: checkpoint.LDM, payload: dict) -> tuple[str, str | None, int]:
-    """(data, val, size) as `resolve`, for pictures that this UNet can take."""
+def open_ldm(args: argparse.Namespace) -> tuple[checkpoint.LDM, int, str, str | None, int]:
+    """The model of --ckpt, its training step, and (data, val, size) as `resolve`, for pictures that its UNet can take.
+
+    Prints what a published file was taken for. The payload is gone: the optimiser's state is twice the model's size.
+    """
+    ldm, payload = checkpoint.load_ldm(args.ckpt, checkpoint.find_device(args.device), preset=args.preset,
+                                       ema=not args.no_ema)
+    if "source" in payload:
+        print(checkpoint.describe(payload, args.ckpt))
     spec, val, size = resolve(args, [payload["config"]])
     check_size(size, ldm.vq.config.factor * 2 ** (len(ldm.unet.config.channel_mult) - 1))
-    return spec, val, size
+    return ldm, payload["step"], spec, val, size
 
 
 def check_pose_args(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
     """Fills in what the model samples with where nobody says; ValueError for what cannot be."""
-    args.guidance = ldm.guidance if args.guidance is None else args.guidance
-    args.eta = ldm.eta if args.eta is None else args.eta
-    if args.guidance != 1 and not ldm.knows_null:
-        raise ValueError(f"--guidance is {args.guidance:g}, but {args.ckpt} was trained without dropping poses, so it "
-                         "has no picture of no pose; leave --guidance out")
+    sample.ask_model(args, ldm)
     if not (math.isfinite(args.guidance) and 0 <= args.eta <= 1 and 1 <= args.steps <= ldm.schedule["timesteps"]
             and 0 <= args.seed < 2 ** 62):
         raise ValueError(f"--guidance is {args.guidance}, --eta {args.eta}, --steps {args.steps}, --seed {args.seed}; "
@@ -1054,35 +1082,22 @@ def check_pose_args(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
 
 def pose(args: argparse.Namespace) -> None:
     """Draws held-out poses, reads the joints in the samples, prints the table and writes pose.json and pose.png."""
-    device = checkpoint.find_device(args.device)
-    ldm, payload = checkpoint.load_ldm(args.ckpt, device, preset=args.preset, ema=not args.no_ema)
-    if "source" in payload:
-        print(checkpoint.describe(payload, args.ckpt))
-    spec, val, size = resolve_ldm(args, ldm, payload)
+    ldm, step, spec, val, size = open_ldm(args)
     check_pose_args(args, ldm)
     make_out(args.out, spec, val)
     train, held_out = data.open_data(spec, size, val)
     held_out = data.spread(held_out, args.limit)
-    about = {"checkpoint": checkpoint.hash_of(payload["unet"]), "data": spec, "val": val, "size": size,
+    about = {"checkpoint": checkpoint.hash_of(ldm.unet.state_dict()), "data": spec, "val": val, "size": size,
              "pictures": len(held_out), "steps": args.steps, "eta": args.eta, "guidance": args.guidance,
              "seed": args.seed}
-    step = payload["step"]
-    del payload                                 # the optimiser's state is twice the model's size
-    moments: dict[str, Moments] = {}
     if args.detected:
         drawn = read_pictures(Path(args.out), about)
-        read = read_detected(args.detected, drawn)
+        detected = read_detected(args.detected, drawn)
+        rows, read = judge(drawn, detected), detected["samples"]
     else:
-        reader = find_reader(spec, train, device)
-        drawn = draw_held_out(ldm, held_out, args.seed, about, sampler="ddim", steps=args.steps, eta=args.eta,
-                              guidance=args.guidance, spacing="even")
-        read = {}
-        for name, images in {"samples": drawn.samples, "decoded": round_trip(ldm, drawn.real),
-                             "real": drawn.real}.items():
-            read[name], moments[name] = read_all(reader, images)
-    rows = judge(drawn, read)
-    for name in moments.keys() - {"real"}:
-        rows[name]["frechet"] = frechet(moments["real"], moments[name])
+        reader = find_reader(spec, train, str(ldm.mean.device))
+        drawn = draw_held_out(ldm, held_out, args.steps, args.eta, args.guidance, seed=args.seed, about=about)
+        rows, read = assess(reader, drawn, decoded=round_trip(ldm, drawn.real))
     called = (f"{len(drawn.asked)} held-out poses of {spec}, {args.ckpt} step {step}, DDIM {args.steps} steps, eta "
               f"{args.eta:g}, guidance {args.guidance:g}")
     print(f"{called}\n")
@@ -1095,7 +1110,7 @@ def pose(args: argparse.Namespace) -> None:
         report = {"command": shlex.join(["python", "evaluate.py", *args.argv]),
                   "read_by": args.detected or "pose reader", **about, "rows": figures}
         (out / "pose.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        extremes_figure(out / "pose.png", drawn, read["samples"], f"{called}: PCK@0.1 {rows['samples']['pck@0.1']:.3f}"
+        extremes_figure(out / "pose.png", drawn, read, f"{called}: PCK@0.1 {rows['samples']['pck@0.1']:.3f}"
                         + (f", real pictures {rows['real']['pck@0.1']:.3f}" if "real" in rows else ""))
         print(f"\nwrote {out}/pose.json, pose.png" + ("" if args.detected else f", {PICTURES}/ and {POSES_ASKED}"))
 

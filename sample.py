@@ -85,7 +85,7 @@ def read_poses(paths: Iterable[str], fit_how: str = "letterbox", frames: int = D
     poses, names = [], []
     for path in paths:
         found = load_poses(path, **how)
-        taken = np.unique(np.linspace(0, len(found.poses) - 1, min(frames, len(found.poses))).round().astype(int))
+        taken = data.evenly(len(found.poses), frames)
         print(f"{path}: {found.taken_for}" + (f", {len(taken)} of them drawn" if len(taken) < len(found.poses) else ""))
         for i in taken:
             size = found.sizes[i] or (1, 1)                 # nothing said, nothing to correct
@@ -214,6 +214,15 @@ def check_args(args: argparse.Namespace) -> None:
     args.device = checkpoint.find_device(args.device)
 
 
+def ask_model(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
+    """Sets --guidance and --eta to what the model wants, where nobody says; ValueError where it cannot be guided."""
+    args.guidance = ldm.guidance if args.guidance is None else args.guidance
+    args.eta = ldm.eta if args.eta is None else args.eta
+    if args.guidance != 1 and not ldm.knows_null:
+        raise ValueError(f"--guidance is {args.guidance:g}, but {args.ckpt} was trained without dropping poses, so it "
+                         "has no picture of no pose; leave --guidance out")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
@@ -230,12 +239,8 @@ def main(argv: list[str] | None = None) -> int:
         elif density:
             poses, names = pull(np.stack(poses), names, density, args.typical)
         size, began = payload["config"]["size"], time.monotonic()
-        args.guidance = ldm.guidance if args.guidance is None else args.guidance
-        args.eta = ldm.eta if args.eta is None else args.eta
+        ask_model(args, ldm)
         args.spacing = args.spacing or ("uniform" if foreign else "even")
-        if args.guidance != 1 and not ldm.knows_null:
-            raise ValueError(f"--guidance is {args.guidance:g}, but {args.ckpt} was trained without dropping poses, so "
-                             "it has no picture of no pose; leave --guidance out")
         every = torch.from_numpy(np.stack(poses)).repeat_interleave(args.n, dim=0)      # [P n, 17, 3]
         seeds = [args.seed + i for i in range(args.n)] * len(poses)
         pictures = draw_pictures(ldm, every, seeds, size, sampler=args.sampler, steps=args.steps, eta=args.eta,

@@ -783,8 +783,7 @@ def poses_kept(cache: data.LatentCache) -> Tensor:
     """Poses of training pictures that have a visible joint, float16 [N, 17, 3]: all, or POSES_KEPT spread evenly."""
     poses = cache.poses[:len(cache):2]                      # the odd rows are their mirror images
     poses = poses[(poses[..., 2] > 0).any(axis=1)]
-    rows = np.linspace(0, len(poses) - 1, min(len(poses), POSES_KEPT)).round().astype(int)
-    return torch.from_numpy(poses[rows]).half()
+    return torch.from_numpy(poses[data.evenly(len(poses), POSES_KEPT)]).half()
 
 
 def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:

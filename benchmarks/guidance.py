@@ -41,13 +41,10 @@ def main() -> None:
             name = f"w {w:g}" + (f", t {interval[0]} to {interval[1]}" if interval else "")
             kept = out / f"{w:g}-{interval[0] if interval else 'all'}-{args.pictures}-{args.steps}.json"
             if not kept.exists():
-                drawn = evaluate.draw_held_out(ldm, held_out, 0, {}, sampler="ddim", steps=args.steps, eta=ldm.eta,
-                                               guidance=w, spacing="even", interval=interval)
-                read, samples = evaluate.read_all(reader, drawn.samples)
-                real_read, real = evaluate.read_all(reader, drawn.real)
-                row = evaluate.fidelity(read, drawn.asked) | {"frechet": evaluate.frechet(real, samples)}
-                ceiling = evaluate.fidelity(real_read, drawn.asked)["pck@0.1"]
-                kept.write_text(json.dumps(row | {"w": w, "interval": interval, "ceiling": ceiling}))
+                found, _ = evaluate.assess(reader, evaluate.draw_held_out(ldm, held_out, args.steps, guidance=w,
+                                                                          interval=interval))
+                more = {"w": w, "interval": interval, "ceiling": found["real"]["pck@0.1"]}
+                kept.write_text(json.dumps(found["samples"] | more))
             rows[name] = json.loads(kept.read_text())
             print(name, {key: round(rows[name][key], 3) for key in evaluate.FIDELITY}, flush=True)
     print(f"{evaluate.table(rows, evaluate.FIDELITY)}\nceiling: PCK@0.1 {rows['w 1']['ceiling']:.3f}")
