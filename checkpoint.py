@@ -210,8 +210,9 @@ class LDM(nn.Module):
 
     z = (h - mean) / std is what diffusion works on, per channel; mean and std [C, 1, 1] come from the latent cache.
     `schedule` are the arguments of diffusion.Diffusion. `knows_null`: poses were dropped in training, so guidance means
-    something.
+    something. `spacing` of DDIM's timesteps is the reference's for models that come from there.
     """
+    spacing = "even"
 
     def __init__(self, vq: VQModel, unet_config: UNetConfig, cond_config: ConditionConfig, mean: Tensor, std: Tensor,
                  schedule: dict, knows_null: bool):
@@ -276,7 +277,10 @@ def load_ldm(path: str | Path, device: str | torch.device = "cpu", preset: str |
              ema: bool = True) -> tuple[LDM, dict]:
     """The model of a stage-2 checkpoint on `device`, and the payload it came from; `preset` and `ema` as in `load`."""
     payload = load(path, "ldm", preset=preset, ema=ema)
-    return build_ldm(payload, str(path), device), payload
+    ldm = build_ldm(payload, str(path), device)
+    if "source" in payload:
+        ldm.spacing = "uniform"
+    return ldm, payload
 
 
 def training_poses(payload: dict, path: str | Path) -> np.ndarray | None:

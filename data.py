@@ -1244,6 +1244,12 @@ def load(steps: Steps, ks: range, workers: int, device: str | torch.device) -> I
         yield images.to(device, non_blocking=pin), poses.to(device, non_blocking=pin), indices
 
 
+def find_workers(device: str | torch.device) -> int:
+    """How many processes load for a training on `device`: on a CPU it needs all cores itself, and small datasets are
+    remembered in RAM after one epoch."""
+    return min(8, os.cpu_count() or 1) if torch.device(device).type == "cuda" else 0
+
+
 def batches(
     ds: Dataset,
     batch_size: int,

@@ -40,7 +40,7 @@ import checkpoint
 import data
 import sample
 from diffusion import Diffusion
-from keypoints import JOINTS, MIRROR, PoseError, draw, heatmaps, load_poses, oks, on_canvas, pck
+from keypoints import JOINTS, MIRROR, NobodyFound, Poses, draw, heatmaps, load_poses, oks, on_canvas, pck
 from vq import VQModel
 
 BATCH = 8                           # one layer of the published autoencoders is 34 MB for a picture of 256 pixels
@@ -472,7 +472,8 @@ def train_reader(pictures: data.Pictures, device: str = "cpu", steps: int = READ
     reader = reader.to(device)
     opt = torch.optim.AdamW(reader.parameters(), lr=READER_LR, betas=(0.9, 0.99))
     data.remember_all(pictures)
-    batches = data.batches(pictures, READER_BATCH, 0, 0, steps, augment=True, zoom=(1.0, 1.0), device=device)
+    batches = data.batches(pictures, READER_BATCH, 0, 0, steps, data.find_workers(device), augment=True,
+                           zoom=(1.0, 1.0), device=device)
     bf16, generator = checkpoint.has_bf16(device), torch.Generator().manual_seed(0)
     with tqdm(batches, "learning to read poses", steps, unit="step", dynamic_ncols=True, mininterval=1) as bar:
         for step, (x, poses, _) in enumerate(bar):
@@ -489,9 +490,9 @@ def train_reader(pictures: data.Pictures, device: str = "cpu", steps: int = READ
     return reader.eval().requires_grad_(False)
 
 
-def reader_path(spec: str, side: int) -> Path:
-    """Where the reader of --data `spec` is kept: beside the dataset, or in runs/ where nothing can be written there."""
-    name, runs = f"pose-reader-{side}.pt", Path("runs")
+def reader_path(spec: str, about: dict) -> Path:
+    """Where the reader `about` --data `spec` is kept: beside the dataset, or in runs/ where nothing can be written."""
+    name, runs = f"pose-reader-{about['side']}-{about['pictures'][:8]}.pt", Path("runs")
     if not data.is_folder(spec):
         return runs / f"{spec.replace(':', '-')}-{name}"
     root = Path(spec)
@@ -503,22 +504,36 @@ def find_reader(spec: str, pictures: data.Pictures, device: str = "cpu",
                 steps: int = READER_STEPS) -> PoseReader:
     """The reader of the training `pictures` of --data `spec`: the cached one if it learnt from just these, or new."""
     side = reader_side(pictures)
-    path = reader_path(spec, side)
     about = {"version": READER_VERSION, "pictures": data.fingerprint(pictures), "side": side, "steps": steps}
-    if path.is_file():
-        try:
-            found = checkpoint.read(path)
-            if found["about"] == about:
-                reader = checkpoint.build(lambda: PoseReader(side), found["reader"], str(path))
-                print(f"pose reader {path}, trained before")
-                return reader.eval().requires_grad_(False).to(device)
-        except (ValueError, KeyError, TypeError):           # whatever it is, a new one takes its place
-            pass
+    path = reader_path(spec, about)
+    if path.is_file() and (reader := kept_reader(path, about)):
+        print(f"pose reader {path}, trained before")
+        return reader.to(device)
     reader = train_reader(pictures, device, steps)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(path, {"about": about, "reader": reader.state_dict()})
-    print(f"pose reader kept in {path}")
+    if not are_finite(reader):
+        raise ValueError("the pose reader's weights are no numbers any more: learning to read these pictures failed; "
+                         "look at them with data.py, or let a detector outside find the joints, with --detected")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(path, {"about": about, "reader": reader.state_dict()})
+        print(f"pose reader kept in {path}")
+    except OSError as e:                                    # it can judge all the same
+        print(f"the pose reader is not kept, so the next command trains it again: {e}")
     return reader
+
+
+def kept_reader(path: Path, about: dict) -> PoseReader | None:
+    """The reader in the file `path` if it is the one `about`; None for whatever else that is, it came with the data."""
+    try:
+        found = checkpoint.read(path)
+        reader = checkpoint.build(lambda: PoseReader(about["side"]), found["reader"], str(path))
+        return reader.eval().requires_grad_(False) if found["about"] == about and are_finite(reader) else None
+    except Exception:                                       # a dozen unrelated types
+        return None
+
+
+def are_finite(reader: PoseReader) -> bool:
+    return all(bool(value.isfinite().all()) for value in reader.state_dict().values())
 
 
 def fidelity(read: np.ndarray, asked: np.ndarray) -> dict:
@@ -549,6 +564,7 @@ FIDELITY = {"pck@0.1": ("PCK@0.1", "higher", ".3f"), "pck@0.2": ("PCK@0.2", "hig
             "oks": ("OKS", "higher", ".3f"), "frechet": ("Frechet distance", "reader's features", ".3f")}
 EXTREMES = 5                        # pictures of the best and as many of the worst
 PICTURES, POSES_ASKED = "pictures", "poses.json"        # in --out, for a detector outside
+NAMING = "coco", "coco-results", "alphapose"            # formats that name the pictures; the others count frames
 
 
 @dataclass(frozen=True)
@@ -572,14 +588,15 @@ def draw_held_out(
 ) -> Drawn:
     """A sample by DDIM for the pose of each held-out picture, the i-th with seed `seed` + i."""
     with passing(held_out, "reading pictures") as bar:
-        pairs = [(x, pose) for x, pose, _ in bar]
+        pairs = [(data.to_uint8(x), pose) for x, pose, _ in bar]
     if sum(len(x) for x, _ in pairs) < 2:
         raise ValueError("there are fewer than 2 usable held-out pictures, and shuffled poses need two")
-    x, poses = (torch.cat(part) for part in zip(*pairs, strict=True))
+    poses = torch.cat([pose for _, pose in pairs])
     samples = sample.draw_pictures(
-        ldm, poses, [seed + i for i in range(len(poses))], held_out.size, sampler="ddim", spacing="even", steps=steps,
-        eta=ldm.eta if eta is None else eta, guidance=ldm.guidance if guidance is None else guidance, interval=interval)
-    return Drawn(poses.double().numpy(), np.stack(samples), data.to_uint8(x), about or {})
+        ldm, poses, [seed + i for i in range(len(poses))], held_out.size, sampler="ddim", spacing=ldm.spacing,
+        steps=steps, eta=ldm.eta if eta is None else eta, guidance=ldm.guidance if guidance is None else guidance,
+        interval=interval)
+    return Drawn(poses.double().numpy(), np.stack(samples), np.concatenate([x for x, _ in pairs]), about or {})
 
 
 def round_trip(ldm: checkpoint.LDM, images: np.ndarray) -> np.ndarray:
@@ -618,8 +635,11 @@ def write_pictures(out: Path, drawn: Drawn) -> None:
     """`out`/pictures/000000.png ...: first the samples, then the real ones; poses.json says in COCO's words what was
     asked for, so that a detector can be run on them and --detected read its answer."""
     (out / PICTURES).mkdir(parents=True, exist_ok=True)
+    (out / POSES_ASKED).unlink(missing_ok=True)             # first, and written last: it vouches for the pictures
     images, annotations, side = [], [], drawn.samples.shape[1]
-    for i, picture in enumerate(np.concatenate([drawn.samples, drawn.real])):
+    for old in (out / PICTURES).glob("[0-9]" * 6 + ".png"):
+        old.unlink()                                        # perhaps there were more
+    for i, picture in enumerate((*drawn.samples, *drawn.real)):
         name, pose = f"{i:06d}.png", drawn.asked[i % len(drawn.asked)]
         Image.fromarray(picture).save(out / PICTURES / name)
         images.append({"id": i, "file_name": name, "width": side, "height": side})
@@ -629,8 +649,10 @@ def write_pictures(out: Path, drawn: Drawn) -> None:
         annotations.append({"id": i, "image_id": i, "category_id": 1, "keypoints": flat, "iscrowd": 0, "bbox": box,
                             "area": box[2] * box[3], "num_keypoints": len(seen)})
     categories = [{"id": 1, "name": "person", "keypoints": list(JOINTS)}]
-    (out / POSES_ASKED).write_text(json.dumps({"info": drawn.about, "images": images, "annotations": annotations,
-                                               "categories": categories}))
+    partial = out / f"{POSES_ASKED}.partial"
+    partial.write_text(json.dumps({"info": drawn.about, "images": images, "annotations": annotations,
+                                   "categories": categories}))
+    partial.replace(out / POSES_ASKED)
 
 
 def read_pictures(out: Path, about: dict) -> Drawn:
@@ -638,45 +660,64 @@ def read_pictures(out: Path, about: dict) -> Drawn:
     first = f"run this command without --detected first, then a detector on {out / PICTURES}"
     try:
         found = json.loads((out / POSES_ASKED).read_text())
+        info = dict(found["info"])
         pictures = np.stack([np.asarray(data.read_picture(out / PICTURES / f"{i:06d}.png"))
                              for i in range(len(found["annotations"]))])
         asked = np.array([a["keypoints"] for a in found["annotations"]], dtype=np.float64).reshape(-1, len(JOINTS), 3)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ValueError(f"--out {out} holds no pictures that were drawn for a detector ({e}); {first}") from None
-    if found["info"] != about:
-        key = next(key for key in about if found["info"].get(key) != about[key])
-        raise ValueError(f"the pictures in {out} were drawn with {key} = {found['info'].get(key)}, but this command "
-                         f"has {about[key]}; {first}")
+    for key in (about | info).keys():
+        if (theirs := info.get(key)) != (ours := about.get(key)):
+            raise ValueError(f"the pictures in {out} were drawn with {key} = {theirs}, but this command has {ours}; "
+                             f"{first}")
     n = len(asked) // 2
     asked = asked[:n] / [pictures.shape[2], pictures.shape[1], 2]
     return Drawn(asked, pictures[:n], pictures[n:], about)
 
 
+def last_number(name: str) -> int | None:
+    digits = re.findall(r"\d+", name)
+    return int(digits[-1]) if digits else None
+
+
+def picture_numbers(path: str | Path, poses: Poses) -> list[int | None]:
+    """Which of write_pictures' pictures each pose of the file `path` is in: by name, or by the count of its frames."""
+    numbers = [last_number(Path(name).stem) for name in poses.pictures]
+    if poses.format in NAMING:
+        return numbers
+    if len(numbers) == 1:
+        raise ValueError(f"--detected {path}: {poses.taken_for}, of one picture, and it does not say which; give a "
+                         "folder of files, one a picture and named like it")
+    first = min(1, *numbers)                                # tools count from 1, a few from 0
+    return [number - first for number in numbers]
+
+
 def read_detected(path: str | Path, drawn: Drawn) -> dict[str, np.ndarray]:
     """An external detector's poses in the pictures of write_pictures: "samples", and "real" where it saw those too.
 
-    `path` is a file of any format in keypoints.FORMATS, whose pictures are told apart by the last number in their name
-    or id, or a folder of such files, one a picture. A picture in which nobody was found has no visible joint.
+    `path` is a folder of files of any format in keypoints.FORMATS, one a picture, or one file of all: a picture is told
+    by the last number in its name or id; frames that a file only counts are the pictures in their order. A picture in
+    which nobody was found has no visible joint.
     """
-    n, side = len(drawn.asked), drawn.samples.shape[1]
-    files = sorted(Path(path).glob("*.json")) if Path(path).is_dir() else [path]
+    n, side, folder = len(drawn.asked), drawn.samples.shape[1], Path(path).is_dir()
+    files = sorted(file for file in Path(path).iterdir() if file.suffix in (".json", ".txt")) if folder else [path]
     if not files:
-        raise ValueError(f"--detected {path}: no .json file in it")
-    found = np.zeros((2 * n, len(JOINTS), 3))
-    numbers = set()
+        raise ValueError(f"--detected {path}: no .json or .txt file in it")
+    nobody = np.zeros((len(JOINTS), 3))
+    found, numbers = np.stack([nobody] * 2 * n), set()      # numbers of the pictures that the detector saw
     for file in files:
         try:
             poses = load_poses(file, canvas=(side, side))
-        except PoseError as e:
-            if len(files) > 1 and "nobody" in str(e):
-                continue
-            raise
-        names = poses.pictures if len(files) == 1 else [Path(file).stem]
-        for name, pose in zip(names, poses.poses, strict=False):
-            digits = re.findall(r"\d+", Path(name).stem)
-            if digits and int(digits[-1]) < 2 * n:
-                found[int(digits[-1])] = pose
-                numbers.add(int(digits[-1]))
+        except NobodyFound:
+            if not folder:
+                raise
+            poses = None
+        people = [nobody] if poses is None else poses.poses
+        for i, pose in zip([last_number(Path(file).stem)] if folder else picture_numbers(path, poses), people,
+                           strict=False):
+            if i is not None and 0 <= i < 2 * n:
+                found[i] = pose
+                numbers.add(i)
     if not any(i < n for i in numbers):
         raise ValueError(f"--detected {path}: none of its pictures is one of 000000 to {n - 1:06d}, the samples")
     return {"samples": found[:n]} | ({"real": found[n:]} if any(i >= n for i in numbers) else {})
@@ -866,6 +907,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     pose.add_argument("--steps", type=int, default=sample.DEFAULT_STEPS, help="of DDIM (default %(default)s)")
     pose.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1 (default as in sample.py)")
     pose.add_argument("--guidance", type=float, metavar="W", help="default as in sample.py")
+    pose.set_defaults(spacing=None)                                 # the model's own
     pose.add_argument("--seed", type=int, default=0, help="the i-th sample has seed --seed + i")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv

@@ -43,6 +43,10 @@ class PoseError(ValueError):
     """A pose file that cannot be used; the message names the file, the place and what to do."""
 
 
+class NobodyFound(PoseError):
+    """A pose file in order, but of a picture in which there is nobody."""
+
+
 # ---------------------------------------------------------------------------------------------- reading files
 #
 # content -> what it looks like (FORMATS, at the end) -> its reader yields every Person in the file's own unit
@@ -82,6 +86,7 @@ class Poses:
     poses: list[np.ndarray]                     # [17, 3] float64 (x, y, visible), normalised to its own picture
     sizes: list[tuple[float, float] | None]     # (width, height) of that picture; None: not known
     pictures: list[str]                         # what the file calls it: a file name, an id, a frame's number
+    format: str                                 # one of FORMATS
     taken_for: str                              # the format, the unit and how many people
 
 
@@ -530,7 +535,10 @@ def load_poses(
     place, for what cannot be read or has no place on a picture.
     """
     data = read_content(path)
-    kind = FORMATS.get(format or guess_format(data))
+    if data == []:                              # what detectors leave for a picture without people
+        raise NobodyFound(f"{path}: nobody was found in this picture, the file is empty")
+    format = format or guess_format(data)
+    kind = FORMATS.get(format)
     if kind is None:
         raise PoseError(f"{path} is no pose file known here; known formats are {', '.join(FORMATS)}")
     try:
@@ -544,7 +552,7 @@ def load_poses(
             pictures.setdefault(p.picture, []).append(pose)
     most = max(map(len, pictures.values()), default=0)
     if not most:
-        raise PoseError(f"{path}: {kind.about}, but nobody with a joint of confidence {min_confidence:g} or more")
+        raise NobodyFound(f"{path}: {kind.about}, but nobody with a joint of confidence {min_confidence:g} or more")
     if person is not None and not 1 <= person <= most:
         raise PoseError(f"{path}: {kind.about} with at most {most} in a picture; there is no person {person}")
     picked = {picture: largest(poses) if person is None else poses[person - 1]
@@ -553,7 +561,7 @@ def load_poses(
     about = f"{kind.about} in {'pixels' if pixels else '0..1'}, {n} {'person' if n == 1 else 'people'}"
     return Poses(poses=list(picked.values()), sizes=[sizes[picture] for picture in picked],
                  pictures=["".join(c if c.isprintable() else "?" for c in str(picture)[:60]) for picture in picked],
-                 taken_for=about + (f" in {m} pictures" if m > 1 else ""))
+                 format=format, taken_for=about + (f" in {m} pictures" if m > 1 else ""))
 
 
 def read_seed(path: str | Path) -> np.ndarray:

@@ -109,7 +109,7 @@ def density_of(payload: dict, path: str, needed_by: str | None = None) -> PoseDe
 
 def percent(share: float) -> str:
     """0.979 -> "97 %": 100 % are all of them, so nothing is rounded up."""
-    return f"{math.floor(100 * share)} %"
+    return f"{math.floor(100 * share + 1e-9)} %"             # 0.29 * 100 is a little less than 29
 
 
 def pull(poses: np.ndarray, names: list[str], density: PoseDensity, typical: float) -> tuple[np.ndarray, list[str]]:
@@ -215,7 +215,9 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def ask_model(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
-    """Sets --guidance and --eta to what the model wants, where nobody says; ValueError where it cannot be guided."""
+    """Sets --guidance, --eta and --spacing to what the model wants, where nobody says; ValueError where it cannot be
+    guided."""
+    args.spacing = args.spacing or ldm.spacing
     args.guidance = ldm.guidance if args.guidance is None else args.guidance
     args.eta = ldm.eta if args.eta is None else args.eta
     if args.guidance != 1 and not ldm.knows_null:
@@ -230,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         poses, names = read_poses(args.poses, args.fit, args.frames, format=args.format, person=args.person,
                                   canvas=args.canvas, min_confidence=args.min_confidence)
         ldm, payload = checkpoint.load_ldm(args.ckpt, args.device, args.preset, ema=not args.no_ema)
-        if foreign := "source" in payload:
+        if "source" in payload:
             print(checkpoint.describe(payload, args.ckpt))
         needed_by = "--common" if args.common else "--typical" if args.typical else None
         density = density_of(payload, args.ckpt, needed_by)
@@ -240,7 +242,6 @@ def main(argv: list[str] | None = None) -> int:
             poses, names = pull(np.stack(poses), names, density, args.typical)
         size, began = payload["config"]["size"], time.monotonic()
         ask_model(args, ldm)
-        args.spacing = args.spacing or ("uniform" if foreign else "even")
         every = torch.from_numpy(np.stack(poses)).repeat_interleave(args.n, dim=0)      # [P n, 17, 3]
         seeds = [args.seed + i for i in range(args.n)] * len(poses)
         pictures = draw_pictures(ldm, every, seeds, size, sampler=args.sampler, steps=args.steps, eta=args.eta,

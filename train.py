@@ -195,7 +195,7 @@ def make_config(args: argparse.Namespace) -> Config:
     return Config(
         stage=args.stage, preset=args.preset, data=args.data, val=args.val, out=args.out or f"runs/{args.stage}",
         vq=args.vq if ldm else None, seed=args.seed, device=device, amp=find_amp(args.amp, device),
-        compile=args.compile, workers=args.workers if args.workers is not None else find_workers(device),
+        compile=args.compile, workers=args.workers if args.workers is not None else data.find_workers(device),
         size=preset.size, minutes=None if steps else minutes, steps=steps, recipe=recipe, vq_config=preset.vq_config,
         unet_config=UNetConfig(in_channels=latent + cond.map_channels, out_channels=latent,
                                context_dim=cond.context_dim, **preset.unet) if ldm else None,
@@ -230,11 +230,6 @@ def find_amp(amp: str, device: str) -> str:
     if amp != "auto":
         return amp
     return "bf16" if checkpoint.has_bf16(device) else "fp16" if cuda else "off"
-
-
-def find_workers(device: str) -> int:
-    """On a CPU the training itself needs all cores, and small datasets are remembered in RAM after one epoch."""
-    return min(8, os.cpu_count() or 1) if device.startswith("cuda") else 0
 
 
 def autocast(c: Config) -> AbstractContextManager:

@@ -31,7 +31,7 @@ def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     ldm, payload = checkpoint.load_ldm(args.ckpt)
-    c = payload["config"]
+    c, model = payload["config"], checkpoint.hash_of(ldm.unet.state_dict())[:8]
     train_part, held_out = data.open_data(c["data"], c["size"], c["val"])
     held_out = data.spread(held_out, args.pictures)
     reader = evaluate.find_reader(c["data"], train_part)
@@ -39,7 +39,7 @@ def main() -> None:
     for w in args.weights:
         for interval in (None, tuple(args.interval)) if w != 1 else (None,):
             name = f"w {w:g}" + (f", t {interval[0]} to {interval[1]}" if interval else "")
-            kept = out / f"{w:g}-{interval[0] if interval else 'all'}-{args.pictures}-{args.steps}.json"
+            kept = out / f"{model}-{w:g}-{'-'.join(map(str, interval or ['all']))}-{args.pictures}-{args.steps}.json"
             if not kept.exists():
                 found, _ = evaluate.assess(reader, evaluate.draw_held_out(ldm, held_out, args.steps, guidance=w,
                                                                           interval=interval))
@@ -47,7 +47,7 @@ def main() -> None:
                 kept.write_text(json.dumps(found["samples"] | more))
             rows[name] = json.loads(kept.read_text())
             print(name, {key: round(rows[name][key], 3) for key in evaluate.FIDELITY}, flush=True)
-    print(f"{evaluate.table(rows, evaluate.FIDELITY)}\nceiling: PCK@0.1 {rows['w 1']['ceiling']:.3f}")
+    print(f"{evaluate.table(rows, evaluate.FIDELITY)}\nceiling: PCK@0.1 {rows[name]['ceiling']:.3f}")
     plot(rows, out / "guidance.png")
 
 

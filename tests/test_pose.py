@@ -6,6 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import checkpoint
 import data
@@ -71,7 +72,16 @@ def test_a_picture_is_read_alike_in_any_batch():
     assert moments.n == 5 and together.shape == (5, J, 3) and (together[..., 2] == 1).all()
 
 
-def test_training_learns_moves_no_generator_and_repeats_itself():
+def test_training_learns():
+    pictures = [data.Figures(4, 64)[i] for i in range(4)]
+    x, poses = (torch.from_numpy(np.stack(part)) for part in zip(*pictures, strict=True))
+    reader = evaluate.train_reader(data.Figures(4, 64), steps=25)
+    fresh = evaluate.train_reader(data.Figures(4, 64), steps=0)
+    learnt, before = (evaluate.reader_loss(r.train()(data.to_tensor(x.numpy()))[0], poses) for r in (reader, fresh))
+    assert learnt < before - 1
+
+
+def test_training_moves_no_generator_and_repeats_itself():
     pictures = data.Figures(32, 64)
     torch.manual_seed(5)
     first = evaluate.train_reader(pictures, steps=3)
@@ -119,26 +129,51 @@ def test_the_reader_is_cached_beside_the_dataset_and_made_anew_for_other_picture
     few, more = data.Figures(4, 64), data.Figures(5, 64)
     reader = evaluate.find_reader("figures:4", few, steps=1)
     again = evaluate.find_reader("figures:4", few, steps=1)
-    path = tmp_path / "runs/figures-4-pose-reader-64.pt"
-    assert path.is_file() and trained == [few]
+    path, = (tmp_path / "runs").glob("figures-4-pose-reader-64-*.pt")
+    assert trained == [few]
     assert are_equal(reader, again)
     assert not again.training
     evaluate.find_reader("figures:4", more, steps=1)                        # the same name, other pictures
     evaluate.find_reader("figures:4", more, steps=2)
+    assert trained == [few, more, more] and len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_whatever_lies_where_the_reader_is_kept_a_good_one_takes_its_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pictures = data.Figures(2, 64)
+    reader = evaluate.find_reader("figures:2", pictures, steps=0)
+    path, = (tmp_path / "runs").iterdir()
+    good = checkpoint.read(path)
+    broken = {name: value * float("nan") if value.is_floating_point() else value
+              for name, value in good["reader"].items()}
+    for found in (torch.zeros(3), {"about": torch.zeros(3), "reader": good["reader"]}, {"about": good["about"]},
+                  good | {"reader": [1]}, good | {"reader": broken}, good | {"reader": {"a": "b"}}):
+        checkpoint.save(path, found)
+        assert are_equal(evaluate.find_reader("figures:2", pictures, steps=0), reader), found
+        assert are_equal(evaluate.kept_reader(path, good["about"]), reader)
     path.write_bytes(path.read_bytes()[:500])
-    evaluate.find_reader("figures:4", more, steps=2)
-    assert trained == [few, more, more, more]
+    assert evaluate.kept_reader(path, good["about"]) is None
+    path.unlink()
+    path.mkdir()                                                            # cannot be written: it judges all the same
+    capsys.readouterr()
+    assert are_equal(evaluate.find_reader("figures:2", pictures, steps=0), reader)
+    assert "is not kept" in capsys.readouterr().out
+    monkeypatch.setattr(evaluate, "READER_LR", 1e38)
+    with pytest.raises(ValueError, match="no numbers any more"):
+        evaluate.find_reader("figures:2", pictures, steps=2)
 
 
 def test_where_the_reader_is_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/people.json").touch()
-    assert str(evaluate.reader_path("mine", 64)) == "mine/pose-reader-64.pt"
-    assert str(evaluate.reader_path("mine/people.json", 128)) == "mine/people-pose-reader-128.pt"
-    assert str(evaluate.reader_path("figures", 64)) == "runs/figures-pose-reader-64.pt"
+    about = {"side": 64, "pictures": "0123456789abcdef"}
+    assert str(evaluate.reader_path("mine", about)) == "mine/pose-reader-64-01234567.pt"
+    large = evaluate.reader_path("mine/people.json", about | {"side": 128})
+    assert str(large) == "mine/people-pose-reader-128-01234567.pt"
+    assert str(evaluate.reader_path("figures", about)) == "runs/figures-pose-reader-64-01234567.pt"
     monkeypatch.setattr(os, "access", lambda path, mode: False)             # root may write anywhere
-    assert str(evaluate.reader_path("mine", 64)) == "runs/mine-pose-reader-64.pt"
+    assert str(evaluate.reader_path("mine", about)) == "runs/mine-pose-reader-64-01234567.pt"
 
 
 def test_fidelity_by_hand():
@@ -216,23 +251,80 @@ def test_a_perfect_detector_has_a_perfect_score(pose, tmp_path, capsys):
     assert "1.00 of the ceiling 1.000" in printed and "the ceiling is low" not in printed
 
 
+def openpose(annotation: dict) -> dict:
+    """A COCO annotation of ours as a person of OpenPose's 18 joints."""
+    joints, flat = np.array(annotation["keypoints"]).reshape(17, 3), np.zeros((18, 3))
+    for ours, theirs in enumerate([0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10]):
+        flat[theirs] = [*joints[ours, :2], 0.9]
+    return {"pose_keypoints_2d": flat.ravel().tolist()}
+
+
 def test_a_folder_of_files_and_pictures_in_which_nobody_was_found(pose, tmp_path, capsys):
     assert pose("--out", "o") == 0
-    (tmp_path / "found").mkdir()
+    found = tmp_path / "nobody"                                             # a word in messages, too
+    found.mkdir()
     asked = json.loads((tmp_path / "o/poses.json").read_text())["annotations"]
-    for i in (0, 1, 2):                                                     # of 6 samples, and of no real picture
-        joints = np.array(asked[i]["keypoints"]).reshape(17, 3)
-        flat = np.zeros((18, 3))
-        for ours, theirs in enumerate([0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10]):     # OpenPose's 18
-            flat[theirs] = [*joints[ours, :2], 0.9]
-        (tmp_path / f"found/{i:06d}_keypoints.json").write_text(json.dumps(
-            {"version": 1.1, "people": [{"pose_keypoints_2d": flat.ravel().tolist()}]}))
-    (tmp_path / "found/000003_keypoints.json").write_text(json.dumps({"version": 1.1, "people": []}))
-    capsys.readouterr()
-    assert pose("--out", "o", "--detected", "found") == 0
-    assert "there is no ceiling" in capsys.readouterr().out
+
+    def score() -> float:
+        capsys.readouterr()
+        assert pose("--out", "o", "--detected", "nobody") == 0
+        assert "there is no ceiling" in capsys.readouterr().out
+        rows = json.loads((tmp_path / "o/pose.json").read_text())["rows"]
+        assert set(rows) == {"samples", "shuffled"}
+        return rows["samples"]["pck@0.1"]
+
+    for i in (2, 1, 0):                                                     # of 6 samples, and of no real picture
+        (found / f"{i:06d}_keypoints.json").write_text(json.dumps({"people": [openpose(asked[i])]}))
+        if i == 2:
+            assert score() == pytest.approx(1 / 6, abs=0.03)                # a single file is a folder all the same
+    (found / "000003_keypoints.json").write_text(json.dumps({"version": 1.1, "people": []}))
+    (found / "000004.json").write_text("[]")                                # what detectors leave where nobody is
+    assert score() == pytest.approx(0.5, abs=0.05)
+    flat = np.array(asked[5]["keypoints"]).reshape(17, 3) / [16, 16, 1]
+    (found / "000005.txt").write_text("0 0.5 0.5 1 1 " + " ".join(f"{v:.6f}" for v in flat.ravel()) + "\n")     # YOLO
+    assert score() == pytest.approx(4 / 6, abs=0.06)
+    (found / "000001_keypoints.json").write_text("{}")                      # no pose file is no picture without people
+    assert pose("--out", "o", "--detected", "nobody") == 2
+
+
+def test_frames_that_a_file_only_counts_are_the_pictures_in_order(pose, tmp_path, capsys):
+    assert pose("--out", "o") == 0
+    asked = json.loads((tmp_path / "o/poses.json").read_text())["annotations"]
+    frames = [{"people": [openpose(person)], "canvas_width": 16, "canvas_height": 16} for person in asked]
+    frames[2]["people"] = []
+    (tmp_path / "comfy.json").write_text(json.dumps(frames))
+    assert pose("--out", "o", "--detected", "comfy.json") == 0
     rows = json.loads((tmp_path / "o/pose.json").read_text())["rows"]
-    assert set(rows) == {"samples", "shuffled"} and rows["samples"]["pck@0.1"] == pytest.approx(0.5, abs=0.05)
+    assert rows["samples"]["pck@0.1"] == pytest.approx(5 / 6, abs=0.03) and rows["real"]["pck@0.1"] == 1
+    (tmp_path / "one.json").write_text(json.dumps(frames[:1]))
+    capsys.readouterr()
+    assert pose("--out", "o", "--detected", "one.json") == 2
+    assert "it does not say which" in capsys.readouterr().err
+
+
+def test_pictures_that_an_interrupted_run_left_are_not_taken_for_another_runs(pose, tmp_path, capsys, monkeypatch):
+    assert pose("--out", "o") == 0
+    asked = (tmp_path / "o/poses.json").read_text()
+    changed = json.loads(asked)
+    for info in ([1], "words", None, changed["info"] | {"more": 1}, {}):
+        (tmp_path / "o/poses.json").write_text(json.dumps(changed | {"info": info}))
+        capsys.readouterr()
+        assert pose("--out", "o", "--detected", "o/poses.json") == 2
+        assert "without --detected first" in capsys.readouterr().err
+    assert pose("--out", "o", "--limit", "4") == 0
+    assert len(list((tmp_path / "o/pictures").iterdir())) == 8              # not the twelve of before
+    save = Image.Image.save
+
+    def fails(self, path, *args, **how):
+        if str(path).endswith("000002.png"):
+            raise KeyboardInterrupt
+        save(self, path, *args, **how)
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    pose("--out", "o", "--limit", "4", "--seed", "1")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert pose("--out", "o", "--limit", "4", "--detected", "o/poses.json") == 2
 
 
 @pytest.mark.parametrize("flags, words", [
