@@ -352,12 +352,15 @@ def condition_losses(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: 
 
 # ------------------------------------------------------------------------------------------- the pose in a picture
 
-READER_VERSION = 1                  # raise it when what a reader learns changes: cached ones are then made anew
+READER_VERSION = 2                  # raise it when what a reader learns changes: cached ones are then made anew
 READER_SIDES = 64, 128              # pixels a side that it looks at: the second where pictures have more than the first
 READER_WIDTHS = 32, 64, 128, 192    # channels at 1/2, 1/4, 1/8 and 1/16 of that
-READER_BATCH, READER_STEPS, READER_LR, READER_WARMUP = 32, 2300, 4e-3, 50
+READER_BATCH, READER_STEPS, READER_LR, READER_WARMUP = 32, 2450, 4e-3, 50
 READER_SIGMA = 0.025                # of the Gaussian that a joint's map is to be, in pictures
-READER_NOISE = 0.2                  # most noise and blotches that it learns to look through, pictures being in [-1, 1]
+# What it learns to look through, in a share of the pictures, first and last:
+READER_SHARE = 0.5, 0.2
+READER_BLUR, READER_BLOTCH = (0.35, 0.8), (1 / 16, 1 / 4)       # down to so much of the side; blotches across
+READER_NOISE = 0.15                 # most noise and blotches, pictures being in [-1, 1]
 READER_WINDOW = 3                   # cells about the highest whose mean is the joint's place
 JUDGE = 0.9                         # PCK@0.1 of the reader on real pictures; below, it is no good judge of drawn ones
 
@@ -445,19 +448,22 @@ def reader_loss(logits: Tensor, poses: Tensor) -> Tensor:
     return (loss * counted).sum() / counted.sum().clamp(min=1)
 
 
-def degraded(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures [B, 3, S, S], half of them as an autoencoder might leave them: soft, with noise, and blotches of colour.
+def degraded(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Pictures [B, 3, S, S], the first `share` of them as an autoencoder might leave them: soft, with noise, and
+    blotches of colour.
 
     A reader of sharp pictures alone finds half of the joints in reconstructions in which a person sees them all.
     """
-    S = x.shape[-1]
-    low, blotch = (int(torch.randint(S // a, S // b + 1, (), generator=generator)) for a, b in ((4, 1), (16, 4)))
-    soft = F.interpolate(F.interpolate(x, (low, low), mode="area"), (S, S), mode="bilinear")
-    spots = torch.randn(len(x), 3, blotch, blotch, generator=generator)
-    spots = F.interpolate(spots, (S, S), mode="bilinear") + torch.randn(x.shape, generator=generator)
-    amount = READER_NOISE * torch.rand(len(x), 1, 1, 1, generator=generator)
-    chosen = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
-    return torch.where(chosen.to(x.device), soft + (amount * spots).to(x.device), x)
+    S, y = x.shape[-1], x[:round(share * len(x))]
+    if not len(y):
+        return x
+    low, blotch = (int(torch.randint(round(a * S), round(b * S) + 1, (), generator=generator))
+                   for a, b in (READER_BLUR, READER_BLOTCH))
+    soft = F.interpolate(F.interpolate(y, (low, low), mode="area"), (S, S), mode="bilinear")
+    spots = torch.randn(len(y), 3, blotch, blotch, generator=generator)
+    spots = F.interpolate(spots, (S, S), mode="bilinear") + torch.randn(y.shape, generator=generator)
+    amount = READER_NOISE * torch.rand(len(y), 1, 1, 1, generator=generator)
+    return torch.cat([soft + (amount * spots).to(x.device), x[len(y):]])
 
 
 def reader_side(pictures: data.Pictures) -> int:
@@ -470,17 +476,17 @@ def train_reader(pictures: data.Pictures, device: str = "cpu", steps: int = READ
         torch.manual_seed(0)
         reader = PoseReader(reader_side(pictures))
     reader = reader.to(device)
-    opt = torch.optim.AdamW(reader.parameters(), lr=READER_LR, betas=(0.9, 0.99))
+    opt = torch.optim.AdamW(reader.parameters(), lr=READER_LR, betas=(0.9, 0.99), fused=True)
     data.remember_all(pictures)
     batches = data.batches(pictures, READER_BATCH, 0, 0, steps, data.find_workers(device), augment=True,
                            zoom=(1.0, 1.0), device=device)
-    bf16, generator = checkpoint.has_bf16(device), torch.Generator().manual_seed(0)
+    bf16, generator, (first, last) = checkpoint.has_bf16(device), torch.Generator().manual_seed(0), READER_SHARE
     with tqdm(batches, "learning to read poses", steps, unit="step", dynamic_ncols=True, mininterval=1) as bar:
         for step, (x, poses, _) in enumerate(bar):
             for group in opt.param_groups:                          # warm-up, then a cosine to nothing
                 group["lr"] = READER_LR * min((step + 1) / READER_WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-                logits, _ = reader(degraded(x, generator))
+                logits, _ = reader(degraded(x, first + (last - first) * step / steps, generator))
             loss = reader_loss(logits, poses)
             opt.zero_grad(set_to_none=True)
             loss.backward()

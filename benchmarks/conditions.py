@@ -1,4 +1,4 @@
-"""Which condition steers best? Six at equal wall time, on the toy UNet over one and the same autoencoder.
+"""Which condition steers best? Seven at equal wall time, on the toy UNet over one and the same autoencoder.
 
     python benchmarks/conditions.py --vq runs/vq/last.pt --data figures --steps 1100 --seeds 0 1 --out DIR
     python benchmarks/conditions.py --vq VQ --data FOLDER --steps 1100 --seeds 0 --out DIR --variants maps tokens+maps
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -32,8 +33,10 @@ import evaluate  # noqa: E402
 import keypoints  # noqa: E402
 import train  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
+from keypoints import ConditionConfig  # noqa: E402
 
 CELLS = 32                      # a side of the grid, the seed's own
+WAVES = 4                       # frequencies of a pixel's own place, pi, 2 pi, ...
 ROUNDS, EACH = 5, 3             # of timing: rounds through all variants, steps of each in a round
 
 
@@ -50,28 +53,59 @@ class CellEncoder(keypoints.PoseEncoder):
         return tokens if drop is None else torch.where(drop[:, None, None], self.null, tokens)
 
 
-# name: doors, encoder of the tokens
+class LoudEncoder(keypoints.PoseEncoder):
+    """One token a joint like its parent, but the position is as loud as the joint's name from the first step on."""
+
+    def __init__(self, dim: int, n_freqs: int = 8):
+        super().__init__(dim, n_freqs)
+        self.position = nn.Sequential(*self.position, nn.LayerNorm(dim))
+
+
+class PlacedCondition(keypoints.PoseCondition):
+    """Gives the UNet, beside its parent's condition, waves [B, 4 WAVES, h, w] that tell each pixel where it is.
+
+    Without them a query of the cross-attention knows its place only by what convolutions carry in from the border.
+    """
+
+    def forward(self, pose: Tensor, size: tuple[int, int],
+                drop: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        context, maps = super().forward(pose, size, drop)
+        freqs, waves = math.pi * 2.0 ** torch.arange(WAVES, device=pose.device), []
+        for axis in (1, 0):                                                     # x, then y
+            angle = (torch.arange(size[axis], device=pose.device) + 0.5) / size[axis] * freqs[:, None]
+            wave = torch.cat([angle.sin(), angle.cos()])                        # [2 WAVES, w or h]
+            waves.append(wave.unsqueeze(1 if axis else 2).expand(-1, *size))
+        waves = torch.cat(waves).expand(len(pose), -1, -1, -1)
+        return context, waves if maps is None else torch.cat([maps, waves], dim=1)
+
+
+# name: doors, encoder of the tokens, does a pixel know its place
 VARIANTS = {
-    "seed": (("seed",), keypoints.PoseEncoder),
-    "cells": (("tokens",), CellEncoder),
-    "tokens": (("tokens",), keypoints.PoseEncoder),                             # Fourier features of x and y
-    "maps": (("maps",), keypoints.PoseEncoder),
-    "cells+maps": (("tokens", "maps"), CellEncoder),
-    "tokens+maps": (("tokens", "maps"), keypoints.PoseEncoder),
+    "seed": (("seed",), keypoints.PoseEncoder, False),
+    "cells": (("tokens",), CellEncoder, False),
+    "tokens": (("tokens",), keypoints.PoseEncoder, False),                      # Fourier features of x and y
+    "placed tokens": (("tokens",), LoudEncoder, True),
+    "maps": (("maps",), keypoints.PoseEncoder, False),
+    "tokens+maps": (("tokens", "maps"), keypoints.PoseEncoder, False),
+    "placed tokens+maps": (("tokens", "maps"), LoudEncoder, True),
 }
 
 
 @contextmanager
 def variant(name: str) -> Iterator[None]:
     """Inside the block the toy preset and the models in checkpoints have this condition."""
-    doors, encoder = VARIANTS[name]
-    toy, own = train.PRESETS["toy"], keypoints.PoseEncoder
+    doors, encoder, placed = VARIANTS[name]
+    toy, own = train.PRESETS["toy"], (keypoints.PoseEncoder, checkpoint.PoseCondition, ConditionConfig.map_channels)
     train.PRESETS["toy"] = replace(toy, cond=replace(toy.cond, doors=doors))
     keypoints.PoseEncoder = encoder
+    if placed:
+        checkpoint.PoseCondition = PlacedCondition
+        ConditionConfig.map_channels = property(lambda config: own[2].fget(config) + 4 * WAVES)
     try:
         yield
     finally:
-        train.PRESETS["toy"], keypoints.PoseEncoder = toy, own
+        train.PRESETS["toy"] = toy
+        keypoints.PoseEncoder, checkpoint.PoseCondition, ConditionConfig.map_channels = own
 
 
 def config(args: argparse.Namespace, name: str, seed: int, steps: int) -> train.Config:
