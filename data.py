@@ -1914,14 +1914,17 @@ def trim(checked: Checked, target: Path) -> int:
     The same layout under the same names, metadata.csv too; a picture without bars and its keypoint file are copied
     byte for byte. Returns how many were cut. Nothing is left behind where it is interrupted.
     """
-    ds, made, cut = checked.train, Path(f"{target}.partial"), {}
+    ds, made, cut, shared = checked.train, Path(f"{target}.partial"), {}, {}
     made.mkdir(parents=True, exist_ok=True)
     try:
-        kept = [i for i in range(len(ds)) if checked.rows["sound"][i]]
-        lists = {}                                      # a list may name pictures anywhere: those go into images/
+        kept = np.flatnonzero(checked.rows["sound"][:len(ds)]).tolist()
+        if not kept:
+            raise DataError(f"--trim {target}: no picture is sound, so there is nothing to copy")
+        lists = {}                                      # picture, and its name in the copy
         for i in tqdm(kept, desc="copying", unit="img", dynamic_ncols=True, disable=None):
-            name = ds.names[i]
-            lists[i] = name = f"images/{name.rpartition('images/')[2]}" if leaves_folder(name) else name
+            if ds.names[i] in lists:                    # a list may name a picture twice
+                continue
+            lists[ds.names[i]] = name = _name_in_copy(ds, i)
             image = made / name
             if leaves_folder(name) or image.exists():
                 raise DataError(f"{ds.paths[i]}: there is no room for it in {target}, where {name} is another picture")
@@ -1930,13 +1933,20 @@ def trim(checked: Checked, target: Path) -> int:
             if box:
                 cut[ds.paths[i]] = box
             if isinstance(ds.poses[i], str):
-                pose = Path(keypoint_folder(str(image.parent))) / f"{image.stem}.json"
+                pose = made / keypoint_folder(os.path.dirname(name)) / f"{image.stem}.json"
+                other, *before = shared.setdefault(pose, (ds.paths[i], ds.poses[i], box))
+                if before != [ds.poses[i], box]:
+                    raise DataError(f"{other} and {ds.paths[i]} would have one keypoint file in {target}, but not the "
+                                    f"same pose or bars; rename one of them and its keypoints")
                 pose.parent.mkdir(parents=True, exist_ok=True)
                 _cut_seed_pose(ds.poses[i], pose, box)
         if ds.coco:
-            _cut_coco(ds, {ds.paths[i] for i in kept}, cut, made)
+            copy = _cut_coco(ds, {ds.paths[i] for i in kept}, cut, made)
         elif ds.list:
-            (made / ds.list.name).write_text("".join(f"{lists[i]}\n" for i in kept), "utf-8", "surrogateescape")
+            copy = made / ds.list.name
+            copy.write_text("".join(f"{lists[ds.names[i]]}\n" for i in kept), "utf-8", "surrogateescape")
+        if len(PoseFolder(copy, ds.size, limit=0)) != len(kept):        # or its own sentence
+            raise DataError(f"--trim {target}: the copy does not have the {len(kept)} pictures that it should have")
         if (ds.root / "metadata.csv").is_file():
             shutil.copyfile(ds.root / "metadata.csv", made / "metadata.csv")
         if target.exists():
@@ -1961,6 +1971,7 @@ def _cut_picture(path: str, to: Path, row: np.ndarray) -> tuple[float, ...] | No
 def _cut_seed_pose(path: str, to: Path, box: tuple[float, ...] | None) -> None:
     """Copies a keypoint file; [row, col] are then those of the part `box` of the picture."""
     if not box:
+        copy = made
         shutil.copyfile(path, to)
         return
     pose = keypoints.crop(keypoints.read_seed(path), box)[:, 1::-1] * keypoints.SEED_CANVAS         # [17,2] row, col
@@ -1968,13 +1979,21 @@ def _cut_seed_pose(path: str, to: Path, box: tuple[float, ...] | None) -> None:
     to.write_text(json.dumps(keypoints.read_json(path) | joints))
 
 
-def _cut_coco(ds: PoseFolder, kept: set[str], cut: dict[str, tuple[float, ...]], made: Path) -> None:
-    """Writes the COCO json of the pictures kept: sizes, joints, boxes and outlines moved, what cannot move left out."""
+def _cut_coco(ds: PoseFolder, kept: set[str], cut: dict[str, tuple[float, ...]], made: Path) -> Path:
+    """Writes the COCO json of the pictures kept, and returns where."""
     path, folder = ds.coco
     told = keypoints.read_json(path, limit=None)
     files = {image["id"]: os.path.join(folder, image["file_name"]) for image in told["images"]}
     told["images"] = [image for image in told["images"] if files[image["id"]] in kept]
     told["annotations"] = [person for person in told["annotations"] if files.get(person.get("image_id")) in kept]
+def _name_in_copy(ds: PoseFolder, i: int) -> str:
+    """Where picture i goes: its name, or below images/ if that leaves the folder or has no keypoint folder."""
+    name = ds.names[i]
+    if leaves_folder(name) or isinstance(ds.poses[i], str) and not keypoint_folder(os.path.dirname(name)):
+        return "images/" + re.sub(r"^(.*/)?images/|^(\.\./)+", "", name)
+    return name
+
+
     edges = {}
     for image in told["images"]:
         if box := cut.get(files[image["id"]]):
@@ -1983,19 +2002,7 @@ def _cut_coco(ds: PoseFolder, kept: set[str], cut: dict[str, tuple[float, ...]],
             image["width"], image["height"] = round(x1 - x0), round(y1 - y0)
     for person in told["annotations"]:
         if person["image_id"] in edges:
-            x0, y0, x1, y1 = edges[person["image_id"]]
-            flat = person.get("keypoints", [])
-            person["keypoints"] = [value for x, y, v in zip(*(flat[k::3] for k in range(3)), strict=True)
-                                   for value in ((x - x0, y - y0, v) if v else (0, 0, 0))]
-            if "bbox" in person:
-                x, y, w, h = person["bbox"]
-                left, top = max(x, x0), max(y, y0)
-                person["bbox"] = [left - x0, top - y0, max(0, min(x + w, x1) - left), max(0, min(y + h, y1) - top)]
-            if isinstance(person.get("segmentation"), list):
-                person["segmentation"] = [[value - (x0, y0)[k % 2] for k, value in enumerate(outline)]
-                                          for outline in person["segmentation"]]
-            else:
-                person.pop("segmentation", None)        # run lengths of the whole picture
+            _cut_annotation(person, *edges[person["image_id"]])
     to = made / (path.relative_to(ds.root) if path.is_relative_to(ds.root) else path.name)
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(json.dumps(told))
@@ -2027,6 +2034,33 @@ def worst(suspects: list[Suspect]) -> list[Suspect]:
 
 def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], report: dict, side: int) -> None:
     """One picture: where the joints are, what is missing, the sizes; ordinary pictures; the worst suspects."""
+    return to
+
+
+def _cut_annotation(told: dict, x0: float, y0: float, x1: float, y1: float) -> None:
+    """Moves an annotation into the part of its picture that is left; what cannot be moved is left out."""
+    def joints(flat):
+        return [value for x, y, v in zip(*(flat[k::3] for k in range(3)), strict=True)
+                for value in ((x - x0, y - y0, v) if v else (0, 0, 0))]
+
+    def box(xywh):
+        x, y, w, h = xywh
+        left, top = max(x, x0), max(y, y0)
+        return [left - x0, top - y0, max(0, min(x + w, x1) - left), max(0, min(y + h, y1) - top)]
+
+    def outlines(polygons):                             # not run lengths, which are those of the whole picture
+        return [[value - (x0, y0)[k % 2] for k, value in enumerate(polygon)] for polygon in polygons]
+
+    def area(pixels):                                   # as much of it as of the box
+        return pixels * math.prod(told["bbox"][2:]) / math.prod(whole[2:])
+
+    whole = told.get("bbox")
+    for key, move in {"keypoints": joints, "bbox": box, "segmentation": outlines, "area": area}.items():
+        try:
+            if key in told:
+                told[key] = move(told[key])
+        except (TypeError, ValueError, LookupError, ArithmeticError):       # these fields nobody has looked at before
+            del told[key]
     from matplotlib.figure import Figure  # without pyplot nothing is global, and no window can open
 
     rows = checked.rows[checked.rows["sound"]]

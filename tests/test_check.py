@@ -486,7 +486,7 @@ def test_a_trimmed_jpeg(figures, tmp_path):
 
 
 def coco_of(root, figures) -> int:
-    """The barred set as COCO: two people in each picture, the smaller one first."""
+    """The barred set as COCO: two people in each picture, the smaller one first, then a thing and an odd crowd."""
     joint = barred_set(root, figures)
     images, people = [], []
     for i, path in enumerate(sorted((root / "images").iterdir())):
@@ -510,14 +510,20 @@ def test_coco_is_checked_and_trimmed(figures, tmp_path):
     report = run(tmp_path / "set", "--trim", str(tmp_path / "new"))
     assert {s for s in suspects(report) if s[0] == "bars"} == {("bars", f"a{i}.png") for i in (1, 3, 5, 7)}
     told = json.loads((tmp_path / "new/annotations/person_keypoints.json").read_text())
-    assert told["info"] == {"x": 1} and len(told["annotations"]) == 16
+    assert told["info"] == {"x": 1} and len(told["annotations"]) == 32
     assert all((image["width"], image["height"]) == (120, 90) for image in told["images"])
     for i in range(8):
         after = dot_at(tmp_path / "new", i, joint)
         assert np.abs(after[0] - after[1]).max() < 1e-9
         assert not PoseFolder(tmp_path / "new", SIDE).pose(i)[3].any()
-    for old, new in zip(json.loads((tmp_path / "set/annotations/person_keypoints.json").read_text())["annotations"],
-                        told["annotations"], strict=True):
+    had = json.loads((tmp_path / "set/annotations/person_keypoints.json").read_text())["annotations"]
+    for k, (old, new) in enumerate(zip(had, told["annotations"], strict=True)):
+        if k % 4 == 2:                                                  # a thing has no joints
+            assert new == old | {"bbox": [0, 0, 120, 90], "area": 120 * 90 / 2}
+            continue
+        if k % 4 == 3:                                                  # what cannot be moved is left out
+            assert new == (old if k // 4 % 2 == 0 else {"image_id": old["image_id"], "iscrowd": 1})
+            continue
         shift = np.subtract(old["keypoints"], new["keypoints"]).reshape(17, 3)[4]
         assert np.allclose(np.subtract(old["segmentation"], new["segmentation"])[0].reshape(3, 2), shift[:2])
         assert new["bbox"] == [0, 0, 120, 90] and new["keypoints"][9:12] == [0, 0, 0]
@@ -558,6 +564,9 @@ def test_two_pictures_of_one_name_have_no_room_in_a_copy(figures, tmp_path, caps
     (["--size", "0"], "--size 0"), (["--val", "NOWHERE"], "NOWHERE: there is no such"),
     (["--out", "NEW/x", "--trim", "NEW"], "is inside --trim"), (["--trim", "PART"], "PART.partial: that is there"),
     (["--out", "FULL/x"], "x"), (["--val", "SET", "--out", "SET/images"], "among")])
+        people.append({"image_id": 10 + i, "category_id": 2, "bbox": [0, 0, W, H], "area": W * H / 2})
+        people.append({"image_id": 10 + i, "iscrowd": 1, "keypoints": None, "bbox": None, "segmentation": [["x"]],
+                       "area": 7})
 def test_a_wrong_flag_is_one_sentence(clean, tmp_path, flags, words, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("mine")
@@ -583,6 +592,61 @@ def test_an_interruption_is_one_sentence_and_leaves_no_half_file(clean, tmp_path
     def interrupt(*_):
         raise KeyboardInterrupt
     monkeypatch.setattr(data, where, interrupt)
+def test_a_copy_that_cannot_be_opened_never_gets_its_name(figures, tmp_path, monkeypatch, capsys):
+    def write(ds, kept, cut, made):
+        (made / "k.json").write_text('{"images": [], "annotations": []}')
+        return made / "k.json"
+    coco_of(tmp_path / "set", figures)
+    monkeypatch.setattr(data, "_cut_coco", write)
+    run(tmp_path / "set", "--trim", str(tmp_path / "new"), status=2)
+    assert "k.json" in capsys.readouterr().err and not list(tmp_path.glob("new*"))
+
+
+def test_two_pictures_with_one_keypoint_file_need_the_same_bars(figures, tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(80, 180, (64, 64, 3), dtype=np.uint8)
+    save_pair(tmp_path / "set", "a.png", with_bars(noise, top=9, bottom=9), figures[0][1])
+    save_pair(tmp_path / "set", "a.jpg", noise, figures[0][1])
+    run(tmp_path / "set", "--trim", str(tmp_path / "new"), status=2)
+    err = capsys.readouterr().err
+    assert "a.png" in err and "a.jpg" in err and "one keypoint file" in err and not list(tmp_path.glob("new*"))
+    save_pair(tmp_path / "set", "a.png", noise, figures[0][1])
+    run(tmp_path / "set", "--trim", str(tmp_path / "new"))
+    assert len(PoseFolder(tmp_path / "new", SIDE)) == 2
+
+
+@pytest.mark.parametrize("target", ["x/new", "y/images/new"])
+def test_a_list_among_the_pictures_is_trimmed(figures, tmp_path, target):
+    joint = barred_set(tmp_path / "set", figures, 4)
+    barred_set(tmp_path / "set", figures, 2, name="p/q{}.png")
+    names = ["a0.png", "a1.png", "a3.png", f"{tmp_path}/set/images/p/q1.png"]
+    (tmp_path / "set/images/p/l.txt").write_text("".join(f"{tmp_path}/set/images/{n}\n" for n in names[:3]) + "q1.png")
+    (tmp_path / "set/images/l.txt").write_text("\n".join(names))
+    for where, wanted in (("set/images/l.txt", "p/q1.png"), ("set/images/p/l.txt", "q1.png")):
+        run(tmp_path / where, "--trim", str(tmp_path / target))
+        copy = PoseFolder(tmp_path / target / "l.txt", SIDE)
+        assert copy.names == [f"images/{name}" for name in (*names[:3], wanted)]
+        for i in range(4):
+            after = dot_at(tmp_path / target / "l.txt", i, joint)
+            assert np.abs(after[0] - after[1]).max() < 1e-9
+        assert len(list((tmp_path / target).rglob("*.json"))) == 4
+        assert len(list((tmp_path / target.split("/")[0]).rglob("*.json"))) == 4
+        shutil.rmtree(tmp_path / target)
+
+
+def test_a_list_may_name_a_picture_twice(figures, tmp_path):
+    barred_set(tmp_path / "set", figures, 4)
+    (tmp_path / "set/l.txt").write_text("images/a1.png\nimages/a0.png\n./images/a1.png\n")
+    run(tmp_path / "set/l.txt", "--trim", str(tmp_path / "new"))
+    assert PoseFolder(tmp_path / "new/l.txt", SIDE).names == [f"images/a{i}.png" for i in (1, 0, 1)]
+
+
+def test_of_no_sound_picture_there_is_no_copy(figures, tmp_path, capsys):
+    barred_set(tmp_path / "set", figures, 1)
+    (tmp_path / "set/images/a0.png").write_bytes(b"not a picture")
+    run(tmp_path / "set", "--trim", str(tmp_path / "new"), status=2)
+    assert "no picture is sound" in capsys.readouterr().err and not list(tmp_path.glob("new*"))
+
+
     assert data.main([str(clean), "--workers", "0", "--out", str(tmp_path / "out"), "--size", "64",
                       "--trim", str(tmp_path / "new")]) == 130
     assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.glob("new*"))
