@@ -1687,12 +1687,13 @@ def examine(ds: Pictures, workers: int) -> tuple[np.ndarray, dict[int, str]]:
 # The same picture twice.
 
 def find_copies(hashes: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
-    """uint64 [N,2], uint8 [N,16,16] -> int [N]: the first picture that i, or its mirror image, is a copy of, or i.
+    """uint64 [N,2], uint8 [N,16,16] -> int [N]: the first picture of i's group, in which each has a copy.
 
-    The hash is cut into BANDS parts; copies agree in one at least. Pictures are sorted by a part and by brightness,
-    and each is compared with the next WINDOW that have the part in common: near-linear, however many there are. Only
-    where more than WINDOW different pictures share a part (flat backgrounds) can a copy be overlooked. A picture saved
-    again, as JPEG or in another size, is a copy; one that was cropped or moved by a hundredth is not.
+    A group may be a chain: the last frame of a fade is in the group of the first and looks nothing like it. The hash
+    is cut into BANDS parts; copies agree in one at least. Pictures are sorted by a part and by brightness, and each is
+    compared with the next WINDOW that have the part in common: near-linear, however many there are. Only where more
+    than WINDOW different pictures share a part (flat backgrounds) can a copy be overlooked. A picture saved again, as
+    JPEG or in another size, is a copy; one that was cropped or moved by a hundredth is not.
     """
     N = len(hashes)
     if not N:
@@ -1703,35 +1704,42 @@ def find_copies(hashes: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
     keep = np.sort(first)                                           # one of each: thousands of equal ones cost nothing
     M, root = len(keep), np.arange(len(keep))
     code, level = hashes[keep].T.ravel(), thumbs[keep].mean(1)      # [2M]: the pictures, then their mirror images
-    coarse = thumbs[keep].reshape(M, 4, THUMB // 4, 4, THUMB // 4).mean((2, 4), dtype=np.float32)
-    coarse = np.concatenate([coarse, coarse[..., ::-1]]).reshape(2 * M, -1)     # apart no further than the thumbnails
+    cells = thumbs[keep].reshape(M, THUMB, THUMB)
+    cells = np.concatenate([cells, cells[..., ::-1]])
+    ends = np.concatenate([f(axis=k) for f in (cells.min, cells.max) for k in (1, 2)], 1)   # apart no more than cells
     bits = np.unpackbits(code[:, None].view(np.uint8), axis=1)      # [2M,64]
+    bar = tqdm(total=BANDS * WINDOW, desc="comparing", unit="lag", dynamic_ncols=True, disable=None, delay=1)
     for band in range(BANDS):                                       # every 4th bit: a part sees all of the picture
         part = np.packbits(bits[:, band::BANDS], axis=1).view(np.uint16).ravel()
         order = np.lexsort((np.concatenate([level, level]), part))
-        part, at = part[order], np.arange(2 * M)
+        part, bright, at = part[order], level[order % M], np.arange(2 * M)
         for step in range(1, WINDOW + 1):
             at = at[:np.searchsorted(at, 2 * M - step)]
             at = at[part[at] == part[at + step]]
+            at = at[bright[at + step] - bright[at] <= SAME_MEAN]    # ascending: what is further away differs more
             if not len(at):
                 break
+            bar.update()
             a, b = order[at], order[at + step]
             near = np.bitwise_count(code[a] ^ code[b]) <= HASH_BITS
-            near &= (np.abs(level[a % M] - level[b % M]) <= SAME_MEAN) & ((a < M) | (b < M))
+            near &= (a < M) | (b < M)
             near[near] = root[a[near] % M] != root[b[near] % M]
-            near[near] = np.abs(coarse[a[near]] - coarse[b[near]]).mean(1) <= SAME_MEAN + 1e-3
+            p, q = ends[a[near]], ends[b[near]]
+            near[near] = (np.maximum(p, q) - np.minimum(p, q)).max(1) <= SAME_CELL
             a, b = a[near], b[near]
             for s in range(0, len(a), 4096):
                 i, j = a[s:s + 4096], b[s:s + 4096]
                 same = _look_alike(thumbs[keep[i % M]], thumbs[keep[j % M]], (i < M) != (j < M))
                 _join(root, i[same] % M, j[same] % M)
+        bar.update((band + 1) * WINDOW - bar.n)
+    bar.close()
     return keep[root[np.searchsorted(keep, first)]][where.ravel()]
 
 
 def _look_alike(a: np.ndarray, b: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     """bool [n] of thumbnails uint8 [n,256]: is a the same picture as b, or as its mirror image where `mirrored`?"""
     b = b.reshape(-1, THUMB, THUMB)
-    b = np.where(mirrored[:, None, None], b[..., ::-1], b).reshape(len(a), -1)
+    b = np.where(mirrored[:, None, None], b[..., ::-1], b).reshape(a.shape)
     apart = np.maximum(a, b) - np.minimum(a, b)
     return (apart.max(1) <= SAME_CELL) & (apart.mean(1) <= SAME_MEAN)
 

@@ -385,6 +385,37 @@ def test_bars_are_found_to_the_pixel(figures, bars, quality, tmp_path):
         assert not found[-1] or np.abs(np.subtract(box, wanted)).max() <= (2 if quality else 0)
     # White bars around a pale wall, of nearly the same colour, may be overlooked.
     assert all(found) or bars.get("colour") == (255, 255, 255) and sum(found) >= 4
+def test_small_subjects_on_one_flat_ground_are_soon_told_apart(monkeypatch):
+    rng, thumbs, compared = np.random.default_rng(0), np.full((400, 16, 16), 200, np.uint8), []
+    for thumb, x, y in zip(thumbs, *rng.integers(0, 15, (2, 400)), strict=True):
+        thumb[y:y + 2, x] = rng.integers(20, 180)
+    look_alike = data._look_alike
+    monkeypatch.setattr(data, "_look_alike", lambda a, *more: compared.append(len(a)) or look_alike(a, *more))
+    zero = np.zeros((400, 2), np.uint64)
+    assert (data.find_copies(zero, thumbs) == brute_force(zero, thumbs)).all()
+    assert sum(compared) < 4000                                         # of 80,000 pairs
+
+
+def test_the_search_has_a_bar_and_ends_where_brightness_differs(monkeypatch):
+    class Bar:
+        n = calls = 0
+
+        def __init__(self, total, **_):
+            bars.append(self)
+            self.total = total
+
+        def update(self, n=1):
+            self.n, self.calls = self.n + n, self.calls + 1
+
+        def close(self):
+            assert self.n == self.total
+    bars = []
+    monkeypatch.setattr(data, "tqdm", Bar)
+    thumbs = np.arange(0, 240, 3, dtype=np.uint8)[:, None, None].repeat(16, 1).repeat(16, 2)
+    assert (data.find_copies(np.zeros((80, 2), np.uint64), thumbs) == np.arange(80)).all()
+    assert bars[0].n == data.BANDS * data.WINDOW and bars[0].calls <= 2 * data.BANDS
+
+
 
 
 def cut_out(kind: str, seed: int) -> np.ndarray:
