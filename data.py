@@ -801,7 +801,7 @@ class PoseFolder(Pictures):
     - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json, the seed's files;
     - a text file that lists pictures, one a line, absolute or relative to it; their keypoints are found the same way;
     - a folder with pictures (in images/ or in itself) and one COCO json (in itself, annotations/ or coco/), or the
-      json itself: the largest person that has a joint is taken, `skipped` counts the pictures without one;
+      json itself: the largest person that has a joint is taken, `skipped` names the pictures without one;
     - with `poseless`, also any folder of pictures, whatever json that is not COCO lies in it; a picture without
       keypoints then has a pose without visible joints.
 
@@ -816,7 +816,7 @@ class PoseFolder(Pictures):
         poseless: bool = False,             # take pictures without keypoints too, to measure stage 1 on them
         limit: float = BROKEN_LIMIT,        # share of pictures that may be broken; 1: all, and a check goes on
     ):
-        self.size, self.poseless, self.limit, self.broken, self.skipped = size, poseless, limit, {}, 0
+        self.size, self.poseless, self.limit, self.broken, self.skipped = size, poseless, limit, {}, []
         self.coco: tuple[Path, Path] | None = None      # the json and the folder its names start from, if it is COCO
         self.list: Path | None = None                   # the list, if it is one
         self.paths: list[str] = []          # picture i
@@ -897,7 +897,7 @@ class PoseFolder(Pictures):
             pose, image = keypoints.largest(poses), os.path.join(folder, name)
             pose = NO_POSE if pose is None and self.poseless else pose
             if pose is None:
-                self.skipped += 1
+                self.skipped.append(image)
             elif os.path.basename(image) not in listed(os.path.dirname(image)):
                 self.broken[image] = "there is no such file"
             else:
@@ -1548,7 +1548,7 @@ FACING_LEAST = 0.35             # the share of people who face the viewer; figur
 CENTRE_LINES = {"eyes": (1, 2), "ears": (3, 4), "shoulders": (5, 6), "hips": (11, 12)}      # left, right
 KINDS = {                       # worst first: what is printed of each
     "broken": "cannot be used",
-    "orphan": "keypoint files without a picture",
+    "orphan": "keypoint files without a picture, or pictures that no COCO json names",
     "leak": "held-out pictures are also in the training set",
     "point": "poses whose joints lie in one point",
     "outside": "poses mostly outside their picture",
@@ -1753,29 +1753,40 @@ def _join(root: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
             root[:] = root[root]
 
 
-def copies(checked: Checked) -> tuple[list[Suspect], dict]:
-    """Pictures that are there twice: across training and validation, where they leak, and among those trained on."""
+def copies(checked: Checked) -> list[Suspect]:
+    """Pictures that are there twice: across training and validation, where they leak, and among those trained on.
+
+    Each is named with the first picture of its group that it looks like itself, sought among WINDOW of like brightness.
+    """
     numbers = np.flatnonzero(checked.rows["sound"])
     rows, held = checked.rows[numbers], checked.held[numbers]
-    root, found = find_copies(rows["hash"], rows["thumb"]), []
+    thumbs, root = rows["thumb"].reshape(len(rows), THUMB ** 2), find_copies(rows["hash"], rows["thumb"])
     members: dict[int, list[int]] = {}
-    sizes = np.bincount(root, minlength=len(root))
+    sizes, level = np.bincount(root, minlength=len(root)), thumbs.mean(1)
     for i in np.flatnonzero(sizes[root] > 1).tolist():
         members.setdefault(int(root[i]), []).append(i)
-    pairs = 0
+    same: dict[int, tuple[int, bool]] = {}              # picture -> one that is trained on, mirrored?
     for group in members.values():
-        trained = [i for i in group if not held[i]]
-        pairs += len(trained) * (len(trained) - 1) // 2
-        for i in group if trained else ():
-            if i == trained[0]:
-                continue
-            a, b = (rows["thumb"][j].astype(int) for j in (i, trained[0]))
-            mirror = ", mirrored" if np.abs(a - b[:, ::-1]).sum() < np.abs(a - b).sum() else ""
-            other = checked.files[numbers[trained[0]]]
-            kind, why = (("leak", f"held out, but the same picture as {other}{mirror}, which is trained on") if held[i]
-                         else ("copy", f"the same picture as {other}{mirror} ({len(trained)} of it)"))
-            found.append(Suspect(kind, len(trained), checked.files[numbers[i]], why, int(numbers[i])))
-    return found, {"training_pairs": pairs}
+        trained = np.array([i for i in group if not held[i]], int)
+        bright = trained[np.argsort(level[trained], kind="stable")]
+        starts = np.maximum(np.searchsorted(level[bright], level[group]) - WINDOW // 2, 0)
+        for i, at in zip(group, starts.tolist(), strict=True):
+            for others in (trained[:1], np.sort(bright[at:at + WINDOW])):           # nearly always the first will do
+                others = others[(others < i) | held[i]]
+                plain, mirrored = (_look_alike(thumbs[[i] * len(others)], thumbs[others], np.full(len(others), m))
+                                   for m in (False, True))
+                if (plain | mirrored).any():
+                    k = (plain | mirrored).argmax()
+                    same[i] = int(others[k]), not plain[k]
+                    break
+    times = np.bincount([j for i, (j, _) in same.items() if not held[i]], minlength=len(rows)) + 1
+    found = []
+    for i, (j, mirrored) in same.items():
+        other = f"{checked.files[numbers[j]]}{', mirrored' if mirrored else ''}"
+        kind, why = (("leak", f"held out, but the same picture as {other}, which is trained on") if held[i]
+                     else ("copy", f"the same picture as {other} ({times[j]} of it)"))
+        found.append(Suspect(kind, int(times[j]), checked.files[numbers[i]], why, int(numbers[i])))
+    return found
 
 
 # What is implausible about a pose.
@@ -1890,16 +1901,25 @@ def judge(body: Bodies) -> tuple[dict[str, str], dict]:
 
 # Files without a partner, and what cannot be used.
 
-def orphans(root: Path, ds: Pictures) -> list[Suspect]:
-    """The keypoint files of the layout images/ + keypoints/ whose picture is not there."""
-    if not isinstance(ds, PoseFolder) or not (root / "keypoints").is_dir():
-        return []
-    known = {os.path.splitext(os.path.relpath(path, root / "images"))[0] for path in (*ds.paths, *ds.broken)}
-    found = sorted(os.path.relpath(os.path.join(at, name), root / "keypoints")
-                   for at, _, names in os.walk(root / "keypoints") for name in names
-                   if name.endswith(".json") and not name.startswith("."))
-    return [Suspect("orphan", 0, str(root / "keypoints" / file), "no picture of this name lies in images/")
-            for file in found if os.path.splitext(file)[0] not in known]
+def orphans(*datasets: Pictures | None) -> list[Suspect]:
+    """Keypoint files without a picture in images/, and pictures beside those of a COCO json that none of them names."""
+    folders, found = [ds for ds in datasets if isinstance(ds, PoseFolder)], []
+    named = {os.path.abspath(path) for ds in folders for path in (*ds.paths, *ds.broken, *ds.skipped)}
+    for ds in folders:
+        if ds.coco:
+            why = f"it lies among the pictures of {ds.coco[0]}, which does not name it"
+            beside = {os.path.dirname(path) for path in ds.paths}
+            found += [Suspect("orphan", 0, os.path.join(at, name), why) for at in beside for name in os.listdir(at)
+                      if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+                      and os.path.abspath(os.path.join(at, name)) not in named]
+        elif not ds.list:
+            known = {os.path.splitext(os.path.relpath(path, ds.root / "images"))[0] for path in (*ds.paths, *ds.broken)}
+            files = [os.path.relpath(os.path.join(at, name), ds.root / "keypoints")
+                     for at, _, names in os.walk(ds.root / "keypoints") for name in names
+                     if name.endswith(".json") and not name.startswith(".")]
+            found += [Suspect("orphan", 0, str(ds.root / "keypoints" / file), "no picture of this name lies in images/")
+                      for file in files if os.path.splitext(file)[0] not in known]
+    return found
 
 
 def barred(checked: Checked) -> list[Suspect]:
@@ -2142,7 +2162,7 @@ def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: 
         "root": root, "verdicts": verdicts,
         "pictures": {"found": sum(getattr(ds, "total", len(ds)) for ds in both),
                      "sound": int(sound.sum()), "broken": len(checked.broken),
-                     "without_a_person": sum(getattr(ds, "skipped", 0) for ds in both),
+                     "without_a_person": sum(len(getattr(ds, "skipped", ())) for ds in both),
                      "held_out": int((checked.held & sound).sum()),
                      "not_square": int((size[:, 0] != size[:, 1]).sum())},
         "short_side": {"min": int(short[0]), "median": int(short[len(short) // 2]), "max": int(short[-1]),
@@ -2250,11 +2270,10 @@ def check(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     checked = gather(train, val, args.workers)
     odd, verdicts, about = odd_poses(checked)
-    doubles, pairs = copies(checked)
     suspects = [Suspect("broken", 0, file, why) for file, why in checked.broken.items()]
-    suspects += orphans(Path(args.root), train) + doubles + odd + barred(checked)
+    suspects += orphans(train, val) + copies(checked) + odd + barred(checked)
     suspects.sort(key=lambda s: (list(KINDS).index(s.kind), -s.score, s.file))
-    about |= pairs | {"groups": len(set(group_names(train)))}
+    about["groups"] = len(set(group_names(train)))
     report = make_report(args.root, checked, suspects, verdicts, about)
     print("\n".join(describe(report)).encode("utf-8", "replace").decode())      # file names may be any bytes
     write_files(out, checked, suspects, report, args.size)
