@@ -1968,6 +1968,7 @@ def trim(checked: Checked, target: Path) -> int:
                                     f"same pose or bars; rename one of them and its keypoints")
                 pose.parent.mkdir(parents=True, exist_ok=True)
                 _cut_seed_pose(ds.poses[i], pose, box)
+        copy = made
         if ds.coco:
             copy = _cut_coco(ds, {ds.paths[i] for i in kept}, cut, made)
         elif ds.list:
@@ -1985,6 +1986,14 @@ def trim(checked: Checked, target: Path) -> int:
     return len(cut)
 
 
+def _name_in_copy(ds: PoseFolder, i: int) -> str:
+    """Where picture i goes: its name, or below images/ if that leaves the folder or has no keypoint folder."""
+    name = ds.names[i]
+    if leaves_folder(name) or isinstance(ds.poses[i], str) and not keypoint_folder(os.path.dirname(name)):
+        return "images/" + re.sub(r"^(.*/)?images/|^(\.\./)+", "", name)
+    return name
+
+
 def _cut_picture(path: str, to: Path, row: np.ndarray) -> tuple[float, ...] | None:
     """Copies a picture, without its bars if it has any; returns the part that is left, (x0, y0, x1, y1) in 0..1."""
     (W, H), inner = row["size"].tolist(), tuple(row["inner"].tolist())
@@ -1999,7 +2008,6 @@ def _cut_picture(path: str, to: Path, row: np.ndarray) -> tuple[float, ...] | No
 def _cut_seed_pose(path: str, to: Path, box: tuple[float, ...] | None) -> None:
     """Copies a keypoint file; [row, col] are then those of the part `box` of the picture."""
     if not box:
-        copy = made
         shutil.copyfile(path, to)
         return
     pose = keypoints.crop(keypoints.read_seed(path), box)[:, 1::-1] * keypoints.SEED_CANVAS         # [17,2] row, col
@@ -2014,14 +2022,6 @@ def _cut_coco(ds: PoseFolder, kept: set[str], cut: dict[str, tuple[float, ...]],
     files = {image["id"]: os.path.join(folder, image["file_name"]) for image in told["images"]}
     told["images"] = [image for image in told["images"] if files[image["id"]] in kept]
     told["annotations"] = [person for person in told["annotations"] if files.get(person.get("image_id")) in kept]
-def _name_in_copy(ds: PoseFolder, i: int) -> str:
-    """Where picture i goes: its name, or below images/ if that leaves the folder or has no keypoint folder."""
-    name = ds.names[i]
-    if leaves_folder(name) or isinstance(ds.poses[i], str) and not keypoint_folder(os.path.dirname(name)):
-        return "images/" + re.sub(r"^(.*/)?images/|^(\.\./)+", "", name)
-    return name
-
-
     edges = {}
     for image in told["images"]:
         if box := cut.get(files[image["id"]]):
@@ -2034,6 +2034,33 @@ def _name_in_copy(ds: PoseFolder, i: int) -> str:
     to = made / (path.relative_to(ds.root) if path.is_relative_to(ds.root) else path.name)
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(json.dumps(told))
+    return to
+
+
+def _cut_annotation(told: dict, x0: float, y0: float, x1: float, y1: float) -> None:
+    """Moves an annotation into the part of its picture that is left; what cannot be moved is left out."""
+    def joints(flat):
+        return [value for x, y, v in zip(*(flat[k::3] for k in range(3)), strict=True)
+                for value in ((x - x0, y - y0, v) if v else (0, 0, 0))]
+
+    def box(xywh):
+        x, y, w, h = xywh
+        left, top = max(x, x0), max(y, y0)
+        return [left - x0, top - y0, max(0, min(x + w, x1) - left), max(0, min(y + h, y1) - top)]
+
+    def outlines(polygons):                             # not run lengths, which are those of the whole picture
+        return [[value - (x0, y0)[k % 2] for k, value in enumerate(polygon)] for polygon in polygons]
+
+    def area(pixels):                                   # as much of it as of the box
+        return pixels * math.prod(told["bbox"][2:]) / math.prod(whole[2:])
+
+    whole = told.get("bbox")
+    for key, move in {"keypoints": joints, "bbox": box, "segmentation": outlines, "area": area}.items():
+        try:
+            if key in told:
+                told[key] = move(told[key])
+        except (TypeError, ValueError, LookupError, ArithmeticError):       # these fields nobody has looked at before
+            del told[key]
 
 
 # What is written and printed.
@@ -2062,38 +2089,10 @@ def worst(suspects: list[Suspect]) -> list[Suspect]:
 
 def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], report: dict, side: int) -> None:
     """One picture: where the joints are, what is missing, the sizes; ordinary pictures; the worst suspects."""
-    return to
-
-
-def _cut_annotation(told: dict, x0: float, y0: float, x1: float, y1: float) -> None:
-    """Moves an annotation into the part of its picture that is left; what cannot be moved is left out."""
-    def joints(flat):
-        return [value for x, y, v in zip(*(flat[k::3] for k in range(3)), strict=True)
-                for value in ((x - x0, y - y0, v) if v else (0, 0, 0))]
-
-    def box(xywh):
-        x, y, w, h = xywh
-        left, top = max(x, x0), max(y, y0)
-        return [left - x0, top - y0, max(0, min(x + w, x1) - left), max(0, min(y + h, y1) - top)]
-
-    def outlines(polygons):                             # not run lengths, which are those of the whole picture
-        return [[value - (x0, y0)[k % 2] for k, value in enumerate(polygon)] for polygon in polygons]
-
-    def area(pixels):                                   # as much of it as of the box
-        return pixels * math.prod(told["bbox"][2:]) / math.prod(whole[2:])
-
-    whole = told.get("bbox")
-    for key, move in {"keypoints": joints, "bbox": box, "segmentation": outlines, "area": area}.items():
-        try:
-            if key in told:
-                told[key] = move(told[key])
-        except (TypeError, ValueError, LookupError, ArithmeticError):       # these fields nobody has looked at before
-            del told[key]
     from matplotlib.figure import Figure  # without pyplot nothing is global, and no window can open
 
     rows = checked.rows[checked.rows["sound"]]
-    ordinary = np.flatnonzero(checked.rows["sound"])
-    ordinary = ordinary[np.unique(np.linspace(0, len(ordinary) - 1, ACROSS).astype(int))] if len(ordinary) else []
+    ordinary = np.flatnonzero(checked.rows["sound"])[evenly(len(rows), ACROSS)]
     shown = worst(suspects)
     cells = [(i, Path(checked.files[i]).name, "dimgray") for i in ordinary]
     cells += [(None, "", "")] * (-len(cells) % ACROSS)
@@ -2137,7 +2136,7 @@ def _plain(text: str, most: int) -> str:
 
 def _draw_density(ax, poses: np.ndarray) -> None:
     """Skeletons [N,17,3] as a 2-D histogram of points along their limbs, the picture's border drawn in."""
-    poses = poses[np.linspace(0, len(poses) - 1, min(len(poses), DENSITY)).astype(int)]
+    poses = poses[evenly(len(poses), DENSITY)]
     seen, _ = visible(poses)
     along, counts = np.linspace(0, 1, 24)[:, None], np.zeros((96, 96))
     for a, b in keypoints.LIMBS:
@@ -2263,8 +2262,17 @@ def gather(train: Pictures, val: Pictures | None, workers: int) -> Checked:
     return Checked(train, val, files, held, np.concatenate(parts), broken)
 
 
+def say(text: str) -> None:
+    """Prints what the terminal has letters for: file names may be any bytes. Nobody has to read on (`| head -1`)."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:                             # nor does Python, as it ends, have anything to complain of
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def check(args: argparse.Namespace) -> int:
-    """Prints what there is to say, writes the files, makes the copy without bars; returns the exit status."""
+    """Writes the files, prints what there is to say, makes the copy without bars; returns the exit status."""
     train, val = open_checked(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -2275,12 +2283,12 @@ def check(args: argparse.Namespace) -> int:
     suspects.sort(key=lambda s: (list(KINDS).index(s.kind), -s.score, s.file))
     about["groups"] = len(set(group_names(train)))
     report = make_report(args.root, checked, suspects, verdicts, about)
-    print("\n".join(describe(report)).encode("utf-8", "replace").decode())      # file names may be any bytes
     write_files(out, checked, suspects, report, args.size)
+    say("\n".join(describe(report)))
     if args.trim:
         cut = trim(checked, Path(args.trim))
-        print(f"wrote {args.trim}, a copy of the {checked.rows['sound'].sum()} sound pictures, {cut} of them trimmed")
-    print(f"wrote {out}/report.json, {out}/suspects.txt ({len(suspects)} lines), {out}/overview.png")
+        say(f"wrote {args.trim}, a copy of the {checked.rows['sound'].sum()} sound pictures, {cut} of them trimmed")
+    say(f"wrote {out}/report.json, {out}/suspects.txt ({len(suspects)} lines), {out}/overview.png")
     if len(checked.broken) > BROKEN_LIMIT * report["pictures"]["found"]:
         print(f"{args.root}: more than {BROKEN_LIMIT:.0%} broken, training would stop; take those out", file=sys.stderr)
         return 2

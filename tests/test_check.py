@@ -1,8 +1,11 @@
 """python data.py DIR: each fault is planted among clean figures, and exactly it has to be found."""
 
 import csv
+import io
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -294,9 +297,6 @@ def test_a_set_of_ones_own_to_validate_on(clean, figures, tmp_path):
     report = run(clean, "--val", str(tmp_path / "val"))
     assert suspects(report) == {("leak", "y.png")} and report["pictures"]["held_out"] == 2
     assert "clip3_003.png" in report["suspects"][0]["why"]
-
-
-def test_figures_in_other_poses_on_one_flat_ground_are_not_copies(figures, tmp_path):
     (tmp_path / "val/images/y.png").unlink()
     assert suspects(run(clean, "--val", str(tmp_path / "val"))) == {("orphan", "y.json")}
 
@@ -324,6 +324,9 @@ def test_each_copy_is_named_with_a_picture_that_it_looks_like(figures, tmp_path)
     assert set(copies) == {("leak", "f6.png")} | {("copy", f"f{i}.png") for i in range(1, 6)}
     assert all(f"f{int(name[1]) - 1}.png" in why for (_, name), why in copies.items())
     assert "(2 of it)" in copies["copy", "f5.png"]
+
+
+def test_figures_in_other_poses_on_one_flat_ground_are_not_copies(figures, tmp_path):
     for i, (_, pose) in enumerate(figures[:40]):
         save_pair(tmp_path / "set", f"a{i}.png", keypoints.draw(pose, 128), pose)
     assert not run(tmp_path / "set")["suspects"]
@@ -382,35 +385,6 @@ def test_thousands_of_equal_pictures_are_one_group():
     assert not data.find_copies(np.zeros((len(thumbs), 2), np.uint64), thumbs).any()
 
 
-# ------------------------------------------------------------------------------------------------- bars
-
-def with_bars(image: np.ndarray, left=0, right=0, top=0, bottom=0, colour=(0, 0, 0)) -> np.ndarray:
-    H, W = image.shape[:2]
-    page = np.full((H + top + bottom, W + left + right, 3), colour, np.uint8)
-    page[top:top + H, left:left + W] = image
-    return page
-
-
-BARS = [dict(top=9, bottom=9), dict(left=7, right=8), dict(top=12, bottom=10, colour=(255, 255, 255)),
-        dict(left=6, right=6, top=6, bottom=6, colour=(90, 30, 40)), dict(top=40, bottom=40)]
-
-
-@pytest.mark.parametrize("bars", BARS, ids=str)
-@pytest.mark.parametrize("quality", [None, 85], ids=["png", "jpeg"])
-def test_bars_are_found_to_the_pixel(figures, bars, quality, tmp_path):
-    found = []
-    for image, _ in figures[:6]:
-        image = np.array(Image.fromarray(image).resize((256, 200), Image.Resampling.BICUBIC))
-        whole = with_bars(image, **bars)
-        wanted = (bars.get("left", 0), bars.get("top", 0), bars.get("left", 0) + 256, bars.get("top", 0) + 200)
-        if quality:
-            Image.fromarray(whole).save(tmp_path / "a.jpg", quality=quality)
-            whole = np.array(Image.open(tmp_path / "a.jpg"))
-        box = data.find_bars(whole)
-        found.append(box != (0, 0, *whole.shape[1::-1]))
-        assert not found[-1] or np.abs(np.subtract(box, wanted)).max() <= (2 if quality else 0)
-    # White bars around a pale wall, of nearly the same colour, may be overlooked.
-    assert all(found) or bars.get("colour") == (255, 255, 255) and sum(found) >= 4
 def test_small_subjects_on_one_flat_ground_are_soon_told_apart(monkeypatch):
     rng, thumbs, compared = np.random.default_rng(0), np.full((400, 16, 16), 200, np.uint8), []
     for thumb, x, y in zip(thumbs, *rng.integers(0, 15, (2, 400)), strict=True):
@@ -442,6 +416,35 @@ def test_the_search_has_a_bar_and_ends_where_brightness_differs(monkeypatch):
     assert bars[0].n == data.BANDS * data.WINDOW and bars[0].calls <= 2 * data.BANDS
 
 
+# ------------------------------------------------------------------------------------------------- bars
+
+def with_bars(image: np.ndarray, left=0, right=0, top=0, bottom=0, colour=(0, 0, 0)) -> np.ndarray:
+    H, W = image.shape[:2]
+    page = np.full((H + top + bottom, W + left + right, 3), colour, np.uint8)
+    page[top:top + H, left:left + W] = image
+    return page
+
+
+BARS = [dict(top=9, bottom=9), dict(left=7, right=8), dict(top=12, bottom=10, colour=(255, 255, 255)),
+        dict(left=6, right=6, top=6, bottom=6, colour=(90, 30, 40)), dict(top=40, bottom=40)]
+
+
+@pytest.mark.parametrize("bars", BARS, ids=str)
+@pytest.mark.parametrize("quality", [None, 85], ids=["png", "jpeg"])
+def test_bars_are_found_to_the_pixel(figures, bars, quality, tmp_path):
+    found = []
+    for image, _ in figures[:6]:
+        image = np.array(Image.fromarray(image).resize((256, 200), Image.Resampling.BICUBIC))
+        whole = with_bars(image, **bars)
+        wanted = (bars.get("left", 0), bars.get("top", 0), bars.get("left", 0) + 256, bars.get("top", 0) + 200)
+        if quality:
+            Image.fromarray(whole).save(tmp_path / "a.jpg", quality=quality)
+            whole = np.array(Image.open(tmp_path / "a.jpg"))
+        box = data.find_bars(whole)
+        found.append(box != (0, 0, *whole.shape[1::-1]))
+        assert not found[-1] or np.abs(np.subtract(box, wanted)).max() <= (2 if quality else 0)
+    # White bars around a pale wall, of nearly the same colour, may be overlooked.
+    assert all(found) or bars.get("colour") == (255, 255, 255) and sum(found) >= 4
 
 
 def cut_out(kind: str, seed: int) -> np.ndarray:
@@ -555,6 +558,9 @@ def coco_of(root, figures) -> int:
         for person in (small, pose):
             people.append({"id": len(people), "image_id": 10 + i, "iscrowd": 0, "category_id": 1, "bbox": [0, 0, W, H],
                            "segmentation": [person[5:8, :2].ravel().tolist()], "keypoints": person.ravel().tolist()})
+        people.append({"image_id": 10 + i, "category_id": 2, "bbox": [0, 0, W, H], "area": W * H / 2})
+        people.append({"image_id": 10 + i, "iscrowd": 1, "keypoints": None, "bbox": None, "segmentation": [["x"]],
+                       "area": 7})
     shutil.rmtree(root / "keypoints")
     (root / "annotations").mkdir()
     (root / "annotations/person_keypoints.json").write_text(json.dumps(
@@ -586,69 +592,6 @@ def test_coco_is_checked_and_trimmed(figures, tmp_path):
         assert new["bbox"] == [0, 0, 120, 90] and new["keypoints"][9:12] == [0, 0, 0]
 
 
-def test_a_list_is_checked_and_trimmed(figures, tmp_path):
-    joint = barred_set(tmp_path / "elsewhere", figures)
-    barred_set(tmp_path / "set/of", figures, 2, name="z{}.png")
-    names = [f"{tmp_path}/elsewhere/images/a{i}.png" for i in (5, 3, 2)] + ["of/images/z1.png", "of/images/z0.png"]
-    (tmp_path / "set/train.txt").write_text("\n".join(names))
-    (tmp_path / "set/of/keypoints/nobody.json").write_text("{}")            # a list is a choice: no orphans
-    report = run(tmp_path / "set/train.txt", "--trim", str(tmp_path / "new"))
-    assert {s for s in suspects(report) if s[0] in ("bars", "orphan")} == {("bars", n) for n in
-                                                                          ("a5.png", "a3.png", "z1.png")}
-    assert PoseFolder(tmp_path / "new/train.txt", SIDE).names == ["images/a5.png", "images/a3.png", "images/a2.png",
-                                                                  "of/images/z1.png", "of/images/z0.png"]
-    for i in range(5):
-        after = dot_at(tmp_path / "new/train.txt", i, joint)
-        assert np.abs(after[0] - after[1]).max() < 1e-9
-
-
-def test_two_pictures_of_one_name_have_no_room_in_a_copy(figures, tmp_path, capsys):
-    for part in "pq":
-        barred_set(tmp_path / part, figures, 1)
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set/l.txt").write_text("".join(f"{tmp_path}/{part}/images/a0.png\n" for part in "pq"))
-    assert data.main([str(tmp_path / "set/l.txt"), "--workers", "0", "--out", str(tmp_path / "out"),
-                      "--trim", str(tmp_path / "new")]) == 2
-    assert "no room for it" in capsys.readouterr().err and not list(tmp_path.glob("new*"))
-
-
-# ---------------------------------------------------------------------------------------------- the command
-
-@pytest.mark.parametrize("flags, words", [
-    (["--out", "SET/images"], "among the pictures"), (["--out", "SET/images/new"], "among the pictures"),
-    (["--trim", "SET/new"], "is inside"), (["--trim", "SET"], "is inside"), (["--trim", "FULL"], "is there already"),
-    (["--trim", "FULL/x"], "is there already"), (["--workers", "-1"], "--workers -1: at least 0"),
-    (["--size", "0"], "--size 0"), (["--val", "NOWHERE"], "NOWHERE: there is no such"),
-    (["--out", "NEW/x", "--trim", "NEW"], "is inside --trim"), (["--trim", "PART"], "PART.partial: that is there"),
-    (["--out", "FULL/x"], "x"), (["--val", "SET", "--out", "SET/images"], "among")])
-        people.append({"image_id": 10 + i, "category_id": 2, "bbox": [0, 0, W, H], "area": W * H / 2})
-        people.append({"image_id": 10 + i, "iscrowd": 1, "keypoints": None, "bbox": None, "segmentation": [["x"]],
-                       "area": 7})
-def test_a_wrong_flag_is_one_sentence(clean, tmp_path, flags, words, capsys):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/x").write_text("mine")
-    (tmp_path / "PART.partial/x").mkdir(parents=True)
-    flags = [f.replace("SET", str(clean)).replace("FULL", str(tmp_path / "full")) for f in flags]
-    flags = [f.replace("NEW", str(tmp_path / "new")).replace("PART", str(tmp_path / "PART")) for f in flags]
-    before = sorted(tmp_path.rglob("*"))
-    assert data.main([str(clean), *(() if "--out" in flags else ("--out", str(tmp_path / "out"))), *flags]) == 2
-    err = capsys.readouterr().err
-    assert words in err and err.count("\n") == 1 and err.startswith("data.py: ")
-    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "full/x").read_text() == "mine"
-
-
-def test_figures_take_no_other_pictures(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert data.main(["figures", "--trim", "new"]) == 2 and data.main(["figures", "--n", "0"]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 2 and "--trim" in err and "--n 0" in err and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("where", ["find_bars", "draw_overview", "_cut_picture"])
-def test_an_interruption_is_one_sentence_and_leaves_no_half_file(clean, tmp_path, monkeypatch, capsys, where):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data, where, interrupt)
 def test_a_copy_that_cannot_be_opened_never_gets_its_name(figures, tmp_path, monkeypatch, capsys):
     def write(ds, kept, cut, made):
         (made / "k.json").write_text('{"images": [], "annotations": []}')
@@ -704,6 +647,66 @@ def test_of_no_sound_picture_there_is_no_copy(figures, tmp_path, capsys):
     assert "no picture is sound" in capsys.readouterr().err and not list(tmp_path.glob("new*"))
 
 
+def test_a_list_is_checked_and_trimmed(figures, tmp_path):
+    joint = barred_set(tmp_path / "elsewhere", figures)
+    barred_set(tmp_path / "set/of", figures, 2, name="z{}.png")
+    names = [f"{tmp_path}/elsewhere/images/a{i}.png" for i in (5, 3, 2)] + ["of/images/z1.png", "of/images/z0.png"]
+    (tmp_path / "set/train.txt").write_text("\n".join(names))
+    (tmp_path / "set/of/keypoints/nobody.json").write_text("{}")            # a list is a choice: no orphans
+    report = run(tmp_path / "set/train.txt", "--trim", str(tmp_path / "new"))
+    assert {s for s in suspects(report) if s[0] in ("bars", "orphan")} == {("bars", n) for n in
+                                                                          ("a5.png", "a3.png", "z1.png")}
+    assert PoseFolder(tmp_path / "new/train.txt", SIDE).names == ["images/a5.png", "images/a3.png", "images/a2.png",
+                                                                  "of/images/z1.png", "of/images/z0.png"]
+    for i in range(5):
+        after = dot_at(tmp_path / "new/train.txt", i, joint)
+        assert np.abs(after[0] - after[1]).max() < 1e-9
+
+
+def test_two_pictures_of_one_name_have_no_room_in_a_copy(figures, tmp_path, capsys):
+    for part in "pq":
+        barred_set(tmp_path / part, figures, 1)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/l.txt").write_text("".join(f"{tmp_path}/{part}/images/a0.png\n" for part in "pq"))
+    assert data.main([str(tmp_path / "set/l.txt"), "--workers", "0", "--out", str(tmp_path / "out"),
+                      "--trim", str(tmp_path / "new")]) == 2
+    assert "no room for it" in capsys.readouterr().err and not list(tmp_path.glob("new*"))
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+@pytest.mark.parametrize("flags, words", [
+    (["--out", "SET/images"], "among the pictures"), (["--out", "SET/images/new"], "among the pictures"),
+    (["--trim", "SET/new"], "is inside"), (["--trim", "SET"], "is inside"), (["--trim", "FULL"], "is there already"),
+    (["--trim", "FULL/x"], "is there already"), (["--workers", "-1"], "--workers -1: at least 0"),
+    (["--size", "0"], "--size 0"), (["--val", "NOWHERE"], "NOWHERE: there is no such"),
+    (["--out", "NEW/x", "--trim", "NEW"], "is inside --trim"), (["--trim", "PART"], "PART.partial: that is there"),
+    (["--out", "FULL/x"], "File exists: '"), (["--val", "SET", "--out", "SET/images"], "among")])
+def test_a_wrong_flag_is_one_sentence(clean, tmp_path, flags, words, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").write_text("mine")
+    (tmp_path / "PART.partial/x").mkdir(parents=True)
+    flags = [f.replace("SET", str(clean)).replace("FULL", str(tmp_path / "full")) for f in flags]
+    flags = [f.replace("NEW", str(tmp_path / "new")).replace("PART", str(tmp_path / "PART")) for f in flags]
+    before = sorted(tmp_path.rglob("*"))
+    assert data.main([str(clean), *(() if "--out" in flags else ("--out", str(tmp_path / "out"))), *flags]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1 and err.startswith("data.py: ")
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "full/x").read_text() == "mine"
+
+
+def test_figures_take_no_other_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert data.main(["figures", "--trim", "new"]) == 2 and data.main(["figures", "--n", "0"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2 and "--trim" in err and "--n 0" in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["find_bars", "draw_overview", "_cut_picture"])
+def test_an_interruption_is_one_sentence_and_leaves_no_half_file(clean, tmp_path, monkeypatch, capsys, where):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data, where, interrupt)
     assert data.main([str(clean), "--workers", "0", "--out", str(tmp_path / "out"), "--size", "64",
                       "--trim", str(tmp_path / "new")]) == 130
     assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.glob("new*"))
@@ -719,3 +722,29 @@ def test_odd_file_names_are_printed_written_and_drawn(clean, capsys):
     assert suspects(run(clean)) == {("outside", name)}
     line = (clean.parent / "out/suspects.txt").read_text("utf-8", "surrogateescape")
     assert line.count("\t") == 2 and line.count("\n") == 1 and "日本 \udcff.png" in line
+
+
+def test_what_the_terminal_cannot_write_keeps_no_file_back(clean, monkeypatch):
+    for part in ("images/clip0_001.png", "keypoints/clip0_001.json"):
+        shutil.move(clean / part, clean / part.replace("clip0_001", "日本"))
+    rewrite(clean, "日本", lambda pose: pose + (0.7, 0, 0))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert suspects(run(clean)) == {("outside", "日本.png")}
+    assert b"images/??.png: " in sys.stdout.buffer.getvalue()
+
+
+def test_nobody_has_to_read_what_is_printed(figures, tmp_path, monkeypatch, capsys):
+    barred_set(tmp_path / "set", figures, 4)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, open(writer, "w") as out:      # closing it complains of what was not written
+        patch.setattr(sys, "stdout", out)
+        run(tmp_path / "set", "--trim", str(tmp_path / "new"))
+    assert len(PoseFolder(tmp_path / "new", SIDE)) == 4 and not capsys.readouterr().err
+
+
+def test_ordinary_pictures_are_taken_evenly(clean, monkeypatch):
+    shown, framed = [], data.framed
+    monkeypatch.setattr(data, "framed", lambda checked, i, side: shown.append(i) or framed(checked, i, side))
+    run(clean)
+    assert shown == data.evenly(N, data.ACROSS).tolist()
