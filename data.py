@@ -801,7 +801,7 @@ class PoseFolder(Pictures):
     - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json, the seed's files;
     - a text file that lists pictures, one a line, absolute or relative to it; their keypoints are found the same way;
     - a folder with pictures (in images/ or in itself) and one COCO json (in itself, annotations/ or coco/), or the
-      json itself: the largest person that has a joint is taken, `skipped` counts the pictures without one;
+      json itself: the largest person that has a joint is taken, `skipped` names the pictures without one;
     - with `poseless`, also any folder of pictures, whatever json that is not COCO lies in it; a picture without
       keypoints then has a pose without visible joints.
 
@@ -816,7 +816,7 @@ class PoseFolder(Pictures):
         poseless: bool = False,             # take pictures without keypoints too, to measure stage 1 on them
         limit: float = BROKEN_LIMIT,        # share of pictures that may be broken; 1: all, and a check goes on
     ):
-        self.size, self.poseless, self.limit, self.broken, self.skipped = size, poseless, limit, {}, 0
+        self.size, self.poseless, self.limit, self.broken, self.skipped = size, poseless, limit, {}, []
         self.coco: tuple[Path, Path] | None = None      # the json and the folder its names start from, if it is COCO
         self.list: Path | None = None                   # the list, if it is one
         self.paths: list[str] = []          # picture i
@@ -897,7 +897,7 @@ class PoseFolder(Pictures):
             pose, image = keypoints.largest(poses), os.path.join(folder, name)
             pose = NO_POSE if pose is None and self.poseless else pose
             if pose is None:
-                self.skipped += 1
+                self.skipped.append(image)
             elif os.path.basename(image) not in listed(os.path.dirname(image)):
                 self.broken[image] = "there is no such file"
             else:
@@ -1548,7 +1548,7 @@ FACING_LEAST = 0.35             # the share of people who face the viewer; figur
 CENTRE_LINES = {"eyes": (1, 2), "ears": (3, 4), "shoulders": (5, 6), "hips": (11, 12)}      # left, right
 KINDS = {                       # worst first: what is printed of each
     "broken": "cannot be used",
-    "orphan": "keypoint files without a picture",
+    "orphan": "keypoint files without a picture, or pictures that no COCO json names",
     "leak": "held-out pictures are also in the training set",
     "point": "poses whose joints lie in one point",
     "outside": "poses mostly outside their picture",
@@ -1687,12 +1687,13 @@ def examine(ds: Pictures, workers: int) -> tuple[np.ndarray, dict[int, str]]:
 # The same picture twice.
 
 def find_copies(hashes: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
-    """uint64 [N,2], uint8 [N,16,16] -> int [N]: the first picture that i, or its mirror image, is a copy of, or i.
+    """uint64 [N,2], uint8 [N,16,16] -> int [N]: the first picture of i's group, in which each has a copy.
 
-    The hash is cut into BANDS parts; copies agree in one at least. Pictures are sorted by a part and by brightness,
-    and each is compared with the next WINDOW that have the part in common: near-linear, however many there are. Only
-    where more than WINDOW different pictures share a part (flat backgrounds) can a copy be overlooked. A picture saved
-    again, as JPEG or in another size, is a copy; one that was cropped or moved by a hundredth is not.
+    A group may be a chain: the last frame of a fade is in the group of the first and looks nothing like it. The hash
+    is cut into BANDS parts; copies agree in one at least. Pictures are sorted by a part and by brightness, and each is
+    compared with the next WINDOW that have the part in common: near-linear, however many there are. Only where more
+    than WINDOW different pictures share a part (flat backgrounds) can a copy be overlooked. A picture saved again, as
+    JPEG or in another size, is a copy; one that was cropped or moved by a hundredth is not.
     """
     N = len(hashes)
     if not N:
@@ -1703,35 +1704,42 @@ def find_copies(hashes: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
     keep = np.sort(first)                                           # one of each: thousands of equal ones cost nothing
     M, root = len(keep), np.arange(len(keep))
     code, level = hashes[keep].T.ravel(), thumbs[keep].mean(1)      # [2M]: the pictures, then their mirror images
-    coarse = thumbs[keep].reshape(M, 4, THUMB // 4, 4, THUMB // 4).mean((2, 4), dtype=np.float32)
-    coarse = np.concatenate([coarse, coarse[..., ::-1]]).reshape(2 * M, -1)     # apart no further than the thumbnails
+    cells = thumbs[keep].reshape(M, THUMB, THUMB)
+    cells = np.concatenate([cells, cells[..., ::-1]])
+    ends = np.concatenate([f(axis=k) for f in (cells.min, cells.max) for k in (1, 2)], 1)   # apart no more than cells
     bits = np.unpackbits(code[:, None].view(np.uint8), axis=1)      # [2M,64]
+    bar = tqdm(total=BANDS * WINDOW, desc="comparing", unit="lag", dynamic_ncols=True, disable=None, delay=1)
     for band in range(BANDS):                                       # every 4th bit: a part sees all of the picture
         part = np.packbits(bits[:, band::BANDS], axis=1).view(np.uint16).ravel()
         order = np.lexsort((np.concatenate([level, level]), part))
-        part, at = part[order], np.arange(2 * M)
+        part, bright, at = part[order], level[order % M], np.arange(2 * M)
         for step in range(1, WINDOW + 1):
             at = at[:np.searchsorted(at, 2 * M - step)]
             at = at[part[at] == part[at + step]]
+            at = at[bright[at + step] - bright[at] <= SAME_MEAN]    # ascending: what is further away differs more
             if not len(at):
                 break
+            bar.update()
             a, b = order[at], order[at + step]
             near = np.bitwise_count(code[a] ^ code[b]) <= HASH_BITS
-            near &= (np.abs(level[a % M] - level[b % M]) <= SAME_MEAN) & ((a < M) | (b < M))
+            near &= (a < M) | (b < M)
             near[near] = root[a[near] % M] != root[b[near] % M]
-            near[near] = np.abs(coarse[a[near]] - coarse[b[near]]).mean(1) <= SAME_MEAN + 1e-3
+            p, q = ends[a[near]], ends[b[near]]
+            near[near] = (np.maximum(p, q) - np.minimum(p, q)).max(1) <= SAME_CELL
             a, b = a[near], b[near]
             for s in range(0, len(a), 4096):
                 i, j = a[s:s + 4096], b[s:s + 4096]
                 same = _look_alike(thumbs[keep[i % M]], thumbs[keep[j % M]], (i < M) != (j < M))
                 _join(root, i[same] % M, j[same] % M)
+        bar.update((band + 1) * WINDOW - bar.n)
+    bar.close()
     return keep[root[np.searchsorted(keep, first)]][where.ravel()]
 
 
 def _look_alike(a: np.ndarray, b: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
     """bool [n] of thumbnails uint8 [n,256]: is a the same picture as b, or as its mirror image where `mirrored`?"""
     b = b.reshape(-1, THUMB, THUMB)
-    b = np.where(mirrored[:, None, None], b[..., ::-1], b).reshape(len(a), -1)
+    b = np.where(mirrored[:, None, None], b[..., ::-1], b).reshape(a.shape)
     apart = np.maximum(a, b) - np.minimum(a, b)
     return (apart.max(1) <= SAME_CELL) & (apart.mean(1) <= SAME_MEAN)
 
@@ -1745,29 +1753,40 @@ def _join(root: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:
             root[:] = root[root]
 
 
-def copies(checked: Checked) -> tuple[list[Suspect], dict]:
-    """Pictures that are there twice: across training and validation, where they leak, and among those trained on."""
+def copies(checked: Checked) -> list[Suspect]:
+    """Pictures that are there twice: across training and validation, where they leak, and among those trained on.
+
+    Each is named with the first picture of its group that it looks like itself, sought among WINDOW of like brightness.
+    """
     numbers = np.flatnonzero(checked.rows["sound"])
     rows, held = checked.rows[numbers], checked.held[numbers]
-    root, found = find_copies(rows["hash"], rows["thumb"]), []
+    thumbs, root = rows["thumb"].reshape(len(rows), THUMB ** 2), find_copies(rows["hash"], rows["thumb"])
     members: dict[int, list[int]] = {}
-    sizes = np.bincount(root, minlength=len(root))
+    sizes, level = np.bincount(root, minlength=len(root)), thumbs.mean(1)
     for i in np.flatnonzero(sizes[root] > 1).tolist():
         members.setdefault(int(root[i]), []).append(i)
-    pairs = 0
+    same: dict[int, tuple[int, bool]] = {}              # picture -> one that is trained on, mirrored?
     for group in members.values():
-        trained = [i for i in group if not held[i]]
-        pairs += len(trained) * (len(trained) - 1) // 2
-        for i in group if trained else ():
-            if i == trained[0]:
-                continue
-            a, b = (rows["thumb"][j].astype(int) for j in (i, trained[0]))
-            mirror = ", mirrored" if np.abs(a - b[:, ::-1]).sum() < np.abs(a - b).sum() else ""
-            other = checked.files[numbers[trained[0]]]
-            kind, why = (("leak", f"held out, but the same picture as {other}{mirror}, which is trained on") if held[i]
-                         else ("copy", f"the same picture as {other}{mirror} ({len(trained)} of it)"))
-            found.append(Suspect(kind, len(trained), checked.files[numbers[i]], why, int(numbers[i])))
-    return found, {"training_pairs": pairs}
+        trained = np.array([i for i in group if not held[i]], int)
+        bright = trained[np.argsort(level[trained], kind="stable")]
+        starts = np.maximum(np.searchsorted(level[bright], level[group]) - WINDOW // 2, 0)
+        for i, at in zip(group, starts.tolist(), strict=True):
+            for others in (trained[:1], np.sort(bright[at:at + WINDOW])):           # nearly always the first will do
+                others = others[(others < i) | held[i]]
+                plain, mirrored = (_look_alike(thumbs[[i] * len(others)], thumbs[others], np.full(len(others), m))
+                                   for m in (False, True))
+                if (plain | mirrored).any():
+                    k = (plain | mirrored).argmax()
+                    same[i] = int(others[k]), not plain[k]
+                    break
+    times = np.bincount([j for i, (j, _) in same.items() if not held[i]], minlength=len(rows)) + 1
+    found = []
+    for i, (j, mirrored) in same.items():
+        other = f"{checked.files[numbers[j]]}{', mirrored' if mirrored else ''}"
+        kind, why = (("leak", f"held out, but the same picture as {other}, which is trained on") if held[i]
+                     else ("copy", f"the same picture as {other} ({times[j]} of it)"))
+        found.append(Suspect(kind, int(times[j]), checked.files[numbers[i]], why, int(numbers[i])))
+    return found
 
 
 # What is implausible about a pose.
@@ -1882,16 +1901,25 @@ def judge(body: Bodies) -> tuple[dict[str, str], dict]:
 
 # Files without a partner, and what cannot be used.
 
-def orphans(root: Path, ds: Pictures) -> list[Suspect]:
-    """The keypoint files of the layout images/ + keypoints/ whose picture is not there."""
-    if not isinstance(ds, PoseFolder) or not (root / "keypoints").is_dir():
-        return []
-    known = {os.path.splitext(os.path.relpath(path, root / "images"))[0] for path in (*ds.paths, *ds.broken)}
-    found = sorted(os.path.relpath(os.path.join(at, name), root / "keypoints")
-                   for at, _, names in os.walk(root / "keypoints") for name in names
-                   if name.endswith(".json") and not name.startswith("."))
-    return [Suspect("orphan", 0, str(root / "keypoints" / file), "no picture of this name lies in images/")
-            for file in found if os.path.splitext(file)[0] not in known]
+def orphans(*datasets: Pictures | None) -> list[Suspect]:
+    """Keypoint files without a picture in images/, and pictures beside those of a COCO json that none of them names."""
+    folders, found = [ds for ds in datasets if isinstance(ds, PoseFolder)], []
+    named = {os.path.abspath(path) for ds in folders for path in (*ds.paths, *ds.broken, *ds.skipped)}
+    for ds in folders:
+        if ds.coco:
+            why = f"it lies among the pictures of {ds.coco[0]}, which does not name it"
+            beside = {os.path.dirname(path) for path in ds.paths}
+            found += [Suspect("orphan", 0, os.path.join(at, name), why) for at in beside for name in os.listdir(at)
+                      if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+                      and os.path.abspath(os.path.join(at, name)) not in named]
+        elif not ds.list:
+            known = {os.path.splitext(os.path.relpath(path, ds.root / "images"))[0] for path in (*ds.paths, *ds.broken)}
+            files = [os.path.relpath(os.path.join(at, name), ds.root / "keypoints")
+                     for at, _, names in os.walk(ds.root / "keypoints") for name in names
+                     if name.endswith(".json") and not name.startswith(".")]
+            found += [Suspect("orphan", 0, str(ds.root / "keypoints" / file), "no picture of this name lies in images/")
+                      for file in files if os.path.splitext(file)[0] not in known]
+    return found
 
 
 def barred(checked: Checked) -> list[Suspect]:
@@ -1914,14 +1942,17 @@ def trim(checked: Checked, target: Path) -> int:
     The same layout under the same names, metadata.csv too; a picture without bars and its keypoint file are copied
     byte for byte. Returns how many were cut. Nothing is left behind where it is interrupted.
     """
-    ds, made, cut = checked.train, Path(f"{target}.partial"), {}
+    ds, made, cut, shared = checked.train, Path(f"{target}.partial"), {}, {}
     made.mkdir(parents=True, exist_ok=True)
     try:
-        kept = [i for i in range(len(ds)) if checked.rows["sound"][i]]
-        lists = {}                                      # a list may name pictures anywhere: those go into images/
+        kept = np.flatnonzero(checked.rows["sound"][:len(ds)]).tolist()
+        if not kept:
+            raise DataError(f"--trim {target}: no picture is sound, so there is nothing to copy")
+        lists = {}                                      # picture, and its name in the copy
         for i in tqdm(kept, desc="copying", unit="img", dynamic_ncols=True, disable=None):
-            name = ds.names[i]
-            lists[i] = name = f"images/{name.rpartition('images/')[2]}" if leaves_folder(name) else name
+            if ds.names[i] in lists:                    # a list may name a picture twice
+                continue
+            lists[ds.names[i]] = name = _name_in_copy(ds, i)
             image = made / name
             if leaves_folder(name) or image.exists():
                 raise DataError(f"{ds.paths[i]}: there is no room for it in {target}, where {name} is another picture")
@@ -1930,13 +1961,21 @@ def trim(checked: Checked, target: Path) -> int:
             if box:
                 cut[ds.paths[i]] = box
             if isinstance(ds.poses[i], str):
-                pose = Path(keypoint_folder(str(image.parent))) / f"{image.stem}.json"
+                pose = made / keypoint_folder(os.path.dirname(name)) / f"{image.stem}.json"
+                other, *before = shared.setdefault(pose, (ds.paths[i], ds.poses[i], box))
+                if before != [ds.poses[i], box]:
+                    raise DataError(f"{other} and {ds.paths[i]} would have one keypoint file in {target}, but not the "
+                                    f"same pose or bars; rename one of them and its keypoints")
                 pose.parent.mkdir(parents=True, exist_ok=True)
                 _cut_seed_pose(ds.poses[i], pose, box)
+        copy = made
         if ds.coco:
-            _cut_coco(ds, {ds.paths[i] for i in kept}, cut, made)
+            copy = _cut_coco(ds, {ds.paths[i] for i in kept}, cut, made)
         elif ds.list:
-            (made / ds.list.name).write_text("".join(f"{lists[i]}\n" for i in kept), "utf-8", "surrogateescape")
+            copy = made / ds.list.name
+            copy.write_text("".join(f"{lists[ds.names[i]]}\n" for i in kept), "utf-8", "surrogateescape")
+        if len(PoseFolder(copy, ds.size, limit=0)) != len(kept):        # or its own sentence
+            raise DataError(f"--trim {target}: the copy does not have the {len(kept)} pictures that it should have")
         if (ds.root / "metadata.csv").is_file():
             shutil.copyfile(ds.root / "metadata.csv", made / "metadata.csv")
         if target.exists():
@@ -1945,6 +1984,14 @@ def trim(checked: Checked, target: Path) -> int:
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return len(cut)
+
+
+def _name_in_copy(ds: PoseFolder, i: int) -> str:
+    """Where picture i goes: its name, or below images/ if that leaves the folder or has no keypoint folder."""
+    name = ds.names[i]
+    if leaves_folder(name) or isinstance(ds.poses[i], str) and not keypoint_folder(os.path.dirname(name)):
+        return "images/" + re.sub(r"^(.*/)?images/|^(\.\./)+", "", name)
+    return name
 
 
 def _cut_picture(path: str, to: Path, row: np.ndarray) -> tuple[float, ...] | None:
@@ -1968,8 +2015,8 @@ def _cut_seed_pose(path: str, to: Path, box: tuple[float, ...] | None) -> None:
     to.write_text(json.dumps(keypoints.read_json(path) | joints))
 
 
-def _cut_coco(ds: PoseFolder, kept: set[str], cut: dict[str, tuple[float, ...]], made: Path) -> None:
-    """Writes the COCO json of the pictures kept: sizes, joints, boxes and outlines moved, what cannot move left out."""
+def _cut_coco(ds: PoseFolder, kept: set[str], cut: dict[str, tuple[float, ...]], made: Path) -> Path:
+    """Writes the COCO json of the pictures kept, and returns where."""
     path, folder = ds.coco
     told = keypoints.read_json(path, limit=None)
     files = {image["id"]: os.path.join(folder, image["file_name"]) for image in told["images"]}
@@ -1983,22 +2030,37 @@ def _cut_coco(ds: PoseFolder, kept: set[str], cut: dict[str, tuple[float, ...]],
             image["width"], image["height"] = round(x1 - x0), round(y1 - y0)
     for person in told["annotations"]:
         if person["image_id"] in edges:
-            x0, y0, x1, y1 = edges[person["image_id"]]
-            flat = person.get("keypoints", [])
-            person["keypoints"] = [value for x, y, v in zip(*(flat[k::3] for k in range(3)), strict=True)
-                                   for value in ((x - x0, y - y0, v) if v else (0, 0, 0))]
-            if "bbox" in person:
-                x, y, w, h = person["bbox"]
-                left, top = max(x, x0), max(y, y0)
-                person["bbox"] = [left - x0, top - y0, max(0, min(x + w, x1) - left), max(0, min(y + h, y1) - top)]
-            if isinstance(person.get("segmentation"), list):
-                person["segmentation"] = [[value - (x0, y0)[k % 2] for k, value in enumerate(outline)]
-                                          for outline in person["segmentation"]]
-            else:
-                person.pop("segmentation", None)        # run lengths of the whole picture
+            _cut_annotation(person, *edges[person["image_id"]])
     to = made / (path.relative_to(ds.root) if path.is_relative_to(ds.root) else path.name)
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(json.dumps(told))
+    return to
+
+
+def _cut_annotation(told: dict, x0: float, y0: float, x1: float, y1: float) -> None:
+    """Moves an annotation into the part of its picture that is left; what cannot be moved is left out."""
+    def joints(flat):
+        return [value for x, y, v in zip(*(flat[k::3] for k in range(3)), strict=True)
+                for value in ((x - x0, y - y0, v) if v else (0, 0, 0))]
+
+    def box(xywh):
+        x, y, w, h = xywh
+        left, top = max(x, x0), max(y, y0)
+        return [left - x0, top - y0, max(0, min(x + w, x1) - left), max(0, min(y + h, y1) - top)]
+
+    def outlines(polygons):                             # not run lengths, which are those of the whole picture
+        return [[value - (x0, y0)[k % 2] for k, value in enumerate(polygon)] for polygon in polygons]
+
+    def area(pixels):                                   # as much of it as of the box
+        return pixels * math.prod(told["bbox"][2:]) / math.prod(whole[2:])
+
+    whole = told.get("bbox")
+    for key, move in {"keypoints": joints, "bbox": box, "segmentation": outlines, "area": area}.items():
+        try:
+            if key in told:
+                told[key] = move(told[key])
+        except (TypeError, ValueError, LookupError, ArithmeticError):       # these fields nobody has looked at before
+            del told[key]
 
 
 # What is written and printed.
@@ -2030,8 +2092,7 @@ def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], report:
     from matplotlib.figure import Figure  # without pyplot nothing is global, and no window can open
 
     rows = checked.rows[checked.rows["sound"]]
-    ordinary = np.flatnonzero(checked.rows["sound"])
-    ordinary = ordinary[np.unique(np.linspace(0, len(ordinary) - 1, ACROSS).astype(int))] if len(ordinary) else []
+    ordinary = np.flatnonzero(checked.rows["sound"])[evenly(len(rows), ACROSS)]
     shown = worst(suspects)
     cells = [(i, Path(checked.files[i]).name, "dimgray") for i in ordinary]
     cells += [(None, "", "")] * (-len(cells) % ACROSS)
@@ -2075,7 +2136,7 @@ def _plain(text: str, most: int) -> str:
 
 def _draw_density(ax, poses: np.ndarray) -> None:
     """Skeletons [N,17,3] as a 2-D histogram of points along their limbs, the picture's border drawn in."""
-    poses = poses[np.linspace(0, len(poses) - 1, min(len(poses), DENSITY)).astype(int)]
+    poses = poses[evenly(len(poses), DENSITY)]
     seen, _ = visible(poses)
     along, counts = np.linspace(0, 1, 24)[:, None], np.zeros((96, 96))
     for a, b in keypoints.LIMBS:
@@ -2100,7 +2161,7 @@ def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: 
         "root": root, "verdicts": verdicts,
         "pictures": {"found": sum(getattr(ds, "total", len(ds)) for ds in both),
                      "sound": int(sound.sum()), "broken": len(checked.broken),
-                     "without_a_person": sum(getattr(ds, "skipped", 0) for ds in both),
+                     "without_a_person": sum(len(getattr(ds, "skipped", ())) for ds in both),
                      "held_out": int((checked.held & sound).sum()),
                      "not_square": int((size[:, 0] != size[:, 1]).sum())},
         "short_side": {"min": int(short[0]), "median": int(short[len(short) // 2]), "max": int(short[-1]),
@@ -2201,25 +2262,33 @@ def gather(train: Pictures, val: Pictures | None, workers: int) -> Checked:
     return Checked(train, val, files, held, np.concatenate(parts), broken)
 
 
+def say(text: str) -> None:
+    """Prints what the terminal has letters for: file names may be any bytes. Nobody has to read on (`| head -1`)."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), flush=True)
+    except BrokenPipeError:                             # nor does Python, as it ends, have anything to complain of
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def check(args: argparse.Namespace) -> int:
-    """Prints what there is to say, writes the files, makes the copy without bars; returns the exit status."""
+    """Writes the files, prints what there is to say, makes the copy without bars; returns the exit status."""
     train, val = open_checked(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     checked = gather(train, val, args.workers)
     odd, verdicts, about = odd_poses(checked)
-    doubles, pairs = copies(checked)
     suspects = [Suspect("broken", 0, file, why) for file, why in checked.broken.items()]
-    suspects += orphans(Path(args.root), train) + doubles + odd + barred(checked)
+    suspects += orphans(train, val) + copies(checked) + odd + barred(checked)
     suspects.sort(key=lambda s: (list(KINDS).index(s.kind), -s.score, s.file))
-    about |= pairs | {"groups": len(set(group_names(train)))}
+    about["groups"] = len(set(group_names(train)))
     report = make_report(args.root, checked, suspects, verdicts, about)
-    print("\n".join(describe(report)).encode("utf-8", "replace").decode())      # file names may be any bytes
     write_files(out, checked, suspects, report, args.size)
+    say("\n".join(describe(report)))
     if args.trim:
         cut = trim(checked, Path(args.trim))
-        print(f"wrote {args.trim}, a copy of the {checked.rows['sound'].sum()} sound pictures, {cut} of them trimmed")
-    print(f"wrote {out}/report.json, {out}/suspects.txt ({len(suspects)} lines), {out}/overview.png")
+        say(f"wrote {args.trim}, a copy of the {checked.rows['sound'].sum()} sound pictures, {cut} of them trimmed")
+    say(f"wrote {out}/report.json, {out}/suspects.txt ({len(suspects)} lines), {out}/overview.png")
     if len(checked.broken) > BROKEN_LIMIT * report["pictures"]["found"]:
         print(f"{args.root}: more than {BROKEN_LIMIT:.0%} broken, training would stop; take those out", file=sys.stderr)
         return 2

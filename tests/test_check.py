@@ -1,8 +1,11 @@
 """python data.py DIR: each fault is planted among clean figures, and exactly it has to be found."""
 
 import csv
+import io
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -286,7 +289,6 @@ def test_a_held_out_copy_leaks_and_a_trained_one_counts(clean, figures, how, cap
                                                                               ("copy", extra)}
     [why] = [s["why"] for s in report["suspects"] if s["kind"] == "leak"]
     assert kept in why and ("mirrored" in why) == (how == "mirrored" and kept == f"{trained}_000.png")
-    assert report["training_pairs"] == 1
 
 
 def test_a_set_of_ones_own_to_validate_on(clean, figures, tmp_path):
@@ -295,6 +297,33 @@ def test_a_set_of_ones_own_to_validate_on(clean, figures, tmp_path):
     report = run(clean, "--val", str(tmp_path / "val"))
     assert suspects(report) == {("leak", "y.png")} and report["pictures"]["held_out"] == 2
     assert "clip3_003.png" in report["suspects"][0]["why"]
+    (tmp_path / "val/images/y.png").unlink()
+    assert suspects(run(clean, "--val", str(tmp_path / "val"))) == {("orphan", "y.json")}
+
+
+def test_pictures_that_no_json_names_are_orphans(figures, tmp_path):
+    for i in range(4):
+        save_pair(tmp_path / "set", f"a{i}.png", *figures[i])
+    shutil.rmtree(tmp_path / "set/keypoints")
+    for name, pictures in (("train", (0, 1)), ("val", (2,))):           # nobody is in picture 1
+        people = [{"image_id": i, "keypoints": (figures[i][1] * (SIDE, SIDE, 2)).ravel().tolist()} for i in (0, 2)]
+        (tmp_path / f"set/{name}.json").write_text(json.dumps({
+            "images": [{"id": i, "file_name": f"a{i}.png", "width": SIDE, "height": SIDE} for i in pictures],
+            "annotations": [person for person in people if person["image_id"] in pictures]}))
+    report = run(tmp_path / "set/train.json", "--val", str(tmp_path / "set/val.json"))
+    assert suspects(report) == {("orphan", "a3.png")} and report["pictures"]["without_a_person"] == 1
+
+
+def test_each_copy_is_named_with_a_picture_that_it_looks_like(figures, tmp_path):
+    """A fade: each frame looks like the one before it, the last not at all like the first."""
+    texture = np.random.default_rng(0).integers(60, 150, (8, 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    for i in range(12):
+        save_pair(tmp_path / ("set" if i < 6 else "val"), f"f{i}.png", texture + np.uint8(2 * i), figures[i][1])
+    found = run(tmp_path / "set", "--val", str(tmp_path / "val"))["suspects"]
+    copies = {(s["kind"], s["file"].rsplit("/", 1)[-1]): s["why"] for s in found if s["kind"] in ("leak", "copy")}
+    assert set(copies) == {("leak", "f6.png")} | {("copy", f"f{i}.png") for i in range(1, 6)}
+    assert all(f"f{int(name[1]) - 1}.png" in why for (_, name), why in copies.items())
+    assert "(2 of it)" in copies["copy", "f5.png"]
 
 
 def test_figures_in_other_poses_on_one_flat_ground_are_not_copies(figures, tmp_path):
@@ -354,6 +383,37 @@ def test_thousands_of_equal_pictures_are_one_group():
     thumbs = np.random.default_rng(0).integers(99, 101, (20_000, 16, 16), dtype=np.uint8)
     thumbs[5000:] = thumbs[0]
     assert not data.find_copies(np.zeros((len(thumbs), 2), np.uint64), thumbs).any()
+
+
+def test_small_subjects_on_one_flat_ground_are_soon_told_apart(monkeypatch):
+    rng, thumbs, compared = np.random.default_rng(0), np.full((400, 16, 16), 200, np.uint8), []
+    for thumb, x, y in zip(thumbs, *rng.integers(0, 15, (2, 400)), strict=True):
+        thumb[y:y + 2, x] = rng.integers(20, 180)
+    look_alike = data._look_alike
+    monkeypatch.setattr(data, "_look_alike", lambda a, *more: compared.append(len(a)) or look_alike(a, *more))
+    zero = np.zeros((400, 2), np.uint64)
+    assert (data.find_copies(zero, thumbs) == brute_force(zero, thumbs)).all()
+    assert sum(compared) < 4000                                         # of 80,000 pairs
+
+
+def test_the_search_has_a_bar_and_ends_where_brightness_differs(monkeypatch):
+    class Bar:
+        n = calls = 0
+
+        def __init__(self, total, **_):
+            bars.append(self)
+            self.total = total
+
+        def update(self, n=1):
+            self.n, self.calls = self.n + n, self.calls + 1
+
+        def close(self):
+            assert self.n == self.total
+    bars = []
+    monkeypatch.setattr(data, "tqdm", Bar)
+    thumbs = np.arange(0, 240, 3, dtype=np.uint8)[:, None, None].repeat(16, 1).repeat(16, 2)
+    assert (data.find_copies(np.zeros((80, 2), np.uint64), thumbs) == np.arange(80)).all()
+    assert bars[0].n == data.BANDS * data.WINDOW and bars[0].calls <= 2 * data.BANDS
 
 
 # ------------------------------------------------------------------------------------------------- bars
@@ -486,7 +546,7 @@ def test_a_trimmed_jpeg(figures, tmp_path):
 
 
 def coco_of(root, figures) -> int:
-    """The barred set as COCO: two people in each picture, the smaller one first."""
+    """The barred set as COCO: two people in each picture, the smaller one first, then a thing and an odd crowd."""
     joint = barred_set(root, figures)
     images, people = [], []
     for i, path in enumerate(sorted((root / "images").iterdir())):
@@ -498,6 +558,9 @@ def coco_of(root, figures) -> int:
         for person in (small, pose):
             people.append({"id": len(people), "image_id": 10 + i, "iscrowd": 0, "category_id": 1, "bbox": [0, 0, W, H],
                            "segmentation": [person[5:8, :2].ravel().tolist()], "keypoints": person.ravel().tolist()})
+        people.append({"image_id": 10 + i, "category_id": 2, "bbox": [0, 0, W, H], "area": W * H / 2})
+        people.append({"image_id": 10 + i, "iscrowd": 1, "keypoints": None, "bbox": None, "segmentation": [["x"]],
+                       "area": 7})
     shutil.rmtree(root / "keypoints")
     (root / "annotations").mkdir()
     (root / "annotations/person_keypoints.json").write_text(json.dumps(
@@ -510,17 +573,78 @@ def test_coco_is_checked_and_trimmed(figures, tmp_path):
     report = run(tmp_path / "set", "--trim", str(tmp_path / "new"))
     assert {s for s in suspects(report) if s[0] == "bars"} == {("bars", f"a{i}.png") for i in (1, 3, 5, 7)}
     told = json.loads((tmp_path / "new/annotations/person_keypoints.json").read_text())
-    assert told["info"] == {"x": 1} and len(told["annotations"]) == 16
+    assert told["info"] == {"x": 1} and len(told["annotations"]) == 32
     assert all((image["width"], image["height"]) == (120, 90) for image in told["images"])
     for i in range(8):
         after = dot_at(tmp_path / "new", i, joint)
         assert np.abs(after[0] - after[1]).max() < 1e-9
         assert not PoseFolder(tmp_path / "new", SIDE).pose(i)[3].any()
-    for old, new in zip(json.loads((tmp_path / "set/annotations/person_keypoints.json").read_text())["annotations"],
-                        told["annotations"], strict=True):
+    had = json.loads((tmp_path / "set/annotations/person_keypoints.json").read_text())["annotations"]
+    for k, (old, new) in enumerate(zip(had, told["annotations"], strict=True)):
+        if k % 4 == 2:                                                  # a thing has no joints
+            assert new == old | {"bbox": [0, 0, 120, 90], "area": 120 * 90 / 2}
+            continue
+        if k % 4 == 3:                                                  # what cannot be moved is left out
+            assert new == (old if k // 4 % 2 == 0 else {"image_id": old["image_id"], "iscrowd": 1})
+            continue
         shift = np.subtract(old["keypoints"], new["keypoints"]).reshape(17, 3)[4]
         assert np.allclose(np.subtract(old["segmentation"], new["segmentation"])[0].reshape(3, 2), shift[:2])
         assert new["bbox"] == [0, 0, 120, 90] and new["keypoints"][9:12] == [0, 0, 0]
+
+
+def test_a_copy_that_cannot_be_opened_never_gets_its_name(figures, tmp_path, monkeypatch, capsys):
+    def write(ds, kept, cut, made):
+        (made / "k.json").write_text('{"images": [], "annotations": []}')
+        return made / "k.json"
+    coco_of(tmp_path / "set", figures)
+    monkeypatch.setattr(data, "_cut_coco", write)
+    run(tmp_path / "set", "--trim", str(tmp_path / "new"), status=2)
+    assert "k.json" in capsys.readouterr().err and not list(tmp_path.glob("new*"))
+
+
+def test_two_pictures_with_one_keypoint_file_need_the_same_bars(figures, tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(80, 180, (64, 64, 3), dtype=np.uint8)
+    save_pair(tmp_path / "set", "a.png", with_bars(noise, top=9, bottom=9), figures[0][1])
+    save_pair(tmp_path / "set", "a.jpg", noise, figures[0][1])
+    run(tmp_path / "set", "--trim", str(tmp_path / "new"), status=2)
+    err = capsys.readouterr().err
+    assert "a.png" in err and "a.jpg" in err and "one keypoint file" in err and not list(tmp_path.glob("new*"))
+    save_pair(tmp_path / "set", "a.png", noise, figures[0][1])
+    run(tmp_path / "set", "--trim", str(tmp_path / "new"))
+    assert len(PoseFolder(tmp_path / "new", SIDE)) == 2
+
+
+@pytest.mark.parametrize("target", ["x/new", "y/images/new"])
+def test_a_list_among_the_pictures_is_trimmed(figures, tmp_path, target):
+    joint = barred_set(tmp_path / "set", figures, 4)
+    barred_set(tmp_path / "set", figures, 2, name="p/q{}.png")
+    names = ["a0.png", "a1.png", "a3.png", f"{tmp_path}/set/images/p/q1.png"]
+    (tmp_path / "set/images/p/l.txt").write_text("".join(f"{tmp_path}/set/images/{n}\n" for n in names[:3]) + "q1.png")
+    (tmp_path / "set/images/l.txt").write_text("\n".join(names))
+    for where, wanted in (("set/images/l.txt", "p/q1.png"), ("set/images/p/l.txt", "q1.png")):
+        run(tmp_path / where, "--trim", str(tmp_path / target))
+        copy = PoseFolder(tmp_path / target / "l.txt", SIDE)
+        assert copy.names == [f"images/{name}" for name in (*names[:3], wanted)]
+        for i in range(4):
+            after = dot_at(tmp_path / target / "l.txt", i, joint)
+            assert np.abs(after[0] - after[1]).max() < 1e-9
+        assert len(list((tmp_path / target).rglob("*.json"))) == 4
+        assert len(list((tmp_path / target.split("/")[0]).rglob("*.json"))) == 4
+        shutil.rmtree(tmp_path / target)
+
+
+def test_a_list_may_name_a_picture_twice(figures, tmp_path):
+    barred_set(tmp_path / "set", figures, 4)
+    (tmp_path / "set/l.txt").write_text("images/a1.png\nimages/a0.png\n./images/a1.png\n")
+    run(tmp_path / "set/l.txt", "--trim", str(tmp_path / "new"))
+    assert PoseFolder(tmp_path / "new/l.txt", SIDE).names == [f"images/a{i}.png" for i in (1, 0, 1)]
+
+
+def test_of_no_sound_picture_there_is_no_copy(figures, tmp_path, capsys):
+    barred_set(tmp_path / "set", figures, 1)
+    (tmp_path / "set/images/a0.png").write_bytes(b"not a picture")
+    run(tmp_path / "set", "--trim", str(tmp_path / "new"), status=2)
+    assert "no picture is sound" in capsys.readouterr().err and not list(tmp_path.glob("new*"))
 
 
 def test_a_list_is_checked_and_trimmed(figures, tmp_path):
@@ -557,7 +681,7 @@ def test_two_pictures_of_one_name_have_no_room_in_a_copy(figures, tmp_path, caps
     (["--trim", "FULL/x"], "is there already"), (["--workers", "-1"], "--workers -1: at least 0"),
     (["--size", "0"], "--size 0"), (["--val", "NOWHERE"], "NOWHERE: there is no such"),
     (["--out", "NEW/x", "--trim", "NEW"], "is inside --trim"), (["--trim", "PART"], "PART.partial: that is there"),
-    (["--out", "FULL/x"], "x"), (["--val", "SET", "--out", "SET/images"], "among")])
+    (["--out", "FULL/x"], "File exists: '"), (["--val", "SET", "--out", "SET/images"], "among")])
 def test_a_wrong_flag_is_one_sentence(clean, tmp_path, flags, words, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("mine")
@@ -598,3 +722,29 @@ def test_odd_file_names_are_printed_written_and_drawn(clean, capsys):
     assert suspects(run(clean)) == {("outside", name)}
     line = (clean.parent / "out/suspects.txt").read_text("utf-8", "surrogateescape")
     assert line.count("\t") == 2 and line.count("\n") == 1 and "日本 \udcff.png" in line
+
+
+def test_what_the_terminal_cannot_write_keeps_no_file_back(clean, monkeypatch):
+    for part in ("images/clip0_001.png", "keypoints/clip0_001.json"):
+        shutil.move(clean / part, clean / part.replace("clip0_001", "日本"))
+    rewrite(clean, "日本", lambda pose: pose + (0.7, 0, 0))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert suspects(run(clean)) == {("outside", "日本.png")}
+    assert b"images/??.png: " in sys.stdout.buffer.getvalue()
+
+
+def test_nobody_has_to_read_what_is_printed(figures, tmp_path, monkeypatch, capsys):
+    barred_set(tmp_path / "set", figures, 4)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with monkeypatch.context() as patch, open(writer, "w") as out:      # closing it complains of what was not written
+        patch.setattr(sys, "stdout", out)
+        run(tmp_path / "set", "--trim", str(tmp_path / "new"))
+    assert len(PoseFolder(tmp_path / "new", SIDE)) == 4 and not capsys.readouterr().err
+
+
+def test_ordinary_pictures_are_taken_evenly(clean, monkeypatch):
+    shown, framed = [], data.framed
+    monkeypatch.setattr(data, "framed", lambda checked, i, side: shown.append(i) or framed(checked, i, side))
+    run(clean)
+    assert shown == data.evenly(N, data.ACROSS).tolist()
