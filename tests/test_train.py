@@ -628,6 +628,16 @@ def test_the_hash_sees_every_value():
     assert checkpoint.hash_of(state) != before
 
 
+@pytest.mark.parametrize("preset, condition, context, concat", [
+    ("toy", None, None, 17), ("toy", "tokens", 64, 0), ("base", "tokens+maps", 256, 17), ("danbooru", None, 17, 0),
+])
+def test_how_the_pose_enters_can_be_chosen(preset, condition, context, concat):
+    flags = ["--stage", "ldm", "--preset", preset] + (["--condition", condition] if condition else [])
+    c = train.make_config(train.parse_args(flags))
+    assert "+".join(c.cond_config.doors) == (condition or ("seed" if preset == "danbooru" else "maps"))
+    assert c.unet_config.context_dim == context and c.unet_config.in_channels == 3 + concat
+
+
 def test_a_context_width_that_differs_is_refused():
     unet = train.UNetConfig(in_channels=3, model_channels=32, channel_mult=(1,), attention_resolutions=(1,),
                             num_heads=2, context_dim=None)
