@@ -313,7 +313,7 @@ def test_another_unit_or_another_pictures_size_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", ["no pose file known"]), ("hello\nworld", ["line 1", "hello"]), ("0 1 2\n", ["no pose file known"]),
+    ("", ["nobody was found"]), ("hello\nworld", ["line 1", "hello"]), ("0 1 2\n", ["no pose file known"]),
     (yolo() + yolo() + "0 0.5\n", ["line 3", "2 values"]), ("[" * 5000, ["valid JSON"]), ("\x00\x01", ["line 1"]),
     (openpose(OPENPOSE_18) | {"canvas_width": 0, "canvas_height": 5}, ["positive"]),
     ({"people": [{"pose_keypoints_2d": [1.0] * 53}]}, ["people[0].pose_keypoints_2d", "53", "54"]),

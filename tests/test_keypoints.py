@@ -58,7 +58,7 @@ def test_our_own_layouts(tmp_path):
 
 
 @pytest.mark.parametrize("content, word", [
-    ("{not json", "valid JSON"), ("[]", "no pose file known"), ('{"nose": [1, 2]}', "eye_left"),
+    ("{not json", "valid JSON"), ("[]", "nobody was found"), ('{"nose": [1, 2]}', "eye_left"),
     (json.dumps({n: [1, 2] for n in JOINTS} | {"nose": [1, "a"]}), "nose"),
     ('{"nose": [NaN, 2], ' + json.dumps({n: [1, 2] for n in JOINTS[1:]})[1:], "NaN"),
     (json.dumps({n: [1, 2] for n in JOINTS} | {"nose": [1, 2, 1]}), "3 numbers are needed"),
