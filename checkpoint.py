@@ -40,7 +40,7 @@ from vq import LPIPS, VQConfig, VQModel
 
 FORMAT = 1
 # How to sample where nobody says. eta 1, because a model trained for minutes predicts x0 worse than its mean at the
-# noisiest steps (t > 850), and DDIM with eta 0 carries that error to the end while fresh noise washes it out; guidance 3,
+# noisiest steps (t > 850), and DDIM with eta 0 carries that error to the end while fresh noise washes it out; w = 3,
 # because the Frechet distance of benchmarks/guidance.py is least there (more only buys pose for variety).
 DEFAULT_GUIDANCE, DEFAULT_ETA = 3.0, 1.0
 NEEDED = {"vq": {"stage", "step", "config", "vq", "vq_config"}}
