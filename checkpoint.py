@@ -130,11 +130,12 @@ def load(path: str | Path, stage: str, advice: str | None = None, preset: str | 
     return payload
 
 
-def read(path: Path) -> object:
+def read(path: str | Path) -> object:
     """What stands in a file, on the CPU; nothing in it is run. ValueError in one sentence for what cannot be read.
 
     A file that holds objects of foreign classes is read as {"state_dict": name -> tensor, "global_step": k} alone.
     """
+    path = Path(path)
     try:
         if zipfile.is_zipfile(path):
             check_archive(path)         # before torch: its weights_only runs no code, but it inflates what is deflated

@@ -162,7 +162,7 @@ def share_latents(out: Path, run: Path) -> None:
 def figures_of(args: argparse.Namespace, name: str, seed: int) -> dict:
     """One row of the table: losses from the run's log, the rest from samples of its last checkpoint; kept in a file."""
     run = Path(args.out, f"{name}-{seed}")
-    kept = run / f"fidelity-{args.pictures}-{args.sampling_steps}.json"
+    kept = run / f"fidelity-{args.pictures}-{args.sampling_steps}-w{checkpoint.DEFAULT_GUIDANCE:g}.json"
     if not kept.exists():
         with variant(name):
             ldm, payload = checkpoint.load_ldm(run / "last.pt")
