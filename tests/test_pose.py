@@ -11,7 +11,7 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
-from keypoints import JOINTS, ConditionConfig, PoseCondition, flip, heatmaps
+from keypoints import JOINTS, ConditionConfig, PoseCondition, Poses, flip, heatmaps
 from unet import UNet, UNetConfig
 from vq import VQConfig, VQModel
 
@@ -300,6 +300,40 @@ def test_frames_that_a_file_only_counts_are_the_pictures_in_order(pose, tmp_path
     capsys.readouterr()
     assert pose("--out", "o", "--detected", "one.json") == 2
     assert "it does not say which" in capsys.readouterr().err
+
+
+def test_frames_count_from_one_or_from_nought():
+    for names, numbers in ((["1", "2", "4"], [0, 1, 3]), (["0", "1", "3"], [0, 1, 3]), (["3", "5"], [2, 4])):
+        frames = Poses([], [], names, "tfjs", "frames")
+        assert evaluate.picture_numbers("x.json", frames) == numbers
+    assert evaluate.picture_numbers("x.json", Poses([], [], ["000007.png"], "alphapose", "one")) == [7]
+
+
+def test_each_picture_has_a_seed_of_its_own_and_what_is_read_back_is_what_was_drawn(pose, tiny, tmp_path, monkeypatch):
+    draw, given, drawn = evaluate.sample.draw_pictures, [], []
+    monkeypatch.setattr(evaluate.sample, "draw_pictures", lambda *a, **k: given.append(a[2]) or draw(*a, **k))
+    write = evaluate.write_pictures
+    monkeypatch.setattr(evaluate, "write_pictures", lambda out, what: drawn.append(what) or write(out, what))
+    assert pose("--out", "o", "--seed", "7") == 0
+    assert given == [[7, 8, 9, 10, 11, 12]]
+    back = evaluate.read_pictures(tmp_path / "o", json.loads((tmp_path / "o/poses.json").read_text())["info"])
+    assert np.allclose(back.asked, drawn[0].asked) and set(back.asked[..., 2].ravel()) <= {0.0, 1.0}
+    assert np.array_equal(back.samples, drawn[0].samples) and np.array_equal(back.real, drawn[0].real)
+
+
+def test_the_picture_shows_the_best_first_and_the_worst_last(tmp_path, monkeypatch):
+    asked, n = poses_of(1).repeat(12, axis=0), evaluate.EXTREMES
+    read = asked.copy()
+    order = RNG.permutation(12)                             # order[0] is read best
+    for rank, i in enumerate(order):
+        read[i, :, 0] += 0.02 * rank
+    pictures = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
+    seen = []
+    monkeypatch.setattr(data, "save_grid", lambda path, rows, columns, *_: seen.append((rows, columns)))
+    evaluate.extremes_figure(tmp_path / "x.png", evaluate.Drawn(asked, pictures, pictures, {}), read, "")
+    (rows, columns), = seen
+    assert [cell[0, 0, 0] for cell in rows[1]] == [*order[:n], *order[-n:]] and columns == ["best"] * n + ["worst"] * n
+    assert [cell[0, 0, 0] for cell in rows[3]] == [*order[:n], *order[-n:]]
 
 
 def test_pictures_that_an_interrupted_run_left_are_not_taken_for_another_runs(pose, tmp_path, capsys, monkeypatch):
