@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import itertools
 import json
 import math
@@ -20,15 +21,19 @@ import shutil
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
+from dataclasses import asdict, astuple, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
@@ -52,8 +57,14 @@ PREVIEW_STEPS = 25              # of DDIM
 POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py says by them how usual a pose is
 REHEARSAL = 1e-30               # the adversary's factor while --minutes measures: it takes its time and changes nothing
 TOLERATED = 10                  # steps in a row without a finite loss that are skipped; then the run stops
-HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq", "lpips"}    # may differ from those of
-                                #   the resumed run (of stage 1 the hash of its weights decides, not the path)
+HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq", "lpips", "micro_batch",
+            "checkpointing"}    # may differ from those of the resumed run (of stage 1 its hash decides, not the path)
+REHEARSED = 8                   # steps, at most, by which memory and time of a run are forecast
+MOST_REHEARSED = 20             # seconds; a step that takes longer is done twice
+MARGIN = 0.92                   # share of the memory given with --fit that is planned for: allocators leave holes
+LEAST_MICRO_BATCH = 8           # below it a GPU idles, and checkpointing is the cheaper way to save memory
+PATIENCE = timedelta(hours=24)  # that ranks wait for each other, as while rank 0 encodes all pictures; a dead one is
+                                #   noticed at once all the same
 
 
 # ------------------------------------------------------------------------------------------------ the recipes
@@ -155,6 +166,8 @@ class Config:
     amp: str                                        # bf16, fp16 or off
     compile: bool
     workers: int
+    micro_batch: int | None                         # pictures in a network at once, in each rank; None: all of them
+    checkpointing: bool                             # activations are computed again in backward, not kept
     size: int
     minutes: float | None
     steps: int | None                               # None until --minutes has been turned into steps
@@ -187,7 +200,7 @@ def make_config(args: argparse.Namespace) -> Config:
     if (args.workers or 0) < 0:
         raise ValueError(f"--workers is {args.workers}; it must be 0 or more")
     for name, value in (("--steps", steps), ("--minutes", minutes), ("--batch-size", recipe.batch_size),
-                        ("--lr", recipe.lr)):
+                        ("--lr", recipe.lr), ("--micro-batch", args.micro_batch)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it must be a positive number")
     device = checkpoint.find_device(args.device)
@@ -199,7 +212,8 @@ def make_config(args: argparse.Namespace) -> Config:
         stage=args.stage, preset=args.preset, data=args.data, val=args.val, out=args.out or f"runs/{args.stage}",
         vq=args.vq if ldm else None, seed=args.seed, device=device, amp=find_amp(args.amp, device),
         compile=args.compile, workers=args.workers if args.workers is not None else data.find_workers(device),
-        size=preset.size, minutes=None if steps else minutes, steps=steps, recipe=recipe, vq_config=preset.vq_config,
+        micro_batch=args.micro_batch, checkpointing=args.checkpointing, size=preset.size,
+        minutes=None if steps else minutes, steps=steps, recipe=recipe, vq_config=preset.vq_config,
         unet_config=UNetConfig(in_channels=latent + cond.map_channels, out_channels=latent,
                                context_dim=cond.context_dim, **preset.unet) if ldm else None,
         cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None, normalise=preset.normalise,
@@ -235,6 +249,11 @@ def find_amp(amp: str, device: str) -> str:
     return "bf16" if checkpoint.has_bf16(device) else "fp16" if cuda else "off"
 
 
+def at_once(c: Config) -> int:
+    """Pictures in a network at once, in this rank; evaluations keep to it too, so they need no more memory."""
+    return c.micro_batch or c.recipe.batch_size // world()
+
+
 def autocast(c: Config) -> AbstractContextManager:
     dtype = torch.float16 if c.amp == "fp16" else torch.bfloat16
     return torch.autocast(torch.device(c.device).type, dtype=dtype, enabled=c.amp != "off")
@@ -256,23 +275,20 @@ def seed_step(seed: int, step: int) -> None:
 
 def descend(loss: Tensor, params: list[Tensor], opt: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Run,
             step: int) -> Tensor | None:
-    """Backward, clip, optimiser step. Returns the gradient's norm, or None where nothing moved: loss or gradient was
-    not finite. In fp16 an infinite gradient is how the GradScaler finds its scale, so that is not held against the run
-    until the scale is so small that overflow is no excuse.
+    """Clip and optimiser step, after the backward pass of `loss`. Returns the gradient's norm, or None where nothing
+    moved: loss or gradient was not finite. In fp16 an infinite gradient is how the GradScaler finds its scale, so that
+    is not held against the run until the scale is so small that overflow is no excuse.
     """
-    opt.zero_grad(set_to_none=True)
-    if not run.usable("loss", loss, step):
-        return None
-    scaler.scale(loss).backward()
     scaler.unscale_(opt)
     grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
+    fine = run.usable("loss", loss, step)
     finite = math.isfinite(grad_norm.item())
-    if finite or scaler.is_enabled():               # which then skips the step by itself
+    if fine and finite:
         scaler.step(opt)
-        scaler.update()
-    if not finite and (not scaler.is_enabled() or scaler.get_scale() < 1):
+    scaler.update()
+    if fine and not finite and (not scaler.is_enabled() or scaler.get_scale() < 1):
         run.usable("gradient norm", grad_norm, step)
-    return grad_norm if finite else None
+    return grad_norm if fine and finite else None
 
 
 def set_lr(lr: float, *optimizers: torch.optim.Optimizer) -> None:
@@ -293,6 +309,101 @@ class EMA:
     def update(self, n: int) -> None:
         d = min(self.decay, (1 + n) / (10 + n))
         torch._foreach_lerp_(self.average, self.params, 1 - d)
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+# torchrun starts `world` of these processes, numbered by rank, one a GPU. Each makes the same random draws for the
+# whole batch of a step and works on its slice, so that a step does not depend on how many they are. Rank 0 alone
+# evaluates and writes files; the others wait for it in the next step.
+
+def join_ranks(device: str) -> str:
+    """Joins the processes that torchrun has started, if it did; returns the device of this one, cuda:N of its own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif device.startswith("cuda"):
+        raise ValueError(f"--device is {device}, but torchrun started {os.environ['WORLD_SIZE']} processes, which "
+                         "cannot share one GPU; leave --device out")
+    device = checkpoint.find_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
+    return device
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def parallel(net: nn.Module, find_unused: bool = False) -> nn.Module:
+    """`net`, with its gradients averaged over the ranks in backward where there are several."""
+    if world() == 1:
+        return net
+    return DistributedDataParallel(net, broadcast_buffers=False, find_unused_parameters=find_unused)
+
+
+class Pass(nn.Module):
+    """function(*args), which uses the parameters of `module`, as a forward pass: what `parallel` can take."""
+
+    def __init__(self, module: nn.Module, function: Callable):
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, *args: object) -> object:
+        return self.function(*args)
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """The others begin when rank 0 is through: what it has written they find."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and world() > 1:
+        dist.barrier()
+
+
+def gathered(x: Tensor) -> Tensor:
+    """x [B, ...] of all ranks [world B, ...], in their order."""
+    if world() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def averaged_over_ranks(x: Tensor) -> Tensor:
+    if world() > 1:
+        dist.all_reduce(x)
+        x /= world()
+    return x
+
+
+def any_rank(flag: bool, device: str) -> bool:
+    """True in every rank where it is in one."""
+    return bool(averaged_over_ranks(torch.tensor(float(flag), device=device)) > 0)
+
+
+def own_share(n: int) -> slice:
+    """This rank's slice of n pictures."""
+    return slice(rank() * n // world(), (rank() + 1) * n // world())
+
+
+def micro_batches(n: int, c: Config, net: nn.Module) -> Iterator[slice]:
+    """Slices of n pictures, each as many as the network takes at once; their gradients add up to those of all n. The
+    ranks exchange gradients in the backward pass of the last slice only."""
+    size = at_once(c)
+    for i in range(0, n, size):
+        with ExitStack() as stack:
+            if i + size < n and isinstance(net, DistributedDataParallel):
+                stack.enter_context(net.no_sync())
+            yield slice(i, min(i + size, n))
 
 
 # ------------------------------------------------------------------------------------------- the run's folder
@@ -503,11 +614,16 @@ def peak_memory(device: str) -> float:
     """GiB: of the GPU where it trains there, else of this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    try:                        # Linux; what getrusage has includes the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 2 ** 20
+    except (OSError, IndexError):
+        pass
     try:
         import resource
-    except ImportError:     # Windows
+    except ImportError:         # Windows
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
 @contextmanager
@@ -560,26 +676,26 @@ def plot_curves(run: Run, panels: dict[str, tuple[str, ...]]) -> None:
 
 # --------------------------------------------------------------------------------------------------- stage 1
 
-def train_vq(c: Config, fresh: bool = False) -> bool:
+def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     """Trains the autoencoder of config c; True when it is complete, False when it was stopped."""
     train, val = data.open_data(c.data, c.size, c.val, remember=c.workers == 0)
-    run = Run(replace(c, pictures=len(train)), fresh)
+    run = kind(replace(c, pictures=len(train)), fresh)
     if run.is_complete():
         return True
     device, r = torch.device(c.device), c.recipe
     lpips = lpips_of(c)                             # before the seed: what is drawn does not depend on it
     torch.manual_seed(c.seed)
     model = VQModel(c.vq_config).to(device, memory_format=torch.channels_last)
+    model.checkpointing = c.checkpointing
     objective = VQLoss(r.loss, lpips).to(device, memory_format=torch.channels_last)
     params, last_layer, disc = [p for p in model.parameters() if p.requires_grad], model.decoder.conv_out.weight, None
-    opt = torch.optim.AdamW(params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=device.type == "cuda")
+    opt = torch.optim.AdamW(params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
     optimizers = {"optimizer": opt}
     if r.loss.disc_weight:
         disc, no_scaler = objective.disc, torch.amp.GradScaler(enabled=False)       # it is all float32
         disc_params = list(disc.parameters())
-        disc_opt = torch.optim.AdamW(disc_params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay,
-                                     fused=device.type == "cuda")
+        disc_opt = torch.optim.AdamW(disc_params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=True)
         optimizers["disc_optimizer"] = disc_opt
     if run.resumed:
         state = run.resumed["train"]
@@ -594,6 +710,16 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
         model.encoder.compile()
         model.decoder.features = torch.compile(model.decoder.features)
 
+    def reconstruct(x: Tensor, quantized: bool) -> tuple[Tensor, Tensor | float, Tensor, Tensor]:
+        """h before the codes, codebook loss, indices, x_hat; not `quantized`, the codes are looked up for the clock."""
+        h = model.encode(x)
+        z_q, codebook_loss, indices = model.quantize(h)
+        return h, codebook_loss if quantized else 0.0, indices, model.decode_raw(z_q if quantized else h)
+
+    # Codes get no gradient before they are drawn, and must not be waited for.
+    net = parallel(Pass(model, reconstruct), find_unused=r.draw_codes and not c.vq_config.ema_codebook)
+    judge = parallel(Pass(disc, objective.discriminator)) if disc is not None else None
+
     def payload() -> dict:
         state = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
         state |= {"scaler": scaler.state_dict(), "usage": model.quantize.usage}
@@ -601,32 +727,43 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
                 "train": state | ({} if disc is None else {"disc": disc.state_dict()})}
 
     def train_step(step: int, x: Tensor) -> dict[str, Tensor | int]:
-        """One step on pictures x. A function, so that the graph of a skipped step is gone before the next begins."""
+        """One step on this rank's pictures x. A function, so that a skipped step's tensors are gone before the next."""
         first = quantize_from(run.c)
-        with autocast(c):
-            h = model.encode(x)
-            if step == first and r.draw_codes:
-                model.quantize.init_codes(h)
-            z_q, codebook_loss, indices = model.quantize(h)         # also timed, and thrown away, while step < first
-            x_hat = model.decode_raw(z_q if step >= first else h)
+        if step == first and r.draw_codes:
+            with torch.no_grad(), autocast(c):
+                h = torch.cat([model.encode(x[i]) for i in micro_batches(len(x), c, model)])
+            model.quantize.init_codes(gathered(h.float()))
         factor = objective.factor(step, run.c.steps)
-        if disc is not None and run.c.steps is None:                # likewise
+        if disc is not None and run.c.steps is None:                # timed, and without a say
             factor = max(factor, REHEARSAL)
-        loss, parts = objective.generator(x, x_hat, codebook_loss if step >= first else 0.0, last_layer, factor)
-        grad_norm = descend(loss, params, opt, scaler, run, step)
+        opt.zero_grad(set_to_none=True)
+        numbers, made = Sums(), []
+        for i in micro_batches(len(x), c, net):
+            with autocast(c):
+                h, codebook_loss, indices, x_hat = net(x[i], step >= first)
+            loss, parts = objective.generator(x[i], x_hat, codebook_loss, last_layer, factor)
+            share = len(x[i]) / len(x)
+            scaler.scale(share * loss).backward()
+            numbers.add(share, parts | {"loss": loss})
+            made.append((h.detach(), indices, x_hat.detach()))
+        h, indices, x_hat = map(torch.cat, zip(*made, strict=True))
+        grad_norm = descend(averaged_over_ranks(numbers["loss"]), params, opt, scaler, run, step)
         if grad_norm is None:
             return {}
-        numbers = {"loss": loss.detach(), "grad_norm": grad_norm} | parts
         if step >= first:
-            numbers["restarts"] = model.quantize.update(h, indices, restart=r.draw_codes)
+            numbers["restarts"] = model.quantize.update(gathered(h), gathered(indices), restart=r.draw_codes)
         if factor > 0:
-            disc_loss, logits = objective.discriminator(x, x_hat)
-            descend(disc_loss, disc_params, disc_opt, no_scaler, run, step)
-            numbers |= logits | {"d_loss": disc_loss.detach()}
-        return numbers
+            disc_opt.zero_grad(set_to_none=True)
+            for i in micro_batches(len(x), c, judge):
+                loss, logits = judge(x[i], x_hat[i])
+                share = len(x[i]) / len(x)
+                (share * loss).backward()
+                numbers.add(share, logits | {"d_loss": loss})
+            descend(averaged_over_ranks(numbers["d_loss"]), disc_params, disc_opt, no_scaler, run, step)
+        return numbers | {"grad_norm": grad_norm}
 
     def measure(step: int) -> tuple[dict, float, str]:
-        result = evaluate.reconstruction(model, (x for x, _ in data.in_order(val, 32, EVAL_PICTURES)), device,
+        result = evaluate.reconstruction(model, (x for x, _ in data.in_order(val, at_once(c), EVAL_PICTURES)), device,
                                          lambda: autocast(c))
         preview_vq(model, val, run.dir / "samples" / f"{step:07d}.png", c, result)
         return result, result["psnr"], (
@@ -651,6 +788,14 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
             if run.after_step(step, numbers, bar, stopped):
                 break
     return run.finish(stopped, step + 1)
+
+
+class Sums(dict):
+    """Weighted sums of what the micro-batches of a step say."""
+
+    def add(self, share: float, numbers: dict[str, Tensor]) -> None:
+        for name, value in numbers.items():
+            self[name] = self.get(name, 0.0) + share * value.detach()
 
 
 def lpips_of(c: Config) -> LPIPS | None:
@@ -688,7 +833,7 @@ def preview_vq(model: VQModel, val: data.Pictures, path: Path, c: Config, result
 
 # --------------------------------------------------------------------------------------------------- stage 2
 
-def train_ldm(c: Config, fresh: bool = False) -> bool:
+def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     """Trains the diffusion model of config c in the latents of c.vq; True when complete, False when stopped."""
     stage1 = checkpoint.load(c.vq, "vq")
     if "source" in stage1:
@@ -697,7 +842,7 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
     check_latents(c, vq.config, stage1["config"]["size"])
     train, val = data.open_data(c.data, c.size, c.val, remember=False)     # each picture is looked at once
     c = replace(c, vq_config=vq.config, pictures=len(train), vq_hash=checkpoint.hash_of(stage1["vq"]))
-    run = Run(c, fresh)
+    run = kind(c, fresh)
     if run.is_complete():
         return True
     device, r = torch.device(c.device), c.recipe
@@ -706,9 +851,9 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
         with torch.no_grad(), autocast(c):
             return vq.encode(x.to(device)).float()
 
-    with data.naming_broken(run.dir / "broken.txt", train, val):
-        cache = data.LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, device=device, workers=c.workers)
-        held_out = list(data.in_order(val, 32, EVAL_LATENTS))
+    with data.naming_broken(run.dir / "broken.txt", train, val), rank_0_first():
+        cache = data.LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, at_once(c), device, c.workers)
+        held_out = list(data.in_order(val, at_once(c), EVAL_LATENTS))
     if sum(len(x) for x, _ in held_out) < 2:
         raise ValueError(f"{c.data} leaves fewer than 2 usable pictures to validate on: add pictures, or give a set of "
                          "its own with --val")
@@ -723,7 +868,7 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
     averaged = copy.deepcopy(ldm).eval().requires_grad_(False)
     averaged.vq = vq                                        # frozen: one copy serves both
     params = [p for p in ldm.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=device.type == "cuda")
+    opt = torch.optim.AdamW(params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
     if run.resumed:
         for model, state in ((averaged, run.resumed), (ldm, run.resumed["train"])):
@@ -733,8 +878,10 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
         scaler.load_state_dict(run.resumed["train"]["scaler"])
     ema = EMA(ldm, averaged, r.ema_decay)
     diffusion = Diffusion(**c.schedule)
+    ldm.unet.checkpointing = c.checkpointing
     if c.compile:
         ldm.unet.compile()
+    net = parallel(ldm)
     mean, std = ldm.mean, ldm.std
 
     z_val = torch.cat([(encode(x) - mean) / std for x, _ in held_out])
@@ -748,16 +895,27 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
             "scaler": scaler.state_dict()}}
 
     def train_step(step: int, h: Tensor, pose: Tensor) -> dict[str, Tensor]:
-        """One step on latents h under poses."""
-        z = (h.to(device) - mean) / std
-        with autocast(c):
-            loss = diffusion.loss(ldm, z, pose.to(device), r.p_drop).mean()
-        grad_norm = descend(loss, params, opt, scaler, run, step)
+        """One step on this rank's latents h under poses: the mean loss of the whole batch goes down."""
+        z, pose = (h.to(device) - mean) / std, pose.to(device)
+        B, mine = r.batch_size, own_share(r.batch_size)             # drawn for all ranks, so that none repeats another
+        t = torch.randint(diffusion.timesteps, (B,), device=device)[mine]
+        noise = torch.randn(B, *z.shape[1:], device=device)[mine]
+        drop = (torch.rand(B, device=device) < r.p_drop)[mine]
+        opt.zero_grad(set_to_none=True)
+        numbers = Sums()
+        for i in micro_batches(len(z), c, net):
+            with autocast(c):
+                loss = diffusion.loss(net, z[i], pose[i], t=t[i], noise=noise[i], drop=drop[i]).mean()
+            share = len(z[i]) / len(z)
+            scaler.scale(share * loss).backward()
+            numbers.add(share, {"loss": loss})
+        grad_norm = descend(averaged_over_ranks(numbers["loss"]), params, opt, scaler, run, step)
         ema.update(step + 1)
-        return {} if grad_norm is None else {"loss": loss.detach(), "grad_norm": grad_norm}
+        return {} if grad_norm is None else numbers | {"grad_norm": grad_norm}
 
     def measure(step: int) -> tuple[dict, float, str]:
-        result = evaluate.condition_losses(averaged, diffusion, z_val, pose_val, autocast=lambda: autocast(c))
+        result = evaluate.condition_losses(averaged, diffusion, z_val, pose_val, at_once(c),
+                                           autocast=lambda: autocast(c))
         preview_ldm(averaged, diffusion, held_out[0], run.dir / "samples" / f"{step:07d}.png", c, result)
         return result, -result["right"], (
             f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} shuffled, "
@@ -814,10 +972,125 @@ def preview_ldm(ldm: checkpoint.LDM, diffusion: Diffusion, batch: tuple[Tensor, 
                    title=f"{path.stem}: held-out loss {result['right']:.4f}, shuffled / right {result['ratio']:.3f}")
 
 
+# ------------------------------------------------------------------------------ memory and time, before they are spent
+
+class Rehearsal(Run):
+    """A run that ends after a few steps and leaves nothing: how long a step takes, the first ones left out."""
+
+    def after_step(self, step: int, numbers: dict[str, Tensor | int], bar: tqdm, stopped: list[int]) -> bool:
+        if self.c.device.startswith("cuda"):
+            torch.cuda.synchronize(self.c.device)
+        self.measuring.append(time.monotonic())
+        return len(self.measuring) == REHEARSED or (
+            len(self.measuring) > 1 and self.measuring[-1] - self.began > MOST_REHEARSED)
+
+    def finish(self, stopped: list[int], step: int) -> bool:
+        (self.dir / "rehearsed.json").write_text(json.dumps(statistics.median(np.diff(self.measuring))))
+        return True
+
+
+@dataclass(frozen=True)
+class Forecast:
+    memory: float                                   # GiB at its peak
+    seconds: float                                  # a step on the pictures that are in the network at once
+
+
+def rehearse(c: Config, pictures: int) -> Forecast:
+    """What a few steps on so many figures take, in a process of its own: one that runs out of memory takes only itself
+    along, and one that came before leaves nothing in the peak."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        try:
+            return executor.submit(_rehearse, c, pictures).result()
+        except (BrokenProcessPool, torch.OutOfMemoryError):
+            return Forecast(math.inf, math.inf)
+
+
+def _rehearse(c: Config, pictures: int) -> Forecast:
+    """The real training of c, but on a few figures, with stand-ins for what it loads."""
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        trial = replace(c, data=f"figures:{max(pictures, 2)}", val=None, out=f"{folder}/run", steps=REHEARSED + 1,
+                        minutes=None, micro_batch=None, workers=0, recipe=replace(
+                            c.recipe, batch_size=pictures, loss=replace(c.recipe.loss, disc_start=0.0, disc_ramp=0.0)))
+        stand_in = Path(folder) / "stand-in.pt"
+        if c.stage == "vq" and c.recipe.loss.perceptual:
+            torch.save(LPIPS().state_dict(), stand_in)
+            trial = replace(trial, lpips=(str(stand_in),))
+        if c.stage == "ldm":
+            vq = VQModel(c.vq_config)
+            checkpoint.save(stand_in, {"format": checkpoint.FORMAT, "stage": "vq", "step": 0, "config": plain(c),
+                                       "vq": vq.state_dict(), "vq_config": asdict(c.vq_config)})
+            trial = replace(trial, vq=str(stand_in))
+        TRAIN[c.stage](trial, True, Rehearsal)
+        return Forecast(peak_memory(c.device), json.loads((Path(trial.out) / "rehearsed.json").read_text()))
+
+
+def forecast(c: Config) -> tuple[Forecast, int]:
+    """Peak memory, and time of a step on all pictures that are in the network at once; and how many were rehearsed.
+
+    Where all of them would take too long, memory and time of one and of two are drawn on as straight lines.
+    """
+    wanted = at_once(c)
+    two = rehearse(c, min(2, wanted))
+    if wanted <= 2 or two.seconds * wanted / 2 * REHEARSED < MOST_REHEARSED and two.memory < math.inf:
+        return (two if wanted <= 2 else rehearse(c, wanted)), wanted
+    one = rehearse(c, 1)
+    return Forecast(*(a + (b - a) * (wanted - 1) for a, b in zip(astuple(one), astuple(two), strict=True))), 2
+
+
+def fit(c: Config, gib: float) -> Config:
+    """c with as large a micro-batch as stays within `gib` of memory, and checkpointing where it is small without."""
+    batch, found = c.recipe.batch_size, {}
+    for checkpointing in (False, True):
+        tried = replace(c, checkpointing=checkpointing)
+        one, two = rehearse(tried, 1), rehearse(tried, 2)
+        slope = max(two.memory - one.memory, 1e-3)
+        most = int((MARGIN * gib - one.memory) / slope) + 1 if one.memory < math.inf else 0
+        found[checkpointing] = max((m for m in range(1, batch + 1) if m <= most), default=0)
+        if found[checkpointing] >= min(batch, LEAST_MICRO_BATCH):
+            break
+    checkpointing = max(found, key=lambda k: (found[k], not k))
+    if not found[checkpointing]:
+        raise ValueError(f"--fit is {gib:g} GiB, but preset {c.preset} needs {one.memory:.1f} with one picture at a "
+                         "time and --checkpointing; give more, or take a smaller preset")
+    parts = math.ceil(batch / found[checkpointing])                             # of equal size, as far as that goes
+    c = replace(c, micro_batch=math.ceil(batch / parts), checkpointing=checkpointing)
+    print(f"--fit {gib:g}: --micro-batch {c.micro_batch}" + (" --checkpointing" if checkpointing else ""))
+    return c
+
+
+def describe_forecast(c: Config) -> str:
+    """One line on memory and time of the run c."""
+    train, _ = data.open_data(c.data, c.size, c.val)
+    f, rehearsed = forecast(c)
+    n, step = len(train), f.seconds * c.recipe.batch_size / at_once(c) / world()
+    each = np.asarray(data.source(train, 0)[0]).nbytes if c.stage == "vq" else 4 * math.prod(
+        (c.vq_config.embed_dim, c.size // c.vq_config.factor, c.size // c.vq_config.factor))
+    held = min(n * each, data.REMEMBER_BYTES) / 2 ** 30 if c.workers == 0 else 0    # pictures, or pages of the cache
+    steps = c.steps or int(60 * c.minutes / step)
+    return (f"forecast for {c.device}, from {REHEARSED} steps on {rehearsed} figures: {f.memory + held:.2f} GiB at its "
+            f"peak, {step:.3g} s a step, {c.recipe.batch_size / step:.3g} pictures/s, "
+            f"{duration(n / c.recipe.batch_size * step)} an epoch of {n} pictures, {duration(steps * step)} for "
+            f"{steps} steps")
+
+
+def duration(seconds: float) -> str:
+    """5400 -> "1.5 hours"."""
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= unit:
+            return f"{seconds / unit:.1f} {name}"
+    return f"{seconds:.0f} s"
+
+
 # ------------------------------------------------------------------------------------------------- command line
 
+TRAIN = {"vq": train_vq, "ldm": train_ldm}
+
+
 def dry_run(c: Config) -> None:
-    """Prints what would be trained: the resolved recipe and the parameter counts (no memory is taken for them)."""
+    """Prints what would be trained: the resolved recipe, the parameter counts, then memory and time."""
     r, f = c.recipe, c.vq_config.factor
     with torch.device("meta"):
         parts = {"encoder": VQModel(c.vq_config).encoder, "decoder": VQModel(c.vq_config).decoder}
@@ -844,6 +1117,7 @@ def dry_run(c: Config) -> None:
         print(f"{name:13s}{sum(p.numel() for p in module.parameters()):>13,d} parameters")
     for key, value in plain(c).items():
         print(f"  {key:12s} {value}")
+    print(describe_forecast(c), flush=True)
 
 
 def off_or_weight(text: str) -> float:
@@ -884,14 +1158,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the networks")
+    add("--micro-batch", type=int, metavar="N", help="pictures in a network at once; the gradients of a batch's parts "
+        "add up to those of the batch (default: the whole batch)")
+    add("--checkpointing", action="store_true", help="compute activations again in backward instead of keeping them: "
+        "less memory, a third more arithmetic")
+    add("--fit", type=float, metavar="GIB", help="choose --micro-batch and --checkpointing for so much memory")
     add("--workers", type=int, help="processes that load pictures (default: 0 on a CPU)")
-    add("--dry-run", action="store_true", help="print the resolved recipe and the parameter counts, train nothing")
+    add("--dry-run", action="store_true", help="print the resolved recipe, parameter counts, and a "
+        "forecast of memory and time; train nothing")
     add("--fresh", action="store_true", help="start over instead of resuming")
     args = parser.parse_args(argv)
     if args.stage is None and not args.dry_run:
         parser.error("--stage vq or --stage ldm is needed")
     if args.steps and args.minutes:
         parser.error("--steps and --minutes exclude each other")
+    if args.fit is not None and (args.micro_batch or args.checkpointing or not 0 < args.fit < math.inf):
+        parser.error(f"--fit {args.fit:g} must be a positive number of GiB, and chooses --micro-batch and "
+                     "--checkpointing itself; leave those out")
     of_stage_1 = given(perceptual=args.perceptual, disc_weight=args.disc_weight, disc_start=args.disc_start,
                        lpips_weights=args.lpips_weights, download_lpips=args.download_lpips or None)
     if args.stage == "ldm" and of_stage_1:
@@ -904,12 +1187,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.dry_run:
             for stage in [args.stage] if args.stage else ["vq", "ldm"]:
-                dry_run(make_config(argparse.Namespace(**vars(args) | {"stage": stage})))
+                c = make_config(argparse.Namespace(**vars(args) | {"stage": stage}))
+                dry_run(fit(c, args.fit) if args.fit else c)
             return 0
         c = make_config(args)
+        c = fit(c, args.fit) if args.fit else c
         if args.download_lpips and c.recipe.loss.perceptual:
             c = replace(c, lpips=tuple(map(str, checkpoint.download_lpips())))
-        complete = {"vq": train_vq, "ldm": train_ldm}[c.stage](c, args.fresh)
+        complete = TRAIN[c.stage](c, args.fresh)
     except (ValueError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2

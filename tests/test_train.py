@@ -400,13 +400,18 @@ def test_in_fp16_an_overflow_is_forgiven_until_the_scale_is_no_excuse():
             out.register_hook(lambda grad: grad * math.inf)
         return out
 
+    def descend(healthy: bool, step: int) -> torch.Tensor | None:
+        opt.zero_grad()
+        scaler.scale(value := loss(healthy)).backward()
+        return train.descend(value, [p], opt, scaler, run, step)
+
     counted = []
     for step in range(5):
-        assert train.descend(loss(False), [p], opt, scaler, run, step) is None
+        assert descend(False, step) is None
         counted.append(run.bad)
     assert counted == [0, 0, 1, 2, 3]               # scales 2, 1, then 1/2, ...
     assert torch.equal(p.data, torch.ones(3))
-    assert train.descend(loss(True), [p], opt, scaler, run, 5) is not None and (p.data < 1).all()
+    assert descend(True, 5) is not None and (p.data < 1).all()
 
 
 def test_a_skipped_step_frees_its_graph_before_the_next(tmp_path, monkeypatch):
