@@ -48,6 +48,7 @@ MEASURE_STEPS = 40              # steps, at most, whose rate decides the length 
 RESERVE = 0.05                  # share of --minutes left for checkpoints and a machine that gets slower
 SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
 INTERRUPTED = 130               # exit status after Ctrl-C, so that a script does not go on to the next stage
+LOST = 3                        # exit status where another process of the run is gone
 LOG_EVERY = 20                  # steps between lines of log.jsonl
 EVALS = 6                       # evaluations a run
 EVAL_PICTURES = 512             # held-out pictures an evaluation of stage 1 looks at, at most
@@ -317,20 +318,22 @@ class EMA:
 # whole batch of a step and works on its slice, so that a step does not depend on how many they are. Rank 0 alone
 # evaluates and writes files; the others wait for it in the next step.
 
-def join_ranks(device: str) -> str:
-    """Joins the processes that torchrun has started, if it did; returns the device of this one, cuda:N of its own."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    elif device.startswith("cuda"):
-        raise ValueError(f"--device is {device}, but torchrun started {os.environ['WORLD_SIZE']} processes, which "
-                         "cannot share one GPU; leave --device out")
-    device = checkpoint.find_device(device)
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=PATIENCE)
-    return device
+def join_ranks(c: Config) -> Config:
+    """Joins the processes that torchrun has started, if it did; c on the device of this one, a GPU of its own."""
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    if n == 1:
+        return c
+    if c.recipe.batch_size % n:
+        raise ValueError(f"a batch of {c.recipe.batch_size} cannot be shared by {n} processes; give a --batch-size "
+                         f"that {n} divides")
+    if c.device.startswith("cuda:"):
+        raise ValueError(f"--device is {c.device}, but torchrun started {n} processes, which cannot share one GPU; "
+                         "leave --device out")
+    if c.device == "cuda":
+        c = replace(c, device=checkpoint.find_device(f"cuda:{os.environ['LOCAL_RANK']}"))
+        torch.cuda.set_device(c.device)
+    dist.init_process_group("nccl" if c.device.startswith("cuda") else "gloo", timeout=PATIENCE)
+    return c
 
 
 def rank() -> int:
@@ -646,7 +649,8 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def steps_bar(run: Run) -> tqdm:
-    return tqdm(initial=run.start, total=run.c.steps, desc=run.c.stage, unit="step", dynamic_ncols=True, mininterval=1)
+    return tqdm(initial=run.start, total=run.c.steps, desc=run.c.stage, unit="step", dynamic_ncols=True, mininterval=1,
+                disable=rank() > 0)
 
 
 def plot_curves(run: Run, panels: dict[str, tuple[str, ...]]) -> None:
@@ -865,7 +869,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     torch.manual_seed(c.seed)
     ldm = checkpoint.LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule, knows_null=r.p_drop > 0)
     ldm = ldm.to(device, memory_format=torch.channels_last)
-    averaged = copy.deepcopy(ldm).eval().requires_grad_(False)
+    averaged = copy.deepcopy(ldm).eval().requires_grad_(False)          # of use in rank 0 alone, as is the EMA
     averaged.vq = vq                                        # frozen: one copy serves both
     params = [p for p in ldm.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=True)
@@ -910,7 +914,8 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
             scaler.scale(share * loss).backward()
             numbers.add(share, {"loss": loss})
         grad_norm = descend(averaged_over_ranks(numbers["loss"]), params, opt, scaler, run, step)
-        ema.update(step + 1)
+        if rank() == 0:
+            ema.update(step + 1)
         return {} if grad_norm is None else numbers | {"grad_norm": grad_norm}
 
     def measure(step: int) -> tuple[dict, float, str]:
@@ -1042,6 +1047,9 @@ def forecast(c: Config) -> tuple[Forecast, int]:
 
 def fit(c: Config, gib: float) -> Config:
     """c with as large a micro-batch as stays within `gib` of memory, and checkpointing where it is small without."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--fit rehearses in one process; give what it chooses there (try it with --dry-run) to torchrun "
+                         "as --micro-batch and --checkpointing")
     batch, found = c.recipe.batch_size, {}
     for checkpointing in (False, True):
         tried = replace(c, checkpointing=checkpointing)
@@ -1182,6 +1190,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def complain(text: str) -> None:
+    """A sentence to stderr. Of several processes each tells what happened to it, but a wrong command all have."""
+    if dist.is_initialized():
+        print(f"train.py, rank {rank()} of {world()}: {text}", file=sys.stderr)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {text}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
@@ -1194,23 +1210,32 @@ def main(argv: list[str] | None = None) -> int:
         c = fit(c, args.fit) if args.fit else c
         if args.download_lpips and c.recipe.loss.perceptual:
             c = replace(c, lpips=tuple(map(str, checkpoint.download_lpips())))
+        c = join_ranks(c)
+        if c.device.startswith("cuda"):
+            torch.set_float32_matmul_precision("high")      # TF32: what autocast leaves in float32 needs no more
+            torch.backends.cudnn.benchmark = True           # pictures are all of one size
         complete = TRAIN[c.stage](c, args.fresh)
     except (ValueError, OSError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
+        complain(str(e))
         return 2
     except torch.OutOfMemoryError:
-        print(f"train.py: the memory of {c.device} is too small for this; give a smaller --batch-size than "
-              f"{c.recipe.batch_size}", file=sys.stderr)
+        complain(f"the memory of {c.device} is too small for {at_once(c)} pictures at once; give a smaller --micro-batch, "
+                 "--checkpointing, or let --fit GIB choose both")
         return 2
     except RuntimeError as e:
-        if not (args.compile and type(e).__module__.startswith("torch._")):     # of _dynamo or _inductor
+        if args.compile and type(e).__module__.startswith("torch._"):           # of _dynamo or _inductor
+            complain(f"torch.compile cannot compile this here ({type(e).__name__}); leave --compile out")
+            return 2
+        if world() == 1 or not (isinstance(e, dist.DistError) or "peer" in str(e)):      # gloo has plain RuntimeErrors
             raise
-        print(f"train.py: torch.compile cannot compile this here ({type(e).__name__}); leave --compile out",
-              file=sys.stderr)
-        return 2
+        complain(f"another rank is gone ({str(e).strip().splitlines()[0][:100]}); the same command again goes on from "
+                 f"{c.out}/last.pt, where there is one")
+        return LOST
     except KeyboardInterrupt:
-        print("train.py: interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
+        complain("interrupted; the same command again goes on from the last checkpoint")
         return INTERRUPTED
+    if dist.is_initialized():
+        dist.destroy_process_group()
     return 0 if complete else INTERRUPTED
 
 
