@@ -1048,8 +1048,8 @@ def forecast(c: Config) -> tuple[Forecast, int]:
 def fit(c: Config, gib: float) -> Config:
     """c with as large a micro-batch as stays within `gib` of memory, and checkpointing where it is small without."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--fit rehearses in one process; give what it chooses there (try it with --dry-run) to torchrun "
-                         "as --micro-batch and --checkpointing")
+        raise ValueError("--fit rehearses in one process; give what it chooses there (try it with --dry-run) to "
+                         "torchrun as --micro-batch and --checkpointing")
     batch, found = c.recipe.batch_size, {}
     for checkpointing in (False, True):
         tried = replace(c, checkpointing=checkpointing)
@@ -1219,8 +1219,8 @@ def main(argv: list[str] | None = None) -> int:
         complain(str(e))
         return 2
     except torch.OutOfMemoryError:
-        complain(f"the memory of {c.device} is too small for {at_once(c)} pictures at once; give a smaller --micro-batch, "
-                 "--checkpointing, or let --fit GIB choose both")
+        complain(f"the memory of {c.device} is too small for {at_once(c)} pictures at once; give a smaller "
+                 "--micro-batch, --checkpointing, or let --fit GIB choose both")
         return 2
     except RuntimeError as e:
         if args.compile and type(e).__module__.startswith("torch._"):           # of _dynamo or _inductor

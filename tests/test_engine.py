@@ -67,7 +67,7 @@ def test_the_gradients_of_micro_batches_add_up_to_those_of_the_batch(stage_one, 
     for size in 1, 2, 3:
         argv = command(stage, tmp_path / str(size), *flags, "--micro-batch", str(size), preset=preset)
         parts, = gradients(monkeypatch, argv)
-        assert error(whole, parts) < 1e-5
+        assert error(whole, parts) < 1e-4
 
 
 def test_the_codebook_sees_the_whole_batch_whatever_the_micro_batch(tmp_path):
@@ -100,7 +100,7 @@ def test_the_adversary_works_with_checkpointing_and_micro_batches(tmp_path, monk
     found = [gradients(monkeypatch, command("vq", tmp_path / name, "--amp", "off", *flags, preset="micro_gan"))
              for name, flags in (("a", []), ("b", ["--checkpointing"]))]
     assert len(found[0]) == len(found[1]) == 2                          # the autoencoder, the discriminator
-    assert all(error(a, b) < 1e-5 for a, b in zip(*found, strict=True))
+    assert all(error(a, b) < 1e-4 for a, b in zip(*found, strict=True))
     assert train.main(command("vq", tmp_path / "c", "--micro-batch", "2", "--steps", "3", preset="micro_gan")) == 0
     rows = train.read_log(tmp_path / "c/log.jsonl")
     assert all(name in rows[-2] for name in ("g", "d_weight", "d_loss", "logits_real", "logits_fake"))
@@ -164,7 +164,7 @@ def test_two_processes_have_the_gradient_of_one_with_the_joined_batch(stage_one,
     for step in range(3):       # later steps compare weights and, in stage 1, the codes that both ranks have moved
         two = [torch.load(tmp_path / f"found/{r}-{step}.pt") for r in range(2)]
         assert error(*two) == 0
-        assert error(one[step], two[0]) < (1e-5 if step == 0 else 1e-3)
+        assert error(one[step], two[0]) < (1e-4 if step == 0 else 1e-3)
     rows = [train.read_log(tmp_path / name / "log.jsonl") for name in ("one", "two")]
     assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]]         # rank 0 alone writes, once
     assert not [line for line in err[1].splitlines() if "vq:" in line or "ldm:" in line]
