@@ -1055,7 +1055,7 @@ def fit(c: Config, gib: float) -> Config:
         tried = replace(c, checkpointing=checkpointing)
         one, two = rehearse(tried, 1), rehearse(tried, 2)
         slope = max(two.memory - one.memory, 1e-3)
-        most = int((MARGIN * gib - one.memory) / slope) + 1 if one.memory < math.inf else 0
+        most = math.floor((MARGIN * gib - one.memory) / slope) + 1 if one.memory < math.inf else 0
         found[checkpointing] = max((m for m in range(1, batch + 1) if m <= most), default=0)
         if found[checkpointing] >= min(batch, LEAST_MICRO_BATCH):
             break
