@@ -52,8 +52,8 @@ PREVIEW_STEPS = 25              # of DDIM
 POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py says by them how usual a pose is
 REHEARSAL = 1e-30               # the adversary's factor while --minutes measures: it takes its time and changes nothing
 TOLERATED = 10                  # steps in a row without a finite loss that are skipped; then the run stops
-HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq", "lpips"}    # may differ from those of
-                                #   the resumed run (of stage 1 the hash of its weights decides, not the path)
+# What may differ from the resumed run (of stage 1 the hash of its weights decides, not the path).
+HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq", "lpips", "keep_every"}
 
 
 # ------------------------------------------------------------------------------------------------ the recipes
@@ -168,6 +168,7 @@ class Config:
     vq_hash: str | None = None                      # stage 2: of the weights in `vq`
     measured: int | None = None                     # --minutes: how many steps were needed to fix `steps`
     lpips: tuple[str, ...] = ()                     # stage 1: files with the weights of LPIPS
+    keep_every: int | None = None                   # steps between checkpoints that stay
 
 
 def make_config(args: argparse.Namespace) -> Config:
@@ -187,7 +188,7 @@ def make_config(args: argparse.Namespace) -> Config:
     if (args.workers or 0) < 0:
         raise ValueError(f"--workers is {args.workers}; it must be 0 or more")
     for name, value in (("--steps", steps), ("--minutes", minutes), ("--batch-size", recipe.batch_size),
-                        ("--lr", recipe.lr)):
+                        ("--lr", recipe.lr), ("--keep-every", args.keep_every)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it must be a positive number")
     device = checkpoint.find_device(args.device)
@@ -203,7 +204,7 @@ def make_config(args: argparse.Namespace) -> Config:
         unet_config=UNetConfig(in_channels=latent + cond.map_channels, out_channels=latent,
                                context_dim=cond.context_dim, **preset.unet) if ldm else None,
         cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None, normalise=preset.normalise,
-        lpips=tuple(args.lpips_weights or ()))
+        lpips=tuple(args.lpips_weights or ()), keep_every=args.keep_every)
 
 
 def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
@@ -298,7 +299,11 @@ class EMA:
 # ------------------------------------------------------------------------------------------- the run's folder
 
 class Run:
-    """The run folder and the clock: resuming, log.jsonl, checkpoints, the number of steps. Knows no model."""
+    """The run folder and the clock: resuming, log.jsonl, checkpoints, the number of steps. Knows no model.
+
+    Files are written in the order log.jsonl, step-*.pt, best.pt, last.pt, pictures: what comes before last.pt a resumed
+    run makes again, what comes after it it makes up for. So a kill costs the time since last.pt, and nothing else.
+    """
 
     def __init__(self, c: Config, fresh: bool):
         self.began = time.monotonic()
@@ -316,7 +321,9 @@ class Run:
         self.start = self.resumed["step"] if self.resumed else 0
         self.best = self.resumed["train"]["best"] if self.resumed else None
         self.skipped = self.resumed["train"]["skipped"] if self.resumed else 0
-        self.in_a_row, self.skipped_at = 0, -1
+        self.overflows = self.resumed["train"].get("overflows", 0) if self.resumed else 0
+        self.in_a_row, self.skipped_at, self.saved_at = 0, -1, time.monotonic()
+        self.held = self.start or None              # the step that last.pt holds
 
     def _look_at_last(self) -> None:
         """Sets `resumed` to what last.pt holds, unless --fresh; ValueError where it is not to be touched."""
@@ -339,18 +346,27 @@ class Run:
               panels: dict[str, tuple[str, ...]]) -> None:
         """Called once, right before the first step: only now, when nothing can go wrong any more, is --fresh obeyed.
 
-        `measure(step)` evaluates: figures, the score that decides about best.pt (higher is better), a line to print;
-        `eval_forwards` pictures go forward in it. `payload()` is what a checkpoint holds; `panels` are of plot_curves.
+        `measure(step)` evaluates: figures, the score that decides about best.pt (higher is better), a line to print; it
+        leaves in `preview` what draws into a path. `eval_forwards` pictures go forward in it. `payload()` is what a
+        checkpoint holds; `panels` are of plot_curves.
         """
         self.measure, self.payload, self.eval_forwards, self.panels = measure, payload, eval_forwards, panels
         if self.fresh:
-            for path in (self.last, self.best_path, self.log_path, self.dir / "curves.png"):
+            for path in (self.last, self.best_path, self.log_path, self.dir / "curves.png",
+                         *self.dir.glob("step-*.pt")):
                 path.unlink(missing_ok=True)
             shutil.rmtree(self.dir / "samples")
             (self.dir / "samples").mkdir()
+        for path in self.dir.glob("*.partial"):     # of a process that was killed while it wrote
+            path.unlink()
         self.resumed = None                         # restored by now: gigabytes for a large model
-        self._cut_log()
+        evaluate_again = self.start > 0 and self.due(self.start - 1) and not is_picture(self.picture(self.start))
+        self._cut_log(evaluate_again)
         self._write_config()
+        if evaluate_again:
+            score = self.evaluate(self.start - 1)
+            self.save(self.start, self.payload(), score)
+            self.draw(self.start)
         self.saved_at = time.monotonic()
 
     def _check_same(self, old: dict) -> None:
@@ -367,16 +383,31 @@ class Run:
             print(f"{self.dir} keeps its length of {old['steps']} steps; --fresh makes it {self.c.minutes:g} minutes")
         self.c = replace(self.c, steps=old["steps"], minutes=old["minutes"], measured=old["measured"])
 
-    def _cut_log(self) -> None:
-        """Steps after the checkpoint will be made, and logged, again."""
+    def _cut_log(self, evaluate_again: bool) -> None:
+        """Steps after the checkpoint will be made, and logged, again; so may be the evaluation of its own step."""
         if self.log_path.exists():
-            kept = [r for r in read_log(self.log_path) if r["step"] < self.start]
-            shorter = self.log_path.with_suffix(".partial")
-            shorter.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            os.replace(shorter, self.log_path)
+            first = (self.start - evaluate_again, evaluate_again)       # rows (step, is it an evaluation?) from here
+            kept = [r for r in read_log(self.log_path) if (r["step"], any(k.startswith("val_") for k in r)) < first]
+            with self.writing(self.log_path), checkpoint.replacing(self.log_path) as f:
+                f.write("".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def _write_config(self) -> None:
-        (self.dir / "config.json").write_text(json.dumps(plain(self.c), indent=1))
+        path = self.dir / "config.json"
+        with self.writing(path), checkpoint.replacing(path) as f:
+            f.write(json.dumps(plain(self.c), indent=1).encode())
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """A disk that is full, or a folder that is gone, ends the run in one sentence that says what is left."""
+        try:
+            yield
+        except OSError as e:
+            raise OSError(f"cannot write {path} ({e.strerror or e}), so the run stops; {self.kept()}; mend that and "
+                          "give the same command again") from None
+
+    def kept(self) -> str:
+        return "no checkpoint was made yet" if self.held is None else (
+            f"{self.last} holds the last good checkpoint, of step {self.held}")
 
     def after_step(self, step: int, numbers: dict[str, Tensor | int], bar: tqdm, stopped: list[int]) -> bool:
         """The clock, the bar, the log, evaluation, checkpoint; does the run end here?
@@ -387,19 +418,38 @@ class Run:
         bar.total = self.c.steps
         bar.update()
         last, bad, score = step + 1 == self.c.steps, self.skipped_at == step, None
+        self.overflows += not numbers and not bad           # of fp16, forgiven by descend
         if step % LOG_EVERY == 0 or last:
             values = {name: float(value) for name, value in numbers.items()}
             bar.set_postfix(loss=values.get("loss"), refresh=False)
-            self.log(step, **values, lr=lr_at(step, self.c), **({"skipped": self.skipped} if self.skipped else {}))
-        if self.due(step):
-            result, score, self.said = self.measure(step + 1)
-            self.log(step, **{f"val_{name}": value for name, value in result.items()})
-            plot_curves(self, self.panels)
-            bar.write(f"step {step + 1:6d}  {self.said}")
+            self.log(step, **values, lr=lr_at(step, self.c), **({"skipped": self.skipped} if self.skipped else {}),
+                     **({"overflows": self.overflows} if self.overflows else {}))
+        if self.due(step) and (last or not stopped):        # who is told to stop saves; the resumed run evaluates
+            score = self.evaluate(step)
         # Weights that make one loss after another not a number may be ruined: the checkpoint before them stays.
-        if (score is not None or self.save_due() or (stopped and self.c.steps)) and not (bad and self.in_a_row > last):
+        if (score is not None or self.save_due(step) or (stopped and self.c.steps)) and not (
+                bad and self.in_a_row > last):
             self.save(step + 1, self.payload(), score)
+        if score is not None:
+            bar.write(f"step {step + 1:6d}  {self.said}")
+            self.draw(step + 1)
         return last or bool(stopped)
+
+    def evaluate(self, step: int) -> float:
+        """The score after this step; the log has the figures."""
+        result, score, self.said = self.measure(step + 1)
+        self.log(step, **{f"val_{name}": value for name, value in result.items()})
+        return score
+
+    def picture(self, step: int) -> Path:
+        return self.dir / "samples" / f"{step:07d}.png"
+
+    def draw(self, step: int) -> None:
+        """The pictures of an evaluation, once its checkpoint is safe; `preview` comes from measure."""
+        with self.writing(self.dir / "curves.png"):
+            plot_curves(self, self.panels)
+        with self.writing(self.picture(step)):
+            self.preview(self.picture(step))
 
     def clock(self, step: int) -> None:
         """Called after each step; after the first few of a --minutes run fixes its number of steps.
@@ -427,14 +477,16 @@ class Run:
         self.in_a_row = self.in_a_row + 1 if self.skipped_at == step - 1 else 1
         self.skipped, self.skipped_at = self.skipped + 1, step
         if self.in_a_row >= TOLERATED:
-            kept = f"{self.last} holds the last good checkpoint" if self.last.exists() else "no checkpoint was made yet"
-            raise ValueError(f"the {name} was not finite in {TOLERATED} steps in a row and is {value.item()} at step "
-                             f"{step}, so the run stops; {kept}; start anew, in another --out or with --fresh, with a "
-                             "lower --lr, or with --amp off")
+            raise self.diverged(f"the {name} was not finite in {TOLERATED} steps in a row and is {value.item()} at "
+                                f"step {step}")
         return False
 
+    def diverged(self, what: str) -> ValueError:
+        return ValueError(f"{what}, so the run stops; {self.kept()}; start anew, in another --out or with --fresh, "
+                          "with a lower --lr, or with --amp off")
+
     def log(self, step: int, **values: float) -> None:
-        with open(self.log_path, "a") as f:
+        with self.writing(self.log_path), open(self.log_path, "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
 
     def due(self, step: int) -> bool:
@@ -442,19 +494,33 @@ class Run:
         n = self.c.steps
         return n is not None and (step + 1 == n or (step + 1) % max(1, n // EVALS) == 0 and n - step > n // EVALS // 2)
 
-    def save_due(self) -> bool:
-        return self.c.steps is not None and time.monotonic() - self.saved_at >= SAVE_SECONDS
+    def save_due(self, step: int) -> bool:
+        """Is a checkpoint due after this step, evaluation or not?"""
+        return self.c.steps is not None and (self.is_kept(step + 1) or time.monotonic() - self.saved_at >= SAVE_SECONDS)
+
+    def is_kept(self, step: int) -> bool:
+        return self.c.keep_every is not None and step % self.c.keep_every == 0
 
     def save(self, step: int, payload: dict, score: float | None = None) -> None:
-        """last.pt, and best.pt where `score` (higher is better) is the best so far."""
+        """last.pt; before it best.pt, where `score` (higher is better) is the best so far, and step-*.pt every so many.
+
+        These two lack the training state: they are for sampling. ValueError where the weights are no numbers.
+        """
+        if name := not_finite(payload):
+            raise self.diverged(f"{name} is not finite after step {step - 1}")
         better = score is not None and math.isfinite(score) and (self.best is None or score > self.best)
-        self.best = score if better else self.best
+        best = score if better else self.best
         payload = payload | {"format": checkpoint.FORMAT, "step": step, "config": plain(self.c)}
-        payload["train"] = payload["train"] | {"best": self.best, "skipped": self.skipped}
-        if better:              # before last.pt, which says that this score has been reached
-            checkpoint.save(self.best_path, {k: v for k, v in payload.items() if k != "train"})
-        checkpoint.save(self.last, payload)
-        self.saved_at = time.monotonic()
+        model = {k: v for k, v in payload.items() if k != "train"}
+        payload["train"] = payload["train"] | {"best": best, "skipped": self.skipped, "overflows": self.overflows}
+        with self.writing(self.log_path), open(self.log_path, "a") as f:
+            os.fsync(f.fileno())            # a power cut must not leave a checkpoint whose steps were never logged
+        for path, wanted, content in ((self.dir / f"step-{step:07d}.pt", self.is_kept(step), model),
+                                      (self.best_path, better, model), (self.last, True, payload)):
+            if wanted:              # last.pt last: it says that the others are there
+                with self.writing(path):
+                    checkpoint.save(path, content)
+        self.best, self.held, self.saved_at = best, step, time.monotonic()
 
     def finish(self, stopped: list[int], step: int) -> bool:
         """Says how the run ended; is it complete?"""
@@ -473,6 +539,22 @@ class Run:
         if complete:
             print(f"{self.dir} is complete at step {self.start}; --fresh starts it over")
         return complete
+
+
+def not_finite(value: object, name: str = "") -> str | None:
+    """The name of the first tensor in nested dicts that holds a nan or an infinity."""
+    if isinstance(value, dict):
+        return next(filter(None, (not_finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items())), None)
+    return name if isinstance(value, Tensor) and not torch.isfinite(value).all() else None
+
+
+def is_picture(path: Path) -> bool:
+    """Is there a picture, whole?"""
+    try:
+        data.read_picture(path)
+    except data.DataError:
+        return False
+    return True
 
 
 def differing(name: str, a: object, b: object) -> tuple[str, object, object]:
@@ -554,7 +636,8 @@ def plot_curves(run: Run, panels: dict[str, tuple[str, ...]]) -> None:
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize=8)
-    fig.savefig(run.dir / "curves.png", dpi=110)
+    with checkpoint.replacing(run.dir / "curves.png") as f:
+        fig.savefig(f, format="png", dpi=110)
     plt.close(fig)
 
 
@@ -628,7 +711,7 @@ def train_vq(c: Config, fresh: bool = False) -> bool:
     def measure(step: int) -> tuple[dict, float, str]:
         result = evaluate.reconstruction(model, (x for x, _ in data.in_order(val, 32, EVAL_PICTURES)), device,
                                          lambda: autocast(c))
-        preview_vq(model, val, run.dir / "samples" / f"{step:07d}.png", c, result)
+        run.preview = lambda path: preview_vq(model, val, path, c, result)
         return result, result["psnr"], (
             f"held-out PSNR {result['psnr']:.2f} dB, averaging over boxes has {result['psnr_box']:.2f}"
             + ("" if result["psnr"] > result["psnr_box"] else ": WORSE than that, train longer")
@@ -758,7 +841,7 @@ def train_ldm(c: Config, fresh: bool = False) -> bool:
 
     def measure(step: int) -> tuple[dict, float, str]:
         result = evaluate.condition_losses(averaged, diffusion, z_val, pose_val, autocast=lambda: autocast(c))
-        preview_ldm(averaged, diffusion, held_out[0], run.dir / "samples" / f"{step:07d}.png", c, result)
+        run.preview = lambda path: preview_ldm(averaged, diffusion, held_out[0], path, c, result)
         return result, -result["right"], (
             f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} shuffled, "
             f"{result['null']:.4f} without: ratio {result['ratio']:.3f}")
@@ -885,6 +968,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--workers", type=int, help="processes that load pictures (default: 0 on a CPU)")
+    add("--keep-every", type=int, metavar="STEPS", help="keep the model of each so many steps, as step-*.pt, to sample "
+        "from (default: the last and the best alone)")
     add("--dry-run", action="store_true", help="print the resolved recipe and the parameter counts, train nothing")
     add("--fresh", action="store_true", help="start over instead of resuming")
     args = parser.parse_args(argv)
