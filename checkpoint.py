@@ -25,9 +25,11 @@ import pickletools
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -76,23 +78,46 @@ def has_bf16(device: str) -> bool:
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private, hence the guard
 
 
-def save(path: str | Path, payload: dict) -> None:
-    """Write `payload` so that `path` is at every moment either the old file or the whole new one.
-
-    OSError (full disk, unwritable folder) leaves the old file as it was.
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write, under another name until it is whole and on the disk: `path` is at every moment, through a kill
+    or a power cut, either the old file or the new one. OSError (full disk, unwritable folder) leaves the old one.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as f:
-            torch.save(payload, f)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except RuntimeError as e:           # torch's zip writer reports a full disk this way
-        raise OSError(f"cannot write {path}: {e}") from None
+        sync_folder(path.parent)
+    except OSError as e:
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from None       # a failed write knows no name
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):                     # of a disk that has failed altogether
+            partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in it last through a power cut; Windows and some network file systems can sync no folder."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def save(path: str | Path, payload: dict) -> None:
+    """Write `payload` so that `path` is at every moment either the old file or the whole new one; OSError as above."""
+    with replacing(path) as f:
+        try:
+            torch.save(payload, f)
+        except RuntimeError as e:       # torch's zip writer hides that the disk is full behind a sum that is wrong
+            if isinstance(e.__context__, OSError):
+                raise e.__context__ from None
+            raise
 
 
 def load(path: str | Path, stage: str, advice: str | None = None, preset: str | None = None, ema: bool = True) -> dict:

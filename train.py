@@ -58,8 +58,9 @@ PREVIEW_STEPS = 25              # of DDIM
 POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py says by them how usual a pose is
 REHEARSAL = 1e-30               # the adversary's factor while --minutes measures: it takes its time and changes nothing
 TOLERATED = 10                  # steps in a row without a finite loss that are skipped; then the run stops
-HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq", "lpips", "micro_batch",
-            "checkpointing"}    # may differ from those of the resumed run (of stage 1 its hash decides, not the path)
+# What may differ from the resumed run (of stage 1 the hash of its weights decides, not the path).
+HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq", "lpips", "keep_every", "micro_batch",
+            "checkpointing"}
 REHEARSED = 8                   # steps, at most, by which memory and time of a run are forecast
 MOST_REHEARSED = 20             # seconds; a step that takes longer is done twice
 MARGIN = 0.92                   # share of the memory given with --fit that is planned for: allocators leave holes
@@ -182,6 +183,7 @@ class Config:
     vq_hash: str | None = None                      # stage 2: of the weights in `vq`
     measured: int | None = None                     # --minutes: how many steps were needed to fix `steps`
     lpips: tuple[str, ...] = ()                     # stage 1: files with the weights of LPIPS
+    keep_every: int | None = None                   # steps between checkpoints that stay
 
 
 def make_config(args: argparse.Namespace) -> Config:
@@ -201,7 +203,7 @@ def make_config(args: argparse.Namespace) -> Config:
     if (args.workers or 0) < 0:
         raise ValueError(f"--workers is {args.workers}; it must be 0 or more")
     for name, value in (("--steps", steps), ("--minutes", minutes), ("--batch-size", recipe.batch_size),
-                        ("--lr", recipe.lr), ("--micro-batch", args.micro_batch)):
+                        ("--lr", recipe.lr), ("--micro-batch", args.micro_batch), ("--keep-every", args.keep_every)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it must be a positive number")
     device = checkpoint.find_device(args.device)
@@ -218,7 +220,7 @@ def make_config(args: argparse.Namespace) -> Config:
         unet_config=UNetConfig(in_channels=latent + cond.map_channels, out_channels=latent,
                                context_dim=cond.context_dim, **preset.unet) if ldm else None,
         cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None, normalise=preset.normalise,
-        lpips=tuple(args.lpips_weights or ()))
+        lpips=tuple(args.lpips_weights or ()), keep_every=args.keep_every)
 
 
 def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
@@ -388,6 +390,17 @@ def averaged_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def broken_list() -> str:
+    """Name of this rank's list of unusable pictures, in the run folder."""
+    return f"broken-{rank()}.txt" if rank() else "broken.txt"
+
+
+def say(text: str) -> None:
+    """One voice for all ranks."""
+    if rank() == 0:
+        print(text)
+
+
 def any_rank(flag: bool, device: str) -> bool:
     """True in every rank where it is in one."""
     return bool(averaged_over_ranks(torch.tensor(float(flag), device=device)) > 0)
@@ -412,25 +425,32 @@ def micro_batches(n: int, c: Config, net: nn.Module) -> Iterator[slice]:
 # ------------------------------------------------------------------------------------------- the run's folder
 
 class Run:
-    """The run folder and the clock: resuming, log.jsonl, checkpoints, the number of steps. Knows no model."""
+    """The run folder and the clock: resuming, log.jsonl, checkpoints, the number of steps. Knows no model.
+
+    Files are written in the order log.jsonl, step-*.pt, best.pt, last.pt, pictures: what comes before last.pt a resumed
+    run makes again, what comes after it it makes up for. So a kill costs the time since last.pt, and nothing else.
+    """
 
     def __init__(self, c: Config, fresh: bool):
         self.began = time.monotonic()
         self.c, self.dir, self.resumed = c, Path(c.out), None
         self.last, self.best_path, self.log_path = self.dir / "last.pt", self.dir / "best.pt", self.dir / "log.jsonl"
-        try:
-            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
-            (self.dir / ".writable").touch()
-            (self.dir / ".writable").unlink()
-        except OSError as e:
-            raise ValueError(f"--out {self.dir} cannot be written ({e.strerror}); choose another folder") from None
+        if rank() == 0:
+            try:
+                (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+                (self.dir / ".writable").touch()
+                (self.dir / ".writable").unlink()
+            except OSError as e:
+                raise ValueError(f"--out {self.dir} cannot be written ({e.strerror}); choose another folder") from None
         self.fresh, self.measuring, self.said = fresh, [], ""
         if self.last.exists():
             self._look_at_last()
         self.start = self.resumed["step"] if self.resumed else 0
         self.best = self.resumed["train"]["best"] if self.resumed else None
         self.skipped = self.resumed["train"]["skipped"] if self.resumed else 0
-        self.in_a_row, self.skipped_at = 0, -1
+        self.overflows = self.resumed["train"].get("overflows", 0) if self.resumed else 0
+        self.in_a_row, self.skipped_at, self.saved_at = 0, -1, time.monotonic()
+        self.held = self.start or None              # the step that last.pt holds
 
     def _look_at_last(self) -> None:
         """Sets `resumed` to what last.pt holds, unless --fresh; ValueError where it is not to be touched."""
@@ -453,18 +473,30 @@ class Run:
               panels: dict[str, tuple[str, ...]]) -> None:
         """Called once, right before the first step: only now, when nothing can go wrong any more, is --fresh obeyed.
 
-        `measure(step)` evaluates: figures, the score that decides about best.pt (higher is better), a line to print;
-        `eval_forwards` pictures go forward in it. `payload()` is what a checkpoint holds; `panels` are of plot_curves.
+        `measure(step)` evaluates: figures, the score that decides about best.pt (higher is better), a line to print; it
+        leaves in `preview` what draws into a path. `eval_forwards` pictures go forward in it. `payload()` is what a
+        checkpoint holds; `panels` are of plot_curves.
         """
         self.measure, self.payload, self.eval_forwards, self.panels = measure, payload, eval_forwards, panels
+        if rank() > 0:
+            self.resumed = None
+            return
         if self.fresh:
-            for path in (self.last, self.best_path, self.log_path, self.dir / "curves.png"):
+            for path in (self.last, self.best_path, self.log_path, self.dir / "curves.png",
+                         *self.dir.glob("step-*.pt")):
                 path.unlink(missing_ok=True)
             shutil.rmtree(self.dir / "samples")
             (self.dir / "samples").mkdir()
+        for path in self.dir.glob("*.partial"):     # of a process that was killed while it wrote
+            path.unlink()
         self.resumed = None                         # restored by now: gigabytes for a large model
-        self._cut_log()
+        evaluate_again = self.start > 0 and self.due(self.start - 1) and not is_picture(self.picture(self.start))
+        self._cut_log(evaluate_again)
         self._write_config()
+        if evaluate_again:
+            score = self.evaluate(self.start - 1)
+            self.save(self.start, self.payload(), score)
+            self.draw(self.start)
         self.saved_at = time.monotonic()
 
     def _check_same(self, old: dict) -> None:
@@ -478,19 +510,34 @@ class Run:
                 raise ValueError(f"{self.dir} holds a run with {name} = {was}, but this command has {name} = {now}; "
                                  "repeat the old command to resume it, or give another --out, or --fresh")
         if self.c.minutes not in (None, old["minutes"]):
-            print(f"{self.dir} keeps its length of {old['steps']} steps; --fresh makes it {self.c.minutes:g} minutes")
+            say(f"{self.dir} keeps its length of {old['steps']} steps; --fresh makes it {self.c.minutes:g} minutes")
         self.c = replace(self.c, steps=old["steps"], minutes=old["minutes"], measured=old["measured"])
 
-    def _cut_log(self) -> None:
-        """Steps after the checkpoint will be made, and logged, again."""
+    def _cut_log(self, evaluate_again: bool) -> None:
+        """Steps after the checkpoint will be made, and logged, again; so may be the evaluation of its own step."""
         if self.log_path.exists():
-            kept = [r for r in read_log(self.log_path) if r["step"] < self.start]
-            shorter = self.log_path.with_suffix(".partial")
-            shorter.write_text("".join(json.dumps(r) + "\n" for r in kept))
-            os.replace(shorter, self.log_path)
+            first = (self.start - evaluate_again, evaluate_again)       # rows (step, is it an evaluation?) from here
+            kept = [r for r in read_log(self.log_path) if (r["step"], any(k.startswith("val_") for k in r)) < first]
+            with self.writing(self.log_path), checkpoint.replacing(self.log_path) as f:
+                f.write("".join(json.dumps(r) + "\n" for r in kept).encode())
 
     def _write_config(self) -> None:
-        (self.dir / "config.json").write_text(json.dumps(plain(self.c), indent=1))
+        path = self.dir / "config.json"
+        with self.writing(path), checkpoint.replacing(path) as f:
+            f.write(json.dumps(plain(self.c), indent=1).encode())
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """A disk that is full, or a folder that is gone, ends the run in one sentence that says what is left."""
+        try:
+            yield
+        except OSError as e:
+            raise OSError(f"cannot write {path} ({e.strerror or e}), so the run stops; {self.kept()}; mend that and "
+                          "give the same command again") from None
+
+    def kept(self) -> str:
+        return "no checkpoint was made yet" if self.held is None else (
+            f"{self.last} holds the last good checkpoint, of step {self.held}")
 
     def after_step(self, step: int, numbers: dict[str, Tensor | int], bar: tqdm, stopped: list[int]) -> bool:
         """The clock, the bar, the log, evaluation, checkpoint; does the run end here?
@@ -498,22 +545,47 @@ class Run:
         `numbers` are what the log says of the step, none of one that was skipped.
         """
         self.clock(step)
+        if world() > 1 and any_rank(bool(stopped), self.c.device) and not stopped:
+            stopped.append(signal.SIGTERM)              # another rank was told to stop: all do after the same step
+        if rank() == 0:
+            self.housekeep(step, numbers, bar, stopped)
+        return step + 1 == self.c.steps or bool(stopped)
+
+    def housekeep(self, step: int, numbers: dict[str, Tensor | int], bar: tqdm, stopped: list[int]) -> None:
         bar.total = self.c.steps
         bar.update()
         last, bad, score = step + 1 == self.c.steps, self.skipped_at == step, None
+        self.overflows += not numbers and not bad           # of fp16, forgiven by descend
         if step % LOG_EVERY == 0 or last:
             values = {name: float(value) for name, value in numbers.items()}
             bar.set_postfix(loss=values.get("loss"), refresh=False)
-            self.log(step, **values, lr=lr_at(step, self.c), **({"skipped": self.skipped} if self.skipped else {}))
-        if self.due(step):
-            result, score, self.said = self.measure(step + 1)
-            self.log(step, **{f"val_{name}": value for name, value in result.items()})
-            plot_curves(self, self.panels)
-            bar.write(f"step {step + 1:6d}  {self.said}")
+            self.log(step, **values, lr=lr_at(step, self.c), **({"skipped": self.skipped} if self.skipped else {}),
+                     **({"overflows": self.overflows} if self.overflows else {}))
+        if self.due(step) and (last or not stopped):        # who is told to stop saves; the resumed run evaluates
+            score = self.evaluate(step)
         # Weights that make one loss after another not a number may be ruined: the checkpoint before them stays.
-        if (score is not None or self.save_due() or (stopped and self.c.steps)) and not (bad and self.in_a_row > last):
+        if (score is not None or self.save_due(step) or (stopped and self.c.steps)) and not (
+                bad and self.in_a_row > last):
             self.save(step + 1, self.payload(), score)
-        return last or bool(stopped)
+        if score is not None:
+            bar.write(f"step {step + 1:6d}  {self.said}")
+            self.draw(step + 1)
+
+    def evaluate(self, step: int) -> float:
+        """The score after this step; the log has the figures."""
+        result, score, self.said = self.measure(step + 1)
+        self.log(step, **{f"val_{name}": value for name, value in result.items()})
+        return score
+
+    def picture(self, step: int) -> Path:
+        return self.dir / "samples" / f"{step:07d}.png"
+
+    def draw(self, step: int) -> None:
+        """The pictures of an evaluation, once its checkpoint is safe; `preview` comes from measure."""
+        with self.writing(self.dir / "curves.png"):
+            plot_curves(self, self.panels)
+        with self.writing(self.picture(step)):
+            self.preview(self.picture(step))
 
     def clock(self, step: int) -> None:
         """Called after each step; after the first few of a --minutes run fixes its number of steps.
@@ -524,15 +596,20 @@ class Run:
             return
         if self.c.device.startswith("cuda"):
             torch.cuda.synchronize(self.c.device)
-        self.measuring.append(time.monotonic())
-        n, budget, gone = len(self.measuring), self.c.minutes * 60, time.monotonic() - self.began
+        now = torch.tensor([time.monotonic(), self.began], dtype=torch.float64, device=self.c.device)
+        if world() > 1:
+            dist.broadcast(now, 0)                      # one clock for all, or they would disagree on the length
+        now, began = now.tolist()
+        self.measuring.append(now)
+        n, budget, gone = len(self.measuring), self.c.minutes * 60, now - began
         measuring = self.measuring[-1] - self.measuring[0]
         if n >= MEASURE_STEPS or (n >= 3 and measuring > budget / 8):       # not 40 times where a step takes a minute
             rate = statistics.median(np.diff(self.measuring[n // 4:]))
             evaluating = EVALS * self.eval_forwards / (3 * self.c.recipe.batch_size)         # in steps
             more = max(1, int((budget * (1 - RESERVE) - gone) / rate - evaluating))
             self.c = replace(self.c, steps=step + 1 + more, measured=step + 1)
-            self._write_config()
+            if rank() == 0:
+                self._write_config()
 
     def usable(self, name: str, value: Tensor, step: int) -> bool:
         """Is it finite? Counts the steps where it is not; ValueError at the tenth in a row."""
@@ -541,14 +618,16 @@ class Run:
         self.in_a_row = self.in_a_row + 1 if self.skipped_at == step - 1 else 1
         self.skipped, self.skipped_at = self.skipped + 1, step
         if self.in_a_row >= TOLERATED:
-            kept = f"{self.last} holds the last good checkpoint" if self.last.exists() else "no checkpoint was made yet"
-            raise ValueError(f"the {name} was not finite in {TOLERATED} steps in a row and is {value.item()} at step "
-                             f"{step}, so the run stops; {kept}; start anew, in another --out or with --fresh, with a "
-                             "lower --lr, or with --amp off")
+            raise self.diverged(f"the {name} was not finite in {TOLERATED} steps in a row and is {value.item()} at "
+                                f"step {step}")
         return False
 
+    def diverged(self, what: str) -> ValueError:
+        return ValueError(f"{what}, so the run stops; {self.kept()}; start anew, in another --out or with --fresh, "
+                          "with a lower --lr, or with --amp off")
+
     def log(self, step: int, **values: float) -> None:
-        with open(self.log_path, "a") as f:
+        with self.writing(self.log_path), open(self.log_path, "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
 
     def due(self, step: int) -> bool:
@@ -556,28 +635,42 @@ class Run:
         n = self.c.steps
         return n is not None and (step + 1 == n or (step + 1) % max(1, n // EVALS) == 0 and n - step > n // EVALS // 2)
 
-    def save_due(self) -> bool:
-        return self.c.steps is not None and time.monotonic() - self.saved_at >= SAVE_SECONDS
+    def save_due(self, step: int) -> bool:
+        """Is a checkpoint due after this step, evaluation or not?"""
+        return self.c.steps is not None and (self.is_kept(step + 1) or time.monotonic() - self.saved_at >= SAVE_SECONDS)
+
+    def is_kept(self, step: int) -> bool:
+        return self.c.keep_every is not None and step % self.c.keep_every == 0
 
     def save(self, step: int, payload: dict, score: float | None = None) -> None:
-        """last.pt, and best.pt where `score` (higher is better) is the best so far."""
+        """last.pt; before it best.pt, where `score` (higher is better) is the best so far, and step-*.pt every so many.
+
+        These two lack the training state: they are for sampling. ValueError where the weights are no numbers.
+        """
+        if name := not_finite(payload):
+            raise self.diverged(f"{name} is not finite after step {step - 1}")
         better = score is not None and math.isfinite(score) and (self.best is None or score > self.best)
-        self.best = score if better else self.best
+        best = score if better else self.best
         payload = payload | {"format": checkpoint.FORMAT, "step": step, "config": plain(self.c)}
-        payload["train"] = payload["train"] | {"best": self.best, "skipped": self.skipped}
-        if better:              # before last.pt, which says that this score has been reached
-            checkpoint.save(self.best_path, {k: v for k, v in payload.items() if k != "train"})
-        checkpoint.save(self.last, payload)
-        self.saved_at = time.monotonic()
+        model = {k: v for k, v in payload.items() if k != "train"}
+        payload["train"] = payload["train"] | {"best": best, "skipped": self.skipped, "overflows": self.overflows}
+        with self.writing(self.log_path), open(self.log_path, "a") as f:
+            os.fsync(f.fileno())            # a power cut must not leave a checkpoint whose steps were never logged
+        for path, wanted, content in ((self.dir / f"step-{step:07d}.pt", self.is_kept(step), model),
+                                      (self.best_path, better, model), (self.last, True, payload)):
+            if wanted:              # last.pt last: it says that the others are there
+                with self.writing(path):
+                    checkpoint.save(path, content)
+        self.best, self.held, self.saved_at = best, step, time.monotonic()
 
     def finish(self, stopped: list[int], step: int) -> bool:
         """Says how the run ended; is it complete?"""
         if stopped and step != self.c.steps:
-            print(f"{self.dir}: stopped at step {step} of {self.c.steps}; the same command again goes on from there"
+            say(f"{self.dir}: stopped at step {step} of {self.c.steps}; the same command again goes on from there"
                   if self.c.steps else f"{self.dir}: stopped before its first checkpoint; nothing is lost but a moment")
             return False
         minutes = (time.monotonic() - self.began) / 60
-        print(f"{self.dir}: {self.said}\n{minutes:.1f} minutes, peak memory {peak_memory(self.c.device):.2f} GiB; "
+        say(f"{self.dir}: {self.said}\n{minutes:.1f} minutes, peak memory {peak_memory(self.c.device):.2f} GiB; "
               f"see {self.dir}/curves.png and {self.dir}/samples/")
         return True
 
@@ -585,8 +678,24 @@ class Run:
         """Nothing left to do? Says so."""
         complete = self.c.steps is not None and self.start >= self.c.steps
         if complete:
-            print(f"{self.dir} is complete at step {self.start}; --fresh starts it over")
+            say(f"{self.dir} is complete at step {self.start}; --fresh starts it over")
         return complete
+
+
+def not_finite(value: object, name: str = "") -> str | None:
+    """The name of the first tensor in nested dicts that holds a nan or an infinity."""
+    if isinstance(value, dict):
+        return next(filter(None, (not_finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items())), None)
+    return name if isinstance(value, Tensor) and not torch.isfinite(value).all() else None
+
+
+def is_picture(path: Path) -> bool:
+    """Is there a picture, whole?"""
+    try:
+        data.read_picture(path)
+    except data.DataError:
+        return False
+    return True
 
 
 def differing(name: str, a: object, b: object) -> tuple[str, object, object]:
@@ -674,7 +783,8 @@ def plot_curves(run: Run, panels: dict[str, tuple[str, ...]]) -> None:
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize=8)
-    fig.savefig(run.dir / "curves.png", dpi=110)
+    with checkpoint.replacing(run.dir / "curves.png") as f:
+        fig.savefig(f, format="png", dpi=110)
     plt.close(fig)
 
 
@@ -769,7 +879,7 @@ def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     def measure(step: int) -> tuple[dict, float, str]:
         result = evaluate.reconstruction(model, (x for x, _ in data.in_order(val, at_once(c), EVAL_PICTURES)), device,
                                          lambda: autocast(c))
-        preview_vq(model, val, run.dir / "samples" / f"{step:07d}.png", c, result)
+        run.preview = lambda path: preview_vq(model, val, path, c, result)
         return result, result["psnr"], (
             f"held-out PSNR {result['psnr']:.2f} dB, averaging over boxes has {result['psnr_box']:.2f}"
             + ("" if result["psnr"] > result["psnr_box"] else ": WORSE than that, train longer")
@@ -782,7 +892,7 @@ def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
         panels |= {"discriminator": ("logits_real", "logits_fake"), "adaptive weight": ("d_weight",)}
     data.remember_all(train)
     run.begin(measure, payload, min(len(val), EVAL_PICTURES), panels)
-    with stop_signals() as stopped, data.naming_broken(run.dir / "broken.txt", train, val), steps_bar(run) as bar:
+    with stop_signals() as stopped, data.naming_broken(run.dir / broken_list(), train, val), steps_bar(run) as bar:
         stop = run.c.steps or sys.maxsize
         for step, (x, _, _) in enumerate(data.batches(train, r.batch_size, c.seed, run.start, stop, c.workers,
                                                       augment=True, device=device), run.start):
@@ -841,7 +951,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     """Trains the diffusion model of config c in the latents of c.vq; True when complete, False when stopped."""
     stage1 = checkpoint.load(c.vq, "vq")
     if "source" in stage1:
-        print(checkpoint.describe(stage1, c.vq))
+        say(checkpoint.describe(stage1, c.vq))
     vq = checkpoint.build_vq(stage1, c.vq).to(c.device)
     check_latents(c, vq.config, stage1["config"]["size"])
     train, val = data.open_data(c.data, c.size, c.val, remember=False)     # each picture is looked at once
@@ -855,7 +965,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
         with torch.no_grad(), autocast(c):
             return vq.encode(x.to(device)).float()
 
-    with data.naming_broken(run.dir / "broken.txt", train, val), rank_0_first():
+    with data.naming_broken(run.dir / broken_list(), train, val), rank_0_first():
         cache = data.LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, at_once(c), device, c.workers)
         held_out = list(data.in_order(val, at_once(c), EVAL_LATENTS))
     if sum(len(x) for x, _ in held_out) < 2:
@@ -888,6 +998,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     net = parallel(ldm)
     mean, std = ldm.mean, ldm.std
 
+    previewed = next(data.in_order(val, PREVIEWS, PREVIEWS))
     z_val = torch.cat([(encode(x) - mean) / std for x, _ in held_out])
     pose_val = torch.cat([pose for _, pose in held_out]).to(device)
 
@@ -921,7 +1032,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     def measure(step: int) -> tuple[dict, float, str]:
         result = evaluate.condition_losses(averaged, diffusion, z_val, pose_val, at_once(c),
                                            autocast=lambda: autocast(c))
-        preview_ldm(averaged, diffusion, held_out[0], run.dir / "samples" / f"{step:07d}.png", c, result)
+        run.preview = lambda path: preview_ldm(averaged, diffusion, previewed, path, c, result)
         return result, -result["right"], (
             f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} shuffled, "
             f"{result['null']:.4f} without: ratio {result['ratio']:.3f}")
@@ -965,7 +1076,7 @@ def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
 def preview_ldm(ldm: checkpoint.LDM, diffusion: Diffusion, batch: tuple[Tensor, Tensor], path: Path, c: Config,
                 result: dict) -> None:
     """A labelled picture: for held-out poses the real picture's reconstruction | the skeleton | a sample."""
-    x, pose = (t[:PREVIEWS].to(c.device) for t in batch)
+    x, pose = (t.to(c.device) for t in batch)
     with autocast(c):
         x_hat = ldm.decode(ldm.encode(x)).float()
         x_T, noise_fn = per_image_noise(list(range(len(x))), ldm.encode(x).shape[1:])
@@ -1172,6 +1283,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "less memory, a third more arithmetic")
     add("--fit", type=float, metavar="GIB", help="choose --micro-batch and --checkpointing for so much memory")
     add("--workers", type=int, help="processes that load pictures (default: 0 on a CPU)")
+    add("--keep-every", type=int, metavar="STEPS", help="keep the model of each so many steps, as step-*.pt, to sample "
+        "from (default: the last and the best alone)")
     add("--dry-run", action="store_true", help="print the resolved recipe, parameter counts, and a "
         "forecast of memory and time; train nothing")
     add("--fresh", action="store_true", help="start over instead of resuming")
