@@ -17,6 +17,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import warnings
@@ -74,9 +75,12 @@ def read_picture(path: str | Path, at_least: int | None = None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                if at_least:
-                    image.draft(None, (at_least, at_least))     # decodes a large JPEG at 1/2, 1/4 or 1/8
+                # Decodes a large JPEG at 1/2, 1/4 or 1/8. A side that this does not divide ends within the last pixel;
+                # stretched over it, or joints, which count in whole sides, would move by up to half a pixel.
+                _, extent = (at_least and image.draft(None, (at_least, at_least))) or (None, None)
                 image.load()
+                if extent and extent[2:] != image.size:
+                    image = image.resize(image.size, Image.Resampling.BICUBIC, box=extent)
                 image = ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
@@ -943,11 +947,11 @@ class PoseFolder(Pictures):
         for name, path, pose in zip(self.names, self.paths, self.poses, strict=True):
             digest.update(name.encode("utf-8", "surrogateescape"))
             for file in (path, pose):
-                if isinstance(file, str):
+                if not isinstance(file, str):
+                    digest.update(file.tobytes())
+                elif os.path.exists(file):              # else it has gone since it was listed, and will count as broken
                     stat = os.stat(file)
                     digest.update(f"|{stat.st_size} {stat.st_mtime_ns}".encode())
-                else:
-                    digest.update(file.tobytes())
         return digest.hexdigest()
 
 
@@ -1022,9 +1026,19 @@ def fingerprint(ds: Dataset) -> str:
     return hashlib.sha256(repr(words).encode()).hexdigest()
 
 
-def note_broken(ds: Dataset, broken: dict[str, str]) -> None:
+def innermost(ds: Dataset) -> Dataset:
+    """What the parts and memories around it are made of."""
     while hasattr(ds, "ds"):
         ds = ds.ds
+    return ds
+
+
+def note_broken(ds: Dataset, broken: dict[str, str]) -> None:
+    """Counts, and names on the terminal, those of `broken` that are new."""
+    ds = innermost(ds)
+    for file, reason in broken.items():
+        if file not in ds.broken:
+            tqdm.write(f"left out: {reason if file in reason else f'{file}: {reason}'}", file=sys.stderr)
     if broken:
         ds.note(broken)
 
@@ -1036,9 +1050,7 @@ def naming_broken(path: str | Path, *datasets: Dataset) -> Iterator[None]:
         yield
     finally:
         bases = []
-        for ds in datasets:
-            while hasattr(ds, "ds"):
-                ds = ds.ds
+        for ds in map(innermost, datasets):
             bases += [ds] if getattr(ds, "broken", None) and ds not in bases else []
         lines = {f"{name}\t{reason}": None for ds in bases for name, reason in ds.broken.items()}
         if lines:
@@ -1188,16 +1200,17 @@ class Steps(Dataset):
     dropped. An item is (images uint8 [B,S,S,3], poses [B,17,3], indices [B], {file: reason} of the broken).
     """
 
-    def __init__(self, ds: Dataset, batch_size: int, seed: int | None = None, zoom: tuple | None = None):
-        self.ds, self.batch_size, self.seed, self.zoom = ds, batch_size, seed, zoom
+    def __init__(self, ds: Dataset, batch_size: int, seed: int | None = None, zoom: tuple | None = None,
+                 places: slice = slice(None)):          # of the batch: those that this process makes
+        self.ds, self.batch_size, self.seed, self.zoom, self.places = ds, batch_size, seed, zoom, places
 
     def __getitem__(self, k: int):
         n, images, poses, indices, broken = len(self.ds), [], [], [], {}
         if self.seed is None:
             wanted, tries = range(k * self.batch_size, min(n, (k + 1) * self.batch_size)), 1
         else:
-            wanted, tries = order(n, self.batch_size, self.seed, k).tolist(), int(BROKEN_LIMIT * n) + 2
-        for j, first in enumerate(wanted):
+            wanted, tries = order(n, self.batch_size, self.seed, k).tolist(), n
+        for j, first in list(enumerate(wanted))[self.places]:
             for i in ((first + shift) % n for shift in range(tries)):
                 try:
                     image, pose = self._load(i, k, j)
@@ -1217,37 +1230,67 @@ class Steps(Dataset):
         return augment(*source(self.ds, i), self.ds.size, rng, self.zoom, flip=True)
 
 
+class WorkerDied(DataError):
+    """A process that loads pictures is gone."""
+
+
 def fetch(loader: DataLoader) -> Iterator:
-    """The loader's items; a worker process that dies is a DataError."""
+    """The loader's items; a worker process that dies is a WorkerDied."""
+    before = signal.getsignal(signal.SIGCHLD)
     items = iter(loader)
+    # At a worker's death torch's handler raises wherever this process just is, in the middle of a training step most
+    # often. Without it, next() finds out within seconds.
+    if signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before)
     while True:
         try:
             item = next(items, None)
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
-            raise DataError("a process that loads pictures died, most often for want of memory or of /dev/shm; "
-                            f"try fewer workers, or none ({str(error).splitlines()[0]})") from error
+            raise WorkerDied("a process that loads pictures died, most often for want of memory or of /dev/shm; "
+                             f"try fewer workers, or none ({str(error).splitlines()[0]})") from error
         if item is None:
             return
         yield item
 
 
 def load(steps: Steps, ks: range, workers: int, device: str | torch.device) -> Iterator:
-    """The items of steps, made by `workers` processes (0: by this one), broken pictures counted in this process."""
+    """The items of steps, made by `workers` processes (0: by this one), broken pictures counted in this process.
+
+    Should one of them die, new ones go on at the step that is due; DataError where they die before they make it.
+    """
     pin = torch.device(device).type == "cuda"
-    # A generator of its own: DataLoader would otherwise draw from, and so move, the global one.
-    loader = DataLoader(steps, batch_size=None, sampler=ks, num_workers=workers, pin_memory=pin,
-                        generator=torch.Generator())
-    for images, poses, indices, broken in fetch(loader):
-        note_broken(steps.ds, broken)
-        yield images.to(device, non_blocking=pin), poses.to(device, non_blocking=pin), indices
+    done = 0
+    while True:
+        begun = done
+        # A generator of its own: DataLoader would otherwise draw from, and so move, the global one.
+        loader = DataLoader(steps, batch_size=None, sampler=ks[done:], num_workers=workers, pin_memory=pin,
+                            generator=torch.Generator())
+        try:
+            for images, poses, indices, broken in fetch(loader):
+                note_broken(steps.ds, broken)
+                done += 1
+                yield images.to(device, non_blocking=pin), poses.to(device, non_blocking=pin), indices
+            return
+        except WorkerDied as error:
+            if done == begun:
+                raise
+            tqdm.write(f"{error}; new ones go on from batch {ks[done]}", file=sys.stderr)
 
 
 def find_workers(device: str | torch.device) -> int:
     """How many processes load for a training on `device`: on a CPU it needs all cores itself, and small datasets are
     remembered in RAM after one epoch."""
     return min(8, os.cpu_count() or 1) if torch.device(device).type == "cuda" else 0
+
+
+def share(batch_size: int, rank: int, world: int) -> slice:
+    """The places in a batch of `batch_size` that process `rank` of `world` takes: one run after the other."""
+    if batch_size % world:
+        raise DataError(f"a batch of {batch_size} cannot be shared out among {world} processes; give a --batch-size "
+                        f"that {world} divides")
+    return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
 
 def batches(
@@ -1260,13 +1303,16 @@ def batches(
     augment: bool = False,              # random crop and mirror, else the centre crop
     zoom: tuple[float, float] = ZOOM,   # range of the random crop; never so far that the crop would be blown up
     device: str | torch.device = "cpu",
+    rank: int = 0,                      # of several processes that share each batch, this one
+    world: int = 1,                     # how many they are; it divides batch_size, which is that of all together
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields (images [B,3,S,S] in [-1,1], poses [B,17,3], indices [B]) for steps start..stop-1.
+    """Yields (images [B/world,3,S,S] in [-1,1], poses [B/world,17,3], indices [B/world]) for steps start..stop-1.
 
     Step k depends on (seed, k) alone: order, crop and mirror are drawn from it, so a resumed run repeats the
-    uninterrupted one. Raises DataError once more than 1 % of the pictures turn out broken.
+    uninterrupted one, and the shares of all ranks together are the batch that one process would make. Raises DataError
+    once more than 1 % of the pictures turn out broken.
     """
-    steps = Steps(ds, batch_size, seed, zoom if augment else None)
+    steps = Steps(ds, batch_size, seed, zoom if augment else None, share(batch_size, rank, world))
     for images, poses, indices in load(steps, range(start, stop), workers, device):
         yield to_tensor(images), poses, indices     # bytes cross the processes and the bus, floats are made here
 
