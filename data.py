@@ -9,6 +9,7 @@ Letters: N pictures, B batch, S side in pixels, C latent channels, h w latent si
 
 import argparse
 import csv
+import errno
 import hashlib
 import json
 import math
@@ -17,15 +18,17 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import textwrap
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +45,8 @@ NO_POSE = np.zeros((len(keypoints.JOINTS), 3))      # every joint missing
 BROKEN_LIMIT = 0.01             # share of pictures that may be unusable before we stop
 FIGURES_VERSION = 1             # raise it when a figure's pixels change: cached latents are then made anew
 REMEMBER_BYTES = 2 << 30
-CACHE_VERSION = 1
+CACHE_VERSION = 2
+RECORD_SECONDS = 10             # of filling a latent cache that a kill may cost
 FLOAT16_MAX = 65504.0
 ORDER, AUGMENT, MIRROR = 1, 2, 3    # first word of a random seed, so that the three streams never coincide
 
@@ -74,9 +78,12 @@ def read_picture(path: str | Path, at_least: int | None = None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
-                if at_least:
-                    image.draft(None, (at_least, at_least))     # decodes a large JPEG at 1/2, 1/4 or 1/8
+                # Decodes a large JPEG at 1/2, 1/4 or 1/8. A side that this does not divide ends within the last pixel;
+                # stretched over it, or joints, which count in whole sides, would move by up to half a pixel.
+                _, extent = (at_least and image.draft(None, (at_least, at_least))) or (None, None)
                 image.load()
+                if extent and extent[2:] != image.size:
+                    image = image.resize(image.size, Image.Resampling.BICUBIC, box=extent)
                 image = ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
@@ -943,11 +950,11 @@ class PoseFolder(Pictures):
         for name, path, pose in zip(self.names, self.paths, self.poses, strict=True):
             digest.update(name.encode("utf-8", "surrogateescape"))
             for file in (path, pose):
-                if isinstance(file, str):
+                if not isinstance(file, str):
+                    digest.update(file.tobytes())
+                elif os.path.exists(file):              # else it has gone since it was listed, and will count as broken
                     stat = os.stat(file)
                     digest.update(f"|{stat.st_size} {stat.st_mtime_ns}".encode())
-                else:
-                    digest.update(file.tobytes())
         return digest.hexdigest()
 
 
@@ -1022,9 +1029,19 @@ def fingerprint(ds: Dataset) -> str:
     return hashlib.sha256(repr(words).encode()).hexdigest()
 
 
-def note_broken(ds: Dataset, broken: dict[str, str]) -> None:
+def innermost(ds: Dataset) -> Dataset:
+    """What the parts and memories around it are made of."""
     while hasattr(ds, "ds"):
         ds = ds.ds
+    return ds
+
+
+def note_broken(ds: Dataset, broken: dict[str, str]) -> None:
+    """Counts, and names on the terminal, those of `broken` that are new."""
+    ds = innermost(ds)
+    for file, reason in broken.items():
+        if file not in ds.broken:
+            tqdm.write(f"left out: {reason if file in reason else f'{file}: {reason}'}", file=sys.stderr)
     if broken:
         ds.note(broken)
 
@@ -1036,9 +1053,7 @@ def naming_broken(path: str | Path, *datasets: Dataset) -> Iterator[None]:
         yield
     finally:
         bases = []
-        for ds in datasets:
-            while hasattr(ds, "ds"):
-                ds = ds.ds
+        for ds in map(innermost, datasets):
             bases += [ds] if getattr(ds, "broken", None) and ds not in bases else []
         lines = {f"{name}\t{reason}": None for ds in bases for name, reason in ds.broken.items()}
         if lines:
@@ -1188,16 +1203,17 @@ class Steps(Dataset):
     dropped. An item is (images uint8 [B,S,S,3], poses [B,17,3], indices [B], {file: reason} of the broken).
     """
 
-    def __init__(self, ds: Dataset, batch_size: int, seed: int | None = None, zoom: tuple | None = None):
-        self.ds, self.batch_size, self.seed, self.zoom = ds, batch_size, seed, zoom
+    def __init__(self, ds: Dataset, batch_size: int, seed: int | None = None, zoom: tuple | None = None,
+                 places: slice = slice(None)):          # of the batch: those that this process makes
+        self.ds, self.batch_size, self.seed, self.zoom, self.places = ds, batch_size, seed, zoom, places
 
     def __getitem__(self, k: int):
         n, images, poses, indices, broken = len(self.ds), [], [], [], {}
         if self.seed is None:
             wanted, tries = range(k * self.batch_size, min(n, (k + 1) * self.batch_size)), 1
         else:
-            wanted, tries = order(n, self.batch_size, self.seed, k).tolist(), int(BROKEN_LIMIT * n) + 2
-        for j, first in enumerate(wanted):
+            wanted, tries = order(n, self.batch_size, self.seed, k).tolist(), n
+        for j, first in list(enumerate(wanted))[self.places]:
             for i in ((first + shift) % n for shift in range(tries)):
                 try:
                     image, pose = self._load(i, k, j)
@@ -1217,37 +1233,67 @@ class Steps(Dataset):
         return augment(*source(self.ds, i), self.ds.size, rng, self.zoom, flip=True)
 
 
+class WorkerDied(DataError):
+    """A process that loads pictures is gone."""
+
+
 def fetch(loader: DataLoader) -> Iterator:
-    """The loader's items; a worker process that dies is a DataError."""
+    """The loader's items; a worker process that dies is a WorkerDied."""
+    before = signal.getsignal(signal.SIGCHLD)
     items = iter(loader)
+    # At a worker's death torch's handler raises wherever this process just is, in the middle of a training step most
+    # often. Without it, next() finds out within seconds.
+    if signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before)
     while True:
         try:
             item = next(items, None)
         except RuntimeError as error:
             if "DataLoader worker (pid" not in str(error):
                 raise
-            raise DataError("a process that loads pictures died, most often for want of memory or of /dev/shm; "
-                            f"try fewer workers, or none ({str(error).splitlines()[0]})") from error
+            raise WorkerDied("a process that loads pictures died, most often for want of memory or of /dev/shm; "
+                             f"try fewer workers, or none ({str(error).splitlines()[0]})") from error
         if item is None:
             return
         yield item
 
 
 def load(steps: Steps, ks: range, workers: int, device: str | torch.device) -> Iterator:
-    """The items of steps, made by `workers` processes (0: by this one), broken pictures counted in this process."""
+    """The items of steps, made by `workers` processes (0: by this one), broken pictures counted in this process.
+
+    Should one of them die, new ones go on at the step that is due; DataError where they die before they make it.
+    """
     pin = torch.device(device).type == "cuda"
-    # A generator of its own: DataLoader would otherwise draw from, and so move, the global one.
-    loader = DataLoader(steps, batch_size=None, sampler=ks, num_workers=workers, pin_memory=pin,
-                        generator=torch.Generator())
-    for images, poses, indices, broken in fetch(loader):
-        note_broken(steps.ds, broken)
-        yield images.to(device, non_blocking=pin), poses.to(device, non_blocking=pin), indices
+    done = 0
+    while True:
+        begun = done
+        # A generator of its own: DataLoader would otherwise draw from, and so move, the global one.
+        loader = DataLoader(steps, batch_size=None, sampler=ks[done:], num_workers=workers, pin_memory=pin,
+                            generator=torch.Generator())
+        try:
+            for images, poses, indices, broken in fetch(loader):
+                note_broken(steps.ds, broken)
+                done += 1
+                yield images.to(device, non_blocking=pin), poses.to(device, non_blocking=pin), indices
+            return
+        except WorkerDied as error:
+            if done == begun:
+                raise
+            tqdm.write(f"{error}; new ones go on from batch {ks[done]}", file=sys.stderr)
 
 
 def find_workers(device: str | torch.device) -> int:
     """How many processes load for a training on `device`: on a CPU it needs all cores itself, and small datasets are
     remembered in RAM after one epoch."""
     return min(8, os.cpu_count() or 1) if torch.device(device).type == "cuda" else 0
+
+
+def share(batch_size: int, rank: int, world: int) -> slice:
+    """The places in a batch of `batch_size` that process `rank` of `world` takes: one run after the other."""
+    if batch_size % world:
+        raise DataError(f"a batch of {batch_size} cannot be shared out among {world} processes; give a --batch-size "
+                        f"that {world} divides")
+    return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
 
 def batches(
@@ -1260,13 +1306,16 @@ def batches(
     augment: bool = False,              # random crop and mirror, else the centre crop
     zoom: tuple[float, float] = ZOOM,   # range of the random crop; never so far that the crop would be blown up
     device: str | torch.device = "cpu",
+    rank: int = 0,                      # of several processes that share each batch, this one
+    world: int = 1,                     # how many they are; it divides batch_size, which is that of all together
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields (images [B,3,S,S] in [-1,1], poses [B,17,3], indices [B]) for steps start..stop-1.
+    """Yields (images [B/world,3,S,S] in [-1,1], poses [B/world,17,3], indices [B/world]) for steps start..stop-1.
 
     Step k depends on (seed, k) alone: order, crop and mirror are drawn from it, so a resumed run repeats the
-    uninterrupted one. Raises DataError once more than 1 % of the pictures turn out broken.
+    uninterrupted one, and the shares of all ranks together are the batch that one process would make. Raises DataError
+    once more than 1 % of the pictures turn out broken.
     """
-    steps = Steps(ds, batch_size, seed, zoom if augment else None)
+    steps = Steps(ds, batch_size, seed, zoom if augment else None, share(batch_size, rank, world))
     for images, poses, indices in load(steps, range(start, stop), workers, device):
         yield to_tensor(images), poses, indices     # bytes cross the processes and the bus, floats are made here
 
@@ -1342,14 +1391,50 @@ def in_order(ds: Pictures, batch_size: int, limit: int) -> Iterator[tuple[torch.
 
 # --------------------------------------------------------------------------------------------- latents
 
+@contextmanager
+def alone(path: Path, wait: bool = True) -> Iterator[bool]:
+    """True inside the block, where no other process is at the same time; `path` is a file that exists meanwhile.
+
+    Waits for that, or yields False at once. The lock is the kernel's and ends with the process that has it, so a file
+    that a kill left behind locks nothing.
+    """
+    import fcntl  # of POSIX only, and needed nowhere else
+
+    while True:
+        file = open(path, "a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                file.close()
+                yield False
+                return
+            print(f"{path}: another run is filling this cache; waiting for it", file=sys.stderr)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:        # else who had it has taken it away: it keeps out nobody any more
+            break
+        file.close()
+    try:
+        yield True
+    finally:
+        path.unlink()
+        fcntl.flock(file, fcntl.LOCK_UN)            # by name: worker processes have the file open too
+        file.close()
+
+
 class LatentCache:
     """Every picture and its mirror image as the encoder sees them, on disk: stage 2 then decodes and encodes nothing.
 
-    Row 2i is picture i in centre geometry, row 2i+1 its mirror image with left and right joints swapped. float16
-    [2N,C,h,w] and float32 [2N,17,3] in two .npy files, and a json with the count and each channel's mean and std. The
-    files are named after `key` and the dataset's fingerprint, so latents of another model or other pictures are never
-    taken; the json is written last, so neither is half a file. Broken pictures have no rows.
+    Row 2i is picture i in centre geometry, row 2i+1 its mirror image with left and right joints swapped; broken
+    pictures have no rows. Three bare arrays, mapped and not loaded: `latents` float16 [2N,C,h,w], `poses` float32
+    [2N,17,3] and `crc` uint32 [2N], by which rows() knows damage; and a json. The files are named after `key` and the
+    dataset's fingerprint, so latents of another model or other pictures are never taken.
+
+    While it is filled the json has .tmp at its end and tells what is safely on disk: after a kill, filling goes on from
+    there, to the same bytes. Of several processes that want the same cache one fills it and the others wait.
     """
+
+    ARRAYS = {".h.f16": np.float16, ".pose.f32": np.float32, ".crc.u32": np.uint32}
 
     def __init__(
         self,
@@ -1363,91 +1448,193 @@ class LatentCache:
     ):
         folder, words = Path(folder), f"{CACHE_VERSION} {key}"
         model = hashlib.sha256(words.encode()).hexdigest()[:12]
-        stem = f"latents-{model}-{fingerprint(ds)[:16]}"
-        self.files = [folder / f"{stem}{end}" for end in (".h.npy", ".pose.npy", ".json")]
-        if not self._open():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._fill(ds, encode, batch_size, device, workers)
-            if not self._open():
-                raise DataError(f"{self.files[0]}: what was just written cannot be read back; is the disk sound?")
-            ours = re.compile(r"latents-([0-9a-f]{12})-[0-9a-f]{16}\.(h\.npy|pose\.npy|json)(\.tmp)?")
-            for file in folder.iterdir():
-                match = ours.fullmatch(file.name)
-                if match and match[1] != model:
-                    file.unlink(missing_ok=True)
+        stem = folder / f"latents-{model}-{fingerprint(ds)[:16]}"
+        *self.files, self.json, self.record, lock = (
+            Path(f"{stem}{end}") for end in (*self.ARRAYS, ".json", ".json.tmp", ".lock"))
+        if self._open():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(lock):
+            if not self._open():                # another process may have filled it by now
+                self._fill(ds, encode, batch_size, device, workers)
+                if not self._open():
+                    raise DataError(f"{self.json}: what was just written cannot be read back; is the disk sound?")
+        remove_other_caches(folder, model)
 
     def _open(self) -> bool:
-        latents, poses, meta = self.files
+        """Maps the files; False where they are not whole. Latents may be many gigabytes: rows() will look at them."""
         try:
-            about = json.loads(meta.read_text())
-            if [latents.stat().st_size, poses.stat().st_size] != about["bytes"]:
+            about = json.loads(self.json.read_text())
+            self.n, (_, h, w) = about["rows"], about["shape"]
+            self.mapped = [open(file, "rb") for file in self.files]
+            self.sizes = _sizes(about)
+            if self._is_cut() or [_crc_of(file) for file in self.mapped[1:]] != about["crc"]:
                 return False
-            self.latents, self.poses = np.load(latents, mmap_mode="r"), np.load(poses)
-            self.n = about["rows"]
-            self.mean, self.std = (torch.tensor(about[k]).view(-1, 1, 1) for k in ("mean", "std"))
+            self.latents, self.poses, self.crc = (
+                np.asarray(np.memmap(file, dtype, "r", shape=(self.n, *shape)))
+                for file, dtype, shape in zip(self.mapped, self.ARRAYS.values(), _shapes(about), strict=True))
+            mean, squares = (np.array(about[k]) / (self.n * h * w) for k in ("sum", "squares"))
+            std = np.sqrt(np.maximum(squares - mean ** 2, 1e-12))               # a dead channel must not divide by 0
+            self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
         except (OSError, ValueError, KeyError, TypeError):
             return False
         return True
 
-    def _fill(self, ds, encode, batch_size, device, workers) -> None:
-        partial = [Path(f"{file}.tmp") for file in self.files]
-        self.files[2].unlink(missing_ok=True)       # from here on the old rows, if any, do not count
-        latents, done, total, squares = None, 0, 0.0, 0.0
-        poses = np.lib.format.open_memmap(partial[1], "w+", np.float32, (2 * len(ds), 17, 3))
-        ks = range(-(-len(ds) // batch_size))
-        with tqdm(total=len(ds), desc="encoding latents", unit="img", disable=None) as bar:
-            for images, pose, _ in load(Steps(ds, batch_size), ks, workers, device):
-                bar.update(batch_size if bar.n + batch_size <= len(ds) else len(ds) - bar.n)
-                if not len(images):
-                    continue
-                x = to_tensor(images)
-                with torch.no_grad():
-                    h = torch.stack([encode(x), encode(x.flip(-1))], 1).flatten(0, 1).float().cpu()    # [2B,C,h,w]
-                if not h.abs().max() <= FLOAT16_MAX:
-                    raise ValueError(f"latents up to {h.abs().max()} do not fit float16; is the autoencoder trained?")
-                if latents is None:
-                    latents = self._allocate(partial[0], (2 * len(ds), *h.shape[1:]))
-                rows = slice(done, done + len(h))
-                latents[rows] = h = h.half().numpy()
-                pose = pose.cpu().numpy()
-                poses[rows] = np.stack([pose, keypoints.flip(pose)], 1).reshape(-1, 17, 3)
-                total = total + h.sum((0, 2, 3), dtype=np.float64)
-                squares = squares + np.square(h, dtype=np.float64).sum((0, 2, 3))
-                done += len(h)
-        if not done:
-            raise DataError("no picture to encode")
-        count = done * latents.shape[2] * latents.shape[3]
-        mean = total / count
-        std = np.sqrt(np.maximum(squares / count - mean ** 2, 1e-12))       # a dead channel must not divide by 0
-        latents.flush(), poses.flush()
-        del latents, poses
-        partial[2].write_text(json.dumps({
-            "rows": done, "bytes": [file.stat().st_size for file in partial[:2]],
-            "mean": mean.tolist(), "std": std.tolist()}))
-        for file, new in zip(self.files, partial, strict=True):             # the json last
-            os.replace(new, file)
+    def _is_cut(self) -> bool:
+        return [os.fstat(file.fileno()).st_size for file in self.mapped] != self.sizes
 
-    @staticmethod
-    def _allocate(path: Path, shape: tuple) -> np.ndarray:
-        need, free = 2 * int(np.prod(shape)), shutil.disk_usage(path.parent).free
-        if need > free:         # a memory-mapped write to a full disk kills the process without a word
-            raise DataError(f"{path.parent}: the latents need {need / 2**30:.1f} GiB and {free / 2**30:.1f} are free")
-        return np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    def _begin(self, batch_size: int) -> dict:
+        """What the json holds: of the rows that an earlier process has left, or of none. No other byte is kept."""
+        try:
+            about = json.loads(self.record.read_text())
+            sizes = _sizes(about)
+            if about["batch_size"] == batch_size and all(
+                    file.stat().st_size >= size for file, size in zip(self.files, sizes, strict=True)):
+                for file, size in zip(self.files, sizes, strict=True):
+                    os.truncate(file, size)
+                return about
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        for file in (self.json, self.record, *self.files):      # not cut to nothing: some process may have them mapped
+            file.unlink(missing_ok=True)
+        return {"batch_size": batch_size, "batches": 0,         # of pictures looked at
+                "rows": 0, "shape": None,                       # on disk; [C,h,w] of each
+                "sum": 0.0, "squares": 0.0,                     # of the latents, by channel
+                "crc": [0, 0],                                  # CRC-32 of the other two files
+                "broken": {}}                                   # picture: reason
+
+    def _fill(self, ds, encode, batch_size, device, workers) -> None:
+        """Appends the rows of the pictures that were not yet looked at, then gives the json its name."""
+        if self.json.exists():
+            print(f"{self.json}: the files of this cache are damaged; it is made anew", file=sys.stderr)
+        about, saved = self._begin(batch_size), time.monotonic()
+        note_broken(ds, about["broken"])
+        ks = range(about["batches"], -(-len(ds) // batch_size))
+        try:
+            with ExitStack() as stack:
+                files = [stack.enter_context(open(file, "ab")) for file in self.files]
+                bar = stack.enter_context(tqdm(total=len(ds), initial=min(len(ds), ks.start * batch_size), unit="img",
+                                               desc="encoding latents", disable=None))
+                for images, pose, _ in load(Steps(ds, batch_size), ks, workers, device):
+                    if len(images):
+                        self._append(files, about, to_tensor(images), pose.cpu().numpy(), encode, len(ds))
+                    about["batches"] += 1
+                    about["broken"] = getattr(innermost(ds), "broken", {})
+                    bar.update(min(len(ds), about["batches"] * batch_size) - bar.n)
+                    if time.monotonic() - saved > RECORD_SECONDS:
+                        self._save(files, about)
+                        saved = time.monotonic()
+                self._save(files, about)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DataError(f"{self.files[0]}: the disk is full; make room, and the same command goes on where it "
+                            "stopped") from error
+        if not about["rows"]:
+            raise DataError("no picture to encode")
+        os.replace(self.record, self.json)
+
+    def _append(self, files: list, about: dict, x: torch.Tensor, pose: np.ndarray, encode: Callable, n: int) -> None:
+        """Writes the rows of pictures x [B,3,S,S], of n in all, and counts them in `about`."""
+        with torch.no_grad():
+            h = torch.stack([encode(x), encode(x.flip(-1))], 1).flatten(0, 1).float().cpu()     # [2B,C,h,w]
+        if not h.abs().max() <= FLOAT16_MAX:
+            raise ValueError(f"latents up to {h.abs().max()} do not fit float16; is the autoencoder trained?")
+        if about["shape"] is None:
+            about["shape"] = list(h.shape[1:])
+            need, free = 2 * n * _sizes(about | {"rows": 1})[0], shutil.disk_usage(self.json.parent).free
+            if need > free:
+                raise DataError(f"{self.json.parent}: the latents need {need / 2**30:.1f} GiB and "
+                                f"{free / 2**30:.1f} are free")
+        h = h.half().numpy()
+        pose = np.stack([pose, keypoints.flip(pose)], 1).reshape(-1, 17, 3).astype(np.float32)
+        crc = np.array([_crc_of_row(*row) for row in zip(h, pose, strict=True)], np.uint32)
+        for file, part in zip(files, (h, pose, crc), strict=True):
+            file.write(part)
+        about["rows"] += len(h)
+        about["sum"] = (about["sum"] + h.sum((0, 2, 3), dtype=np.float64)).tolist()
+        about["squares"] = (about["squares"] + np.square(h, dtype=np.float64).sum((0, 2, 3))).tolist()
+        about["crc"] = [zlib.crc32(part, before) for part, before in zip((pose, crc), about["crc"], strict=True)]
+
+    def _save(self, files: list, about: dict) -> None:
+        """The rows first, then the word that they are there."""
+        new = self.record.with_suffix(".new")
+        with open(new, "w") as record:
+            json.dump(about, record)
+            for file in (*files, record):
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(new, self.record)
 
     def __len__(self) -> int:
         """Rows: two a picture."""
         return self.n
 
     def rows(self, idx) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents float32 [B,C,h,w] as the encoder gave them (not normalised), and poses [B,17,3]."""
+        """Latents float32 [B,C,h,w] as the encoder gave them (not normalised), and poses [B,17,3], of the rows [B].
+
+        DataError where they are not what was written: the cache is then given up, and made anew the next time.
+        """
         idx = np.asarray(idx)
-        return torch.from_numpy(self.latents[idx]).float(), torch.from_numpy(self.poses[idx])
+        if self._is_cut():              # to read what is mapped but not there would kill the process without a word
+            raise self._damage("another length")
+        latents, poses = self.latents[idx], self.poses[idx]
+        for i, latent, pose, crc in zip(idx.tolist(), latents, poses, self.crc[idx].tolist(), strict=True):
+            if _crc_of_row(latent, pose) != crc:
+                raise self._damage(f"another row {i}")
+        return torch.from_numpy(latents).float(), torch.from_numpy(poses)
+
+    def _damage(self, what: str) -> DataError:
+        self.json.unlink(missing_ok=True)
+        return DataError(f"{self.files[0]}: it has {what} than was written, so the disk or another program has damaged "
+                         "it; the same command makes it anew and goes on")
 
 
-def latent_batch(cache: LatentCache, batch_size: int, seed: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step k's latents and poses, a function of (seed, k): every picture once an epoch, mirrored every other time."""
+def _shapes(about: dict) -> list[tuple[int, ...]]:
+    """Of one row in each file of a cache."""
+    return [tuple(about["shape"]), (17, 3), ()]
+
+
+def _sizes(about: dict) -> list[int]:
+    """Of each file of a cache, bytes."""
+    return [about["rows"] * math.prod(shape) * np.dtype(dtype).itemsize
+            for shape, dtype in zip(_shapes(about), LatentCache.ARRAYS.values(), strict=True)]
+
+
+def _crc_of_row(latent: np.ndarray, pose: np.ndarray) -> int:
+    return zlib.crc32(pose, zlib.crc32(latent))
+
+
+def _crc_of(file: BinaryIO) -> int:
+    """Of all its bytes, few of them in memory at a time."""
+    crc = 0
+    while some := file.read(1 << 20):
+        crc = zlib.crc32(some, crc)
+    return crc
+
+
+def remove_other_caches(folder: Path, model: str) -> None:
+    """Deletes the caches of models other than `model`, but not one that another process is filling."""
+    others = {}
+    for file in folder.iterdir():
+        match = re.fullmatch(r"(latents-([0-9a-f]{12})-[0-9a-f]{16})\.(h|pose|crc|json|lock)[.a-z0-9]*", file.name)
+        if match and match[2] != model:
+            others.setdefault(f"{match[1]}.lock", []).append(file)
+    for lock, files in others.items():
+        with alone(folder / lock, wait=False) as free:
+            for file in files:
+                if free and file.name != lock:
+                    file.unlink(missing_ok=True)
+
+
+def latent_batch(
+    cache: LatentCache, batch_size: int, seed: int, k: int, rank: int = 0, world: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step k's latents and poses, a function of (seed, k): every picture once an epoch, mirrored every other time.
+    Of `world` processes that share a batch each takes its part of it (see batches)."""
     mirror = np.random.default_rng((MIRROR, seed, k)).integers(0, 2, batch_size)
-    return cache.rows(2 * order(len(cache) // 2, batch_size, seed, k) + mirror)
+    rows = 2 * order(len(cache) // 2, batch_size, seed, k) + mirror
+    return cache.rows(rows[share(batch_size, rank, world)])
 
 
 # ----------------------------------------------------------------------------------------------- grids

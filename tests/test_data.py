@@ -516,13 +516,13 @@ def test_a_cache_is_used_only_for_its_own_model_and_pictures(tmp_path):
     assert cache(ds=Part(ds, [0, 1])) and not cache()           # train and validation lie side by side
     assert cache("b") and cache()                               # another model: made anew, the old one removed
     assert (tmp_path / "cache" / "latents-of-mine.npy").exists()
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert len(list((tmp_path / "cache").iterdir())) == 5
     os.utime(ds.paths[2], ns=(1, 1))
     assert cache() and not cache()                              # a picture was touched
     assert cache(ds=PoseFolder(tmp_path / "set", 12))           # another size
 
 
-@pytest.mark.parametrize("which", [".h.npy", ".pose.npy", ".json"])
+@pytest.mark.parametrize("which", [".h.f16", ".pose.f32", ".crc.u32", ".json"])
 @pytest.mark.parametrize("damage", ["cut", "grown", "gone"])
 def test_half_a_cache_is_made_anew(tmp_path, which, damage):
     ds, encode = Numbered(5, size=8), Encoder()
@@ -543,7 +543,7 @@ def test_interrupted_filling_leaves_no_cache(tmp_path):
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
         LatentCache(tmp_path, "a", Numbered(5, size=8), fails)
-    assert all(f.name.endswith(".tmp") for f in tmp_path.iterdir())
+    assert not [f for f in tmp_path.iterdir() if f.name.endswith((".json", ".lock"))]
     assert len(LatentCache(tmp_path, "a", Numbered(5, size=8), Encoder())) == 10
     assert not [f for f in tmp_path.iterdir() if f.name.endswith(".tmp")]
 
