@@ -364,16 +364,6 @@ class Pass(nn.Module):
         return self.function(*args)
 
 
-@contextmanager
-def rank_0_first() -> Iterator[None]:
-    """The others begin when rank 0 is through: what it has written they find."""
-    if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and world() > 1:
-        dist.barrier()
-
-
 def gathered(x: Tensor) -> Tensor:
     """x [B, ...] of all ranks [world B, ...], in their order."""
     if world() == 1:
@@ -894,8 +884,8 @@ def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     run.begin(measure, payload, min(len(val), EVAL_PICTURES), panels)
     with stop_signals() as stopped, data.naming_broken(run.dir / broken_list(), train, val), steps_bar(run) as bar:
         stop = run.c.steps or sys.maxsize
-        for step, (x, _, _) in enumerate(data.batches(train, r.batch_size, c.seed, run.start, stop, c.workers,
-                                                      augment=True, device=device), run.start):
+        for step, (x, _, _) in enumerate(data.batches(train, r.batch_size, c.seed, run.start, stop, c.workers, augment=True,
+                                                      device=device, rank=rank(), world=world()), run.start):
             seed_step(c.seed, step)
             set_lr(lr_at(step, run.c), *optimizers.values())
             numbers = train_step(step, x)
@@ -965,7 +955,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
         with torch.no_grad(), autocast(c):
             return vq.encode(x.to(device)).float()
 
-    with data.naming_broken(run.dir / broken_list(), train, val), rank_0_first():
+    with data.naming_broken(run.dir / broken_list(), train, val):
         cache = data.LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, at_once(c), device, c.workers)
         held_out = list(data.in_order(val, at_once(c), EVAL_LATENTS))
     if sum(len(x) for x, _ in held_out) < 2:
@@ -1045,7 +1035,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
         for step in itertools.count(run.start):
             seed_step(c.seed, step)
             set_lr(lr_at(step, run.c), opt)
-            numbers = train_step(step, *data.latent_batch(cache, r.batch_size, c.seed, step))
+            numbers = train_step(step, *data.latent_batch(cache, r.batch_size, c.seed, step, rank(), world()))
             if run.after_step(step, numbers, bar, stopped):
                 break
     return run.finish(stopped, step + 1)
