@@ -1546,7 +1546,7 @@ class LatentCache:
             if need > free:
                 raise DataError(f"{self.json.parent}: the latents need {need / 2**30:.1f} GiB and "
                                 f"{free / 2**30:.1f} are free")
-        h = h.half().numpy()
+        h = h.half().contiguous().numpy()                   # an encoder may leave its channels last
         pose = np.stack([pose, keypoints.flip(pose)], 1).reshape(-1, 17, 3).astype(np.float32)
         crc = np.array([_crc_of_row(*row) for row in zip(h, pose, strict=True)], np.uint32)
         for file, part in zip(files, (h, pose, crc), strict=True):

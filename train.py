@@ -884,8 +884,9 @@ def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     run.begin(measure, payload, min(len(val), EVAL_PICTURES), panels)
     with stop_signals() as stopped, data.naming_broken(run.dir / broken_list(), train, val), steps_bar(run) as bar:
         stop = run.c.steps or sys.maxsize
-        for step, (x, _, _) in enumerate(data.batches(train, r.batch_size, c.seed, run.start, stop, c.workers, augment=True,
-                                                      device=device, rank=rank(), world=world()), run.start):
+        batches = data.batches(train, r.batch_size, c.seed, run.start, stop, c.workers, augment=True, device=device,
+                               rank=rank(), world=world())
+        for step, (x, _, _) in enumerate(batches, run.start):
             seed_step(c.seed, step)
             set_lr(lr_at(step, run.c), *optimizers.values())
             numbers = train_step(step, x)
