@@ -279,7 +279,7 @@ def test_losses_and_adaptive_weight_are_float32_under_autocast(layer):
     torch.manual_seed(0)
     model, loss, x = VQModel(config), vq.VQLoss(vq.VQLossConfig(disc_weight=1)), torch.rand(2, 3, 64, 64) * 2 - 1
     features = model.decoder.features(torch.randn(2, 3, 16, 16)).detach()
-    model.decoder.features = lambda z: features
+    model.decoder.features = lambda z, checkpointing: features
     got = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
