@@ -1,5 +1,9 @@
-"""What must not change a number: checkpointing of both networks, and the benchmark scripts run at all."""
+"""Speed and memory: checkpointing changes no number, and the benchmark measures what it says."""
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -40,7 +44,8 @@ def gradients(name: str, checkpointing: bool, bf16: bool = False) -> tuple[Tenso
         return y
 
     torch.manual_seed(7)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
+    watched = torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16), watched:
         value = loss()
     n = sum(kept.values()) - sum(kept.get(p.untyped_storage().data_ptr(), 0) for p in model.parameters())
     value.backward()
@@ -72,3 +77,58 @@ def test_nothing_is_checkpointed_where_no_gradient_is_wanted(module, monkeypatch
     assert not calls
     loss()
     assert len(calls) >= 7
+
+
+# ---- the benchmark
+
+@pytest.fixture
+def speed(monkeypatch) -> ModuleType:
+    """benchmarks/speed.py with networks that take no time."""
+    path = Path(__file__).parent.parent / "benchmarks" / "speed.py"
+    spec = importlib.util.spec_from_file_location("speed", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for name, value in (("UNET", UNET), ("VQ", VQ), ("LATENT", 16), ("PICTURE", 32)):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(module, "ceiling", lambda device, dtype: {"matmul": 1e9})
+    return module
+
+
+@pytest.mark.parametrize("work", ["unet", "vq", "sample"])
+def test_the_benchmark_runs_every_work(speed, work, capsys):
+    cases = ["ours/eager/float32", "ours/channels_last/bf16", "ours/checkpointing/bf16"]
+    assert speed.main([work, "--batch", "1", "--turns", "1", "--device", "cpu", "--cases", *cases]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ours")]
+    assert [row[0].strip() for row in rows] == cases
+    for _, took, times, amount, rate, share in rows:                # the arithmetic of the table, with a ceiling of 1e9
+        assert float(amount) == pytest.approx(speed.flops(work, "ours", "cpu") / 1e9, abs=0.5)
+        assert float(share.strip()[:-1]) / 100 == pytest.approx(float(rate), rel=0.05, abs=0.5)
+        assert float(times) * float(took) == pytest.approx(float(rows[0][1]), rel=0.05)
+
+
+def test_flops_of_a_step_are_three_times_those_of_a_forward_pass(speed):
+    assert speed.flops("unet", "ours", "cpu") == pytest.approx(1.5 * speed.flops("sample", "ours", "cpu"), rel=0.02)
+
+
+def test_cases_take_turns(speed):
+    order = []
+    works = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = speed.in_turns(works, 3, "cpu")
+    assert "".join(order) == "abababab" and [len(times[name]) for name in "ab"] == [3, 3]
+
+
+@pytest.mark.parametrize("words, error", [
+    (["--cases", "ours/channels_last/fp16"], "fp16; on cpu there are"),
+    (["--cases", "diffusers/checkpointing/bf16"], "diffusers/checkpointing/bf16; on cpu there are"),
+    (["--turns", "0"], "--turns 0; both must be at least 1"),
+])
+def test_a_wrong_flag_is_a_sentence(speed, words, error, capsys):
+    with pytest.raises(SystemExit):
+        speed.main(["unet", "--device", "cpu", *words])
+    assert error in capsys.readouterr().err
+
+
+def test_without_diffusers_its_cases_say_what_to_install(speed, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    assert speed.main(["vq", "--device", "cpu", "--cases", "diffusers/eager/float32"]) == 2
+    assert "pip install diffusers" in capsys.readouterr().err
