@@ -19,15 +19,19 @@ import math
 import os
 import shutil
 import signal
+import socket
+import stat
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stderr
-from dataclasses import asdict, astuple, dataclass, field, replace
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
+from dataclasses import MISSING, asdict, astuple, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -58,14 +62,17 @@ PREVIEW_STEPS = 25              # of DDIM
 POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py says by them how usual a pose is
 REHEARSAL = 1e-30               # the adversary's factor while --minutes measures: it takes its time and changes nothing
 TOLERATED = 10                  # steps in a row without a finite loss that are skipped; then the run stops
-# What may differ from the resumed run (of stage 1 the hash of its weights decides, not the path).
-HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq", "lpips", "keep_every", "micro_batch",
-            "checkpointing"}
+# What may differ from the resumed run (of stage 1 the hash of its weights decides, not the path), with --accept-data
+# too, and what the run finds out by itself.
+HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq", "lpips", "keep_every", "accept_data",
+            "micro_batch", "checkpointing"}
+OF_DATA = {"data", "val", "pictures", "data_hash"}
+FOUND = {"pictures", "data_hash", "vq_hash"}
 REHEARSED = 8                   # steps, at most, by which memory and time of a run are forecast
 MOST_REHEARSED = 20             # seconds; a step that takes longer is done twice
 MARGIN = 0.92                   # share of the memory given with --fit that is planned for: allocators leave holes
 LEAST_MICRO_BATCH = 8           # below it a GPU idles, and checkpointing is the cheaper way to save memory
-PATIENCE = timedelta(hours=24)  # that ranks wait for each other, as while rank 0 encodes all pictures; a dead one is
+PATIENCE = timedelta(hours=24)  # that ranks wait for each other, as while one encodes all pictures; a dead one is
                                 #   noticed at once all the same
 
 
@@ -184,6 +191,8 @@ class Config:
     measured: int | None = None                     # --minutes: how many steps were needed to fix `steps`
     lpips: tuple[str, ...] = ()                     # stage 1: files with the weights of LPIPS
     keep_every: int | None = None                   # steps between checkpoints that stay
+    data_hash: str | None = None                    # found by the run itself, of all pictures and poses
+    accept_data: bool = False                       # resume though the pictures have changed
 
 
 def make_config(args: argparse.Namespace) -> Config:
@@ -220,7 +229,8 @@ def make_config(args: argparse.Namespace) -> Config:
         unet_config=UNetConfig(in_channels=latent + cond.map_channels, out_channels=latent,
                                context_dim=cond.context_dim, **preset.unet) if ldm else None,
         cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None, normalise=preset.normalise,
-        lpips=tuple(args.lpips_weights or ()), keep_every=args.keep_every)
+        lpips=tuple(args.lpips_weights or ()), keep_every=args.keep_every,
+        accept_data=args.accept_data)
 
 
 def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
@@ -426,12 +436,9 @@ class Run:
         self.c, self.dir, self.resumed = c, Path(c.out), None
         self.last, self.best_path, self.log_path = self.dir / "last.pt", self.dir / "best.pt", self.dir / "log.jsonl"
         if rank() == 0:
-            try:
-                (self.dir / "samples").mkdir(parents=True, exist_ok=True)
-                (self.dir / ".writable").touch()
-                (self.dir / ".writable").unlink()
-            except OSError as e:
-                raise ValueError(f"--out {self.dir} cannot be written ({e.strerror}); choose another folder") from None
+            (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+            for path in self.dir.glob("*.partial"):     # of a process that was killed while it wrote
+                path.unlink()
         self.fresh, self.measuring, self.said = fresh, [], ""
         if self.last.exists():
             self._look_at_last()
@@ -477,8 +484,6 @@ class Run:
                 path.unlink(missing_ok=True)
             shutil.rmtree(self.dir / "samples")
             (self.dir / "samples").mkdir()
-        for path in self.dir.glob("*.partial"):     # of a process that was killed while it wrote
-            path.unlink()
         self.resumed = None                         # restored by now: gigabytes for a large model
         evaluate_again = self.start > 0 and self.due(self.start - 1) and not is_picture(self.picture(self.start))
         self._cut_log(evaluate_again)
@@ -491,14 +496,18 @@ class Run:
 
     def _check_same(self, old: dict) -> None:
         """A resumed run must be the one that was begun; its length stays what it was."""
-        new = plain(self.c)
+        old, new = completed(old, self.c), plain(self.c)
         if self.c.steps is None:
             new["steps"] = old["steps"]
         for key in new:
-            if new[key] != old.get(key) and key not in HARMLESS:
+            unknown = key in FOUND and old.get(key) is None     # to the older version that began it
+            if new[key] != old.get(key) and key not in HARMLESS and not unknown and not (
+                    key in OF_DATA and self.c.accept_data):
                 name, was, now = differing(key, old.get(key), new[key])
                 raise ValueError(f"{self.dir} holds a run with {name} = {was}, but this command has {name} = {now}; "
-                                 "repeat the old command to resume it, or give another --out, or --fresh")
+                                 + ("go on with the pictures as they are now by --accept-data, or " if key in OF_DATA
+                                    else "repeat the old command to resume it, or ")
+                                 + "give another --out, or --fresh")
         if self.c.minutes not in (None, old["minutes"]):
             say(f"{self.dir} keeps its length of {old['steps']} steps; --fresh makes it {self.c.minutes:g} minutes")
         self.c = replace(self.c, steps=old["steps"], minutes=old["minutes"], measured=old["measured"])
@@ -688,6 +697,60 @@ def is_picture(path: Path) -> bool:
     return True
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """`folder`, made where it is lacking, for this process alone; ValueError names the process that has it.
+
+    The kernel's lock on the file `lock` counts, not the file: it goes with its process, however that ends. So what a
+    kill -9 leaves behind is in nobody's way, whoever has that process's number by now.
+    """
+    path, owner = folder / "lock", None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while owner is None:
+            f = open(path, "a+b")
+            if not take(f):
+                f.seek(0)
+                owner = f.read().decode() or "another process"
+            elif path.exists() and os.path.samestat(os.fstat(f.fileno()), path.stat()):
+                break
+            f.close()                               # else its holder has removed it since: take the next one
+    except OSError as e:
+        raise ValueError(f"--out {folder} cannot be written ({e.strerror}); choose another folder") from None
+    if owner:
+        raise ValueError(f"{folder} is being trained into by {owner}; wait for it or stop it, or give another --out")
+    try:
+        with suppress(OSError):                     # of a full disk: it is locked all the same
+            f.truncate(0)
+            f.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}".encode())
+            f.flush()
+        yield
+    finally:
+        with suppress(OSError):                     # Windows removes no open file
+            path.unlink()
+        with suppress(OSError):                     # of a full disk, or where there are files in it
+            f.close()
+            folder.rmdir()
+
+
+def take(f: BinaryIO) -> bool:
+    """Locks an open file until it is closed or its process ends; False where another process has it."""
+    try:
+        import fcntl
+        lock = partial(fcntl.lockf, f, fcntl.LOCK_EX | fcntl.LOCK_NB)       # not flock, which forked processes share
+    except ImportError:                             # Windows, where others cannot read the bytes that are locked
+        import msvcrt
+        f.seek(1 << 20)
+        lock = partial(msvcrt.locking, f.fileno(), msvcrt.LK_NBLCK, 1)
+    try:
+        lock()
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as e:
+        print(f"{f.name} cannot be locked here ({e.strerror}), so a second run into its folder would not be noticed")
+    return True
+
+
 def differing(name: str, a: object, b: object) -> tuple[str, object, object]:
     """The first place where two values differ, however deeply nested, and what stands there."""
     while isinstance(a, dict) and isinstance(b, dict):
@@ -696,9 +759,26 @@ def differing(name: str, a: object, b: object) -> tuple[str, object, object]:
     return name, a, b
 
 
-def plain(c: Config) -> dict:
-    """Config -> nested dicts and lists as JSON gives them back."""
-    return json.loads(json.dumps(asdict(c)))
+def data_hash(c: Config, train: data.Pictures, val: data.Pictures) -> str:
+    """Changes when a picture or pose does, held out or not; a copy with other file times counts as another."""
+    return "+".join(data.fingerprint(ds)[:16] for ds in ([train, val] if c.val else [train]))   # else split from one
+
+
+def plain(c: object) -> dict:
+    """A Config, or what stands in one -> nested dicts and lists as JSON gives them back."""
+    return json.loads(json.dumps(c, default=asdict))
+
+
+def completed(old: dict, like: object) -> dict:
+    """The plain config of an older version, where what that did not know yet stands at its default."""
+    made = dict(old)
+    for f in fields(like):
+        value = getattr(like, f.name)
+        if f.name not in old and f.default is not MISSING:
+            made[f.name] = plain(f.default)
+        elif is_dataclass(value) and isinstance(old.get(f.name), dict):
+            made[f.name] = completed(old[f.name], value)
+    return made
 
 
 def read_log(path: Path) -> list[dict]:
@@ -728,23 +808,44 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
 
 
+STOPPING = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
+
+
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM fill the list that is yielded, so a step is never cut in two; a second one does cut."""
+    """Ctrl-C, SIGTERM (a machine that is taken away) and SIGHUP (a terminal that was closed) fill the list that is
+    yielded, so a step is never cut in two; a second one does cut. What is ignored, as SIGHUP under nohup, stays so.
+    """
     caught: list[int] = []
 
     def handler(number: int, _frame: object) -> None:
-        if caught:                                          # a second one, of either kind
+        if caught:                                          # a second one, of any kind
             raise KeyboardInterrupt
         caught.append(number)
-        os.write(2, b"\nstopping after this step and saving; once more stops at once\n")   # print is not safe here
+        if number == getattr(signal, "SIGHUP", None):       # nobody listens; a failing print must not cost the rest
+            leave_terminal()
+        with suppress(OSError):                             # print is not safe here
+            os.write(2, b"\nstopping after this step and saving; once more stops at once\n")
 
-    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, handler) for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN}
+    if hasattr(os, "register_at_fork"):     # signals come to all processes of a group: those that load pictures stay,
+        os.register_at_fork(after_in_child=lambda: old and signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING))
     try:
         yield caught
     finally:
         for number, previous in old.items():
             signal.signal(number, previous)
+        old.clear()                                         # and with it the hook for processes
+
+
+def leave_terminal() -> None:
+    """What is said from now on goes nowhere, unless it goes into a file."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with suppress(OSError):
+            if not stat.S_ISREG(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
+    os.close(nowhere)
 
 
 def steps_bar(run: Run) -> tqdm:
@@ -783,7 +884,7 @@ def plot_curves(run: Run, panels: dict[str, tuple[str, ...]]) -> None:
 def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     """Trains the autoencoder of config c; True when it is complete, False when it was stopped."""
     train, val = data.open_data(c.data, c.size, c.val, remember=c.workers == 0)
-    run = kind(replace(c, pictures=len(train)), fresh)
+    run = kind(replace(c, pictures=len(train), data_hash=data_hash(c, train, val)), fresh)
     if run.is_complete():
         return True
     device, r = torch.device(c.device), c.recipe
@@ -946,7 +1047,8 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     vq = checkpoint.build_vq(stage1, c.vq).to(c.device)
     check_latents(c, vq.config, stage1["config"]["size"])
     train, val = data.open_data(c.data, c.size, c.val, remember=False)     # each picture is looked at once
-    c = replace(c, vq_config=vq.config, pictures=len(train), vq_hash=checkpoint.hash_of(stage1["vq"]))
+    c = replace(c, vq_config=vq.config, pictures=len(train), data_hash=data_hash(c, train, val),
+                vq_hash=checkpoint.hash_of(stage1["vq"]))
     run = kind(c, fresh)
     if run.is_complete():
         return True
@@ -1278,6 +1380,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "from (default: the last and the best alone)")
     add("--dry-run", action="store_true", help="print the resolved recipe, parameter counts, and a "
         "forecast of memory and time; train nothing")
+    add("--accept-data", action="store_true", help="resume although the pictures are not those of before")
     add("--fresh", action="store_true", help="start over instead of resuming")
     args = parser.parse_args(argv)
     if args.stage is None and not args.dry_run:
@@ -1318,7 +1421,8 @@ def main(argv: list[str] | None = None) -> int:
         if c.device.startswith("cuda"):
             torch.set_float32_matmul_precision("high")      # TF32: what autocast leaves in float32 needs no more
             torch.backends.cudnn.benchmark = True           # pictures are all of one size
-        complete = TRAIN[c.stage](c, args.fresh)
+        with locked(Path(c.out)) if rank() == 0 else nullcontext():
+            complete = TRAIN[c.stage](c, args.fresh)
     except (ValueError, OSError) as e:
         complain(str(e))
         return 2
@@ -1327,6 +1431,10 @@ def main(argv: list[str] | None = None) -> int:
                  "--micro-batch, --checkpointing, or let --fit GIB choose both")
         return 2
     except RuntimeError as e:
+        if "DataLoader worker (pid" in str(e):      # torch raises it wherever the program is, not only in data.py
+            complain("a process that loads pictures died, most often for want of memory; the same command again with "
+                     f"fewer --workers than {c.workers} goes on from the last checkpoint")
+            return 2
         if args.compile and type(e).__module__.startswith("torch._"):           # of _dynamo or _inductor
             complain(f"torch.compile cannot compile this here ({type(e).__name__}); leave --compile out")
             return 2
