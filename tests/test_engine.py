@@ -280,4 +280,4 @@ def test_a_forecast_is_what_is_then_measured(stage_one, tmp_path, stage):
     assert abs(forecast / measured - 1) < 0.3, (forecast, measured)
     seconds = float(re.search(r"([\d.e-]+) s a step", found[0])[1])
     assert 1e-4 < seconds < 60
-    assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 12        # the dry run left nothing else
+    assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 8         # the dry run left nothing else
