@@ -1417,7 +1417,7 @@ def alone(path: Path, wait: bool = True) -> Iterator[bool]:
     try:
         yield True
     finally:
-        path.unlink()
+        path.unlink(missing_ok=True)
         fcntl.flock(file, fcntl.LOCK_UN)            # by name: worker processes have the file open too
         file.close()
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -235,6 +236,25 @@ def test_who_waited_for_a_cache_takes_it_as_it_is(tmp_path, whole):
     assert all("waiting for it" in other.stderr.readline() for other in others)
     told = [process.communicate()[0] for process in (first, *others)]
     assert told == ["102 calls\n", "0 calls\n", "0 calls\n"] and contents(tmp_path) == wanted
+
+
+def test_never_are_two_alone(tmp_path):
+    inside, most, entered = 0, 0, 0
+
+    def enter() -> None:
+        nonlocal inside, most, entered
+        for _ in range(40):
+            with data.alone(tmp_path / "lock"):
+                inside += 1
+                most, entered = max(most, inside), entered + 1
+                time.sleep(1e-4)
+                inside -= 1
+    threads = [threading.Thread(target=enter) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, entered) == (1, 240) and not (tmp_path / "lock").exists()
 
 
 def test_a_lock_that_a_kill_left_behind_locks_nothing(tmp_path, whole):
