@@ -86,18 +86,18 @@ def test_the_shares_of_all_ranks_are_the_latent_batch_of_one_process(tmp_path):
 
 # ------------------------------------------------------------------------------- faults while a run is loading
 
-def test_the_run_goes_on_where_a_worker_was_killed_and_says_so(capsys):
+@pytest.mark.parametrize("pause", [0.5, 0])         # at once, it is a torn connection that is found, not the dead
+def test_the_run_goes_on_where_a_worker_was_killed_and_says_so(capsys, pause):
     ds, how = Numbered(50, size=8), {"seed": 3, "start": 2, "stop": 30, "augment": True}
     seen = []
     for k, batch in enumerate(batches(ds, 4, **how, workers=2)):
         seen.append(batch)
         if k == 5:
-            victim = multiprocessing.active_children()[0]
-            os.kill(victim.pid, signal.SIGKILL)
-            time.sleep(0.5)                     # the training step, which must not be interrupted by that
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(pause)                   # the training step, which must not be interrupted by that
     for one, other in zip(batches(ds, 4, **how), seen, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert re.search(rf"died.*{victim.pid}.*go on from batch \d+", capsys.readouterr().err)
+    assert re.search(r"died.*go on from batch \d+", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
