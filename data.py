@@ -1248,11 +1248,11 @@ def fetch(loader: DataLoader) -> Iterator:
     while True:
         try:
             item = next(items, None)
-        except RuntimeError as error:
-            if "DataLoader worker (pid" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:      # the last two where it died handing over
+            if isinstance(error, RuntimeError) and not re.match("DataLoader worker|Pin memory thread", str(error)):
                 raise
             raise WorkerDied("a process that loads pictures died, most often for want of memory or of /dev/shm; "
-                             f"try fewer workers, or none ({str(error).splitlines()[0]})") from error
+                             f"try fewer workers, or none ({(str(error) or repr(error)).splitlines()[0]})") from error
         if item is None:
             return
         yield item
@@ -1417,7 +1417,7 @@ def alone(path: Path, wait: bool = True) -> Iterator[bool]:
     try:
         yield True
     finally:
-        path.unlink()
+        path.unlink(missing_ok=True)
         fcntl.flock(file, fcntl.LOCK_UN)            # by name: worker processes have the file open too
         file.close()
 
@@ -1578,6 +1578,10 @@ class LatentCache:
         idx = np.asarray(idx)
         if self._is_cut():              # to read what is mapped but not there would kill the process without a word
             raise self._damage("another length")
+        if hasattr(os, "posix_fadvise"):        # asks the disk for all of them at once, and for nothing around them
+            size = self.latents[0].nbytes
+            for i in idx.tolist():
+                os.posix_fadvise(self.mapped[0].fileno(), i * size, size, os.POSIX_FADV_WILLNEED)
         latents, poses = self.latents[idx], self.poses[idx]
         for i, latent, pose, crc in zip(idx.tolist(), latents, poses, self.crc[idx].tolist(), strict=True):
             if _crc_of_row(latent, pose) != crc:
