@@ -348,12 +348,10 @@ class UNet(nn.Module):
 
         self.out = nn.Sequential(
             GroupNorm(NORM_GROUPS, C), nn.SiLU(), zero(nn.Conv2d(C, config.out_channels, 3, padding=1)))
-        for number, block in enumerate(self._transformer_blocks()):
+        # In the order in which forward comes by; in a plain list, for each has its name already.
+        self.transformers = [module for module in self.modules() if isinstance(module, TransformerBlock)]
+        for number, block in enumerate(self.transformers):
             block.number = number
-
-    def _transformer_blocks(self) -> list[TransformerBlock]:
-        """In the order in which forward comes by."""
-        return [module for module in self.modules() if isinstance(module, TransformerBlock)]
 
     def keys_values(self, context: Tensor | None) -> KeysValues:
         """What every cross-attention makes of context [B,N,D]; forward takes it in place of context, with equal result.
@@ -361,7 +359,7 @@ class UNet(nn.Module):
         Empty for a UNet without cross-attention, whose context is None. ValueError for a wrong shape.
         """
         self._check_context(context)
-        return [] if context is None else [block.attn2.keys_values(context) for block in self._transformer_blocks()]
+        return [] if context is None else [block.attn2.keys_values(context) for block in self.transformers]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | KeysValues | None = None,
                 concat: Tensor | None = None) -> Tensor:
@@ -422,7 +420,7 @@ class UNet(nn.Module):
                              f"for this UNet has context_dim = {D}.")
 
     def _check_pose(self, pose: KeysValues, B: int) -> None:
-        layers = 0 if self.config.context_dim is None else len(self._transformer_blocks())
+        layers = 0 if self.config.context_dim is None else len(self.transformers)
         if len(pose) != layers:
             raise ValueError(f"context has keys and values of {len(pose)} cross-attentions; this UNet has {layers}.")
         if pose and pose[0][0].shape[0] != B:

@@ -157,7 +157,11 @@ class AttnBlock(nn.Module):
         B, C, H, W = x.shape
         h = self.norm(x)
         q, k, v = (f(h).permute(0, 2, 3, 1).reshape(B, 1, H * W, C) for f in (self.q, self.k, self.v))
-        a = F.scaled_dot_product_attention(q, k, v)                                     # [B, 1, HW, C]
+        if x.device.type == "cpu" and q.dtype != torch.float32:
+            # Measured: with one wide head plain matmuls take a third of the time of the fused bf16 kernel there.
+            a = (C ** -0.5 * q @ k.mT).softmax(-1) @ v                                  # [B, 1, HW, C]
+        else:
+            a = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(a.reshape(B, H, W, C).permute(0, 3, 1, 2))             # a channels_last view
 
 
