@@ -23,8 +23,10 @@ from torch.utils.checkpoint import checkpoint
 KeysValues = list[tuple[Tensor, Tensor]]    # (k, v), each [B,n,N,d], of every cross-attention, in the order of the U
 
 NORM_GROUPS = 32        # Wu & He, arXiv:1803.08494, and every model of this family since
+NORM_AT_ONCE = 2**20    # entries in a part of GroupNorm's backward pass on a CPU: 4 MiB in float32
 MAX_PERIOD = 10_000     # slowest wave of the timestep embedding, arXiv:1706.03762 section 3.5
 EMBED_MULT = 4          # E / M
+MANY_KEYS = 1024        # from which on bf16 attention on a CPU is faster than float32: 90 against 125 ms there
 FF_MULT = 4             # hidden width of the feed-forward over its input
 
 
@@ -74,28 +76,45 @@ class UNetConfig:
                 raise ValueError(f"num_heads is {self.num_heads}; it must divide the {C} channels at factor {factor}.")
 
 
-class ToNCHW(torch.autograd.Function):
-    """channels_last to NCHW forward, and the gradient back to channels_last; autograd alone would leave it NCHW."""
+class FastGroupNorm(torch.autograd.Function):
+    """GroupNorm of a channels_last bf16 tensor on a CPU, where PyTorch's own backward pass takes 2 to 4 times as long.
+
+    There it goes through float32, a few samples at a time so that they stay in the cache.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.contiguous()
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        B, C, h, w = x.shape
+        x = x.contiguous(memory_format=torch.channels_last)
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, B, C, h * w, groups, eps)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        ctx.groups = groups
+        return y
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad.contiguous(memory_format=torch.channels_last)
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight = ctx.saved_tensors
+        C, L = x.shape[1], x.shape[2] * x.shape[3]
+        dy = dy.contiguous(memory_format=torch.channels_last)               # two layouts make wrong numbers
+        dx, dweight, dbias = torch.empty_like(x), torch.zeros(C), torch.zeros(C)
+        parts = (y.split(max(1, NORM_AT_ONCE // (C * L))) for y in (dx, dy, x, mean, rstd))
+        for out, dy_, x_, mean_, rstd_ in zip(*parts, strict=True):
+            dx_, dw_, db_ = torch.ops.aten.native_group_norm_backward(
+                dy_.float(), x_.float(), mean_.float(), rstd_.float(), weight.float(), len(x_), C, L, ctx.groups,
+                (True, True, True))
+            out.copy_(dx_)
+            dweight += dw_
+            dbias += db_
+        return dx, dweight, dbias, None, None
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of a channels_last tensor, channels_last out.
-
-    On a CPU in bf16 it goes through an NCHW copy: the channels_last kernel takes 2 to 8 times as long there.
-    """
+    """GroupNorm of a channels_last tensor, channels_last out."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or x.dtype == torch.float32:
             return super().forward(x)
-        return super().forward(ToNCHW.apply(x)).contiguous(memory_format=torch.channels_last)
+        return FastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
 
 
 def zero(module: nn.Module) -> nn.Module:
@@ -158,9 +177,9 @@ class Upsample(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B,n,L,d], k and v [B,n,N,d] -> [B,n,L,d]: softmax(q k^T / sqrt(d)) v."""
-    if q.device.type != "cpu" or q.dtype == torch.float32:
+    if q.device.type != "cpu" or q.dtype == torch.float32 or k.shape[2] >= MANY_KEYS:
         return F.scaled_dot_product_attention(q, k, v)
-    # Measured on a CPU: the bf16 kernel takes 4 to 8 times as long as float32 at 16 to 64 pixels, no less at 256.
+    # Measured on a CPU: the bf16 kernel takes 2 to 8 times as long as float32 with 1 to 64 keys, no less with 256.
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
@@ -329,12 +348,10 @@ class UNet(nn.Module):
 
         self.out = nn.Sequential(
             GroupNorm(NORM_GROUPS, C), nn.SiLU(), zero(nn.Conv2d(C, config.out_channels, 3, padding=1)))
-        for number, block in enumerate(self._transformer_blocks()):
+        # In the order in which forward comes by; in a plain list, for each has its name already.
+        self.transformers = [module for module in self.modules() if isinstance(module, TransformerBlock)]
+        for number, block in enumerate(self.transformers):
             block.number = number
-
-    def _transformer_blocks(self) -> list[TransformerBlock]:
-        """In the order in which forward comes by."""
-        return [module for module in self.modules() if isinstance(module, TransformerBlock)]
 
     def keys_values(self, context: Tensor | None) -> KeysValues:
         """What every cross-attention makes of context [B,N,D]; forward takes it in place of context, with equal result.
@@ -342,7 +359,7 @@ class UNet(nn.Module):
         Empty for a UNet without cross-attention, whose context is None. ValueError for a wrong shape.
         """
         self._check_context(context)
-        return [] if context is None else [block.attn2.keys_values(context) for block in self._transformer_blocks()]
+        return [] if context is None else [block.attn2.keys_values(context) for block in self.transformers]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | KeysValues | None = None,
                 concat: Tensor | None = None) -> Tensor:
@@ -403,7 +420,7 @@ class UNet(nn.Module):
                              f"for this UNet has context_dim = {D}.")
 
     def _check_pose(self, pose: KeysValues, B: int) -> None:
-        layers = 0 if self.config.context_dim is None else len(self._transformer_blocks())
+        layers = 0 if self.config.context_dim is None else len(self.transformers)
         if len(pose) != layers:
             raise ValueError(f"context has keys and values of {len(pose)} cross-attentions; this UNet has {layers}.")
         if pose and pose[0][0].shape[0] != B:

@@ -1,5 +1,6 @@
 """The UNet against the reference's parameter list and outputs, and against what attention must and must not do."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -8,8 +9,10 @@ import torch
 from conftest import GOLDEN, golden_weights, relative_error
 from torch import Tensor, nn
 
+import unet
+import vq
 from diffusion import Diffusion
-from unet import Attention, GroupNorm, UNet, UNetConfig, timestep_embedding
+from unet import Attention, UNet, UNetConfig, timestep_embedding
 
 PREFIX = "model.diffusion_model."
 SMALL = UNetConfig(in_channels=3, out_channels=3, model_channels=32, num_res_blocks=1, attention_resolutions=(2,),
@@ -89,6 +92,24 @@ def test_attention_equals_its_definition():
     torch.testing.assert_close(layer(x, *layer.keys_values(context)), layer.to_out[0](torch.cat(heads, -1)))
 
 
+@pytest.mark.parametrize("keys", [1, 17, 1024])
+def test_bf16_attention_is_near_float64_with_few_keys_and_with_many(keys):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 40).bfloat16().requires_grad_() for n in (1024, keys, keys))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    upstream = torch.randn(1, 2, 1024, 40).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = unet.attend(q, k, v)
+    y.backward(upstream)
+    wanted = (exact[0] @ exact[1].mT / 40**0.5).softmax(-1) @ exact[2]
+    wanted.backward(upstream.double())
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, wanted) < 1e-2
+    for got, x in zip((q, k, v), exact, strict=True):
+        if keys > 1 or x is exact[2]:                    # the scores of a single key have no gradient
+            assert relative_error(got.grad, x.grad) < 1e-2
+
+
 def test_every_joint_steers_and_pixels_listen_differently():
     model, (x, t, context) = small(), inputs(B=1)
     with torch.no_grad():
@@ -126,7 +147,10 @@ def test_a_single_token_cannot_say_where():
 @pytest.mark.parametrize("depth", [1, 2])
 def test_keys_and_values_made_once_serve_every_step(dtype, depth, monkeypatch):
     """The very same bits at any x and t, and then no to_k or to_v of a cross-attention is run again."""
-    model, (x, t, context) = small(replace(SMALL, transformer_depth=depth)), inputs()
+    original, (x, t, context) = small(replace(SMALL, transformer_depth=depth)), inputs()
+    model = copy.deepcopy(original)                      # as moving averages are made
+    for parameter in original.parameters():
+        nn.init.zeros_(parameter)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         steps = [(x, t), (x + 1, t // 2), (-x, t // 3)]
         wanted = [model(*step, context) for step in steps]
@@ -226,15 +250,21 @@ def test_bf16_autocast_is_close_to_float32(tiny, golden):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_group_norm_equals_pytorchs_and_keeps_the_layout(dtype):
+@pytest.mark.parametrize("module, at_once, layout", [
+    (unet, 2**20, torch.channels_last), (unet, 1, torch.channels_last), (unet, 2 * 64 * 36, torch.contiguous_format),
+    (vq, 2 * 64 * 36, torch.channels_last)])
+def test_group_norm_equals_pytorchs_and_keeps_the_layout(module, at_once, layout, dtype, monkeypatch):
+    """In parts of all, one and two of three samples; the gradient arrives in either layout."""
+    monkeypatch.setattr(module, "NORM_AT_ONCE", at_once)
     torch.manual_seed(0)
-    ours, plain = GroupNorm(32, 64), nn.GroupNorm(32, 64)
+    ours, plain = module.GroupNorm(32, 64), nn.GroupNorm(32, 64)
     nn.init.normal_(ours.weight)
+    nn.init.normal_(ours.bias)
     plain.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 64, 6, 6).to(dtype)
+    x = torch.randn(3, 64, 6, 6).to(dtype)
     a = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     b = x.float().requires_grad_()
-    upstream = torch.randn(2, 64, 6, 6)
+    upstream = torch.randn(3, 64, 6, 6).contiguous(memory_format=layout)
     y = ours(a)
     y.backward(upstream.to(dtype))
     plain(b).backward(upstream)
@@ -243,6 +273,7 @@ def test_group_norm_equals_pytorchs_and_keeps_the_layout(dtype):
     assert relative_error(y, plain(b)) < tolerance
     assert relative_error(a.grad, b.grad) < tolerance
     assert relative_error(ours.weight.grad, plain.weight.grad) < tolerance
+    assert relative_error(ours.bias.grad, plain.bias.grad) < tolerance
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
