@@ -684,24 +684,24 @@ def test_a_process_for_pictures_that_dies_ends_the_run_in_a_sentence(trained, lo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vq", "ldm"])
-def test_two_hundred_steps_in_half_precision_track_float32(trained, tmp_path, monkeypatch, stage):
+def test_two_hundred_steps_in_half_precision_track_float32(tmp_path, monkeypatch, stage):
     """In fp16 from a scale at which the first gradients overflow: they are skipped, and counted."""
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "EVALS", 1)
-    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 30))
+    monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 20))
     means = {}
+    assert train.main(command_of("vq", tmp_path / "vq", "--steps", "100", "--amp", "off")) == 0
     for amp in ("off", "bf16", "fp16"):
         flags = command_of(stage, tmp_path / amp, "--steps", "200", "--batch-size", "8", "--amp", "off",
-                           "--vq", str(trained / "vq/last.pt"))
+                           "--vq", str(tmp_path / "vq/last.pt"))
         c = train.replace(train.make_config(train.parse_args(flags)), amp=amp)      # the flag refuses fp16 on a CPU
         assert {"vq": train.train_vq, "ldm": train.train_ldm}[stage](c)
         steps = [r for r in train.read_log(tmp_path / amp / "log.jsonl") if "lr" in r]
         skipped = sum("loss" not in r for r in steps)
         state = checkpoint.load(tmp_path / amp / "last.pt", stage)["train"]
         assert skipped == state["overflows"] == steps[-1].get("overflows", 0) and state["skipped"] == 0
-        assert (skipped > 3) == (amp == "fp16")
+        assert (skipped > 0) == (amp == "fp16")
         means[amp] = np.mean([r["loss"] for r in steps[-50:] if "loss" in r])
-    print(stage, means)
     assert means["bf16"] != means["off"] != means["fp16"]       # or they were not used at all
     assert means["bf16"] == pytest.approx(means["off"], rel=0.03)
     assert means["fp16"] == pytest.approx(means["off"], rel=0.03)
