@@ -61,6 +61,7 @@ PREVIEWS = 8                    # pictures in a preview
 PREVIEW_STEPS = 25              # of DDIM
 POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py says by them how usual a pose is
 REHEARSAL = 1e-30               # the adversary's factor while --minutes measures: it takes its time and changes nothing
+SAME_SIGNAL = 1.0               # seconds in which another is the first, passed on by a shell that hangs up or torchrun
 TOLERATED = 10                  # steps in a row without a finite loss that are skipped; then the run stops
 # What may differ from the resumed run (of stage 1 the hash of its weights decides, not the path), with --accept-data
 # too, and what the run finds out by itself.
@@ -817,11 +818,14 @@ def stop_signals() -> Iterator[list[int]]:
     yielded, so a step is never cut in two; a second one does cut. What is ignored, as SIGHUP under nohup, stays so.
     """
     caught: list[int] = []
+    since: list[float] = []
 
     def handler(number: int, _frame: object) -> None:
-        if caught:                                          # a second one, of any kind
-            raise KeyboardInterrupt
-        caught.append(number)
+        if since:
+            if time.monotonic() - since[0] > SAME_SIGNAL:   # a second one, of any kind
+                raise KeyboardInterrupt
+            return
+        since.append(time.monotonic()), caught.append(number)
         if number == getattr(signal, "SIGHUP", None):       # nobody listens; a failing print must not cost the rest
             leave_terminal()
         with suppress(OSError):                             # print is not safe here
