@@ -1732,7 +1732,8 @@ BANDS = HASH_BITS + 1           # so at least one of so many parts of the hash i
 WINDOW = 256                    # pictures with one part in common: each is compared with so many of like brightness
 SAME_CELL, SAME_MEAN = 12, 2    # grey levels between the thumbnails of one picture saved twice: at most, on average
 LEAST_LIMBS = 4                 # joints of fewer limbs tell nothing about a person's size
-LONG_LIMB = 2.2                 # times its usual length: figures reach 1.81, game renders 1.55
+LONG_LIMB = 2.2                 # times its usual length: figures reach 1.90, game renders 1.55
+SHOW_LIMB = 50                  # people who do, before any is too long; of 16 figures 1 set in 12 had a false one
 OUT_OF_DOUBT = 0.5              # of a usual width: less may be a body seen from the side
 FEWEST = 10                     # people, before anything is said about all of them
 FACING_LEAST = 0.35             # the share of people who face the viewer; figures 0.7, game renders 0.85
@@ -2038,7 +2039,7 @@ def odd_poses(checked: Checked) -> tuple[list[Suspect], dict[str, str], dict]:
     suspect("point", together.max(1, initial=0), 2,
             lambda i: f"{together[i].max()} joints lie in one point, "
                       f"({', '.join(f'{x:.2f}' for x in rows['pose'][i, together[i].argmax(), :2])}) of the picture")
-    limbs = np.nan_to_num(body.limbs)
+    limbs = np.nan_to_num(body.limbs) * (np.isfinite(body.limbs).sum(0) >= SHOW_LIMB)
     suspect("limb", limbs.max(1, initial=0), LONG_LIMB,
             lambda i: "from {} to {} it is {:.1f} times as far as usual for a person of this size".format(
                 *(keypoints.JOINTS[j] for j in keypoints.LIMBS[limbs[i].argmax()]), limbs[i].max()))
@@ -2134,7 +2135,7 @@ def trim(checked: Checked, target: Path) -> int:
     byte for byte. Returns how many were cut. Nothing is left behind where it is interrupted.
     """
     ds, made, cut, shared = checked.train, Path(f"{target}.partial"), {}, {}
-    made.mkdir(parents=True, exist_ok=True)
+    make_folder(made, f"--trim {target}")
     try:
         kept = np.flatnonzero(checked.rows["sound"][:len(ds)]).tolist()
         if not kept:
@@ -2431,7 +2432,7 @@ def open_checked(args: argparse.Namespace) -> tuple[Pictures, Pictures | None]:
             raise DataError(f"--trim {target}: that is inside {inside[0]}; name a folder elsewhere")
         if out.resolve().is_relative_to(target.resolve()):
             raise DataError(f"--out {out}: that is inside --trim {target}; name a folder elsewhere")
-        for path in (target, Path(f"{target}.partial")):
+        for path in (target, Path(f"{target}.partial"), *filter(os.path.isfile, target.parents)):
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise DataError(f"--trim {path}: that is there already; name a new folder, nothing is overwritten")
     return train, val[0] if val else None
@@ -2453,6 +2454,18 @@ def gather(train: Pictures, val: Pictures | None, workers: int) -> Checked:
     return Checked(train, val, files, held, np.concatenate(parts), broken)
 
 
+def make_folder(folder: str | Path, flag: str) -> Path:
+    """Makes a folder, and those it lies in, for what `flag` ("--out DIR") wants written; DataError where it cannot."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = next((path for path in (folder, *folder.parents) if os.path.isfile(path)), None)
+        why = f"{file} is a file" if file else f"{folder} cannot be made ({error.strerror})"
+        raise DataError(f"{flag}: {why}; name another folder") from None
+    return folder
+
+
 def say(text: str) -> None:
     """Prints what the terminal has letters for: file names may be any bytes. Nobody has to read on (`| head -1`)."""
     encoding = sys.stdout.encoding or "utf-8"
@@ -2465,8 +2478,7 @@ def say(text: str) -> None:
 def check(args: argparse.Namespace) -> int:
     """Writes the files, prints what there is to say, makes the copy without bars; returns the exit status."""
     train, val = open_checked(args)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(args.out, f"--out {args.out}")
     checked = gather(train, val, args.workers)
     odd, verdicts, about = odd_poses(checked)
     suspects = [Suspect("broken", 0, file, why) for file, why in checked.broken.items()]

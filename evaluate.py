@@ -570,7 +570,8 @@ FIDELITY = {"pck@0.1": ("PCK@0.1", "higher", ".3f"), "pck@0.2": ("PCK@0.2", "hig
             "oks": ("OKS", "higher", ".3f"), "frechet": ("Frechet distance", "reader's features", ".3f")}
 EXTREMES = 5                        # pictures of the best and as many of the worst
 PICTURES, POSES_ASKED = "pictures", "poses.json"        # in --out, for a detector outside
-NAMING = "coco", "coco-results", "alphapose"            # formats that name the pictures; the others count frames
+NAMING = "coco", "coco-results", "alphapose"            # formats that name the pictures; the others count frames,
+OWN_COUNT = "mmpose",                                   # of which these have a count of their own
 
 
 @dataclass(frozen=True)
@@ -640,7 +641,7 @@ def assess(reader: PoseReader, drawn: Drawn, **more: np.ndarray) -> tuple[dict[s
 def write_pictures(out: Path, drawn: Drawn) -> None:
     """`out`/pictures/000000.png ...: first the samples, then the real ones; poses.json says in COCO's words what was
     asked for, so that a detector can be run on them and --detected read its answer."""
-    (out / PICTURES).mkdir(parents=True, exist_ok=True)
+    data.make_folder(out / PICTURES, f"--out {out}")
     (out / POSES_ASKED).unlink(missing_ok=True)             # first, and written last: it vouches for the pictures
     images, annotations, side = [], [], drawn.samples.shape[1]
     for old in (out / PICTURES).glob("[0-9]" * 6 + ".png"):
@@ -686,16 +687,27 @@ def last_number(name: str) -> int | None:
     return int(digits[-1]) if digits else None
 
 
-def picture_numbers(path: str | Path, poses: Poses) -> list[int | None]:
-    """Which of write_pictures' pictures each pose of the file `path` is in: by name, or by the count of its frames."""
-    numbers = [last_number(Path(name).stem) for name in poses.pictures]
+def picture_numbers(path: str | Path, poses: Poses, n: int) -> list[int | None]:
+    """Which of the 2 n pictures of write_pictures each pose of the file `path` is in: by name, or by frames counted.
+
+    load_poses counts from 1, as some tools do, others from 0. That is told by frame 0, else by the last one, for it is
+    that of all pictures or of the samples: where nobody is seen, a file may have no frame.
+    """
+    numbers, counts = ([last_number(Path(name).stem) for name in names] for names in (poses.pictures, poses.frames))
     if poses.format in NAMING:
         return numbers
-    if len(numbers) == 1:
-        raise ValueError(f"--detected {path}: {poses.taken_for}, of one picture, and it does not say which; give a "
-                         "folder of files, one a picture and named like it")
-    first = min(1, *numbers)                                # tools count from 1, a few from 0
-    return [number - first for number in numbers]
+    instead = "give a folder of files, one a picture and named like it"
+    if len(counts) == 1:
+        raise ValueError(f"--detected {path}: {poses.taken_for}, of one picture, and it does not say which; {instead}")
+    if None in counts:
+        raise ValueError(f"--detected {path}: the frame {poses.frames[counts.index(None)]!r} has no number that says "
+                         f"which picture it is; {instead}")
+    if 0 in counts:
+        return numbers
+    if poses.format in OWN_COUNT and max(counts) not in (n, 2 * n):
+        raise ValueError(f"--detected {path}: of {2 * n} pictures it has the frames {min(counts)} to {max(counts)}, "
+                         f"which may be counted from 0 or from 1; {instead}")
+    return [number - 1 for number in numbers]
 
 
 def read_detected(path: str | Path, drawn: Drawn) -> dict[str, np.ndarray]:
@@ -719,7 +731,7 @@ def read_detected(path: str | Path, drawn: Drawn) -> dict[str, np.ndarray]:
                 raise
             poses = None
         people = [nobody] if poses is None else poses.poses
-        for i, pose in zip([last_number(Path(file).stem)] if folder else picture_numbers(path, poses), people,
+        for i, pose in zip([last_number(Path(file).stem)] if folder else picture_numbers(path, poses, n), people,
                            strict=False):
             if i is not None and 0 <= i < 2 * n:
                 found[i] = pose
@@ -955,7 +967,7 @@ def make_out(out: str | None, *roots: str | None) -> None:
             raise ValueError(f"--out {out} lies among the pictures of {root}, where what is written there would count "
                              "as one of them; name another folder")
     if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
+        data.make_folder(out, f"--out {out}")
 
 
 VQ_PART = ("config", "step", "vq", "vq_config", "source", "weights")

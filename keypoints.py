@@ -17,6 +17,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,8 @@ class NobodyFound(PoseError):
 # content -> what it looks like (FORMATS, at the end) -> its reader yields every Person in the file's own unit
 #         -> confidence, unit, canvas (_place) -> one pose a picture (load_poses)
 
-MAX_BYTES = 32 << 20            # of a pose file: thousands of frames, and parsed it stays near a gigabyte at worst
+MAX_BYTES = 32 << 20            # of a pose file: thousands of frames with face and hands
+MAX_PEOPLE = 100_000            # in it, an hour of video: Persons take 25 times the room of their shortest text
 MIN_CONFIDENCE = 0.3            # below it a joint counts as missing
 PIXELS_ABOVE = 2.0              # where one schema has two units: no person in pixels fits into two of them
 FAR = 10.0                      # pictures away from the corner: no joint lies there, so the unit was another one
@@ -86,6 +88,7 @@ class Poses:
     poses: list[np.ndarray]                     # [17, 3] float64 (x, y, visible), normalised to its own picture
     sizes: list[tuple[float, float] | None]     # (width, height) of that picture; None: not known
     pictures: list[str]                         # what the file calls it: a file name, an id, a frame's number
+    frames: list[str]                           # the same of all, also those in which nobody was picked, where it says
     format: str                                 # one of FORMATS
     taken_for: str                              # the format, the unit and how many people
 
@@ -324,15 +327,18 @@ def _openpose(data: object, where: str, n: int) -> Iterator[Person]:
 
 
 def _mmpose(data: object, where: str) -> Iterator[Person]:
-    """A list of instances, or {"meta_info": ..., "instance_info": [{"frame_id", "instances"}, ...]}."""
+    """A list of instances or of frames {"frame_id", "instances"}, or {"meta_info": ..., "instance_info": that list}."""
     n, order = 17, ORDERS[17]
     if isinstance(data, dict):
-        if isinstance(meta := data.get("meta_info"), dict) and isinstance(names := meta.get("keypoint_id2name"), dict):
-            named = [names.get(str(i)) for i in range(len(names))]
-            n, order = len(named), _order(named, _at(where, "meta_info.keypoint_id2name"))
+        if isinstance(meta := data.get("meta_info"), dict) and (names := meta.get("keypoint_id2name")) is not None:
+            named = [names.get(str(i)) for i in range(len(names))] if isinstance(names, dict) else names
+            order = _order(named, _at(where, "meta_info.keypoint_id2name"))
+            n = len(named)
         data, where = data.get("instance_info"), _at(where, "instance_info")
     for at, item in _objects(data, where):
         frame = _id(item.get("frame_id", 1), _at(at, "frame_id"))
+        if item.get("instances") == []:                         # nobody, but the frame counts
+            yield Person(at, np.zeros((len(JOINTS), 3)), frame)
         for spot, person in _objects(item["instances"], _at(at, "instances")) if "instances" in item else [(at, item)]:
             yield Person(spot, _mmpose_joints(person, n, spot)[order], frame)
 
@@ -460,7 +466,8 @@ FORMATS = {
                          lambda data, first: _has(data, "people", "canvas_width")),
     "openpose-18": Format("OpenPose COCO-18", None, partial(_openpose, n=18), lambda data, first: _has(data, "people")),
     "mmpose": Format("MMPose predictions", "pixels", _mmpose,
-                     lambda data, first: _has(data, "instance_info") or _has(first, "keypoint_scores")),
+                     lambda data, first: _has(data, "instance_info") or _has(first, "keypoint_scores")
+                     or _has(first, "frame_id", "instances")),
     "tfjs": Format("named points (tfjs MoveNet, PoseNet)", None, _tfjs,
                    lambda data, first: _by_joint(first, dict) or _is_point(first)
                    or _has(first, "keypoints") and isinstance(_first(first["keypoints"]), dict)),
@@ -542,14 +549,16 @@ def load_poses(
     if kind is None:
         raise PoseError(f"{path} is no pose file known here; known formats are {', '.join(FORMATS)}")
     try:
-        people = list(kind.read(data, f"{path}: "))
+        people = list(islice(kind.read(data, f"{path}: "), MAX_PEOPLE + 1))
     except RecursionError:
         raise PoseError(f"{path}: nested too deeply for a pose file; export it again") from None
+    if len(people) > MAX_PEOPLE:
+        raise PoseError(f"{path}: {kind.about} of more than {MAX_PEOPLE:,} people, which is the most; split it")
     pixels = _in_pixels(people, kind.unit, min_confidence)
     pictures: dict[int | str, list[np.ndarray]] = {}
     for p in people:
-        if (pose := _place(p, pixels, canvas, min_confidence))[:, 2].any():
-            pictures.setdefault(p.picture, []).append(pose)
+        if _visible(p, min_confidence).any():
+            pictures.setdefault(p.picture, []).append(_place(p, pixels, canvas, min_confidence))
     most = max(map(len, pictures.values()), default=0)
     if not most:
         raise NobodyFound(f"{path}: {kind.about}, but nobody with a joint of confidence {min_confidence:g} or more")
@@ -560,8 +569,13 @@ def load_poses(
     sizes, n, m = {p.picture: p.size or canvas for p in people}, sum(map(len, pictures.values())), len(pictures)
     about = f"{kind.about} in {'pixels' if pixels else '0..1'}, {n} {'person' if n == 1 else 'people'}"
     return Poses(poses=list(picked.values()), sizes=[sizes[picture] for picture in picked],
-                 pictures=["".join(c if c.isprintable() else "?" for c in str(picture)[:60]) for picture in picked],
+                 pictures=[_called(picture) for picture in picked], frames=[_called(picture) for picture in sizes],
                  format=format, taken_for=about + (f" in {m} pictures" if m > 1 else ""))
+
+
+def _called(picture: str | int) -> str:
+    """What a picture is called in messages: of a path the end, where its name is."""
+    return "".join(c if c.isprintable() else "?" for c in str(picture)[-60:])
 
 
 def read_seed(path: str | Path) -> np.ndarray:

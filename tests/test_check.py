@@ -84,6 +84,21 @@ def test_clean_figures_have_next_to_no_suspects_and_no_verdict(tmp_path, capsys)
     assert report["pictures"]["sound"] == 200 and report["torsos"] > 190
 
 
+def test_few_clean_figures_have_no_suspects(tmp_path, capsys):
+    assert data.main(["figures", "--workers", "0", "--out", str(tmp_path)]) == 0
+    assert not json.loads((tmp_path / "report.json").read_text())["suspects"]
+
+
+@pytest.mark.parametrize("showing, named", [(50, {"0.png"}), (49, set())])
+def test_a_limb_is_too_long_only_where_many_show_it(figures, showing, named):
+    rows = np.zeros(N, data.RECORD)
+    rows["sound"], rows["size"], rows["pose"] = True, SIDE, [pose for _, pose in figures]
+    rows["pose"][0, 9, :2] += (0.6, 0.5)                    # the left wrist
+    rows["pose"][showing:, 9] = 0
+    found, _, _ = data.odd_poses(data.Checked(None, None, [f"{i}.png" for i in range(N)], np.zeros(N, bool), rows, {}))
+    assert {s.file for s in found if s.kind == "limb"} == named
+
+
 def test_a_clean_folder_is_said_to_be_well(clean, capsys):
     report = run(clean)
     out = capsys.readouterr().out
@@ -681,12 +696,15 @@ def test_two_pictures_of_one_name_have_no_room_in_a_copy(figures, tmp_path, caps
     (["--trim", "FULL/x"], "is there already"), (["--workers", "-1"], "--workers -1: at least 0"),
     (["--size", "0"], "--size 0"), (["--val", "NOWHERE"], "NOWHERE: there is no such"),
     (["--out", "NEW/x", "--trim", "NEW"], "is inside --trim"), (["--trim", "PART"], "PART.partial: that is there"),
-    (["--out", "FULL/x"], "File exists: '"), (["--val", "SET", "--out", "SET/images"], "among")])
+    (["--out", "FULL/x"], "/full/x: FULL/x is a file; name"),
+    (["--out", "FULL/x/y"], "FULL/x/y: FULL/x is a file"), (["--trim", "FULL/x/y"], "full/x: that is there already"),
+    (["--val", "SET", "--out", "SET/images"], "among")])
 def test_a_wrong_flag_is_one_sentence(clean, tmp_path, flags, words, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").write_text("mine")
     (tmp_path / "PART.partial/x").mkdir(parents=True)
     flags = [f.replace("SET", str(clean)).replace("FULL", str(tmp_path / "full")) for f in flags]
+    words = words.replace("FULL", str(tmp_path / "full"))
     flags = [f.replace("NEW", str(tmp_path / "new")).replace("PART", str(tmp_path / "PART")) for f in flags]
     before = sorted(tmp_path.rglob("*"))
     assert data.main([str(clean), *(() if "--out" in flags else ("--out", str(tmp_path / "out"))), *flags]) == 2

@@ -2,6 +2,7 @@
 import json
 import random
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -109,6 +110,11 @@ FILES = {
     "MMPose": ("mmpose", [{"keypoints": XYS, "bbox": [[0, 0, 9, 9]], "bbox_score": 1.0} | SCORES]),
     "MMPose with meta_info": ("mmpose", {"meta_info": {"keypoint_id2name": NAMES}, "instance_info": [
         {"frame_id": 1, "instances": [{"keypoints": XYS} | SCORES]}]}),
+    "MMPose, names in a list and another order": ("mmpose", {
+        "meta_info": {"keypoint_id2name": ["neck", *COCO[::-1]]}, "instance_info": [{"frame_id": 1, "instances": [
+            {"keypoints": [[0, 0], *XYS[::-1]], "keypoint_scores": [1, *SCORES["keypoint_scores"][::-1]]}]}]}),
+    "MMPose, frames of a video": ("mmpose", [{"frame_id": 0, "instances": []}, {"frame_id": 1, "instances": [
+        {"keypoints": XYS} | SCORES]}]),
     "MediaPipe": ("mediapipe", {"pose_landmarks": [mediapipe()], "pose_world_landmarks": [[{"x": 0, "y": 0, "z": 0}]]}),
     "MediaPipe, bare": ("mediapipe", mediapipe()),
     "MediaPipe, protobuf text": ("mediapipe", protobuf(mediapipe())),
@@ -214,6 +220,8 @@ def test_trap_2_seventeen_joints_need_not_be_cocos(tmp_path):
     h36m = {"meta_info": {"keypoint_id2name": {str(i): name for i, name in enumerate(H36M)}},
             "instance_info": [{"frame_id": 1, "instances": depth}]}
     assert "nose" in refusal(tmp_path, h36m) and "meta_info.keypoint_id2name" in refusal(tmp_path, h36m)
+    h36m = {"meta_info": {"keypoint_id2name": H36M}, "instance_info": [{"instances": [{"keypoints": XYS} | SCORES]}]}
+    assert "no nose, eye_left" in refusal(tmp_path, h36m) and "meta_info.keypoint_id2name" in refusal(tmp_path, h36m)
     assert "head_top" in refusal(tmp_path, [dict.fromkeys(POSETRACK, {"x": 1, "y": 2})])
     assert "5 joints" in refusal(tmp_path, [{"keypoints": [[1, 2]] * 5, "keypoint_scores": [1] * 5}])
     assert "3-D" in refusal(tmp_path, depth) and "[0].keypoints" in refusal(tmp_path, depth)
@@ -335,6 +343,19 @@ def test_what_is_no_file_or_too_large_is_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ fitting
+
+def test_too_many_people_are_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
+    file = write(tmp_path / "crowd.json", [{"nose": {"x": 1, "y": 1}}] * 40_000)
+    monkeypatch.setattr(K, "MAX_PEOPLE", 1_000)
+    tracemalloc.start()
+    with pytest.raises(PoseError, match="crowd.json: named points .* more than 1,000 people"):
+        K.load_poses(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6                                                                  # all of them: 80 MB
+    monkeypatch.setattr(K, "MAX_PEOPLE", 40_000)
+    assert len(K.load_poses(file).poses) == 40_000
+
 
 def test_fit_keeps_shapes_undistorted_by_hand():
     """A 400 x 200 picture, a square of 100 pixels in it: it is square after either fit, and lies where it must."""

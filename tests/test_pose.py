@@ -11,7 +11,7 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
-from keypoints import JOINTS, ConditionConfig, PoseCondition, Poses, flip, heatmaps
+from keypoints import JOINTS, ConditionConfig, PoseCondition, flip, heatmaps, load_poses
 from unet import UNet, UNetConfig
 from vq import VQConfig, VQModel
 
@@ -296,17 +296,49 @@ def test_frames_that_a_file_only_counts_are_the_pictures_in_order(pose, tmp_path
     assert pose("--out", "o", "--detected", "comfy.json") == 0
     rows = json.loads((tmp_path / "o/pose.json").read_text())["rows"]
     assert rows["samples"]["pck@0.1"] == pytest.approx(5 / 6, abs=0.03) and rows["real"]["pck@0.1"] == 1
-    (tmp_path / "one.json").write_text(json.dumps(frames[:1]))
+    body = np.array([person["keypoints"] for person in asked]).reshape(-1, 17, 3)[..., :2].tolist()
+    frames = [{"frame_id": i, "instances": [{"keypoints": body[i], "keypoint_scores": [1] * 17}] if i else []}
+              for i in range(12)]
+    (tmp_path / "mmpose.json").write_text(json.dumps(frames))               # from 0, and nobody is seen in frame 0
+    assert pose("--out", "o", "--detected", "mmpose.json") == 0
+    rows = json.loads((tmp_path / "o/pose.json").read_text())["rows"]
+    assert rows["samples"]["pck@0.1"] == pytest.approx(5 / 6, abs=0.03) and rows["real"]["pck@0.1"] == 1
+    (tmp_path / "one.json").write_text(json.dumps(frames[1:2]))
     capsys.readouterr()
     assert pose("--out", "o", "--detected", "one.json") == 2
     assert "it does not say which" in capsys.readouterr().err
 
 
-def test_frames_count_from_one_or_from_nought():
-    for names, numbers in ((["1", "2", "4"], [0, 1, 3]), (["0", "1", "3"], [0, 1, 3]), (["3", "5"], [2, 4])):
-        frames = Poses([], [], names, "tfjs", "frames")
-        assert evaluate.picture_numbers("x.json", frames) == numbers
-    assert evaluate.picture_numbers("x.json", Poses([], [], ["000007.png"], "alphapose", "one")) == [7]
+BODY = {"keypoints": [[3.0 + j, 12.0 - j / 2] for j in range(len(JOINTS))], "keypoint_scores": [0.9] * len(JOINTS)}
+
+
+@pytest.mark.parametrize("ids, empty, numbers", [
+    (range(1, 7), [], [0, 1, 2, 3, 4, 5]), (range(6), [], [0, 1, 2, 3, 4, 5]),
+    (range(6), [0], [1, 2, 3, 4, 5]), (range(1, 7), [1, 2, 6], [2, 3, 4]),                  # nobody, but it is listed
+    (["f000", "f001", "f002"], ["f000"], [1, 2]), ([2, 3, 6], [], [1, 2, 5]), (["f1", "f3"], [], [0, 2]),
+    (range(1, 6), [], "1 to 5, which may be counted from 0 or from 1"), ([2, 4], [], "2 to 4"),     # not listed: which?
+    (["fa", "fb"], [], "the frame 'fa' has no number"), ([1, "fb"], ["fb"], "the frame 'fb' has no number"),
+    ([4], [], "of one picture, and it does not say which"),
+])
+@pytest.mark.parametrize("bare", [False, True])
+def test_frames_count_from_one_or_from_nought(tmp_path, ids, empty, numbers, bare):
+    frames = [{"frame_id": i, "instances": [] if i in empty else [BODY]} for i in ids]
+    (tmp_path / "m.json").write_text(json.dumps(frames if bare else {"instance_info": frames}))
+    poses = load_poses(tmp_path / "m.json", canvas=(16, 16))
+    if isinstance(numbers, list):
+        assert evaluate.picture_numbers("m.json", poses, 3) == numbers
+    else:
+        with pytest.raises(ValueError, match=f"--detected m.json: .*{numbers}.*; give a folder"):
+            evaluate.picture_numbers("m.json", poses, 3)
+
+
+def test_frames_that_we_count_and_names_of_pictures(tmp_path):
+    tfjs = [[], [], BODY["keypoints"], [], BODY["keypoints"], []]
+    tfjs = [[{"name": name, "x": x, "y": y} for name, (x, y) in zip(JOINTS, body, strict=False)] for body in tfjs]
+    names = [{"image_id": f"{'long/' * 20}{i:06d}.png", "keypoints": [5, 5, 1] * 17, "score": 1} for i in (7, 2)]
+    for content, numbers in ((tfjs, [2, 4]), (names, [7, 2])):
+        (tmp_path / "p.json").write_text(json.dumps(content))
+        assert evaluate.picture_numbers("p.json", load_poses(tmp_path / "p.json", canvas=(16, 16)), 5) == numbers
 
 
 def test_each_picture_has_a_seed_of_its_own_and_what_is_read_back_is_what_was_drawn(pose, tiny, tmp_path, monkeypatch):
@@ -372,6 +404,16 @@ def test_a_mistake_is_one_sentence(pose, capsys, flags, words):
     lines = capsys.readouterr().err.strip().replace("\r", "\n").splitlines()
     error = [line for line in lines if "evaluate.py:" in line]
     assert len(error) == 1 and all(word in error[0] for word in words), error
+
+
+@pytest.mark.parametrize("out", ["file", "file/o", "o"])
+def test_out_where_a_file_lies_is_one_sentence(pose, tmp_path, capsys, out):
+    for file in ("file", "o/pictures"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("mine")
+    assert pose("--out", out) == 2
+    file = "o/pictures" if out == "o" else "file"
+    assert f"evaluate.py: --out {out}: {file} is a file; name another folder\n" in capsys.readouterr().err
 
 
 def test_what_was_detected_elsewhere_is_refused(pose, tmp_path, capsys):
