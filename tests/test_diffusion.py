@@ -6,7 +6,19 @@ import torch
 from conftest import golden_weights, relative_error
 from torch import Tensor
 
-from diffusion import Diffusion, Step, ddim, ddim_table, ddim_timesteps, ddpm, guided, per_image_noise
+from diffusion import (
+    Diffusion,
+    Step,
+    ddim,
+    ddim_table,
+    ddim_timesteps,
+    ddpm,
+    dpm_solver,
+    guided,
+    lambda_timesteps,
+    log_snr,
+    per_image_noise,
+)
 from unet import UNet, UNetConfig
 
 S_DATA = 0.5      # standard deviation of the Gaussian data
@@ -180,6 +192,40 @@ def test_uniform_spacing_fails_where_the_reference_does():
     assert len(ddim_timesteps(1000, 350, "uniform")) == 500
 
 
+def test_lambda_spacing_gives_every_number_of_steps_as_evenly_as_integers_allow(diffusion):
+    alphas_bar = diffusion.alphas_bar.numpy()
+    lambda_ = log_snr(alphas_bar)
+    np.testing.assert_allclose(np.exp(2 * lambda_), alphas_bar / (1 - alphas_bar))
+    for steps in (1, 2, 3, 5, 10, 20, 50, 100, 333, 999, 1000):
+        timesteps = lambda_timesteps(alphas_bar, steps)
+        assert len(timesteps) == steps and timesteps[-1] == 999 and (steps == 1 or timesteps[0] == 0)
+        assert (np.diff(timesteps) > 0).all()
+        h, one = (lambda_[0] - lambda_[-1]) / max(steps - 1, 1), -np.diff(lambda_)          # one timestep's worth
+        for t, dt in zip(timesteps[1:], np.diff(timesteps), strict=True):
+            assert dt == 1 or lambda_[t - dt] - lambda_[t] < h + one[t - 1] + one[t - dt], f"{steps} steps, at {t}"
+
+
+def fine_schedule(s: float, steps: int, order: int) -> float:
+    """The relative error of a sampler on N(0, s^2) with a schedule so fine that whole timesteps do not matter."""
+    diffusion = Diffusion(200_000, 0.0015 / 200, 0.0195 / 200)
+    first, last_ = diffusion.alphas_bar[0].item(), diffusion.alphas_bar[-1].item()
+    v_0, v_T = (ab * s**2 + 1 - ab for ab in (first, last_))
+    # The flow keeps quantiles down to t = 0, and the last step is the posterior mean there.
+    wanted = (v_0 / v_T) ** 0.5 * first**0.5 * s**2 / v_0
+    sampler = ddim if order == 1 else dpm_solver
+    x = last(sampler(diffusion, exact_eps(diffusion, s), torch.ones(1, 1), steps, spacing="lambda"))
+    return abs(x.item() / wanted - 1)
+
+
+@pytest.mark.parametrize("s", [0.5, 2.0])
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_error_falls_with_the_order_of_the_sampler(s, order):
+    """Twice the steps halve the error of DDIM and quarter that of DPM-Solver++(2M): h to the power of the order."""
+    errors = np.array([fine_schedule(s, steps, order) for steps in (40, 80, 160)])
+    measured = np.log2(errors[:-1] / errors[1:])
+    assert np.abs(measured - order).max() < 0.15, (errors, measured)
+
+
 @pytest.mark.parametrize("eta", [0, 1])
 @pytest.mark.parametrize("steps", [50, 200, 500])
 def test_ddim_tables_equal_the_reference(diffusion, golden, steps, eta):
@@ -232,13 +278,58 @@ def linear_run(diffusion: Diffusion, sampler, s: float) -> float:
     return last(sampler(exact_eps(diffusion, s), x_T, noise_fn)).std().item()
 
 
+def toy_eps(x: Tensor, t: Tensor) -> Tensor:
+    """An eps that is not linear in x, so that the order of steps shows."""
+    return x.tanh() + 0.1 * x + 0.2 * (t.view(-1, *[1] * (x.ndim - 1)) / 100).sin()
+
+
+@pytest.mark.parametrize("spacing", ["lambda", "even"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 17])
+def test_dpm_solver_is_algorithm_2_of_its_paper(diffusion, steps, spacing):
+    """x_i = sigma_i / sigma_{i-1} x_{i-1} - alpha_i (exp(-h_i) - 1) D_i with r = h_{i-1} / h_i and
+    D_i = (1 + 1 / 2r) x0_{i-1} - 1 / 2r x0_{i-2}."""
+    timesteps = ddim_table(diffusion, steps, 0, spacing)[0][::-1].copy()
+    x = x_T = torch.tensor([[1.0, -0.5]], dtype=torch.float64)
+    x0s, lambdas, sigmas = [], [], []
+    for i, t in enumerate(timesteps):
+        ab = diffusion.alphas_bar[t].item()
+        alpha, sigma = ab**0.5, (1 - ab) ** 0.5
+        lambdas.append(np.log(alpha / sigma))
+        sigmas.append(sigma)
+        if i:
+            h, D = lambdas[i] - lambdas[i - 1], x0s[-1]
+            if i > 1:
+                r = (lambdas[i - 1] - lambdas[i - 2]) / h
+                D = (1 + 1 / (2 * r)) * x0s[-1] - 1 / (2 * r) * x0s[-2]
+            x = sigma / sigmas[i - 1] * x - alpha * (np.exp(-h) - 1) * D
+        x0s.append((x - sigma * toy_eps(x, torch.tensor([t]))) / alpha)
+    got = list(dpm_solver(diffusion, toy_eps, x_T.float(), steps, spacing=spacing))
+    assert [step.t for step in got] == timesteps.tolist()
+    for step, x0 in zip(got, x0s, strict=True):
+        assert relative_error(step.x0, x0) < 1e-4
+    assert torch.equal(got[-1].x, got[-1].x0)
+
+
+def test_dpm_solver_and_ddim_have_one_limit(diffusion):
+    """With all T steps they solve one equation, and DDIM's way there is the longer one."""
+    x_T = torch.linspace(-2, 2, 9)[None]
+    limit = last(dpm_solver(diffusion, exact_eps(diffusion, S_DATA), x_T, 1000))
+    assert relative_error(last(ddim(diffusion, exact_eps(diffusion, S_DATA), x_T, 1000)), limit) < 0.01
+    errors = [relative_error(last(sampler(diffusion, exact_eps(diffusion, S_DATA), x_T, steps)), limit)
+              for sampler, steps in ((dpm_solver, 20), (ddim, 50))]
+    assert errors[0] < 0.05 and errors[0] < errors[1] / 2, errors
+
+
 @pytest.mark.parametrize("s", [0.5, 2.0])
-@pytest.mark.parametrize("name", ["ddpm", "ddim eta 1", "ddim eta 0.5"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim eta 1", "ddim eta 0.5", "dpm_solver eta 1", "dpm_solver eta 0.5"])
 def test_samples_have_the_variance_of_the_data(diffusion, name, s):
     sampler = {
         "ddpm": lambda eps_fn, x_T, noise_fn: ddpm(diffusion, eps_fn, x_T, noise_fn),
         "ddim eta 1": lambda eps_fn, x_T, noise_fn: ddim(diffusion, eps_fn, x_T, 500, 1.0, noise_fn),
         "ddim eta 0.5": lambda eps_fn, x_T, noise_fn: ddim(diffusion, eps_fn, x_T, 500, 0.5, noise_fn),
+        # a fifth of the steps
+        "dpm_solver eta 1": lambda eps_fn, x_T, noise_fn: dpm_solver(diffusion, eps_fn, x_T, 100, 1.0, noise_fn),
+        "dpm_solver eta 0.5": lambda eps_fn, x_T, noise_fn: dpm_solver(diffusion, eps_fn, x_T, 100, 0.5, noise_fn),
     }[name]
     # Monte-Carlo error of a standard deviation: 1 / sqrt(2 n) = 0.5 %; the rest is the size of the steps
     assert linear_run(diffusion, sampler, s) == pytest.approx(s, rel=0.025)
@@ -254,9 +345,10 @@ def test_ddim_with_all_steps_and_eta_1_is_ddpm(diffusion):
         torch.testing.assert_close(p.x, q.x, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver])
 @pytest.mark.parametrize("steps", [1, 2, 350, 999])
-def test_steps_count_and_end_at_the_predicted_x0(diffusion, steps):
-    run = list(ddim(diffusion, exact_eps(diffusion, S_DATA), torch.ones(1, 3), steps))
+def test_steps_count_and_end_at_the_predicted_x0(diffusion, steps, sampler):
+    run = list(sampler(diffusion, exact_eps(diffusion, S_DATA), torch.ones(1, 3), steps))
     assert [step.i for step in run] == list(range(steps))
     assert {step.n for step in run} == {steps}
     assert run[0].t == 999 and isinstance(run[0], Step)
@@ -276,6 +368,7 @@ def test_predicted_x0_is_the_posterior_mean(diffusion):
 def test_samplers_run_in_float32_without_gradients(diffusion):
     weight = torch.ones(1, requires_grad=True)
     for sampler in (ddim(diffusion, lambda x, t: (x * weight).bfloat16(), torch.ones(1, 3).bfloat16(), 3),
+                    dpm_solver(diffusion, lambda x, t: (x * weight).bfloat16(), torch.ones(1, 3).bfloat16(), 4),
                     ddpm(Diffusion(3), lambda x, t: (x * weight).bfloat16(), torch.ones(1, 3), lambda i, x: x)):
         for step in sampler:
             assert step.x.dtype == step.x0.dtype == torch.float32
@@ -317,6 +410,22 @@ def test_outside_its_interval_there_is_no_guidance(t, inside, w):
     assert model.batches[0] == (4 if inside and w else 2)
 
 
+def test_rescaled_guidance_has_the_spread_of_the_conditional_eps():
+    """arXiv:2305.08891 section 3.4: at phi = 1 the standard deviation of each sample, at less that share of the way."""
+    torch.manual_seed(0)
+    x, t, eps_cond, eps_null = torch.randn(3, 4, 8, 8), torch.zeros(3), *torch.randn(2, 3, 4, 8, 8)
+    eps_cond *= torch.tensor([0.5, 1.0, 2.0])[:, None, None, None]
+    model = lambda x, t, cond, drop: torch.where(drop[:, None, None, None], eps_null.repeat(2, 1, 1, 1), cond)  # noqa: E731
+    eps = [guided(model, eps_cond, 7.5, rescale=phi)(x, t) for phi in (0, 0.7, 1)]
+    spread = [e.flatten(1).std(1) for e in (*eps, eps_cond)]
+    torch.testing.assert_close(eps[0], eps_null + 7.5 * (eps_cond - eps_null))
+    assert (spread[0] > 2 * spread[3]).all()
+    torch.testing.assert_close(spread[2], spread[3])
+    torch.testing.assert_close(spread[1], 0.7 * spread[3] + 0.3 * spread[0])
+    for e in eps[1:]:                                        # the direction stays
+        torch.testing.assert_close(torch.cosine_similarity(e.flatten(1), eps[0].flatten(1)), torch.ones(3))
+
+
 # ---- seeds
 
 def test_an_image_depends_on_its_own_seed_alone(diffusion):
@@ -355,7 +464,11 @@ def test_errors_say_what_is_allowed(diffusion):
         (lambda: next(ddim(diffusion, eps_fn, x, 1001)), "steps is 1001.*1 to 1000"),
         (lambda: next(ddim(diffusion, eps_fn, x, 10, 1.0)), "noise_fn"),
         (lambda: next(ddim(diffusion, eps_fn, x, 10, 1.5, lambda i, x: x)), "eta is 1.5"),
-        (lambda: next(ddim(diffusion, eps_fn, x, 10, spacing="odd")), "'odd'.*'even' or 'uniform'"),
+        (lambda: next(ddim(diffusion, eps_fn, x, 10, spacing="odd")), "'odd'.*'even', 'lambda' or 'uniform'"),
+        (lambda: next(dpm_solver(diffusion, eps_fn, x, 0)), "steps is 0.*1 to 1000"),
+        (lambda: next(dpm_solver(diffusion, eps_fn, x, 1001)), "steps is 1001.*1 to 1000"),
+        (lambda: next(dpm_solver(diffusion, eps_fn, x, 10, 1.0)), "noise_fn"),
+        (lambda: guided(eps_fn, x, 3.0, rescale=1.5), "rescale is 1.5"),
         (lambda: ddim_timesteps(1000, 999, "uniform"), "timestep 1000 of 0 to 999"),
         (lambda: per_image_noise([], (3,)), r"seeds is \[\]"),
         (lambda: per_image_noise([-1], (3,)), r"seeds is \[-1\]"),
