@@ -2,7 +2,8 @@
 
 A U of residual blocks. At the downsampling factors in `attention_resolutions`, and always in the middle, a
 SpatialTransformer follows each block: every pixel attends to every pixel, then to the N tokens of the pose. A second
-door for the pose is `concat` [B,K,h,w]: maps laid beside the latent as extra input channels.
+door for the pose is `concat` [B,K,h,w]: maps laid beside the latent as extra input channels. What cross-attention makes
+of the tokens does not depend on x_t or t: a sampler computes it once, with `UNet.keys_values`, for all of its steps.
 
 This is the network of latent diffusion (Rombach et al., arXiv:2112.10752, appendix E.2). Submodules carry the names of
 CompVis `openaimodel.UNetModel`, so its published weights load with strict=True and no renaming table.
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+KeysValues = list[tuple[Tensor, Tensor]]    # (k, v), each [B,n,N,d], of every cross-attention, in the order of the U
 
 NORM_GROUPS = 32        # Wu & He, arXiv:1803.08494, and every model of this family since
 MAX_PERIOD = 10_000     # slowest wave of the timestep embedding, arXiv:1706.03762 section 3.5
@@ -162,7 +165,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """x [B,L,C] asks, context [B,N,D] answers -> [B,L,C]: softmax(q k^T / sqrt(d)) v over n heads (arXiv:1706.03762).
+    """x [B,L,C] asks, k and v of a context [B,N,D] answer -> [B,L,C]: n heads of `attend` (arXiv:1706.03762).
 
     With N = 1 the softmax is 1 whatever q and k are: every pixel gets the same vector. A pose wants a token per joint.
     """
@@ -175,10 +178,15 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, channels, bias=False)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))           # a Sequential for the name to_out.0
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)      # [B, n, L or N, d]
-                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
-        y = attend(q, k, v)                                                  # [B, n, L, d]
+    def heads(self, y: Tensor) -> Tensor:
+        return y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)          # [B, L, C] -> [B, n, L, d]
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context [B,N,D] -> k and v, [B,n,N,d] each."""
+        return self.heads(self.to_k(context)), self.heads(self.to_v(context))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = attend(self.heads(self.to_q(x)), k, v)                           # [B, n, L, d]
         return self.to_out(y.transpose(1, 2).flatten(2))                     # [B, L, C]
 
 
@@ -208,7 +216,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x [B,L,C], context [B,N,D] -> [B,L,C]: pixels to pixels, pixels to pose, each pixel alone; residual each."""
+    """x [B,L,C], the pose's keys and values -> [B,L,C]: pixels to pixels, pixels to pose, each alone; residual each."""
 
     def __init__(self, channels: int, context_dim: int | None, num_heads: int):
         super().__init__()
@@ -218,17 +226,18 @@ class TransformerBlock(nn.Module):
         self.norm2 = None if context_dim is None else nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
         self.norm3 = nn.LayerNorm(channels)
+        self.number = 0                                                      # its place in KeysValues, set by the UNet
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, pose: KeysValues) -> Tensor:
         y = self.norm1(x)
-        x = x + self.attn1(y, y)
+        x = x + self.attn1(y, *self.attn1.keys_values(y))
         if self.attn2 is not None:
-            x = x + self.attn2(self.norm2(x), context)
+            x = x + self.attn2(self.norm2(x), *pose[self.number])
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """x [B,C,h,w], context [B,N,D] -> [B,C,h,w]: transformer blocks over the pixels as tokens, added to x."""
+    """x [B,C,h,w], the pose's keys and values -> [B,C,h,w]: transformer blocks over pixels as tokens, added to x."""
 
     def __init__(self, channels: int, context_dim: int | None, num_heads: int, depth: int):
         super().__init__()
@@ -238,25 +247,25 @@ class SpatialTransformer(nn.Module):
             TransformerBlock(channels, context_dim, num_heads) for _ in range(depth))
         self.proj_out = zero(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, pose: KeysValues) -> Tensor:
         y = self.proj_in(self.norm(x))                                       # [B, C, h, w]
         # Both moves are free views of a channels_last tensor, forward and backward.
         y = y.permute(0, 2, 3, 1).flatten(1, 2)                              # [B, L, C]
         for block in self.transformer_blocks:
-            y = block(y, context)
+            y = block(y, pose)
         y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)                  # [B, C, h, w]
         return x + self.proj_out(y)
 
 
 class Stage(nn.Sequential):
-    """A step of the U: hands the timestep to its ResBlocks and the context to its SpatialTransformers."""
+    """A step of the U: hands the timestep to its ResBlocks and the pose to its SpatialTransformers."""
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, pose: KeysValues) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, context)
+                x = layer(x, pose)
             else:
                 x = layer(x)
         return x
@@ -312,13 +321,31 @@ class UNet(nn.Module):
 
         self.out = nn.Sequential(
             GroupNorm(NORM_GROUPS, C), nn.SiLU(), zero(nn.Conv2d(C, config.out_channels, 3, padding=1)))
+        for number, block in enumerate(self._transformer_blocks()):
+            block.number = number
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, concat: Tensor | None = None) -> Tensor:
+    def _transformer_blocks(self) -> list[TransformerBlock]:
+        """In the order in which forward comes by."""
+        return [module for module in self.modules() if isinstance(module, TransformerBlock)]
+
+    def keys_values(self, context: Tensor | None) -> KeysValues:
+        """What every cross-attention makes of context [B,N,D]; forward takes it in place of context, with equal result.
+
+        Empty for a UNet without cross-attention, whose context is None. ValueError for a wrong shape.
+        """
+        self._check_context(context)
+        return [] if context is None else [block.attn2.keys_values(context) for block in self._transformer_blocks()]
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | KeysValues | None = None,
+                concat: Tensor | None = None) -> Tensor:
         """x [B,C,h,w], t [B] integers, context [B,N,D], concat [B,K,h,w] with C + K = in_channels -> eps [B,out,h,w].
 
-        ValueError when a shape does not fit the config, or h or w does not halve evenly at every level.
+        context may be what `keys_values` made of it. ValueError when a shape does not fit the config, or h or w does
+        not halve evenly at every level.
         """
-        self._check(x, t, context, concat)
+        self._check(x, t, concat)
+        pose = context if isinstance(context, list) else self.keys_values(context)
+        self._check_pose(pose, B=x.shape[0])
         if concat is not None:
             x = torch.cat([x, concat.to(x.dtype)], dim=1)                    # [B, in_channels, h, w]
         # Everything after this line stays channels_last: bf16 convolutions are up to 15 times slower without.
@@ -326,14 +353,14 @@ class UNet(nn.Module):
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))  # [B, E]
         skips = []
         for block in self.input_blocks:
-            h = block(h, emb, context)
+            h = block(h, emb, pose)
             skips.append(h)
-        h = self.middle_block(h, emb, context)
+        h = self.middle_block(h, emb, pose)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, pose)
         return self.out(h)
 
-    def _check(self, x: Tensor, t: Tensor, context: Tensor | None, concat: Tensor | None) -> None:
+    def _check(self, x: Tensor, t: Tensor, concat: Tensor | None) -> None:
         if x.ndim != 4:
             raise ValueError(f"x has shape {list(x.shape)}; it must be [B, C, h, w].")
         B, C, h, w = x.shape
@@ -349,13 +376,22 @@ class UNet(nn.Module):
         if C + K != self.config.in_channels:
             raise ValueError(f"x has {C} channels and concat {K}, {C + K} together; "
                              f"this UNet takes in_channels = {self.config.in_channels}.")
+
+    def _check_context(self, context: Tensor | None) -> None:
         D = self.config.context_dim
         if D is None:
             if context is not None:
                 raise ValueError(f"context of shape {list(context.shape)} was given, but context_dim is None: "
                                  "this UNet has no cross-attention and takes none.")
         elif context is None:
-            raise ValueError(f"context is missing; this UNet has context_dim = {D} and needs [{B}, N, {D}].")
-        elif context.ndim != 3 or context.shape[0] != B or context.shape[2] != D:
-            raise ValueError(f"context has shape {list(context.shape)}; it must be [{B}, N, {D}], "
+            raise ValueError(f"context is missing; this UNet has context_dim = {D} and needs [B, N, {D}].")
+        elif context.ndim != 3 or context.shape[2] != D:
+            raise ValueError(f"context has shape {list(context.shape)}; it must be [B, N, {D}], "
                              f"for this UNet has context_dim = {D}.")
+
+    def _check_pose(self, pose: KeysValues, B: int) -> None:
+        layers = 0 if self.config.context_dim is None else len(self._transformer_blocks())
+        if len(pose) != layers:
+            raise ValueError(f"context has keys and values of {len(pose)} cross-attentions; this UNet has {layers}.")
+        if pose and pose[0][0].shape[0] != B:
+            raise ValueError(f"context has {pose[0][0].shape[0]} samples and x has {B}; they must have equally many.")

@@ -65,7 +65,7 @@ def test_a_new_network_predicts_zero_and_its_branches_are_closed():
     assert model(x, t, context).abs().max() == 0
     block = model.middle_block
     h, emb = torch.randn(2, 64, 4, 4), torch.randn(2, 128)
-    assert torch.equal(block(h, emb, context), h)
+    assert torch.equal(block(h, emb, model.keys_values(context)), h)
 
 
 def test_timestep_embedding_is_cosines_then_sines():
@@ -86,7 +86,7 @@ def test_attention_equals_its_definition():
         of = slice(8 * head, 8 * head + 8)
         weights = (q[..., of] @ k[..., of].mT / 8**0.5).softmax(-1)
         heads.append(weights @ v[..., of])
-    torch.testing.assert_close(layer(x, context), layer.to_out[0](torch.cat(heads, -1)))
+    torch.testing.assert_close(layer(x, *layer.keys_values(context)), layer.to_out[0](torch.cat(heads, -1)))
 
 
 def test_every_joint_steers_and_pixels_listen_differently():
@@ -120,6 +120,37 @@ def test_a_single_token_cannot_say_where():
     many, gradient = attn2_output(N=17)
     assert (many - many[:, :1]).abs().max() > 1e-2 * many.abs().max()
     assert gradient.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_keys_and_values_made_once_serve_every_step(dtype, depth, monkeypatch):
+    """The very same bits at any x and t, and then no to_k or to_v of a cross-attention is run again."""
+    model, (x, t, context) = small(replace(SMALL, transformer_depth=depth)), inputs()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        steps = [(x, t), (x + 1, t // 2), (-x, t // 3)]
+        wanted = [model(*step, context) for step in steps]
+        pose = model.keys_values(context)
+        for name, module in model.named_modules():
+            if name.endswith(("attn2.to_k", "attn2.to_v")):
+                monkeypatch.setattr(module, "forward", lambda y, name=name: pytest.fail(f"{name} was run again"))
+        assert len(pose) == 4 * depth
+        for step, eps in zip(steps, wanted, strict=True):
+            assert torch.equal(model(*step, pose), eps)
+
+
+def test_keys_and_values_of_nothing():
+    config = replace(SMALL, context_dim=None)
+    model, (x, t, context) = small(config), inputs()
+    with torch.no_grad():
+        assert model.keys_values(None) == []
+        assert torch.equal(model(x, t, []), model(x, t))
+    with pytest.raises(ValueError, match="context_dim is None"):
+        model.keys_values(context)
+    with pytest.raises(ValueError, match="of 4 cross-attentions.* has 0"):
+        model(x, t, small().keys_values(context))
+    with pytest.raises(ValueError, match="of 0 cross-attentions.* has 4"):
+        small()(x, t, [])
 
 
 def test_cross_attention_does_not_depend_on_the_order_of_tokens():
@@ -268,8 +299,10 @@ def test_wrong_inputs_say_both_numbers():
         ((x, t, context, x[:, :, :4]), r"concat has shape \[2, 3, 4, 8\]"),
         ((x, t[:1], context), r"t has shape \[1\].*\[2\]"),
         ((x, t), "context is missing.*context_dim = 16"),
-        ((x, t, context[..., :9]), r"\[2, 17, 9\].*\[2, N, 16\]"),
-        ((x, t, context[:1]), r"\[1, 17, 16\].*\[2, N, 16\]"),
+        ((x, t, context[..., :9]), r"\[2, 17, 9\].*\[B, N, 16\]"),
+        ((x, t, context[:1]), "context has 1 samples and x has 2"),
+        ((x, t, model.keys_values(context[:1])), "context has 1 samples and x has 2"),
+        ((x, t, model.keys_values(context)[1:]), "of 3 cross-attentions.* has 4"),
     ]:
         with pytest.raises(ValueError, match=message):
             model(*args)
