@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from diffusion import Diffusion, Step, ddim, ddim_timesteps, ddpm, guided, per_image_noise
+from diffusion import Diffusion, Step, ddim, ddim_table, ddpm, dpm_solver, guided, per_image_noise
 from keypoints import FORMATS, MIN_CONFIDENCE, PoseDensity, draw, fit, load_poses
 
 BATCH = 16                      # pictures in the network at once
@@ -39,7 +39,7 @@ VERY_UNUSUAL = 0.99             # further out than this share of the training po
 
 def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, sampler: str = "ddim",
            steps: int = DEFAULT_STEPS, eta: float = 0.0, guidance: float = 1.0,
-           spacing: str = "even", interval: tuple[int, int] | None = None) -> Iterator[Step]:
+           spacing: str = "even", interval: tuple[int, int] | None = None, rescale: float = 0.0) -> Iterator[Step]:
     """Denoises one latent a pose, [B, 17, 3] with seeds [B], for pictures of size x size; yields every step.
 
     The last step's x [B, C, h, w] is the sample: `ldm.decode` makes the pictures [B, 3, size, size] of it.
@@ -48,16 +48,17 @@ def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, samp
     shape = (ldm.vq.config.embed_dim, size // ldm.vq.config.factor, size // ldm.vq.config.factor)
     device = ldm.mean.device
     x_T, noise_fn = per_image_noise(seeds, shape)
-    eps_fn = guided(ldm, poses.to(device), guidance, interval)
+    eps_fn = guided(*ldm.prepared(poses.to(device), shape[1:]), guidance, interval, rescale)
     if sampler == "ddpm":
         return ddpm(diffusion, eps_fn, x_T.to(device), noise_fn)
-    return ddim(diffusion, eps_fn, x_T.to(device), steps, eta, noise_fn, spacing)
+    solver = {"ddim": ddim, "dpm_solver": dpm_solver}[sampler]
+    return solver(diffusion, eps_fn, x_T.to(device), steps, eta, noise_fn, spacing)
 
 
 def how_many_steps(ldm: checkpoint.LDM, sampler: str, steps: int, spacing: str) -> int:
     """Uniform spacing may take more steps than asked for (500 for 350), as the reference does; ddpm takes all."""
-    timesteps = ldm.schedule["timesteps"]
-    return len(ddim_timesteps(timesteps, steps, spacing)) if sampler == "ddim" else timesteps
+    diffusion = Diffusion(**ldm.schedule)
+    return diffusion.timesteps if sampler == "ddpm" else len(ddim_table(diffusion, steps, spacing=spacing)[0])
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ import torch
 from conftest import golden_weights, relative_error
 from torch import Tensor
 
+import sample
+from checkpoint import LDM
 from diffusion import (
     Diffusion,
     Step,
@@ -19,7 +21,9 @@ from diffusion import (
     log_snr,
     per_image_noise,
 )
+from keypoints import JOINTS, ConditionConfig
 from unet import UNet, UNetConfig
+from vq import VQConfig, VQModel
 
 S_DATA = 0.5      # standard deviation of the Gaussian data
 X0_ATOL = 5e-5    # predicting x0 at T divides float32's rounding by sqrt(alpha_bar) = 0.01
@@ -428,16 +432,17 @@ def test_rescaled_guidance_has_the_spread_of_the_conditional_eps():
 
 # ---- seeds
 
-def test_an_image_depends_on_its_own_seed_alone(diffusion):
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver])
+def test_an_image_depends_on_its_own_seed_alone(diffusion, sampler):
     seeds, shape = [5, 6, 7, 0, 9, 10, 2**31, 6], (3, 4, 4)
 
-    def sample(seeds):
+    def draw(seeds):
         x_T, noise_fn = per_image_noise(seeds, shape)
-        return last(ddim(diffusion, exact_eps(diffusion, S_DATA), x_T, 10, 1.0, noise_fn))
+        return last(sampler(diffusion, exact_eps(diffusion, S_DATA), x_T, 10, 1.0, noise_fn))
 
-    together = sample(seeds)
+    together = draw(seeds)
     for i, seed in enumerate(seeds):
-        assert torch.equal(sample([seed])[0], together[i])
+        assert torch.equal(draw([seed])[0], together[i])
     assert torch.equal(together[1], together[7]) and not torch.equal(together[0], together[1])
 
 
@@ -448,6 +453,75 @@ def test_noise_is_normal_and_new_in_every_step():
     assert correlation.abs().max() < 5 / 20_000**0.5
     assert (draws.var(1) - 1).abs().max() < 5 * (2 / 20_000) ** 0.5
     assert torch.equal(noise_fn(2, x_T), noise_fn(2, x_T))
+
+
+# ---- a whole model
+
+def random_ldm(*doors: str) -> LDM:
+    """A small model whose every weight counts: layers that start at zero would hide the pose and the network."""
+    torch.manual_seed(0)
+    cond = ConditionConfig(doors, dim=16)
+    config = UNetConfig(in_channels=3 + cond.map_channels, model_channels=32, num_res_blocks=1, channel_mult=(1, 2),
+                        attention_resolutions=(2,), num_heads=2, context_dim=cond.context_dim)
+    vq = VQModel(VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32))
+    ldm = LDM(vq, config, cond, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), {"timesteps": 1000}, knows_null=True)
+    with torch.no_grad():
+        for parameter in ldm.unet.parameters():
+            parameter.copy_(torch.randn(parameter.shape) / max(parameter[0].numel(), 10) ** 0.5)
+    return ldm.eval().requires_grad_(False)
+
+
+def random_poses(n: int) -> Tensor:
+    poses = torch.rand(n, len(JOINTS), 3, generator=torch.Generator().manual_seed(0))
+    poses[..., 2] = (poses[..., 2] > 0.2).float()
+    return poses * poses[..., 2:]
+
+
+DOORS = [("maps",), ("tokens",), ("tokens", "maps"), ("seed",)]
+
+
+@pytest.mark.parametrize("doors", DOORS)
+@pytest.mark.parametrize("w, interval", [(0, None), (1, None), (3, None), (3, (0, 400))])
+def test_a_prepared_model_is_the_model(doors, w, interval):
+    ldm, poses, x = random_ldm(*doors), random_poses(3), torch.randn(3, 3, 8, 8)
+    prepared = guided(*ldm.prepared(poses, (8, 8)), w, interval)
+    for t in (900, 100):
+        ts = torch.full((3,), t)
+        wanted = guided(ldm, poses, w, interval)(x, ts)
+        assert relative_error(prepared(x, ts), wanted) < 1e-5
+    if w:
+        assert relative_error(guided(ldm, poses[[1, 2, 0]], w, interval)(x, ts), wanted) > 1e-3      # the pose counts
+
+
+@pytest.mark.parametrize("doors", DOORS)
+def test_the_pose_is_looked_at_once_a_picture_and_not_once_a_step(doors):
+    ldm, calls = random_ldm(*doors), {"cond": 0, "keys": 0, "unet": 0}
+
+    def count(module, name):
+        module.register_forward_hook(lambda *ignored: calls.update({name: calls[name] + 1}))
+    count(ldm.cond, "cond"), count(ldm.unet, "unet")
+    keys = [module for name, module in ldm.unet.named_modules() if name.endswith("attn2.to_k")]
+    for module in keys:
+        count(module, "keys")
+    last(sample.sample(ldm, random_poses(2), [0, 1], 32, steps=5, guidance=3.0))
+    assert calls == {"cond": 1, "keys": len(keys), "unet": 5}
+
+
+# float32: the same sums in another order, through 10 steps. bf16 keeps 8 bits, and a random network amplifies.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("sampler, eta", [("ddim", 1.0), ("dpm_solver", 0.0)])
+def test_a_picture_is_the_same_alone_and_among_eight(dtype, tolerance, sampler, eta):
+    ldm, poses = random_ldm("tokens", "maps"), random_poses(8)
+
+    def draw(which: list[int]) -> Tensor:
+        how = {"steps": 10, "guidance": 3.0, "sampler": sampler, "eta": eta, "spacing": "even"}
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return last(sample.sample(ldm, poses[which], [10 + i for i in which], 32, **how))
+
+    together = draw(list(range(8)))
+    for i in (0, 5, 7):
+        assert relative_error(draw([i])[0], together[i]) < tolerance
+    assert relative_error(together[0], together[1]) > 0.3
 
 
 # ---- errors
