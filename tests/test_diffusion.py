@@ -1,5 +1,7 @@
 """The diffusion against closed forms on Gaussian data, and against the reference's tables and trajectories."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -522,6 +524,37 @@ def test_a_picture_is_the_same_alone_and_among_eight(dtype, tolerance, sampler, 
     for i in (0, 5, 7):
         assert relative_error(draw([i])[0], together[i]) < tolerance
     assert relative_error(together[0], together[1]) > 0.3
+
+
+def test_the_flags_reach_the_sampler(tmp_path, monkeypatch):
+    """Each changes the latents as the function behind it does."""
+    ldm, pose = random_ldm("maps"), tmp_path / "pose.json"
+    pose.write_text(json.dumps({"people": [{"pose_keypoints_2d": [0.5, 0.5, 1.0] * 18}]}))
+    seen = []
+    payload = {"config": {"size": 32}, "step": 0}
+    monkeypatch.setattr(sample.checkpoint, "load_ldm", lambda *ignored, **more: (ldm, payload))
+    monkeypatch.setattr(ldm, "decode", lambda z: seen.append(z) or torch.zeros(len(z), 3, 32, 32))
+    command = [str(pose), "-n", "1", "--steps", "4", "--out", str(tmp_path / "x.png"), "--device", "cpu"]
+    poses = torch.from_numpy(np.stack(sample.read_poses([pose])[0])).float()
+    how = {"steps": 4, "guidance": ldm.guidance, "eta": 0.0}
+    for flags, wanted in [
+        (["--sampler", "dpm_solver"], {"sampler": "dpm_solver", "spacing": "lambda"}),
+        (["--sampler", "dpm_solver", "--spacing", "even"], {"sampler": "dpm_solver"}),
+        (["--sampler", "ddim", "--rescale", "0.7"], {"rescale": 0.7}),
+        (["--sampler", "ddim", "--interval", "300", "700"], {"interval": (300, 700)}),
+    ]:
+        assert sample.main([*command, "--eta", "0", *flags]) == 0
+        assert torch.equal(seen.pop(), last(sample.sample(ldm, poses, [0], 32, **how | wanted))), flags
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--interval", "5", "4"], "--interval is 5 to 4"), (["--interval", "-1", "4"], "--interval is -1"),
+    (["--rescale", "1.5"], "--rescale is 1.5.*between 0 and 1"), (["--rescale", "nan"], "--rescale is nan"),
+    (["--sampler", "ddpm", "--steps", "9"], "--sampler ddpm.*ddim or dpm_solver"),
+])
+def test_wrong_flags_are_one_sentence(tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        sample.check_args(sample.parse_args(["p.json", *flags, "--out", str(tmp_path / "x.png")]))
 
 
 # ---- errors
