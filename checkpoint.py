@@ -261,6 +261,23 @@ class LDM(nn.Module):
         context, maps = self.cond(pose, x.shape[2:], drop)
         return self.unet(x, t, context, maps)
 
+    @torch.no_grad()
+    def prepared(self, pose: Tensor, size: tuple[int, int]) -> tuple[Callable[..., Tensor], Tensor]:
+        """The model under poses [B, 17, 3] that stay, and their numbers [B], to call it with in place of the poses.
+
+        `guided(*ldm.prepared(pose, size), w)` equals `guided(ldm, pose, w)` for latents of `size` = (h, w), but maps,
+        tokens and the keys and values of cross-attention are computed here, once for all steps.
+        """
+        row = torch.arange(len(pose) + 1, device=pose.device)
+        context, maps = self.cond(torch.cat([pose[:1], pose]), size, row == 0)      # row 0 is the null condition
+        keys_values = self.unet.keys_values(context)
+
+        def eps_model(x: Tensor, t: Tensor, number: Tensor, drop: Tensor) -> Tensor:
+            at = (number + 1) * ~drop                                               # [B] rows
+            return self.unet(x, t, [(k[at], v[at]) for k, v in keys_values], None if maps is None else maps[at])
+
+        return eps_model, row[:-1]
+
     @property
     def guidance(self) -> float:
         """The guidance to sample with where nobody says: without a null condition only w = 1 means anything."""

@@ -1,6 +1,7 @@
 """Diffusion: latents x0 [B,C,h,w] in, a training loss out; Gaussian noise x_T in, samples out.
 
-The mathematics, with its sources: DDPM arXiv:2006.11239, DDIM arXiv:2010.02502, guidance (CFG) arXiv:2207.12598.
+The mathematics, with its sources: DDPM arXiv:2006.11239, DDIM arXiv:2010.02502, DPM-Solver++ arXiv:2211.01095,
+guidance (CFG) arXiv:2207.12598.
 
 Forward. beta_t grows from linear_start to linear_end, linearly in its square root; alpha_bar_t = prod (1 - beta_s).
     x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,  eps ~ N(0, I)                        DDPM (4)
@@ -17,6 +18,10 @@ Sampling. Every sampler turns eps into its estimate of x0, and steps to an earli
 `ddim` jumps from t to any earlier s; eta = 0 is deterministic, eta = 1 over all T steps is `ddpm`:
     x_s = sqrt(alpha_bar_s) x0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma noise                DDIM (12)
     sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)   DDIM (16)
+`dpm_solver` is DPM-Solver++(2M): between two steps x0 moves too, about linearly in lambda, half the logarithm of
+alpha_bar / (1 - alpha_bar), so the jump over h = lambda_s - lambda_t is DDIM's with an x0 from the middle of it, on the
+line through this x0 and the one before, h_before earlier:
+    D = x0 + h / (2 h_before) (x0 - x0_before)                                                    DPM-Solver++ alg. 2
 Guidance. eps = eps_null + w (eps_pose - eps_null); w = 1 is the conditional model, w = 0 the
 unconditional one. (CFG (6) counts from the other end: its w is ours minus 1.)
 
@@ -106,13 +111,22 @@ class Diffusion:
         return (eps.float() - noise.float()).square().flatten(1).mean(1)     # [B]
 
 
-def guided(eps_model: EpsModel, cond: Tensor, w: float, interval: tuple[int, int] | None = None) -> EpsFn:
-    """Classifier-free guidance: eps = eps_null + w (eps_cond - eps_null), for cond [B,...].
+def guided(
+    eps_model: EpsModel,
+    cond: Tensor,                               # [B,...]
+    w: float,
+    interval: tuple[int, int] | None = None,    # the timesteps lo <= t <= hi with guidance; elsewhere w is 1
+    rescale: float = 0.0,                       # 0 to 1: how far eps goes to the spread of the conditional eps
+) -> EpsFn:
+    """Classifier-free guidance: eps = eps_null + w (eps_cond - eps_null).
 
     w = 1 is the conditional model and w = 0 the unconditional one, each one evaluation of B samples;
-    any other w is one evaluation of 2 B. Outside the timesteps lo <= t <= hi of an `interval` w is 1
-    (arXiv:2404.07724); all samples must then be at the same t.
+    any other w is one evaluation of 2 B. `interval` is that of arXiv:2404.07724 (all samples must then be at the same
+    t), `rescale` the phi of arXiv:2305.08891 section 3.4: a large w makes eps too large and the picture glaring.
+    ValueError for a rescale that is no share.
     """
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"rescale is {rescale}; it must lie in [0, 1].")
 
     def eps_fn(x: Tensor, t: Tensor) -> Tensor:
         keep = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)    # [B]
@@ -122,7 +136,11 @@ def guided(eps_model: EpsModel, cond: Tensor, w: float, interval: tuple[int, int
             return eps_model(x, t, cond, ~keep)
         both = eps_model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, cond]), torch.cat([~keep, keep]))
         eps_null, eps_cond = both.float().chunk(2)                           # [B, ...] each
-        return eps_null + w * (eps_cond - eps_null)
+        eps = eps_null + w * (eps_cond - eps_null)
+        if rescale:
+            each = tuple(range(1, x.ndim))                                   # of each sample on its own
+            eps = eps * (1 + rescale * (eps_cond.std(each, keepdim=True) / eps.std(each, keepdim=True) - 1))
+        return eps
 
     return eps_fn
 
@@ -160,21 +178,54 @@ def ddim(
     steps: int,                         # S
     eta: float = 0.0,                   # 0 deterministic, 1 as noisy as DDPM
     noise_fn: NoiseFn | None = None,    # needed where eta > 0
-    spacing: str = "even",              # or "uniform", the reference's, see ddim_timesteps
+    spacing: str = "even",              # in t; "lambda"; or "uniform", the reference's, see ddim_timesteps
 ) -> Iterator[Step]:
     """DDIM (12) over S of the T timesteps. ValueError, at the first step, for a wrong steps, eta or spacing."""
+    yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, order=1)
+
+
+@torch.no_grad()
+def dpm_solver(
+    diffusion: Diffusion,
+    eps_fn: EpsFn,
+    x_T: Tensor,                        # [B,...]
+    steps: int,                         # S, and as many calls of the network
+    eta: float = 0.0,                   # 0 deterministic, 1 is the paper's SDE-DPM-Solver++(2M)
+    noise_fn: NoiseFn | None = None,    # needed where eta > 0
+    spacing: str = "lambda",
+) -> Iterator[Step]:
+    """DPM-Solver++(2M), arXiv:2211.01095 algorithm 2: the error falls with 1 / S^2, where DDIM's falls with 1 / S.
+
+    The first step has no step before it and the last goes to lambda = infinity: both are DDIM's. Errors as in `ddim`.
+    """
+    yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, order=2)
+
+
+def _jumps(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, steps: int, eta: float, noise_fn: NoiseFn | None,
+           spacing: str, order: int) -> Iterator[Step]:
+    """What `ddim` (order 1) and `dpm_solver` (order 2) share, which is all but D."""
     if eta > 0 and noise_fn is None:
         raise ValueError(f"eta is {eta}, which adds noise in every step; give a noise_fn, or eta = 0.")
     timesteps, alpha_bar, alpha_bar_prev, sigma = ddim_table(diffusion, steps, eta, spacing)
-    x, n = x_T.float(), len(timesteps)
+    lambda_ = log_snr(alpha_bar)
+    x, n, x0_before = x_T.float(), len(timesteps), None
     for i, j in enumerate(reversed(range(n))):                               # j indexes the tables, noisy to clean
         ts = torch.full((x.shape[0],), int(timesteps[j]), device=x.device)   # [B]
         eps = eps_fn(x, ts).float()
-        x0 = (x - (1 - alpha_bar[j]) ** 0.5 * eps) / alpha_bar[j] ** 0.5
-        x = alpha_bar_prev[j] ** 0.5 * x0 + (1 - alpha_bar_prev[j] - sigma[j] ** 2) ** 0.5 * eps
+        x0 = D = (x - (1 - alpha_bar[j]) ** 0.5 * eps) / alpha_bar[j] ** 0.5
+        if order == 2 and 0 < i < n - 1:
+            D = x0 + (lambda_[j - 1] - lambda_[j]) / (2 * (lambda_[j] - lambda_[j + 1])) * (x0 - x0_before)
+            eps = (x - alpha_bar[j] ** 0.5 * D) / (1 - alpha_bar[j]) ** 0.5  # the one that goes with D
+        x = alpha_bar_prev[j] ** 0.5 * D + (1 - alpha_bar_prev[j] - sigma[j] ** 2) ** 0.5 * eps
         if sigma[j] > 0:
             x = x + sigma[j] * noise_fn(i, x)
+        x0_before = x0
         yield Step(i, n, int(timesteps[j]), x, x0)
+
+
+def log_snr(alpha_bar: np.ndarray) -> np.ndarray:
+    """lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), the clock in which DPM-Solver++ takes its steps."""
+    return 0.5 * np.log(alpha_bar / (1 - alpha_bar))
 
 
 def ddim_timesteps(T: int, steps: int, spacing: str = "even") -> np.ndarray:
@@ -190,12 +241,27 @@ def ddim_timesteps(T: int, steps: int, spacing: str = "even") -> np.ndarray:
         # from T - 1 down, so that a single step is the noisiest one
         return np.linspace(T - 1, 0, steps).round().astype(np.int64)[::-1].copy()
     if spacing != "uniform":
-        raise ValueError(f"spacing is {spacing!r}; it must be 'even' or 'uniform'.")
+        raise ValueError(f"spacing is {spacing!r}; it must be 'even', 'lambda' or 'uniform'.")
     timesteps = np.arange(0, T, T // steps) + 1
     if timesteps[-1] > T - 1:
         raise ValueError(f"steps is {steps}; 'uniform' spacing then needs timestep {timesteps[-1]} of 0 to {T - 1}; "
                          "use spacing 'even'.")
     return timesteps
+
+
+def lambda_timesteps(alphas_bar: np.ndarray, steps: int) -> np.ndarray:
+    """The timesteps [S] of a schedule [T] that lie evenly in lambda, ascending, always with the noisiest.
+
+    Near t = 0 lambda runs faster than the integers allow: there every timestep is taken, and none twice.
+    """
+    T = len(alphas_bar)
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps is {steps}; it must be 1 to {T}, the timesteps of the schedule.")
+    lambda_ = log_snr(alphas_bar)                                            # [T], falling
+    wanted = np.linspace(lambda_[-1], lambda_[0], steps)[::-1]
+    timesteps = np.interp(-wanted, -lambda_, np.arange(T)).round().astype(np.int64)
+    i = np.arange(steps)
+    return np.minimum(np.maximum.accumulate(timesteps - i) + i, T - steps + i)
 
 
 def ddim_table(
@@ -204,10 +270,12 @@ def ddim_table(
     """(timesteps, alpha_bar, alpha_bar_prev, sigma), [S] each, float64, ascending in time; sigma is DDIM (16)."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must lie in [0, 1].")
-    timesteps = ddim_timesteps(diffusion.timesteps, steps, spacing)
-    alpha_bar = diffusion.alphas_bar.numpy()[timesteps]
+    alpha_bar = diffusion.alphas_bar.numpy()
+    timesteps = (lambda_timesteps(alpha_bar, steps) if spacing == "lambda" else
+                 ddim_timesteps(diffusion.timesteps, steps, spacing))
+    alpha_bar = alpha_bar[timesteps]
     # The last step of ours ends at x0. The reference's ends at t = 0 and leaves that step's noise in the sample.
-    first = 1.0 if spacing == "even" else diffusion.alphas_bar[0].item()
+    first = diffusion.alphas_bar[0].item() if spacing == "uniform" else 1.0
     alpha_bar_prev = np.concatenate([[first], alpha_bar[:-1]])
     sigma = eta * np.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * np.sqrt(1 - alpha_bar / alpha_bar_prev)
     return timesteps, alpha_bar, alpha_bar_prev, sigma

@@ -28,18 +28,19 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-from diffusion import Diffusion, Step, ddim, ddim_timesteps, ddpm, guided, per_image_noise
+from diffusion import Diffusion, Step, ddim, ddim_table, ddpm, dpm_solver, guided, per_image_noise
 from keypoints import FORMATS, MIN_CONFIDENCE, PoseDensity, draw, fit, load_poses
 
 BATCH = 16                      # pictures in the network at once
 DEFAULT_STEPS = 50              # of DDIM
+SAMPLERS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver++(2M)", "ddpm": "DDPM"}
 DEFAULT_FRAMES = 8              # of a file that holds a video or a whole dataset
 VERY_UNUSUAL = 0.99             # further out than this share of the training poses: --typical is suggested
 
 
 def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, sampler: str = "ddim",
            steps: int = DEFAULT_STEPS, eta: float = 0.0, guidance: float = 1.0,
-           spacing: str = "even", interval: tuple[int, int] | None = None) -> Iterator[Step]:
+           spacing: str = "even", interval: tuple[int, int] | None = None, rescale: float = 0.0) -> Iterator[Step]:
     """Denoises one latent a pose, [B, 17, 3] with seeds [B], for pictures of size x size; yields every step.
 
     The last step's x [B, C, h, w] is the sample: `ldm.decode` makes the pictures [B, 3, size, size] of it.
@@ -48,16 +49,17 @@ def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[int], size: int, samp
     shape = (ldm.vq.config.embed_dim, size // ldm.vq.config.factor, size // ldm.vq.config.factor)
     device = ldm.mean.device
     x_T, noise_fn = per_image_noise(seeds, shape)
-    eps_fn = guided(ldm, poses.to(device), guidance, interval)
+    eps_fn = guided(*ldm.prepared(poses.to(device), shape[1:]), guidance, interval, rescale)
     if sampler == "ddpm":
         return ddpm(diffusion, eps_fn, x_T.to(device), noise_fn)
-    return ddim(diffusion, eps_fn, x_T.to(device), steps, eta, noise_fn, spacing)
+    solver = {"ddim": ddim, "dpm_solver": dpm_solver}[sampler]
+    return solver(diffusion, eps_fn, x_T.to(device), steps, eta, noise_fn, spacing)
 
 
 def how_many_steps(ldm: checkpoint.LDM, sampler: str, steps: int, spacing: str) -> int:
     """Uniform spacing may take more steps than asked for (500 for 350), as the reference does; ddpm takes all."""
-    timesteps = ldm.schedule["timesteps"]
-    return len(ddim_timesteps(timesteps, steps, spacing)) if sampler == "ddim" else timesteps
+    diffusion = Diffusion(**ldm.schedule)
+    return diffusion.timesteps if sampler == "ddpm" else len(ddim_table(diffusion, steps, spacing=spacing)[0])
 
 
 @torch.no_grad()
@@ -165,14 +167,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         f"{', '.join(checkpoint.PUBLISHED)}; ours need none")
     add("--no-ema", action="store_true", help="the raw weights instead of their moving average")
     add("-n", type=int, default=2, help="pictures a pose (default %(default)s)")
-    add("--sampler", choices=("ddim", "ddpm"), default="ddim")
-    add("--steps", type=int, help=f"of DDIM, 1 to 1000 (default {DEFAULT_STEPS}; ddpm takes all)")
-    add("--eta", type=float, help="noise of DDIM, 0 to 1 (default "
+    add("--sampler", choices=SAMPLERS, default="ddim", help="dpm_solver is DPM-Solver++(2M), which needs the fewest "
+        "steps (default %(default)s)")
+    add("--steps", type=int, help=f"1 to 1000 (default {DEFAULT_STEPS}; ddpm takes all)")
+    add("--eta", type=float, help="noise that each step adds, 0 to 1 (default "
         f"{checkpoint.DEFAULT_ETA:g}, or 0 for a model that was trained without dropping poses)")
-    add("--spacing", choices=("even", "uniform"), help="of DDIM's timesteps; uniform is the reference's, which not all "
-        "--steps allow (default even, or uniform for a published checkpoint)")
+    add("--spacing", choices=("even", "lambda", "uniform"), help="of the timesteps: even in t, even in the logarithm "
+        "of signal to noise, or the reference's, which not all --steps allow (default even, lambda for dpm_solver, "
+        "uniform for a published checkpoint)")
     add("--guidance", type=float, metavar="W", help="1: as trained, 0: without the pose, above 1: more of the pose "
         f"(default {checkpoint.DEFAULT_GUIDANCE:g}, or 1 for a model that was trained without dropping poses)")
+    add("--interval", type=int, nargs=2, metavar=("LO", "HI"), help="guide at the timesteps LO to HI alone, of 0, the "
+        "cleanest, to 999 (default all)")
+    add("--rescale", type=float, default=0.0, metavar="PHI", help="0 to 1: takes back how much larger "
+        "guidance makes eps, which is glaring pictures where W is large (default %(default)g: nothing)")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--out", default="samples.png", metavar="FILE", help="the picture to write (default %(default)s)")
@@ -204,7 +212,12 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed is {args.seed}; it must be a whole number from 0 to 2^63 - 1")
     if args.sampler == "ddpm" and (args.steps, args.eta, args.spacing) != (None, None, None):
         raise ValueError("--sampler ddpm takes all steps and its own noise; leave --steps, --eta and --spacing out, or "
-                         "use ddim")
+                         "use ddim or dpm_solver")
+    if args.interval is not None and not 0 <= args.interval[0] <= args.interval[1]:
+        raise ValueError(f"--interval is {args.interval[0]} to {args.interval[1]}; the first must be 0 or more and not "
+                         "above the second")
+    if not 0 <= args.rescale <= 1:
+        raise ValueError(f"--rescale is {args.rescale:g}; it must be between 0 and 1")
     args.steps = DEFAULT_STEPS if args.steps is None else args.steps
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}; it must be a finite number")
@@ -217,7 +230,7 @@ def check_args(args: argparse.Namespace) -> None:
 def ask_model(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
     """Sets --guidance, --eta and --spacing to what the model wants, where nobody says; ValueError where it cannot be
     guided."""
-    args.spacing = args.spacing or ldm.spacing
+    args.spacing = args.spacing or ("lambda" if getattr(args, "sampler", "ddim") == "dpm_solver" else ldm.spacing)
     args.guidance = ldm.guidance if args.guidance is None else args.guidance
     args.eta = ldm.eta if args.eta is None else args.eta
     if args.guidance != 1 and not ldm.knows_null:
@@ -245,10 +258,13 @@ def main(argv: list[str] | None = None) -> int:
         every = torch.from_numpy(np.stack(poses)).repeat_interleave(args.n, dim=0)      # [P n, 17, 3]
         seeds = [args.seed + i for i in range(args.n)] * len(poses)
         pictures = draw_pictures(ldm, every, seeds, size, sampler=args.sampler, steps=args.steps, eta=args.eta,
-                                 guidance=args.guidance, spacing=args.spacing)
+                                 guidance=args.guidance, spacing=args.spacing, interval=args.interval,
+                                 rescale=args.rescale)
         rows = [[draw(pose, size), *pictures[p * args.n:(p + 1) * args.n]] for p, pose in enumerate(poses)]
         steps = how_many_steps(ldm, args.sampler, args.steps, args.spacing)
-        how = f"DDIM {steps} {args.spacing} steps, eta {args.eta:g}" if args.sampler == "ddim" else "DDPM"
+        how = SAMPLERS[args.sampler]
+        if args.sampler != "ddpm":
+            how += f" {steps} steps {args.spacing}, eta {args.eta:g}"
         data.save_grid(args.out, rows, columns=["pose", *(f"seed {args.seed + i}" for i in range(args.n))],
                        labels=names, title=f"{how}, guidance {args.guidance:g}, {args.ckpt} step {payload['step']}")
     except (ValueError, OSError) as e:

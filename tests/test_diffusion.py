@@ -1,13 +1,31 @@
 """The diffusion against closed forms on Gaussian data, and against the reference's tables and trajectories."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from conftest import golden_weights, relative_error
 from torch import Tensor
 
-from diffusion import Diffusion, Step, ddim, ddim_table, ddim_timesteps, ddpm, guided, per_image_noise
+import sample
+from checkpoint import LDM
+from diffusion import (
+    Diffusion,
+    Step,
+    ddim,
+    ddim_table,
+    ddim_timesteps,
+    ddpm,
+    dpm_solver,
+    guided,
+    lambda_timesteps,
+    log_snr,
+    per_image_noise,
+)
+from keypoints import JOINTS, ConditionConfig
 from unet import UNet, UNetConfig
+from vq import VQConfig, VQModel
 
 S_DATA = 0.5      # standard deviation of the Gaussian data
 X0_ATOL = 5e-5    # predicting x0 at T divides float32's rounding by sqrt(alpha_bar) = 0.01
@@ -180,6 +198,40 @@ def test_uniform_spacing_fails_where_the_reference_does():
     assert len(ddim_timesteps(1000, 350, "uniform")) == 500
 
 
+def test_lambda_spacing_gives_every_number_of_steps_as_evenly_as_integers_allow(diffusion):
+    alphas_bar = diffusion.alphas_bar.numpy()
+    lambda_ = log_snr(alphas_bar)
+    np.testing.assert_allclose(np.exp(2 * lambda_), alphas_bar / (1 - alphas_bar))
+    for steps in (1, 2, 3, 5, 10, 20, 50, 100, 333, 999, 1000):
+        timesteps = lambda_timesteps(alphas_bar, steps)
+        assert len(timesteps) == steps and timesteps[-1] == 999 and (steps == 1 or timesteps[0] == 0)
+        assert (np.diff(timesteps) > 0).all()
+        h, one = (lambda_[0] - lambda_[-1]) / max(steps - 1, 1), -np.diff(lambda_)          # one timestep's worth
+        for t, dt in zip(timesteps[1:], np.diff(timesteps), strict=True):
+            assert dt == 1 or lambda_[t - dt] - lambda_[t] < h + one[t - 1] + one[t - dt], f"{steps} steps, at {t}"
+
+
+def fine_schedule(s: float, steps: int, order: int) -> float:
+    """The relative error of a sampler on N(0, s^2) with a schedule so fine that whole timesteps do not matter."""
+    diffusion = Diffusion(200_000, 0.0015 / 200, 0.0195 / 200)
+    first, last_ = diffusion.alphas_bar[0].item(), diffusion.alphas_bar[-1].item()
+    v_0, v_T = (ab * s**2 + 1 - ab for ab in (first, last_))
+    # The flow keeps quantiles down to t = 0, and the last step is the posterior mean there.
+    wanted = (v_0 / v_T) ** 0.5 * first**0.5 * s**2 / v_0
+    sampler = ddim if order == 1 else dpm_solver
+    x = last(sampler(diffusion, exact_eps(diffusion, s), torch.ones(1, 1), steps, spacing="lambda"))
+    return abs(x.item() / wanted - 1)
+
+
+@pytest.mark.parametrize("s", [0.5, 2.0])
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_error_falls_with_the_order_of_the_sampler(s, order):
+    """Twice the steps halve the error of DDIM and quarter that of DPM-Solver++(2M): h to the power of the order."""
+    errors = np.array([fine_schedule(s, steps, order) for steps in (40, 80, 160)])
+    measured = np.log2(errors[:-1] / errors[1:])
+    assert np.abs(measured - order).max() < 0.15, (errors, measured)
+
+
 @pytest.mark.parametrize("eta", [0, 1])
 @pytest.mark.parametrize("steps", [50, 200, 500])
 def test_ddim_tables_equal_the_reference(diffusion, golden, steps, eta):
@@ -232,13 +284,58 @@ def linear_run(diffusion: Diffusion, sampler, s: float) -> float:
     return last(sampler(exact_eps(diffusion, s), x_T, noise_fn)).std().item()
 
 
+def toy_eps(x: Tensor, t: Tensor) -> Tensor:
+    """An eps that is not linear in x, so that the order of steps shows."""
+    return x.tanh() + 0.1 * x + 0.2 * (t.view(-1, *[1] * (x.ndim - 1)) / 100).sin()
+
+
+@pytest.mark.parametrize("spacing", ["lambda", "even"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 17])
+def test_dpm_solver_is_algorithm_2_of_its_paper(diffusion, steps, spacing):
+    """x_i = sigma_i / sigma_{i-1} x_{i-1} - alpha_i (exp(-h_i) - 1) D_i with r = h_{i-1} / h_i and
+    D_i = (1 + 1 / 2r) x0_{i-1} - 1 / 2r x0_{i-2}."""
+    timesteps = ddim_table(diffusion, steps, 0, spacing)[0][::-1].copy()
+    x = x_T = torch.tensor([[1.0, -0.5]], dtype=torch.float64)
+    x0s, lambdas, sigmas = [], [], []
+    for i, t in enumerate(timesteps):
+        ab = diffusion.alphas_bar[t].item()
+        alpha, sigma = ab**0.5, (1 - ab) ** 0.5
+        lambdas.append(np.log(alpha / sigma))
+        sigmas.append(sigma)
+        if i:
+            h, D = lambdas[i] - lambdas[i - 1], x0s[-1]
+            if i > 1:
+                r = (lambdas[i - 1] - lambdas[i - 2]) / h
+                D = (1 + 1 / (2 * r)) * x0s[-1] - 1 / (2 * r) * x0s[-2]
+            x = sigma / sigmas[i - 1] * x - alpha * (np.exp(-h) - 1) * D
+        x0s.append((x - sigma * toy_eps(x, torch.tensor([t]))) / alpha)
+    got = list(dpm_solver(diffusion, toy_eps, x_T.float(), steps, spacing=spacing))
+    assert [step.t for step in got] == timesteps.tolist()
+    for step, x0 in zip(got, x0s, strict=True):
+        assert relative_error(step.x0, x0) < 1e-4
+    assert torch.equal(got[-1].x, got[-1].x0)
+
+
+def test_dpm_solver_and_ddim_have_one_limit(diffusion):
+    """With all T steps they solve one equation, and DDIM's way there is the longer one."""
+    x_T = torch.linspace(-2, 2, 9)[None]
+    limit = last(dpm_solver(diffusion, exact_eps(diffusion, S_DATA), x_T, 1000))
+    assert relative_error(last(ddim(diffusion, exact_eps(diffusion, S_DATA), x_T, 1000)), limit) < 0.01
+    errors = [relative_error(last(sampler(diffusion, exact_eps(diffusion, S_DATA), x_T, steps)), limit)
+              for sampler, steps in ((dpm_solver, 20), (ddim, 50))]
+    assert errors[0] < 0.05 and errors[0] < errors[1] / 2, errors
+
+
 @pytest.mark.parametrize("s", [0.5, 2.0])
-@pytest.mark.parametrize("name", ["ddpm", "ddim eta 1", "ddim eta 0.5"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim eta 1", "ddim eta 0.5", "dpm_solver eta 1", "dpm_solver eta 0.5"])
 def test_samples_have_the_variance_of_the_data(diffusion, name, s):
     sampler = {
         "ddpm": lambda eps_fn, x_T, noise_fn: ddpm(diffusion, eps_fn, x_T, noise_fn),
         "ddim eta 1": lambda eps_fn, x_T, noise_fn: ddim(diffusion, eps_fn, x_T, 500, 1.0, noise_fn),
         "ddim eta 0.5": lambda eps_fn, x_T, noise_fn: ddim(diffusion, eps_fn, x_T, 500, 0.5, noise_fn),
+        # a fifth of the steps
+        "dpm_solver eta 1": lambda eps_fn, x_T, noise_fn: dpm_solver(diffusion, eps_fn, x_T, 100, 1.0, noise_fn),
+        "dpm_solver eta 0.5": lambda eps_fn, x_T, noise_fn: dpm_solver(diffusion, eps_fn, x_T, 100, 0.5, noise_fn),
     }[name]
     # Monte-Carlo error of a standard deviation: 1 / sqrt(2 n) = 0.5 %; the rest is the size of the steps
     assert linear_run(diffusion, sampler, s) == pytest.approx(s, rel=0.025)
@@ -254,9 +351,10 @@ def test_ddim_with_all_steps_and_eta_1_is_ddpm(diffusion):
         torch.testing.assert_close(p.x, q.x, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver])
 @pytest.mark.parametrize("steps", [1, 2, 350, 999])
-def test_steps_count_and_end_at_the_predicted_x0(diffusion, steps):
-    run = list(ddim(diffusion, exact_eps(diffusion, S_DATA), torch.ones(1, 3), steps))
+def test_steps_count_and_end_at_the_predicted_x0(diffusion, steps, sampler):
+    run = list(sampler(diffusion, exact_eps(diffusion, S_DATA), torch.ones(1, 3), steps))
     assert [step.i for step in run] == list(range(steps))
     assert {step.n for step in run} == {steps}
     assert run[0].t == 999 and isinstance(run[0], Step)
@@ -276,6 +374,7 @@ def test_predicted_x0_is_the_posterior_mean(diffusion):
 def test_samplers_run_in_float32_without_gradients(diffusion):
     weight = torch.ones(1, requires_grad=True)
     for sampler in (ddim(diffusion, lambda x, t: (x * weight).bfloat16(), torch.ones(1, 3).bfloat16(), 3),
+                    dpm_solver(diffusion, lambda x, t: (x * weight).bfloat16(), torch.ones(1, 3).bfloat16(), 4),
                     ddpm(Diffusion(3), lambda x, t: (x * weight).bfloat16(), torch.ones(1, 3), lambda i, x: x)):
         for step in sampler:
             assert step.x.dtype == step.x0.dtype == torch.float32
@@ -317,18 +416,35 @@ def test_outside_its_interval_there_is_no_guidance(t, inside, w):
     assert model.batches[0] == (4 if inside and w else 2)
 
 
+def test_rescaled_guidance_has_the_spread_of_the_conditional_eps():
+    """arXiv:2305.08891 section 3.4: at phi = 1 the standard deviation of each sample, at less that share of the way."""
+    torch.manual_seed(0)
+    x, t, eps_cond, eps_null = torch.randn(3, 4, 8, 8), torch.zeros(3), *torch.randn(2, 3, 4, 8, 8)
+    eps_cond *= torch.tensor([0.5, 1.0, 2.0])[:, None, None, None]
+    model = lambda x, t, cond, drop: torch.where(drop[:, None, None, None], eps_null.repeat(2, 1, 1, 1), cond)  # noqa: E731
+    eps = [guided(model, eps_cond, 7.5, rescale=phi)(x, t) for phi in (0, 0.7, 1)]
+    spread = [e.flatten(1).std(1) for e in (*eps, eps_cond)]
+    torch.testing.assert_close(eps[0], eps_null + 7.5 * (eps_cond - eps_null))
+    assert (spread[0] > 2 * spread[3]).all()
+    torch.testing.assert_close(spread[2], spread[3])
+    torch.testing.assert_close(spread[1], 0.7 * spread[3] + 0.3 * spread[0])
+    for e in eps[1:]:                                        # the direction stays
+        torch.testing.assert_close(torch.cosine_similarity(e.flatten(1), eps[0].flatten(1)), torch.ones(3))
+
+
 # ---- seeds
 
-def test_an_image_depends_on_its_own_seed_alone(diffusion):
+@pytest.mark.parametrize("sampler", [ddim, dpm_solver])
+def test_an_image_depends_on_its_own_seed_alone(diffusion, sampler):
     seeds, shape = [5, 6, 7, 0, 9, 10, 2**31, 6], (3, 4, 4)
 
-    def sample(seeds):
+    def draw(seeds):
         x_T, noise_fn = per_image_noise(seeds, shape)
-        return last(ddim(diffusion, exact_eps(diffusion, S_DATA), x_T, 10, 1.0, noise_fn))
+        return last(sampler(diffusion, exact_eps(diffusion, S_DATA), x_T, 10, 1.0, noise_fn))
 
-    together = sample(seeds)
+    together = draw(seeds)
     for i, seed in enumerate(seeds):
-        assert torch.equal(sample([seed])[0], together[i])
+        assert torch.equal(draw([seed])[0], together[i])
     assert torch.equal(together[1], together[7]) and not torch.equal(together[0], together[1])
 
 
@@ -339,6 +455,106 @@ def test_noise_is_normal_and_new_in_every_step():
     assert correlation.abs().max() < 5 / 20_000**0.5
     assert (draws.var(1) - 1).abs().max() < 5 * (2 / 20_000) ** 0.5
     assert torch.equal(noise_fn(2, x_T), noise_fn(2, x_T))
+
+
+# ---- a whole model
+
+def random_ldm(*doors: str) -> LDM:
+    """A small model whose every weight counts: layers that start at zero would hide the pose and the network."""
+    torch.manual_seed(0)
+    cond = ConditionConfig(doors, dim=16)
+    config = UNetConfig(in_channels=3 + cond.map_channels, model_channels=32, num_res_blocks=1, channel_mult=(1, 2),
+                        attention_resolutions=(2,), num_heads=2, context_dim=cond.context_dim)
+    vq = VQModel(VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32))
+    ldm = LDM(vq, config, cond, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), {"timesteps": 1000}, knows_null=True)
+    with torch.no_grad():
+        for parameter in ldm.unet.parameters():
+            parameter.copy_(torch.randn(parameter.shape) / max(parameter[0].numel(), 10) ** 0.5)
+    return ldm.eval().requires_grad_(False)
+
+
+def random_poses(n: int) -> Tensor:
+    poses = torch.rand(n, len(JOINTS), 3, generator=torch.Generator().manual_seed(0))
+    poses[..., 2] = (poses[..., 2] > 0.2).float()
+    return poses * poses[..., 2:]
+
+
+DOORS = [("maps",), ("tokens",), ("tokens", "maps"), ("seed",)]
+
+
+@pytest.mark.parametrize("doors", DOORS)
+@pytest.mark.parametrize("w, interval", [(0, None), (1, None), (3, None), (3, (0, 400))])
+def test_a_prepared_model_is_the_model(doors, w, interval):
+    ldm, poses, x = random_ldm(*doors), random_poses(3), torch.randn(3, 3, 8, 8)
+    prepared = guided(*ldm.prepared(poses, (8, 8)), w, interval)
+    for t in (900, 100):
+        ts = torch.full((3,), t)
+        wanted = guided(ldm, poses, w, interval)(x, ts)
+        assert relative_error(prepared(x, ts), wanted) < 1e-5
+    if w:
+        assert relative_error(guided(ldm, poses[[1, 2, 0]], w, interval)(x, ts), wanted) > 1e-3      # the pose counts
+
+
+@pytest.mark.parametrize("doors", DOORS)
+def test_the_pose_is_looked_at_once_a_picture_and_not_once_a_step(doors):
+    ldm, calls = random_ldm(*doors), {"cond": 0, "keys": 0, "unet": 0}
+
+    def count(module, name):
+        module.register_forward_hook(lambda *ignored: calls.update({name: calls[name] + 1}))
+    count(ldm.cond, "cond"), count(ldm.unet, "unet")
+    keys = [module for name, module in ldm.unet.named_modules() if name.endswith("attn2.to_k")]
+    for module in keys:
+        count(module, "keys")
+    last(sample.sample(ldm, random_poses(2), [0, 1], 32, steps=5, guidance=3.0))
+    assert calls == {"cond": 1, "keys": len(keys), "unet": 5}
+
+
+# float32: the same sums in another order, through 10 steps. bf16 keeps 8 bits, and a random network amplifies.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("sampler, eta", [("ddim", 1.0), ("dpm_solver", 0.0)])
+def test_a_picture_is_the_same_alone_and_among_eight(dtype, tolerance, sampler, eta):
+    ldm, poses = random_ldm("tokens", "maps"), random_poses(8)
+
+    def draw(which: list[int]) -> Tensor:
+        how = {"steps": 10, "guidance": 3.0, "sampler": sampler, "eta": eta, "spacing": "even"}
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            return last(sample.sample(ldm, poses[which], [10 + i for i in which], 32, **how))
+
+    together = draw(list(range(8)))
+    for i in (0, 5, 7):
+        assert relative_error(draw([i])[0], together[i]) < tolerance
+    assert relative_error(together[0], together[1]) > 0.3
+
+
+def test_the_flags_reach_the_sampler(tmp_path, monkeypatch):
+    """Each changes the latents as the function behind it does."""
+    ldm, pose = random_ldm("maps"), tmp_path / "pose.json"
+    pose.write_text(json.dumps({"people": [{"pose_keypoints_2d": [0.5, 0.5, 1.0] * 18}]}))
+    seen = []
+    payload = {"config": {"size": 32}, "step": 0}
+    monkeypatch.setattr(sample.checkpoint, "load_ldm", lambda *ignored, **more: (ldm, payload))
+    monkeypatch.setattr(ldm, "decode", lambda z: seen.append(z) or torch.zeros(len(z), 3, 32, 32))
+    command = [str(pose), "-n", "1", "--steps", "4", "--out", str(tmp_path / "x.png"), "--device", "cpu"]
+    poses = torch.from_numpy(np.stack(sample.read_poses([pose])[0])).float()
+    how = {"steps": 4, "guidance": ldm.guidance, "eta": 0.0}
+    for flags, wanted in [
+        (["--sampler", "dpm_solver"], {"sampler": "dpm_solver", "spacing": "lambda"}),
+        (["--sampler", "dpm_solver", "--spacing", "even"], {"sampler": "dpm_solver"}),
+        (["--sampler", "ddim", "--rescale", "0.7"], {"rescale": 0.7}),
+        (["--sampler", "ddim", "--interval", "300", "700"], {"interval": (300, 700)}),
+    ]:
+        assert sample.main([*command, "--eta", "0", *flags]) == 0
+        assert torch.equal(seen.pop(), last(sample.sample(ldm, poses, [0], 32, **how | wanted))), flags
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--interval", "5", "4"], "--interval is 5 to 4"), (["--interval", "-1", "4"], "--interval is -1"),
+    (["--rescale", "1.5"], "--rescale is 1.5.*between 0 and 1"), (["--rescale", "nan"], "--rescale is nan"),
+    (["--sampler", "ddpm", "--steps", "9"], "--sampler ddpm.*ddim or dpm_solver"),
+])
+def test_wrong_flags_are_one_sentence(tmp_path, flags, message):
+    with pytest.raises(ValueError, match=message):
+        sample.check_args(sample.parse_args(["p.json", *flags, "--out", str(tmp_path / "x.png")]))
 
 
 # ---- errors
@@ -355,7 +571,11 @@ def test_errors_say_what_is_allowed(diffusion):
         (lambda: next(ddim(diffusion, eps_fn, x, 1001)), "steps is 1001.*1 to 1000"),
         (lambda: next(ddim(diffusion, eps_fn, x, 10, 1.0)), "noise_fn"),
         (lambda: next(ddim(diffusion, eps_fn, x, 10, 1.5, lambda i, x: x)), "eta is 1.5"),
-        (lambda: next(ddim(diffusion, eps_fn, x, 10, spacing="odd")), "'odd'.*'even' or 'uniform'"),
+        (lambda: next(ddim(diffusion, eps_fn, x, 10, spacing="odd")), "'odd'.*'even', 'lambda' or 'uniform'"),
+        (lambda: next(dpm_solver(diffusion, eps_fn, x, 0)), "steps is 0.*1 to 1000"),
+        (lambda: next(dpm_solver(diffusion, eps_fn, x, 1001)), "steps is 1001.*1 to 1000"),
+        (lambda: next(dpm_solver(diffusion, eps_fn, x, 10, 1.0)), "noise_fn"),
+        (lambda: guided(eps_fn, x, 3.0, rescale=1.5), "rescale is 1.5"),
         (lambda: ddim_timesteps(1000, 999, "uniform"), "timestep 1000 of 0 to 999"),
         (lambda: per_image_noise([], (3,)), r"seeds is \[\]"),
         (lambda: per_image_noise([-1], (3,)), r"seeds is \[-1\]"),
