@@ -54,7 +54,7 @@ def blocks(section: str | None = None) -> list[str]:
 def commands() -> list[str]:
     lines = "\n".join(blocks()).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines
-            if re.match(r"(\S*python\S* )?(train|sample|evaluate|data)\.py ", re.sub(r"^\S*python\S* ", "", line))]
+            if re.match(r"(\S*python\S* |torchrun \S+ \S+ )?(train|sample|evaluate|data)\.py ", line)]
 
 
 def test_the_readme_has_commands_of_every_kind():
