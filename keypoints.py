@@ -54,7 +54,7 @@ class NobodyFound(PoseError):
 #         -> confidence, unit, canvas (_place) -> one pose a picture (load_poses)
 
 MAX_BYTES = 32 << 20            # of a pose file: thousands of frames with face and hands
-MAX_PEOPLE = 100_000            # in it, an hour of video: Persons take 25 times the room of their shortest text
+MAX_PEOPLE = 100_000            # in it, an hour of video: the shortest in text take 70 times its bytes in memory
 MIN_CONFIDENCE = 0.3            # below it a joint counts as missing
 PIXELS_ABOVE = 2.0              # where one schema has two units: no person in pixels fits into two of them
 FAR = 10.0                      # pictures away from the corner: no joint lies there, so the unit was another one
