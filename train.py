@@ -1222,11 +1222,15 @@ def rehearse(c: Config, pictures: int) -> Forecast:
 
 
 def _rehearse(c: Config, pictures: int) -> Forecast:
-    """The real training of c, but on a few figures, with stand-ins for what it loads."""
+    """The real training of c, but on a few figures, with stand-ins for what it loads.
+
+    A step has two micro-batches: at the end of the second's forward pass gradients, optimiser and activations are all
+    there, so that memory grows as a straight line in the pictures, from the first on.
+    """
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
-        trial = replace(c, data=f"figures:{max(pictures, 2)}", val=None, out=f"{folder}/run", steps=REHEARSED + 1,
-                        minutes=None, micro_batch=None, workers=0, recipe=replace(
-                            c.recipe, batch_size=pictures, loss=replace(c.recipe.loss, disc_start=0.0, disc_ramp=0.0)))
+        trial = replace(c, data=f"figures:{2 * pictures}", val=None, out=f"{folder}/run", steps=REHEARSED + 1,
+                        minutes=None, micro_batch=pictures, workers=0, recipe=replace(
+                            c.recipe, batch_size=2 * pictures, loss=replace(c.recipe.loss, disc_start=0.0, disc_ramp=0.0)))
         stand_in = Path(folder) / "stand-in.pt"
         if c.stage == "vq" and c.recipe.loss.perceptual:
             torch.save(LPIPS().state_dict(), stand_in)
@@ -1237,7 +1241,7 @@ def _rehearse(c: Config, pictures: int) -> Forecast:
                                        "vq": vq.state_dict(), "vq_config": asdict(c.vq_config)})
             trial = replace(trial, vq=str(stand_in))
         TRAIN[c.stage](trial, True, Rehearsal)
-        return Forecast(peak_memory(c.device), json.loads((Path(trial.out) / "rehearsed.json").read_text()))
+        return Forecast(peak_memory(c.device), json.loads((Path(trial.out) / "rehearsed.json").read_text()) / 2)
 
 
 def forecast(c: Config) -> tuple[Forecast, int]:
