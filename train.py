@@ -1228,9 +1228,9 @@ def _rehearse(c: Config, pictures: int) -> Forecast:
     there, so that memory grows as a straight line in the pictures, from the first on.
     """
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        recipe = replace(c.recipe, batch_size=2 * pictures, loss=replace(c.recipe.loss, disc_start=0.0, disc_ramp=0.0))
         trial = replace(c, data=f"figures:{2 * pictures}", val=None, out=f"{folder}/run", steps=REHEARSED + 1,
-                        minutes=None, micro_batch=pictures, workers=0, recipe=replace(
-                            c.recipe, batch_size=2 * pictures, loss=replace(c.recipe.loss, disc_start=0.0, disc_ramp=0.0)))
+                        minutes=None, micro_batch=pictures, workers=0, recipe=recipe)
         stand_in = Path(folder) / "stand-in.pt"
         if c.stage == "vq" and c.recipe.loss.perceptual:
             torch.save(LPIPS().state_dict(), stand_in)
@@ -1247,14 +1247,19 @@ def _rehearse(c: Config, pictures: int) -> Forecast:
 def forecast(c: Config) -> tuple[Forecast, int]:
     """Peak memory, and time of a step on all pictures that are in the network at once; and how many were rehearsed.
 
-    Where all of them would take too long, memory and time of one and of two are drawn on as straight lines.
+    Where all of them would take too long, as many as do not, and memory and time grow from two to them along lines.
     """
     wanted = at_once(c)
-    two = rehearse(c, min(2, wanted))
-    if wanted <= 2 or two.seconds * wanted / 2 * REHEARSED < MOST_REHEARSED and two.memory < math.inf:
-        return (two if wanted <= 2 else rehearse(c, wanted)), wanted
-    one = rehearse(c, 1)
-    return Forecast(*(a + (b - a) * (wanted - 1) for a, b in zip(astuple(one), astuple(two), strict=True))), 2
+    n = min(2, wanted)
+    few = rehearse(c, n)
+    many_n = min(wanted, max(n, int(n * MOST_REHEARSED / (REHEARSED * few.seconds))) if few.seconds else wanted)
+    many = rehearse(c, many_n) if many_n > n else few
+    if many_n == wanted or few.memory == math.inf:
+        return many, many_n
+    if many_n == n or many.memory == math.inf:
+        few, n, many, many_n = rehearse(c, 1), 1, few, n
+    share = (wanted - n) / (many_n - n)
+    return Forecast(*(a + (b - a) * share for a, b in zip(astuple(few), astuple(many), strict=True))), many_n
 
 
 def fit(c: Config, gib: float) -> Config:

@@ -249,6 +249,7 @@ def test_fit_takes_the_largest_micro_batch_that_stays_within(tmp_path, monkeypat
 
 
 def test_a_forecast_draws_on_straight_lines_where_the_whole_would_take_too_long(tmp_path, monkeypatch):
+    """A step of n pictures takes 3 + 5 n seconds: with patience for all of them, for 17, or for two only."""
     asked = []
 
     def rehearse(c, pictures):
@@ -256,10 +257,10 @@ def test_a_forecast_draws_on_straight_lines_where_the_whole_would_take_too_long(
         return train.Forecast(2.0 + pictures, 3.0 + 5 * pictures)
     monkeypatch.setattr(train, "rehearse", rehearse)
     c = train.make_config(train.parse_args(command("ldm", tmp_path, "--batch-size", "32")))
-    assert train.forecast(c) == (train.Forecast(34.0, 163.0), 2) and asked == [2, 1]
-    monkeypatch.setattr(train, "MOST_REHEARSED", 1e6)
-    asked.clear()
-    assert train.forecast(c) == (train.Forecast(34.0, 163.0), 32) and asked == [2, 32]
+    for patience, wanted in ((1e6, [2, 32]), (8.5 * train.REHEARSED * 13, [2, 17]), (1, [2, 1])):
+        monkeypatch.setattr(train, "MOST_REHEARSED", patience)
+        asked.clear()
+        assert train.forecast(c) == (train.Forecast(34.0, 163.0), max(wanted)) and asked == wanted
 
 
 @pytest.mark.slow
