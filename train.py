@@ -6,7 +6,8 @@
     python train.py --preset danbooru --dry-run     what would be trained, without training
 
 The same command again resumes; --fresh starts over. Step k is a function of (seed, k), so a resumed run equals the
-uninterrupted one. A run folder holds config.json, log.jsonl, last.pt, best.pt, samples/ and curves.png.
+uninterrupted one. A run folder holds config.json, log.jsonl, last.pt, best.pt, samples/ and curves.png, with
+--keep-every step-*.pt, and while it is trained into a file called lock.
 """
 from __future__ import annotations
 
