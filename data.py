@@ -1233,18 +1233,21 @@ class Steps(Dataset):
         return augment(*source(self.ds, i), self.ds.size, rng, self.zoom, flip=True)
 
 
+SIGCHLD = getattr(signal, "SIGCHLD", None)          # Windows has none
+
+
 class WorkerDied(DataError):
     """A process that loads pictures is gone."""
 
 
 def fetch(loader: DataLoader) -> Iterator:
     """The loader's items; a worker process that dies is a WorkerDied."""
-    before = signal.getsignal(signal.SIGCHLD)
+    before = signal.getsignal(SIGCHLD) if SIGCHLD else None
     items = iter(loader)
     # At a worker's death torch's handler raises wherever this process just is, in the middle of a training step most
     # often. Without it, next() finds out within seconds.
-    if signal.getsignal(signal.SIGCHLD) is not before:
-        signal.signal(signal.SIGCHLD, before)
+    if SIGCHLD and signal.getsignal(SIGCHLD) is not before:
+        signal.signal(SIGCHLD, before)
     while True:
         try:
             item = next(items, None)
@@ -1398,8 +1401,11 @@ def alone(path: Path, wait: bool = True) -> Iterator[bool]:
     Waits for that, or yields False at once. The lock is the kernel's and ends with the process that has it, so a file
     that a kill left behind locks nothing.
     """
-    import fcntl  # of POSIX only, and needed nowhere else
-
+    try:
+        import fcntl
+    except ImportError:                             # Windows: two runs that fill one cache are not kept apart
+        yield True
+        return
     while True:
         file = open(path, "a")
         try:

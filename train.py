@@ -60,8 +60,9 @@ EVAL_PICTURES = 512             # held-out pictures an evaluation of stage 1 loo
 EVAL_LATENTS = 256              # and of stage 2, each under three conditions
 PREVIEWS = 8                    # pictures in a preview
 PREVIEW_STEPS = 25              # of DDIM
+ENCODED = 16                    # pictures encoded at once for the cache: always, so that a filling goes on where it was
 POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py says by them how usual a pose is
-REHEARSAL = 1e-30               # the adversary's factor while --minutes measures: it takes its time and changes nothing
+NO_SAY = 1e-30                  # the adversary's factor while --minutes measures: it takes its time and has no say
 SAME_SIGNAL = 1.0               # seconds in which another is the first, passed on by a shell that hangs up or torchrun
 TOLERATED = 10                  # steps in a row without a finite loss that are skipped; then the run stops
 # What may differ from the resumed run (of stage 1 the hash of its weights decides, not the path), with --accept-data
@@ -74,8 +75,8 @@ REHEARSED = 8                   # steps, at most, by which memory and time of a 
 MOST_REHEARSED = 20             # seconds; a step that takes longer is done twice
 MARGIN = 0.92                   # share of the memory given with --fit that is planned for: allocators leave holes
 LEAST_MICRO_BATCH = 8           # below it a GPU idles, and checkpointing is the cheaper way to save memory
-PATIENCE = timedelta(hours=24)  # that ranks wait for each other, as while one encodes all pictures; a dead one is
-                                #   noticed at once all the same
+PATIENCE = timedelta(hours=24)  # that ranks wait for each other, as while one encodes all pictures; under gloo a dead
+                                #   one is noticed at once all the same, under nccl torchrun ends the others in 30 s
 
 
 # ------------------------------------------------------------------------------------------------ the recipes
@@ -265,8 +266,16 @@ def find_amp(amp: str, device: str) -> str:
 
 
 def at_once(c: Config) -> int:
-    """Pictures in a network at once, in this rank; evaluations keep to it too, so they need no more memory."""
-    return c.micro_batch or c.recipe.batch_size // world()
+    """Pictures in a network at once, in this rank; measuring keeps to it too, so it needs no more memory."""
+    share = c.recipe.batch_size // world()
+    return min(c.micro_batch or share, share)
+
+
+def set_up(device: str) -> None:
+    """What holds for a whole process that trains on a GPU."""
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")          # TF32: what autocast leaves in float32 needs no more
+        torch.backends.cudnn.benchmark = True               # pictures are all of one size
 
 
 def autocast(c: Config) -> AbstractContextManager:
@@ -344,6 +353,10 @@ def join_ranks(c: Config) -> Config:
         raise ValueError(f"--device is {c.device}, but torchrun started {n} processes, which cannot share one GPU; "
                          "leave --device out")
     if c.device == "cuda":
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", n)), torch.cuda.device_count()
+        if here > gpus:
+            raise ValueError(f"torchrun started {here} processes, but there are {gpus} GPUs; give --nproc-per-node "
+                             f"{gpus}")
         c = replace(c, device=checkpoint.find_device(f"cuda:{os.environ['LOCAL_RANK']}"))
         torch.cuda.set_device(c.device)
     dist.init_process_group("nccl" if c.device.startswith("cuda") else "gloo", timeout=PATIENCE)
@@ -406,11 +419,6 @@ def say(text: str) -> None:
 def any_rank(flag: bool, device: str) -> bool:
     """True in every rank where it is in one."""
     return bool(averaged_over_ranks(torch.tensor(float(flag), device=device)) > 0)
-
-
-def own_share(n: int) -> slice:
-    """This rank's slice of n pictures."""
-    return slice(rank() * n // world(), (rank() + 1) * n // world())
 
 
 def micro_batches(n: int, c: Config, net: nn.Module) -> Iterator[slice]:
@@ -546,13 +554,14 @@ class Run:
         `numbers` are what the log says of the step, none of one that was skipped.
         """
         self.clock(step)
-        if world() > 1 and any_rank(bool(stopped), self.c.device) and not stopped:
-            stopped.append(signal.SIGTERM)              # another rank was told to stop: all do after the same step
+        self.stopping = bool(stopped)                   # once for all: a signal from here on counts in the next step
+        if world() > 1:
+            self.stopping = any_rank(self.stopping, self.c.device)          # all ranks stop after the same step
         if rank() == 0:
-            self.housekeep(step, numbers, bar, stopped)
-        return step + 1 == self.c.steps or bool(stopped)
+            self.housekeep(step, numbers, bar)
+        return step + 1 == self.c.steps or self.stopping
 
-    def housekeep(self, step: int, numbers: dict[str, Tensor | int], bar: tqdm, stopped: list[int]) -> None:
+    def housekeep(self, step: int, numbers: dict[str, Tensor | int], bar: tqdm) -> None:
         bar.total = self.c.steps
         bar.update()
         last, bad, score = step + 1 == self.c.steps, self.skipped_at == step, None
@@ -562,10 +571,10 @@ class Run:
             bar.set_postfix(loss=values.get("loss"), refresh=False)
             self.log(step, **values, lr=lr_at(step, self.c), **({"skipped": self.skipped} if self.skipped else {}),
                      **({"overflows": self.overflows} if self.overflows else {}))
-        if self.due(step) and (last or not stopped):        # who is told to stop saves; the resumed run evaluates
+        if self.due(step) and (last or not self.stopping):        # who is told to stop saves; the resumed run evaluates
             score = self.evaluate(step)
         # Weights that make one loss after another not a number may be ruined: the checkpoint before them stays.
-        if (score is not None or self.save_due(step) or (stopped and self.c.steps)) and not (
+        if (score is not None or self.save_due(step) or (self.stopping and self.c.steps)) and not (
                 bad and self.in_a_row > last):
             self.save(step + 1, self.payload(), score)
         if score is not None:
@@ -664,15 +673,15 @@ class Run:
                     checkpoint.save(path, content)
         self.best, self.held, self.saved_at = best, step, time.monotonic()
 
-    def finish(self, stopped: list[int], step: int) -> bool:
+    def finish(self, step: int) -> bool:
         """Says how the run ended; is it complete?"""
-        if stopped and step != self.c.steps:
+        if self.stopping and step != self.c.steps:
             say(f"{self.dir}: stopped at step {step} of {self.c.steps}; the same command again goes on from there"
-                  if self.c.steps else f"{self.dir}: stopped before its first checkpoint; nothing is lost but a moment")
+                if self.c.steps else f"{self.dir}: stopped before its first checkpoint; nothing is lost but a moment")
             return False
         minutes = (time.monotonic() - self.began) / 60
         say(f"{self.dir}: {self.said}\n{minutes:.1f} minutes, peak memory {peak_memory(self.c.device):.2f} GiB; "
-              f"see {self.dir}/curves.png and {self.dir}/samples/")
+            f"see {self.dir}/curves.png and {self.dir}/samples/")
         return True
 
     def is_complete(self) -> bool:
@@ -945,7 +954,7 @@ def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
             model.quantize.init_codes(gathered(h.float()))
         factor = objective.factor(step, run.c.steps)
         if disc is not None and run.c.steps is None:                # timed, and without a say
-            factor = max(factor, REHEARSAL)
+            factor = max(factor, NO_SAY)
         opt.zero_grad(set_to_none=True)
         numbers, made = Sums(), []
         for i in micro_batches(len(x), c, net):
@@ -962,6 +971,8 @@ def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
             return {}
         if step >= first:
             numbers["restarts"] = model.quantize.update(gathered(h), gathered(indices), restart=r.draw_codes)
+            if world() > 1:         # sums on a GPU come in any order: a code must not drift apart by their last bits
+                dist.broadcast(model.quantize.embedding.weight.data, 0)
         if factor > 0:
             disc_opt.zero_grad(set_to_none=True)
             for i in micro_batches(len(x), c, judge):
@@ -998,7 +1009,7 @@ def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
             numbers = train_step(step, x)
             if run.after_step(step, numbers, bar, stopped):
                 break
-    return run.finish(stopped, step + 1)
+    return run.finish(step + 1)
 
 
 class Sums(dict):
@@ -1064,7 +1075,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
             return vq.encode(x.to(device)).float()
 
     with data.naming_broken(run.dir / broken_list(), train, val):
-        cache = data.LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, at_once(c), device, c.workers)
+        cache = data.LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, ENCODED, device, c.workers)
         held_out = list(data.in_order(val, at_once(c), EVAL_LATENTS))
     if sum(len(x) for x, _ in held_out) < 2:
         raise ValueError(f"{c.data} leaves fewer than 2 usable pictures to validate on: add pictures, or give a set of "
@@ -1110,7 +1121,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     def train_step(step: int, h: Tensor, pose: Tensor) -> dict[str, Tensor]:
         """One step on this rank's latents h under poses: the mean loss of the whole batch goes down."""
         z, pose = (h.to(device) - mean) / std, pose.to(device)
-        B, mine = r.batch_size, own_share(r.batch_size)             # drawn for all ranks, so that none repeats another
+        B, mine = r.batch_size, data.share(r.batch_size, rank(), world())    # drawn for all ranks: none repeats another
         t = torch.randint(diffusion.timesteps, (B,), device=device)[mine]
         noise = torch.randn(B, *z.shape[1:], device=device)[mine]
         drop = (torch.rand(B, device=device) < r.p_drop)[mine]
@@ -1146,7 +1157,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
             numbers = train_step(step, *data.latent_batch(cache, r.batch_size, c.seed, step, rank(), world()))
             if run.after_step(step, numbers, bar, stopped):
                 break
-    return run.finish(stopped, step + 1)
+    return run.finish(step + 1)
 
 
 def poses_kept(cache: data.LatentCache) -> Tensor:
@@ -1198,7 +1209,7 @@ class Rehearsal(Run):
         return len(self.measuring) == REHEARSED or (
             len(self.measuring) > 1 and self.measuring[-1] - self.began > MOST_REHEARSED)
 
-    def finish(self, stopped: list[int], step: int) -> bool:
+    def finish(self, step: int) -> bool:
         (self.dir / "rehearsed.json").write_text(json.dumps(statistics.median(np.diff(self.measuring))))
         return True
 
@@ -1228,6 +1239,7 @@ def _rehearse(c: Config, pictures: int) -> Forecast:
     A step has two micro-batches: at the end of the second's forward pass gradients, optimiser and activations are all
     there, so that memory grows as a straight line in the pictures, from the first on.
     """
+    set_up(c.device)
     with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         recipe = replace(c.recipe, batch_size=2 * pictures, loss=replace(c.recipe.loss, disc_start=0.0, disc_ramp=0.0))
         trial = replace(c, data=f"figures:{2 * pictures}", val=None, out=f"{folder}/run", steps=REHEARSED + 1,
@@ -1268,6 +1280,7 @@ def fit(c: Config, gib: float) -> Config:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--fit rehearses in one process; give what it chooses there (try it with --dry-run) to "
                          "torchrun as --micro-batch and --checkpointing")
+    data.open_data(c.data, c.size, c.val)           # a wrong folder is said before minutes are spent
     batch, found = c.recipe.batch_size, {}
     for checkpointing in (False, True):
         tried = replace(c, checkpointing=checkpointing)
@@ -1291,10 +1304,14 @@ def describe_forecast(c: Config) -> str:
     """One line on memory and time of the run c."""
     train, _ = data.open_data(c.data, c.size, c.val)
     f, rehearsed = forecast(c)
-    n, step = len(train), f.seconds * c.recipe.batch_size / at_once(c) / world()
+    if f.memory == math.inf:
+        return (f"forecast for {c.device}: a step on {rehearsed} pictures at once does not fit its memory; try "
+                "--micro-batch 1, --checkpointing, or a smaller preset")
+    n, step = len(train), f.seconds * c.recipe.batch_size / at_once(c)
     each = np.asarray(data.source(train, 0)[0]).nbytes if c.stage == "vq" else 4 * math.prod(
         (c.vq_config.embed_dim, c.size // c.vq_config.factor, c.size // c.vq_config.factor))
-    held = min(n * each, data.REMEMBER_BYTES) / 2 ** 30 if c.workers == 0 else 0    # pictures, or pages of the cache
+    on_cpu = c.device == "cpu" and c.workers == 0           # then pictures, or pages of the cache, are in it too
+    held = min(n * each, data.REMEMBER_BYTES) / 2 ** 30 if on_cpu else 0
     steps = c.steps or int(60 * c.minutes / step)
     return (f"forecast for {c.device}, from {REHEARSED} steps on {rehearsed} figures: {f.memory + held:.2f} GiB at its "
             f"peak, {step:.3g} s a step, {c.recipe.batch_size / step:.3g} pictures/s, "
@@ -1428,14 +1445,14 @@ def main(argv: list[str] | None = None) -> int:
                 dry_run(fit(c, args.fit) if args.fit else c)
             return 0
         c = make_config(args)
-        c = fit(c, args.fit) if args.fit else c
         if args.download_lpips and c.recipe.loss.perceptual:
             c = replace(c, lpips=tuple(map(str, checkpoint.download_lpips())))
         c = join_ranks(c)
-        if c.device.startswith("cuda"):
-            torch.set_float32_matmul_precision("high")      # TF32: what autocast leaves in float32 needs no more
-            torch.backends.cudnn.benchmark = True           # pictures are all of one size
+        set_up(c.device)
         with locked(Path(c.out)) if rank() == 0 else nullcontext():
+            if world() > 1:
+                dist.barrier()                              # nobody begins before rank 0 has the folder
+            c = fit(c, args.fit) if args.fit else c
             complete = TRAIN[c.stage](c, args.fresh)
     except (ValueError, OSError) as e:
         complain(str(e))
@@ -1445,14 +1462,10 @@ def main(argv: list[str] | None = None) -> int:
                  "--micro-batch, --checkpointing, or let --fit GIB choose both")
         return 2
     except RuntimeError as e:
-        if "DataLoader worker (pid" in str(e):      # torch raises it wherever the program is, not only in data.py
-            complain("a process that loads pictures died, most often for want of memory; the same command again with "
-                     f"fewer --workers than {c.workers} goes on from the last checkpoint")
-            return 2
         if args.compile and type(e).__module__.startswith("torch._"):           # of _dynamo or _inductor
             complain(f"torch.compile cannot compile this here ({type(e).__name__}); leave --compile out")
             return 2
-        if world() == 1 or not (isinstance(e, dist.DistError) or "peer" in str(e)):      # gloo has plain RuntimeErrors
+        if not (isinstance(e, dist.DistError) or world() > 1 and "gloo" in str(e)):     # gloo's are RuntimeErrors
             raise
         complain(f"another rank is gone ({str(e).strip().splitlines()[0][:100]}); the same command again goes on from "
                  f"{c.out}/last.pt, where there is one")

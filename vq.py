@@ -13,6 +13,8 @@ Letters in shape comments: B batch, C channels, H, W picture, h, w = H/f, W/f la
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -287,6 +289,17 @@ class Decoder(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ the codebook
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 products in float32, whatever the process allows: TF32 has 10 bits of mantissa and picks wrong codes."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class VectorQuantizer(nn.Module):
     """h [B, C, h, w] -> (z_q [B, C, h, w], codebook loss, indices [B, h, w]); the codes are embedding.weight [K, C].
 
@@ -310,7 +323,8 @@ class VectorQuantizer(nn.Module):
         codes = self.embedding.weight.float()
         norms = codes.square().sum(1)                                                   # |h|^2 shifts all K alike
         chunks = h.float().split(max(1, DISTANCES_AT_ONCE // len(codes)))
-        return torch.cat([torch.addmm(norms, part, codes.T, alpha=-2).argmin(1) for part in chunks])
+        with full_precision():
+            return torch.cat([torch.addmm(norms, part, codes.T, alpha=-2).argmin(1) for part in chunks])
 
     def lookup(self, indices: Tensor) -> Tensor:
         """indices [B, h, w] -> z_q [B, C, h, w]."""

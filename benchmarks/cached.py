@@ -38,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     unet = UNet(c.unet_config).to(device, memory_format=torch.channels_last)
     opt = torch.optim.AdamW(unet.parameters(), lr=c.recipe.lr, fused=True)
     diffusion, context = Diffusion(**c.schedule), torch.rand(args.batch, 1, c.unet_config.context_dim, device=device)
-    figures = data.Figures(args.pictures, c.size)
+    train.set_up(c.device)
+    figures = data.InMemory(data.Figures(args.pictures, c.size))
+    data.remember_all(figures)
     loaded = data.batches(figures, args.batch, 0, 0, sys.maxsize, c.workers, augment=True, device=device)
 
     def encode(x: Tensor) -> Tensor:

@@ -298,6 +298,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
+        train.set_up(args.device)
         if args.work == "ceilings":
             print_ceilings(args.device)
         else:

@@ -14,6 +14,8 @@ import torch
 from test_train import MICRO, command
 
 import train
+import unet
+import vq
 from vq import VQConfig, VQLossConfig
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +27,8 @@ def presets(monkeypatch):
     monkeypatch.setitem(train.PRESETS, "micro_plain", train.replace(
         MICRO, vq_config=VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32)))
     monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
+    monkeypatch.setattr(unet, "zero", lambda module: module)        # or the first gradient reaches the last layer only
+    monkeypatch.setattr(vq, "zero_", lambda module, config: module)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def gradients(monkeypatch, argv: list[str], steps: int = 1) -> list[dict[str, to
 
 def error(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """The largest difference between two sets of gradients, in units of the largest gradient."""
-    assert a.keys() == b.keys()
+    assert a.keys() == b.keys() and sum(v.abs().max() > 0 for v in a.values()) > 0.9 * len(a)
     scale = max(v.abs().max() for k, v in a.items() if k != "loss")
     return max(((a[k] - b[k]).abs().max() / (1 if k == "loss" else scale)).item() for k in a)
 
@@ -113,8 +117,11 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 torch.set_num_threads(1)
-import train, test_train
+import train, test_train, unet, vq
+unet.zero, vq.zero_ = lambda module: module, lambda module, config: module
+gan = train.VQLossConfig(disc_weight=1.0)
 train.PRESETS["micro"] = test_train.MICRO
+train.PRESETS["micro_gan"] = train.replace(test_train.MICRO, vq=train.replace(test_train.MICRO.vq, loss=gan))
 train.PREVIEW_STEPS = 2
 folder, argv = sys.argv[1], sys.argv[2:]
 descend = train.descend
@@ -176,6 +183,16 @@ def test_two_processes_have_the_gradient_of_one_with_the_joined_batch(stage_one,
 
 
 @pytest.mark.slow
+def test_the_adversary_too_is_the_same_in_two_processes(tmp_path):
+    (tmp_path / "found").mkdir()
+    argv = [*command("vq", tmp_path / "run", "--amp", "off", preset="micro_gan"), "--steps", "3"]
+    codes, _, err = ends(start_ranks(2, argv, tmp_path / "found"), 120)
+    assert codes == [0, 0], err
+    for step in range(3):                           # what was saved last of a step is the discriminator's
+        assert error(*(torch.load(tmp_path / f"found/{r}-{step}.pt") for r in range(2))) == 0
+
+
+@pytest.mark.slow
 def test_a_run_of_two_processes_stops_together_and_one_goes_on(tmp_path):
     """SIGTERM reaches the ranks at different moments; both must stop after the same step."""
     argv = [*command("vq", tmp_path / "run", "--amp", "off"), "--steps", "400"]
@@ -216,9 +233,11 @@ def test_a_killed_rank_ends_the_others_with_a_sentence(tmp_path, victim):
 
 
 @pytest.mark.parametrize("flags, words", [(["--batch-size", "3"], "batch of 3 cannot be shared by 2"),
-                                          (["--device", "cuda:0"], "--device"), (["--fit", "8"], "--fit")])
+                                          (["--device", "cuda:0"], "cannot share one GPU"),
+                                          (["--device", "cuda"], "there are 0 GPUs")])
 def test_what_several_processes_cannot_do_is_said_once(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.setattr(train.dist, "init_process_group", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr(train.checkpoint, "find_device", lambda name: name)
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = []
     for r in "0", "1":
@@ -244,6 +263,12 @@ def test_fit_takes_the_largest_micro_batch_that_stays_within(tmp_path, monkeypat
         assert fitted.recipe == c.recipe                    # what is trained stays the same
     assert chosen == {40: (32, False), 34: (32, False), 33.9: (16, False), 18: (16, False), 12: (8, False),
                       10: (8, False), 9.9: (16, True), 4.1: (8, True), 2.25: (1, True)}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--fit rehearses in one process"):
+        train.fit(c, 40)
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "rehearse", rehearse)
+    monkeypatch.setattr(train, "MARGIN", 1.0)
     with pytest.raises(ValueError, match="--fit is 2.2 GiB, but preset micro needs 2.2 with one"):
         train.fit(c, 2.2)
 

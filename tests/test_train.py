@@ -496,7 +496,7 @@ def test_while_minutes_are_measured_the_adversary_takes_its_time_and_changes_not
     def watch(self, x, x_hat, codebook_loss, last_layer, factor):
         total, parts = generator(self, x, x_hat, codebook_loss, last_layer, factor)
         factors.append(factor)
-        if factor == train.REHEARSAL:
+        if factor == train.NO_SAY:
             without, _ = generator(self, x, x_hat, codebook_loss, last_layer, 0.0)
             grads = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (total, without)]
             assert torch.equal(total, without) and torch.equal(*grads)
@@ -504,7 +504,7 @@ def test_while_minutes_are_measured_the_adversary_takes_its_time_and_changes_not
     monkeypatch.setattr(VQLoss, "generator", watch)
     flags = ["--minutes", "0.05", "--disc-weight", "1", "--disc-start", "0.99"]
     assert train.main(command("vq", tmp_path / "run", *flags)) == 0
-    assert factors[:3] == [train.REHEARSAL] * 3 and factors[3] == 0
+    assert factors[:3] == [train.NO_SAY] * 3 and factors[3] == 0
 
 
 def test_the_faithful_preset_has_the_reference_objective_and_start_of_the_codes():
