@@ -7,7 +7,7 @@ that adds noise has no such limit, for its noise is another at another S. Two ne
 guidance it wants, and the danbooru recipe's 206 M parameters at random, whose output is no eps: a tenth of it is added
 to the exact eps of Gaussian data, and 250 steps are its limit. Quality: PCK@0.1 and the Frechet distance of held-out
 poses at equal calls of the network, as in benchmarks/guidance.py. Writes convergence.png and rows as JSON, which a
-second run takes up. The results, and the defaults taken from them, stand in benchmarks/RESULTS.md.
+second run takes up. What was measured stands in benchmarks/RESULTS.md.
 """
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ import checkpoint  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from diffusion import per_image_noise  # noqa: E402
-from unet import UNetConfig  # noqa: E402
+from unet import UNet  # noqa: E402
 from vq import VQModel  # noqa: E402
 
 WORKS = {"toy": (8, 20), "danbooru": (1, 1)}            # preset: pictures, steps
@@ -60,10 +60,11 @@ def compare(work: str, turns: int) -> None:
     ldm = random_ldm(work)
     side, poses = config_of(work).size, torch.rand(pictures, 17, 3).ceil() * torch.rand(pictures, 17, 3)
     cases: dict[str, Callable[[], object]] = {}
-    for sampler, spacing in (("dpm_solver", "lambda"), ("ddim", "even")):
-        for name, bf16 in (("float32", False), ("bf16", True)):
-            cases[f"ours, {sampler}, {name}"] = ours(ldm, poses, side, sampler, spacing, steps, bf16)
-            cases[f"diffusers, {sampler}, {name}"] = theirs(ldm, poses, side, sampler, steps, bf16)
+    for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        unet = peer(ldm.unet, side // ldm.vq.config.factor).to(dtype)
+        for sampler, spacing in (("dpm_solver", "lambda"), ("ddim", "even")):
+            cases[f"ours, {sampler}, {name}"] = ours(ldm, poses, side, sampler, spacing, steps, dtype)
+            cases[f"diffusers, {sampler}, {name}"] = theirs(unet, ldm, poses, sampler, steps, dtype)
     times = in_turns(cases, turns)
     fastest = times["ours, dpm_solver, bf16"]
     print(f"\n{work}: {steps} guided steps, batch {pictures}, latents {side // ldm.vq.config.factor} a side\n"
@@ -96,9 +97,9 @@ def random_ldm(preset: str) -> checkpoint.LDM:
 
 
 def ours(ldm: checkpoint.LDM, poses: Tensor, side: int, sampler: str, spacing: str, steps: int,
-         bf16: bool) -> Callable[[], object]:
+         dtype: torch.dtype) -> Callable[[], object]:
     def draw() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             for _ in sample.sample(ldm, poses, list(range(len(poses))), side, sampler=sampler, steps=steps, eta=0.0,
                                    guidance=GUIDANCE, spacing=spacing):
                 pass
@@ -106,9 +107,10 @@ def ours(ldm: checkpoint.LDM, poses: Tensor, side: int, sampler: str, spacing: s
     return draw
 
 
-def peer(c: UNetConfig, side: int) -> nn.Module:
-    """diffusers' UNet of the same layout; its attention_head_dim is the number of heads."""
+def peer(ours: UNet, side: int) -> nn.Module:
+    """diffusers' UNet of the same layout and size; its attention_head_dim is the number of heads."""
     import diffusers
+    c = ours.config
     attends = [2 ** level in c.attention_resolutions for level in range(len(c.channel_mult))]
     unet = diffusers.UNet2DConditionModel(
         sample_size=side, in_channels=c.in_channels, out_channels=c.out_channels, layers_per_block=c.num_res_blocks,
@@ -120,17 +122,15 @@ def peer(c: UNetConfig, side: int) -> nn.Module:
         for block in unet.modules():
             if hasattr(block, "attn2"):
                 block.attn2 = block.norm2 = None
+    sizes = [sum(p.numel() for p in model.parameters()) for model in (ours, unet)]
+    assert sizes[0] == sizes[1], f"ours has {sizes[0]} parameters, diffusers' {sizes[1]}"
     return unet.eval().requires_grad_(False)
 
 
-def theirs(ldm: checkpoint.LDM, poses: Tensor, side: int, sampler: str, steps: int, bf16: bool) -> Callable[[], object]:
+def theirs(unet: nn.Module, ldm: checkpoint.LDM, poses: Tensor, sampler: str, steps: int,
+           dtype: torch.dtype) -> Callable[[], object]:
     import diffusers
-    h = side // ldm.vq.config.factor
-    unet = peer(ldm.unet.config, h)
-    sizes = [sum(p.numel() for p in model.parameters()) for model in (ldm.unet, unet)]
-    assert sizes[0] == sizes[1], f"ours has {sizes[0]} parameters, diffusers' {sizes[1]}"
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    unet = unet.to(dtype)
+    h = unet.config.sample_size
     drop = torch.arange(2 * len(poses)) < len(poses)
     prompt, maps = (y if y is None else y.to(dtype) for y in ldm.cond(poses.repeat(2, 1, 1), (h, h), drop))
     kind = diffusers.DDIMScheduler if sampler == "ddim" else diffusers.DPMSolverMultistepScheduler
