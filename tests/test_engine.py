@@ -237,7 +237,7 @@ def test_a_killed_rank_ends_the_others_with_a_sentence(tmp_path, victim):
                                           (["--device", "cuda"], "there are 0 GPUs")])
 def test_what_several_processes_cannot_do_is_said_once(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.setattr(train.dist, "init_process_group", lambda *a, **k: pytest.fail("too late"))
-    monkeypatch.setattr(train.checkpoint, "find_device", lambda name: name)
+    monkeypatch.setattr(train.checkpoint, "find_device", lambda name: "cpu" if name == "auto" else name)
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = []
     for r in "0", "1":
