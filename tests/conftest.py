@@ -1,6 +1,7 @@
 """What several test files share: the golden numbers of the reference, and its weights as a formula of their names."""
 
 import json
+import signal
 import zlib
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import torch
 from torch import nn
 
 GOLDEN = Path(__file__).parent / "golden"
+# In the background of a script Ctrl-C is ignored, under nohup a hang-up; so would be what the tests send to runs.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def golden_weights(prefix: str, model: nn.Module) -> nn.Module:
