@@ -1461,7 +1461,7 @@ def save_grid(
     captions: list[list[str]] = (),         # a line under each picture
     title: str = "",
     scale: int | None = None,               # whole-number enlargement; None: small pictures grow to about 150 pixels
-    text: dict[str, str] | None = None,     # see save_picture
+    words: dict[str, str] | None = None,    # see save_picture
 ) -> Image.Image:
     """Pictures in rows on white, with words. Writes `path` and returns the picture."""
     cells = [cell for row in rows for cell in row if cell is not None]
@@ -1512,7 +1512,7 @@ def save_grid(
                 at = x + W / 2, y + H + 3
                 draw.multiline_text(at, captions[r][c], "dimgray", font, anchor="ma", align="center")
         y += H + gap + below[r]
-    save_picture(path, page, text)
+    save_picture(path, page, words)
     return page
 
 
@@ -1521,17 +1521,17 @@ def grid_scale(side: int) -> int:
     return max(1, 160 // side)
 
 
-def save_picture(path: str | Path, picture: Image.Image | np.ndarray, text: dict[str, str] | None = None) -> None:
-    """Writes a picture, and in a PNG these words (keyword -> ASCII text) besides, which other formats have no place for.
+def save_picture(path: str | Path, picture: Image.Image | np.ndarray, words: dict[str, str] | None = None) -> None:
+    """Writes a picture, and in a PNG these words (keyword -> ASCII text) besides; other formats carry none.
 
     tEXt, not the compressed kind: of that PIL refuses to read back more than a mebibyte.
     """
     picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    words = PngInfo()
-    for keyword, value in (text or {}).items():
-        words.add_text(keyword, value)
+    info = PngInfo()
+    for keyword, text in (words or {}).items():
+        info.add_text(keyword, text)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **({"pnginfo": words} if Path(path).suffix.lower() == ".png" else {}))
+    picture.save(path, **({"pnginfo": info} if Path(path).suffix.lower() == ".png" else {}))
 
 
 def save_animation(path: str | Path, frames: list[np.ndarray], fps: float) -> None:
@@ -1542,8 +1542,8 @@ def save_animation(path: str | Path, frames: list[np.ndarray], fps: float) -> No
     scale = grid_scale(frames[0].shape[0])
     images = [Image.fromarray(np.repeat(np.repeat(frame, scale, 0), scale, 1)) for frame in frames]
     ends = [10 * round(100 * (i + 1) / fps) for i in range(len(images))]                # milliseconds
-    images[0].save(path, save_all=True, append_images=images[1:], loop=0,
-                   duration=np.diff([0, *ends]).tolist(), **({"lossless": True} if Path(path).suffix == ".webp" else {}))
+    images[0].save(path, save_all=True, append_images=images[1:], loop=0, duration=np.diff([0, *ends]).tolist(),
+                   lossless=True)                                               # which means nothing to a GIF
 
 
 # ----------------------------------------------------------------------------------------------- check
