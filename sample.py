@@ -61,7 +61,7 @@ DEFAULT_STEPS = 50              # of DDIM
 DEFAULT_FRAMES = 8              # of a file that holds a video or a whole dataset, and of --morph
 DEFAULT_CKPT = "runs/ldm/last.pt"
 DEFAULT_STRENGTH = 0.6
-DEFAULT_ROUNDS = 5              # of RePaint: measured on a Gaussian, 1 leaves half of what the known part says unheard
+DEFAULT_ROUNDS = 3              # of RePaint: measured on a Gaussian, 1 leaves half of what the known part says unheard
 DEFAULT_FPS = 12.0
 SAMPLERS, SPACINGS = ("ddim", "ddpm"), ("even", "uniform")
 VERY_UNUSUAL = 0.99             # further out than this share of the training poses: --typical is suggested
@@ -517,6 +517,7 @@ def read_record(path: str) -> tuple[dict, Plan]:
     ValueError, in one sentence, for whatever does not have the form that `words` gives it."""
     if not Path(path).is_file():
         raise ValueError(f"--repeat {path}: there is no such file")
+    data.read_picture(path)                                 # what cannot be compared at the end is refused here
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = image.info.get("record")
@@ -674,7 +675,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, metavar="R", help="how often --inpaint makes each step: more fits the part better to the "
         f"rest, in as many times the time (default {DEFAULT_ROUNDS})")
     add("--noise-from", metavar="IMAGE", help="the noise that this picture would come from, without a pose, instead of "
-        "a seed's: its colours and layout in other poses (DDIM inversion; --guidance 0 gives it back)")
+        "a seed's: something of its colours in other poses (DDIM inversion; --guidance 0 gives the picture back)")
 
     add = parser.add_argument_group("series").add_argument
     add("--morph", action="store_true", help="from each pose to the next, joint by joint, in --frames pictures, and "
@@ -804,13 +805,13 @@ def ask_model(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
                          "has no picture of no pose; leave --guidance out")
 
 
-def title_of(args: argparse.Namespace, ldm: checkpoint.LDM, ckpt: str, step: int) -> str:
-    steps = how_many_steps(ldm, args.sampler, args.steps, args.spacing)
+def title_of(args: argparse.Namespace, called: dict, steps: int, step: int) -> str:
+    """How the pictures were drawn; files as they were called then (`called`), wherever --repeat finds them now."""
     how = f"DDIM {steps} {args.spacing} steps, eta {args.eta:g}" if args.sampler == "ddim" else "DDPM"
-    start = (f", from {Path(args.init).name} at strength {args.strength:g}" if args.init else
-             f", {Path(args.inpaint).name} outside the outline, {args.rounds} rounds" if args.inpaint else
-             f", noise of {Path(args.noise_from).name}" if args.noise_from else "")
-    return f"{how}, guidance {args.guidance:g}{start}, {ckpt} step {step}"
+    start = (f", from {Path(called['init']).name} at strength {args.strength:g}" if args.init else
+             f", {Path(called['inpaint']).name} but in the outline, rounds {args.rounds}" if args.inpaint else
+             f", noise of {Path(called['noise_from']).name}" if args.noise_from else "")
+    return f"{how}, guidance {args.guidance:g}{start}, {called['ckpt']} step {step}"
 
 
 def run(args: argparse.Namespace, command: str) -> str:
@@ -841,10 +842,12 @@ def run(args: argparse.Namespace, command: str) -> str:
     shown = given.shown() if given else None
     grid = (film_of(plan, kept, ldm, shown) if args.film else sheet_of(plan, pictures, shown) if moving else
             grid_of(plan, pictures, shown))
+    if args.noise_from and "columns" in grid and not args.film:
+        grid["columns"][-1] = "from its noise"                          # and no seed's
     record = record or record_of(args, digest, given)
-    ckpt = record["flags"]["ckpt"]                                      # as it was called when first drawn
     if plan.only is None:
-        made = data.save_grid(out, **grid, title=title_of(args, ldm, ckpt, payload["step"]),
+        steps = how_many_steps(ldm, args.sampler, args.steps, args.spacing)
+        made = data.save_grid(out, **grid, title=title_of(args, record["flags"], steps, payload["step"]),
                               words=words(record, plan, command))
     else:
         made = Image.fromarray(pictures[plan.only])
