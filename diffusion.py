@@ -210,14 +210,14 @@ def dpm_solver(
     eta: float = 0.0,                   # 0 deterministic, 1 is the paper's SDE-DPM-Solver++(2M)
     noise_fn: NoiseFn | None = None,    # needed where eta > 0
     spacing: str = "lambda",
-    skip: int = 0,                      # as in ddim, and so are rounds
-    rounds: int = 1,
+    skip: int = 0,                      # as in ddim
 ) -> Iterator[Step]:
     """DPM-Solver++(2M), arXiv:2211.01095 algorithm 2: the error falls with 1 / S^2, where DDIM's falls with 1 / S.
 
     The first step has no step before it and the last goes to lambda = infinity: both are DDIM's. Errors as in `ddim`.
+    No rounds: where a part is held, the line through two x0 enlarges from round to round what it should settle.
     """
-    yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, rounds, order=2)
+    yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, rounds=1, order=2)
 
 
 def _jumps(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, steps: int, eta: float, noise_fn: NoiseFn | None,
@@ -243,8 +243,7 @@ def _jumps(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, steps: int, eta: fl
         x = alpha_bar_prev[j] ** 0.5 * D + (1 - alpha_bar_prev[j] - sigma[j] ** 2) ** 0.5 * eps
         if sigma[j] > 0:
             x = x + sigma[j] * noise_fn(k, x)
-        if (k + 1) % rounds == 0:                                            # the step's last word
-            x0_before = x0
+        x0_before = x0
         yield Step(i, n, int(timesteps[j]), x, x0)
 
 

@@ -770,11 +770,9 @@ def check_together(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag(name)} goes with {' or '.join(map(flag, wanted))}; without, leave it out")
     if args.inpaint and not args.mask:
         raise ValueError(f"--inpaint {args.inpaint} needs --mask IMAGE, of the same size and white where to draw anew")
-    if args.inpaint and args.sampler == "ddpm":
-        raise ValueError("--inpaint is done with ddim or dpm_solver, not --sampler ddpm; leave that out")
-    if args.noise_from and args.sampler != "ddim":
-        raise ValueError(f"--noise-from turns the steps of ddim around, not those of --sampler {args.sampler}; leave "
-                         "that out")
+    if args.sampler != "ddim" and (args.inpaint or args.noise_from):
+        raise ValueError(f"{'--inpaint' if args.inpaint else '--noise-from'} is done with ddim, not --sampler "
+                         f"{args.sampler}; leave that out")
     if args.noise_from and (args.eta or args.n not in (None, 1)):
         raise ValueError("--noise-from is one noise that nothing is added to, so there is one picture of a pose; leave "
                          "-n and --eta out")
