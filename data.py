@@ -33,6 +33,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -1657,11 +1658,12 @@ def save_grid(
     captions: list[list[str]] = (),         # a line under each picture
     title: str = "",
     scale: int | None = None,               # whole-number enlargement; None: small pictures grow to about 150 pixels
+    words: dict[str, str] | None = None,    # see save_picture
 ) -> Image.Image:
     """Pictures in rows on white, with words. Writes `path` and returns the picture."""
     cells = [cell for row in rows for cell in row if cell is not None]
     H, W = (max(cell.shape[axis] for cell in cells) for axis in (0, 1))
-    scale = scale or max(1, 160 // max(H, W))
+    scale = scale or grid_scale(max(H, W))
     H, W, across, gap = H * scale, W * scale, max(len(row) for row in rows), 8
     big, font = ImageFont.load_default(17), ImageFont.load_default(13)
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -1707,9 +1709,38 @@ def save_grid(
                 at = x + W / 2, y + H + 3
                 draw.multiline_text(at, captions[r][c], "dimgray", font, anchor="ma", align="center")
         y += H + gap + below[r]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    page.save(path)
+    save_picture(path, page, words)
     return page
+
+
+def grid_scale(side: int) -> int:
+    """How often each pixel of a picture of this side is repeated where people look at it."""
+    return max(1, 160 // side)
+
+
+def save_picture(path: str | Path, picture: Image.Image | np.ndarray, words: dict[str, str] | None = None) -> None:
+    """Writes a picture, and in a PNG these words (keyword -> ASCII text) besides; other formats carry none.
+
+    tEXt, not the compressed kind: of that PIL refuses to read back more than a mebibyte.
+    """
+    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    info = PngInfo()
+    for keyword, text in (words or {}).items():
+        info.add_text(keyword, text)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, **({"pnginfo": info} if Path(path).suffix.lower() == ".png" else {}))
+
+
+def save_animation(path: str | Path, frames: list[np.ndarray], fps: float) -> None:
+    """Frames uint8 [H,W,3] as an endless .gif (256 colours a frame) or .webp (exact), small ones enlarged as in a grid.
+
+    A GIF counts in hundredths of a second: each frame ends at the one nearest to its time, so that none is gained.
+    """
+    scale = grid_scale(frames[0].shape[0])
+    images = [Image.fromarray(np.repeat(np.repeat(frame, scale, 0), scale, 1)) for frame in frames]
+    ends = [10 * round(100 * (i + 1) / fps) for i in range(len(images))]                # milliseconds
+    images[0].save(path, save_all=True, append_images=images[1:], loop=0, duration=np.diff([0, *ends]).tolist(),
+                   lossless=True)                                               # which means nothing to a GIF
 
 
 # ----------------------------------------------------------------------------------------------- check

@@ -24,6 +24,17 @@ line through this x0 and the one before, h_before earlier:
     D = x0 + h / (2 h_before) (x0 - x0_before)                                                    DPM-Solver++ alg. 2
 Guidance. eps = eps_null + w (eps_pose - eps_null); w = 1 is the conditional model, w = 0 the
 unconditional one. (CFG (6) counts from the other end: its w is ours minus 1.)
+Tricks. A sampler may leave out its first steps and start from x_t of a given x0, (4) (SDEdit, arXiv:2108.01073).
+`held` keeps a part of x0 as given (RePaint, arXiv:2201.09865): there eps is (4) solved for it,
+    eps = (x_t - sqrt(alpha_bar_t) x0) / sqrt(1 - alpha_bar_t)
+so that x0 is predicted as given and (7) or (12) draws x_s from q(x_s | x_t, x0). The rest of x0 has listened to a
+noisy version of that part only; RePaint's rounds let it listen again, each step taken back and made anew:
+    x_t = sqrt(alpha_bar_t / alpha_bar_s) x_s + sqrt(1 - alpha_bar_t / alpha_bar_s) noise         RePaint alg. 1
+`invert` solves (12) with eta = 0 for x_t: which noise becomes this x0? With a = sqrt(alpha_bar_s / alpha_bar_t)
+    x_t = (x_s - (sqrt(1 - alpha_bar_s) - a sqrt(1 - alpha_bar_t)) eps(x_t, t)) / a
+a fixed point, for eps is asked at the x_t that is sought (arXiv:2309.04907); one round is the usual approximation.
+`slerp` goes from one noise to another along the sphere that both lie on (arXiv:1609.04468):
+    sin((1 - share) angle) / sin(angle) a + sin(share angle) / sin(angle) b
 
 t counts from 0 here, where the papers count from 1: alpha_bar[0] = 1 - beta[0], and the time before t = 0 has
 alpha_bar = 1. No sampler clips x0: a latent has no bounds.
@@ -81,6 +92,10 @@ class Diffusion:
     def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """DDPM (15), (4) solved for x0."""
         return (x_t - self._at("sqrt_one_minus_alphas_bar", t, x_t) * eps) / self._at("sqrt_alphas_bar", t, x_t)
+
+    def predict_eps(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        """(4) solved for eps."""
+        return (x_t - self._at("sqrt_alphas_bar", t, x_t) * x0) / self._at("sqrt_one_minus_alphas_bar", t, x_t)
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """DDPM (7): mean [B,...] and log variance [B,1,...] of q(x_{t-1} | x_t, x0)."""
@@ -156,11 +171,11 @@ class Step(NamedTuple):
 
 
 @torch.no_grad()
-def ddpm(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, noise_fn: NoiseFn) -> Iterator[Step]:
-    """Ancestral sampling through all T timesteps (DDPM algorithm 2), with the posterior variance."""
+def ddpm(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, noise_fn: NoiseFn, skip: int = 0) -> Iterator[Step]:
+    """Ancestral sampling through all T timesteps (DDPM algorithm 2), with the posterior variance; `skip` as in ddim."""
     T = diffusion.timesteps
     x = x_T.float()
-    for i in range(T):
+    for i in range(skip, T):
         t = T - 1 - i
         ts = torch.full((x.shape[0],), t, device=x.device)                   # [B]
         x0 = diffusion.predict_x0(x, ts, eps_fn(x, ts).float())
@@ -179,9 +194,11 @@ def ddim(
     eta: float = 0.0,                   # 0 deterministic, 1 as noisy as DDPM
     noise_fn: NoiseFn | None = None,    # needed where eta > 0
     spacing: str = "even",              # in t; "lambda"; or "uniform", the reference's, see ddim_timesteps
+    skip: int = 0,                      # steps left out at the noisy end: x_T is then x at the first t that is not
+    rounds: int = 1,                    # RePaint's: how often each step is made, noise put back in between
 ) -> Iterator[Step]:
     """DDIM (12) over S of the T timesteps. ValueError, at the first step, for a wrong steps, eta or spacing."""
-    yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, order=1)
+    yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, rounds, order=1)
 
 
 @torch.no_grad()
@@ -193,32 +210,39 @@ def dpm_solver(
     eta: float = 0.0,                   # 0 deterministic, 1 is the paper's SDE-DPM-Solver++(2M)
     noise_fn: NoiseFn | None = None,    # needed where eta > 0
     spacing: str = "lambda",
+    skip: int = 0,                      # as in ddim
 ) -> Iterator[Step]:
     """DPM-Solver++(2M), arXiv:2211.01095 algorithm 2: the error falls with 1 / S^2, where DDIM's falls with 1 / S.
 
     The first step has no step before it and the last goes to lambda = infinity: both are DDIM's. Errors as in `ddim`.
+    No rounds: where a part is held, the line through two x0 enlarges from round to round what it should settle.
     """
-    yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, order=2)
+    yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, rounds=1, order=2)
 
 
 def _jumps(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, steps: int, eta: float, noise_fn: NoiseFn | None,
-           spacing: str, order: int) -> Iterator[Step]:
+           spacing: str, skip: int, rounds: int, order: int) -> Iterator[Step]:
     """What `ddim` (order 1) and `dpm_solver` (order 2) share, which is all but D."""
-    if eta > 0 and noise_fn is None:
-        raise ValueError(f"eta is {eta}, which adds noise in every step; give a noise_fn, or eta = 0.")
+    if (eta > 0 or rounds > 1) and noise_fn is None:
+        raise ValueError(f"eta is {eta} and rounds {rounds}, which adds noise in every step; give a noise_fn, or eta = "
+                         "0 and 1 round.")
     timesteps, alpha_bar, alpha_bar_prev, sigma = ddim_table(diffusion, steps, eta, spacing)
     lambda_ = log_snr(alpha_bar)
     x, n, x0_before = x_T.float(), len(timesteps), None
-    for i, j in enumerate(reversed(range(n))):                               # j indexes the tables, noisy to clean
+    for k in range(skip * rounds, n * rounds):
+        i, j = k // rounds, n - 1 - k // rounds                              # j indexes the tables, noisy to clean
+        if k % rounds:
+            kept = alpha_bar[j] / alpha_bar_prev[j]
+            x = kept ** 0.5 * x + (1 - kept) ** 0.5 * noise_fn(n * rounds + k, x)
         ts = torch.full((x.shape[0],), int(timesteps[j]), device=x.device)   # [B]
         eps = eps_fn(x, ts).float()
         x0 = D = (x - (1 - alpha_bar[j]) ** 0.5 * eps) / alpha_bar[j] ** 0.5
-        if order == 2 and 0 < i < n - 1:
+        if order == 2 and x0_before is not None and j > 0:
             D = x0 + (lambda_[j - 1] - lambda_[j]) / (2 * (lambda_[j] - lambda_[j + 1])) * (x0 - x0_before)
             eps = (x - alpha_bar[j] ** 0.5 * D) / (1 - alpha_bar[j]) ** 0.5  # the one that goes with D
         x = alpha_bar_prev[j] ** 0.5 * D + (1 - alpha_bar_prev[j] - sigma[j] ** 2) ** 0.5 * eps
         if sigma[j] > 0:
-            x = x + sigma[j] * noise_fn(i, x)
+            x = x + sigma[j] * noise_fn(k, x)
         x0_before = x0
         yield Step(i, n, int(timesteps[j]), x, x0)
 
@@ -281,19 +305,67 @@ def ddim_table(
     return timesteps, alpha_bar, alpha_bar_prev, sigma
 
 
-def per_image_noise(seeds: list[int], shape: tuple[int, ...]) -> tuple[Tensor, NoiseFn]:
+Seed = int | tuple[int, int, float]     # (a, b, share): the noise that lies between a's and b's
+
+
+def per_image_noise(seeds: list[Seed], shape: tuple[int, ...]) -> tuple[Tensor, NoiseFn]:
     """x_T [B,*shape] and a noise_fn, in which image i depends on seeds[i] alone: not on B, nor on the device.
 
     The noise of a step is a function of (seed, step), so one noise_fn serves any number of runs.
     """
 
-    def normal(seed: int, step: int, shape: tuple[int, ...]) -> Tensor:
+    def normal(seed: Seed, step: int, shape: tuple[int, ...]) -> Tensor:
+        if isinstance(seed, tuple):
+            a, b, share = seed
+            return slerp(normal(a, step, shape), normal(b, step, shape), share)
         mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
         return torch.randn(shape, generator=torch.Generator().manual_seed(int(mixed)))
 
     def noise_fn(i: int, x: Tensor) -> Tensor:
         return torch.stack([normal(seed, i + 1, x.shape[1:]) for seed in seeds]).to(x.device)
 
-    if not seeds or min(seeds) < 0:
+    if not seeds or min(min(seed[:2]) if isinstance(seed, tuple) else seed for seed in seeds) < 0:
         raise ValueError(f"seeds is {seeds}; give one integer, 0 or more, for each image.")
     return torch.stack([normal(seed, 0, shape) for seed in seeds]), noise_fn
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """From a (share 0, exactly) to b (share 1, exactly) on the sphere around 0. Two of equal norm keep it, and two of
+    independent N(0, I) stay N(0, I), where the straight line would pass through what is too short to be noise.
+    """
+    cosine = (a * b).sum().double() / (a.norm().double() * b.norm().double())
+    angle = cosine.clamp(-1, 1).acos().item()
+    if np.sin(angle) < 1e-6:                                                 # no way around is shorter than another
+        return (1 - share) * a + share * b
+    return np.sin((1 - share) * angle) / np.sin(angle) * a + np.sin(share * angle) / np.sin(angle) * b
+
+
+def held(diffusion: Diffusion, eps_fn: EpsFn, x0: Tensor, known: Tensor) -> EpsFn:
+    """eps_fn for inpainting, with any sampler: where `known` (bool, like x or broadcast) is true, x0 is as given."""
+
+    def held_eps_fn(x: Tensor, t: Tensor) -> Tensor:
+        return torch.where(known, diffusion.predict_eps(x, t, x0), eps_fn(x, t).float())
+
+    return held_eps_fn
+
+
+@torch.no_grad()
+def invert(
+    diffusion: Diffusion,
+    eps_fn: EpsFn,
+    x0: Tensor,                         # [B,...]
+    steps: int,                         # S
+    spacing: str = "even",
+    rounds: int = 3,                    # evaluations of eps_fn a step
+) -> Iterator[Step]:
+    """The steps of `ddim` with eta 0 backwards: the x of the last one is the noise that ddim makes x0 of."""
+    timesteps, alpha_bar, alpha_bar_prev, _ = ddim_table(diffusion, steps, 0.0, spacing)
+    x, n = x0.float(), len(timesteps)
+    for j in range(n):
+        ts = torch.full((x.shape[0],), int(timesteps[j]), device=x.device)   # [B]
+        a = (alpha_bar_prev[j] / alpha_bar[j]) ** 0.5
+        x_s = x
+        for _ in range(rounds):
+            eps = eps_fn(x, ts).float()
+            x = (x_s - ((1 - alpha_bar_prev[j]) ** 0.5 - a * (1 - alpha_bar[j]) ** 0.5) * eps) / a
+        yield Step(j, n, int(timesteps[j]), x, diffusion.predict_x0(x, ts, eps))

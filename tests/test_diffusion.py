@@ -549,7 +549,7 @@ def test_the_flags_reach_the_sampler(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags, message", [
     (["--interval", "5", "4"], "--interval is 5 to 4"), (["--interval", "-1", "4"], "--interval is -1"),
-    (["--rescale", "1.5"], "--rescale is 1.5.*between 0 and 1"), (["--rescale", "nan"], "--rescale is nan"),
+    (["--rescale", "1.5"], "--rescale is 1.5.*at least 0 and at most 1"), (["--rescale", "nan"], "--rescale is nan"),
     (["--sampler", "ddpm", "--steps", "9"], "--sampler ddpm.*ddim or dpm_solver"),
 ])
 def test_wrong_flags_are_one_sentence(tmp_path, flags, message):
