@@ -375,15 +375,15 @@ def condition_means(each: dict[str, Tensor]) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------- the moment it overfits
 
-# Training and held-out latents keep their noise and timesteps through a run. So two evaluations of it compare latent by
-# latent, and what their difference is worth is told by its own standard error: it is ten to a hundred times smaller
-# than that of either loss.
+# Training and held-out latents keep their noise and timesteps through a run. So two evaluations of it are compared
+# latent by latent, and what their difference is worth is told by its own standard error, not by that of either loss.
 
 BINS = 10                           # of timesteps, of equal width
 LEAST_IN_BIN = 8                    # latents; of fewer a standard error says nothing, and the bin stays without a say
-# A bin of 25 latents, ten bins, a hundred evaluations: with 3 standard errors one run in ten of those that only wander
-# would cry wolf, with 4 one in a hundred (tests/test_overfit.py measures it).
-SIGNIFICANT = 4.0
+# Student's t with 24 degrees of freedom, those of 25 latents a bin, is beyond 4 in 3 of 10,000 cases: with 11 places to
+# look at in each of up to 100 evaluations 3 would be beaten by chance. That it holds ROW_OF times and of the gap too
+# is asked for besides.
+SIGNIFICANT = 4.0                   # standard errors
 RISEN = 0.01                        # of the loss: less is no harm, however certain
 ROW_OF = 3                          # evaluations in a row, before anything is said
 HEEDED = 1.02                       # shuffled / right: the seed's token, which cannot place a joint, reaches 1.016

@@ -117,48 +117,6 @@ def test_a_rise_that_is_over_is_no_memorising():
     assert evaluate.overfitting(rows[:20]) and evaluate.overfitting(rows) is None
 
 
-def cry_wolf(runs: int, evals: int = 100) -> float:
-    """The share of runs of which the rule complains, where losses only wander about a level, and wander slowly."""
-    watch = evaluate.Watch(DIFFUSION, torch.zeros(N, 1, 1, 1), torch.zeros(N, 1, 1, 1))
-    g, wolves = torch.Generator().manual_seed(0), 0
-    for _ in range(runs):
-        watch.best, rows, wander = {}, [], 0.0
-        hard = 0.02 + 0.1 * torch.rand(2, N, generator=g, dtype=torch.float64)
-        for k in range(evals):
-            wander = 0.8 * wander + 0.6 * torch.randn(2, N, generator=g, dtype=torch.float64)       # its variance is 1
-            v, u = hard * (1 + 0.1 * wander)
-            figures = watch.means("right", v, 0) | watch.rises(v, u)
-            rows.append({"step": k} | {f"val_{name}": value for name, value in figures.items()})
-        wolves += any(evaluate.overfitting(rows[:k]) is not None for k in range(1, evals + 1))
-    return wolves / runs
-
-
-@pytest.mark.slow
-def test_a_micro_network_that_learns_eight_figures_by_heart_is_found_out(trained, tmp_path, monkeypatch, capsys):
-    """And stopped, long before the end: by its third evaluation in a row with a higher held-out loss."""
-    monkeypatch.setattr(train, "EVALS", 30)
-    argv = command("ldm", tmp_path / "run", "--vq", str(trained / "vq/last.pt"), "--steps", "1500", "--lr", "4e-3")
-    argv[argv.index("figures:12")] = "figures:8"
-    monkeypatch.setattr(data, "FIGURES_VAL", 256)
-    honest = data.open_data
-    monkeypatch.setattr(data, "open_data", lambda spec, size, *a, **k: (
-        honest(spec, size, *a, **k)[0], data.Figures(256, size, seed=1)))
-    assert train.main([*argv, "--patience", "3"]) == 0
-    out = capsys.readouterr().out
-    found = evaluate.verdict(train.read_log(tmp_path / "run/log.jsonl"))
-    assert found["verdict"] == "memorising" and "out of patience" in out
-    assert found["reasons"][0].startswith("validation loss has risen")
-    assert found["best"] <= found["since"] <= found["numbers"]["step"] < 1500
-    assert checkpoint.load(tmp_path / "run/best.pt", "ldm")["step"] == found["best"]
-
-
-@pytest.mark.slow
-def test_noise_alone_does_not_cry_wolf(monkeypatch):
-    assert cry_wolf(50) <= 0.02
-    monkeypatch.setattr(evaluate, "SIGNIFICANT", 1.0)           # so the noise is loud enough to show a rule too weak
-    assert cry_wolf(10) > 0.5
-
-
 def test_the_pose_is_ignored_where_the_ratio_is_small_or_within_its_error():
     rows = planted(falling, falling)
     assert evaluate.verdict(rows)["pose"] == "heeded"
