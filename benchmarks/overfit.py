@@ -1,7 +1,7 @@
 """Does the verdict of `evaluate.py overfit` hold where the answer is known? Three planted runs of the toy UNet.
 
-    python benchmarks/overfit.py few --vq runs/vq/last.pt --out DIR          200 figures, 128 epochs: is to be "memorising"
-    python benchmarks/overfit.py many --vq runs/vq/last.pt --out DIR         10,000 figures, two epochs: is to be "good"
+    python benchmarks/overfit.py few --vq runs/vq/last.pt --out DIR         200 figures, 128 epochs, "memorising"
+    python benchmarks/overfit.py many --vq runs/vq/last.pt --out DIR         10,000 figures, two epochs, "good"
     python benchmarks/overfit.py shuffled --vq runs/vq/last.pt --out DIR     poses permuted in training: "ignored"
 
 Each trains in DIR/CASE, which a second call resumes, and then prints the verdict beside the one that was planted; its
