@@ -612,8 +612,8 @@ def draw_bins(ax: object, rows: list[dict], share: Callable[[dict], dict[str, fl
     for x, row in zip((edges[:-1] + edges[1:]) / 2, found, strict=True):
         high = [t for t, key in zip(first, keys, strict=True) if has_risen(row, key)]
         ax.plot([x] * len(high), np.array(high) + first[-1] / max(1, len(keys) - 1) / 2, "k.", markersize=4)
-    ax.set_ylim(0, None)
-    ax.figure.colorbar(mesh, ax=ax, format="%+.0f %%", pad=0.02).ax.tick_params(labelsize=8)
+    ax.set(ylim=(0, None), ylabel="t")
+    ax.figure.colorbar(mesh, ax=ax, format="%+g %%", pad=0.02).ax.tick_params(labelsize=8)
 
 
 # ------------------------------------------------------------------------------------------- the pose in a picture

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import MICRO, command, micro, one_sentence, same, trained  # noqa: F401  (two are fixtures)
+from test_train import MICRO, command, micro, one_sentence, same, trained, undrawn  # noqa: F401  (three are fixtures)
 
 import checkpoint
 import data
@@ -26,6 +26,7 @@ from diffusion import Diffusion
 ROOT = Path(__file__).parent.parent
 N, EVALS, EVERY = 256, 20, 1000             # latents, evaluations of a planted run, steps between them
 DIFFUSION = Diffusion()
+PLOT_CURVES = train.plot_curves             # which fixtures replace
 BIN = evaluate.fixed_noise(DIFFUSION, torch.zeros(N, 1, 1, 1))[0] * 10 // 1000                  # of each latent
 
 
@@ -391,7 +392,7 @@ def drawn_panels(monkeypatch, run: train.Run, panels: train.Panels) -> dict:
     import matplotlib.pyplot as plt
     kept, close = [], plt.close
     monkeypatch.setattr(plt, "close", lambda fig: kept.append(fig))
-    train.plot_curves(run, panels)
+    PLOT_CURVES(run, panels)
     monkeypatch.setattr(plt, "close", close)
     found = {ax.get_title(): ax for ax in kept[0].axes if ax.get_title()}
     close(kept[0])
