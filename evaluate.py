@@ -3,12 +3,14 @@
     python evaluate.py recon --data DIR --vq A.pt B.ckpt --out DIR      is this autoencoder good enough for my pictures?
     python evaluate.py condition --ckpt runs/ldm/last.pt --data DIR     eps loss under right, shuffled and no pose
     python evaluate.py pose --ckpt runs/ldm/last.pt --data DIR --out DIR    are the people drawn in the pose asked for?
+    python evaluate.py overfit --run runs/ldm                           underfit, good or memorising, and since when?
 
 recon lays any number of autoencoders, ours or published, side by side on the same pictures: L1, PSNR, SSIM, LPIPS and
 rFID, the codes in use, and with --against the codes that other pictures use. All measures take pictures [B, 3, H, W] in
 [-1, 1]; PSNR and SSIM are of pictures on 0..1 and means over pictures. train.py calls the same functions on its
 validation set. pose draws held-out poses and finds the joints in what was drawn, by a small network that learnt it from
-the person's own pictures in minutes, or by any detector outside.
+the person's own pictures in minutes, or by any detector outside. overfit reads the log of a run of stage 2, looks for
+the training pictures nearest to its samples, and draws one seed with each checkpoint that was kept.
 
 Letters: B batch, H W picture, K codes, D features, J = 17 joints, n cells a side of a joint's map.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import importlib.util
+import io
 import json
 import math
 import os
@@ -24,6 +27,7 @@ import random
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -319,35 +323,297 @@ def derangement(n: int, seed: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def condition_losses(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor,
-                     batch_size: int = 64, null: bool = True,
-                     autocast: Callable[[], AbstractContextManager] = nullcontext) -> dict[str, float]:
-    """The eps loss on latents z [N, C, h, w] under their own poses [N, 17, 3], under other pictures' and under none.
+def loss_each(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor, batch_size: int = 64,
+              null: bool = False, autocast: Callable[[], AbstractContextManager] = nullcontext) -> Tensor:
+    """The eps loss [N], float64 on the CPU, of each latent z [N, C, h, w] under poses [N, 17, 3], or none where `null`.
 
-    The noise is fixed and timestep i of N is spread evenly over the schedule, so that runs and steps compare; all
-    three see the same. shuffled / right is 1 where the model ignores the pose. `null` False leaves out the loss under
-    no pose, which means nothing for a model that never saw one.
+    Latent i has the timestep and the noise that `fixed_noise` gives it, so that runs and steps compare.
     """
-    if len(z) < 2:
-        raise ValueError(f"shuffled poses need at least 2 pictures, but there is {len(z)}")
+    t, noise = fixed_noise(diffusion, z)
+    losses = []
+    for i in range(0, len(z), batch_size):
+        s = slice(i, i + batch_size)
+        drop = torch.full((len(z[s]),), null, device=z.device)
+        with autocast():
+            losses.append(diffusion.loss(eps_model, z[s], poses[s], t=t[s], noise=noise[s], drop=drop))
+    return torch.cat(losses).double().cpu()
+
+
+def fixed_noise(diffusion: Diffusion, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Timesteps [N], spread evenly over the schedule, and noise like z [N, C, h, w]: the same in every call."""
     generator = torch.Generator().manual_seed(SHUFFLE_SEED)
     noise = torch.randn(z.shape, generator=generator).to(z.device)
     # Spread by a random order: neighbouring pictures (frames of one film) should not share a timestep.
     t = torch.linspace(0, diffusion.timesteps - 1, len(z)).round().long()
-    t = t[torch.randperm(len(z), generator=generator)].to(z.device)
+    return t[torch.randperm(len(z), generator=generator)].to(z.device), noise
+
+
+def condition_each(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor,
+                   batch_size: int = 64, null: bool = True,
+                   autocast: Callable[[], AbstractContextManager] = nullcontext) -> dict[str, Tensor]:
+    """`loss_each` [N] of latents z [N, C, h, w] under their own poses [N, 17, 3], "right", under other pictures',
+    "shuffled", and under none, "null"; all three see the same noise. `null` False leaves out the loss under no pose,
+    which means nothing for a model that never saw one.
+    """
+    if len(z) < 2:
+        raise ValueError(f"shuffled poses need at least 2 pictures, but there is {len(z)}")
     wrong = poses[torch.as_tensor(derangement(len(z), SHUFFLE_SEED), device=poses.device)]
-    out = {}
-    kinds = [("right", poses, False), ("shuffled", wrong, False)] + [("null", poses, True)] * null
-    for name, p, dropped in kinds:
-        total = 0.0
-        for i in range(0, len(z), batch_size):
-            s = slice(i, i + batch_size)
-            drop = torch.full((len(z[s]),), dropped, device=z.device)
-            with autocast():
-                loss = diffusion.loss(eps_model, z[s], p[s], t=t[s], noise=noise[s], drop=drop)
-            total += loss.double().sum().item()
-        out[name] = total / len(z)
+    kinds = {"right": (poses, False), "shuffled": (wrong, False)} | ({"null": (poses, True)} if null else {})
+    return {name: loss_each(eps_model, diffusion, z, p, batch_size, dropped, autocast)
+            for name, (p, dropped) in kinds.items()}
+
+
+def condition_losses(*args: object, **how: object) -> dict[str, float]:
+    """The means of `condition_each`, and shuffled / right, "ratio", which is 1 where the model ignores the pose."""
+    return condition_means(condition_each(*args, **how))
+
+
+def condition_means(each: dict[str, Tensor]) -> dict[str, float]:
+    out = {name: losses.mean().item() for name, losses in each.items()}
     return out | {"ratio": out["shuffled"] / out["right"]}
+
+
+# ------------------------------------------------------------------------------------- the moment it overfits
+
+# Training and held-out latents keep their noise and timesteps through a run. So two evaluations of it are compared
+# latent by latent, and what their difference is worth is told by its own standard error, not by that of either loss.
+
+BINS = 10                           # of timesteps, of equal width
+LEAST_IN_BIN = 8                    # latents; of fewer a standard error says nothing, and the bin stays without a say
+# Student's t with 24 degrees of freedom, those of 25 latents a bin, is beyond 4 in 3 of 10,000 cases: with 11 places to
+# look at in each of up to 100 evaluations 3 would be beaten by chance. That it holds ROW_OF times and of the gap too
+# is asked for besides.
+SIGNIFICANT = 4.0                   # standard errors
+RISEN = 0.01                        # of the loss: less is no harm, however certain
+ROW_OF = 3                          # evaluations in a row, before anything is said
+HEEDED = 1.02                       # shuffled / right: the seed's token, which cannot place a joint, reaches 1.016
+UNLEARNT = 0.5                      # of the loss of predicting nothing, which is 1, for the noise is N(0, I)
+STILL_FALLING = 0.05                # of the loss, in the last quarter of the steps: more, and twice the steps would pay
+COPY_PERCENTILE = 1.0               # of the distances of held-out pictures to their nearest training picture
+CHANCE = 1e-3                       # copies are evidence where so many come by chance in less than this share of cases
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl; a line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Watch:
+    """Held-out and training losses of one run, against those at the evaluation where the held-out ones were lowest.
+
+    Over all timesteps, key "", and in bins of them, keys "_t000", "_t100", ...: each has its own best evaluation.
+    """
+
+    def __init__(self, diffusion: Diffusion, val: Tensor, train: Tensor):
+        """val [N, C, h, w] and train [M, C, h, w] are the latents whose losses will come."""
+        self.members = {"": (torch.arange(len(val)), torch.arange(len(train)))}
+        val_bin, train_bin = (fixed_noise(diffusion, z)[0].cpu() * BINS // diffusion.timesteps for z in (val, train))
+        for b in range(BINS):
+            first = math.ceil(b * diffusion.timesteps / BINS)
+            self.members[f"_t{first:03d}"] = (val_bin == b).nonzero()[:, 0], (train_bin == b).nonzero()[:, 0]
+        self.best: dict[str, dict[str, Tensor]] = {}        # key: "val" and "train" losses of its best evaluation
+
+    def load(self, best: dict[str, dict[str, Tensor]]) -> None:
+        """`best` of a checkpoint, where it is of as many latents; else the watch begins anew."""
+        if all(key in self.members and [len(b["val"]), len(b["train"])] == [len(of) for of in self.members[key]]
+               for key, b in best.items()):
+            self.best = best
+
+    def means(self, name: str, losses: Tensor, part: int) -> dict[str, float]:
+        """Of losses [N] of the held-out latents, `part` 0, or of the training ones, 1: figures for the log."""
+        return {f"{name}{key}": losses[of[part]].mean().item() for key, of in self.members.items() if len(of[part])}
+
+    def rises(self, val: Tensor, train: Tensor) -> dict[str, float]:
+        """Losses [N] and [M] of an evaluation -> figures for the log, of each key where that can be said:
+        "rise", held-out loss above its best, "grown", the same less what the training loss did meanwhile: how much the
+        gap between them has grown; and the standard errors of both."""
+        out = {}
+        for key, (of_val, of_train) in self.members.items():
+            v, u = val[of_val], train[of_train]
+            if min(len(v), len(u)) < LEAST_IN_BIN or not (v.isfinite().all() and u.isfinite().all()):
+                continue
+            if key not in self.best or v.mean() < self.best[key]["val"].mean():
+                self.best[key] = {"val": v, "train": u}
+            rise, moved = v - self.best[key]["val"], u - self.best[key]["train"]
+            out |= {f"rise{key}": rise.mean().item(), f"rise_se{key}": standard_error(rise),
+                    f"grown{key}": (rise.mean() - moved.mean()).item(),
+                    f"grown_se{key}": math.hypot(standard_error(rise), standard_error(moved))}
+        return out
+
+
+def standard_error(x: Tensor) -> float:
+    """Of the mean of x [N]."""
+    return (x.std() / math.sqrt(len(x))).item()
+
+
+def evaluations(rows: list[dict]) -> list[dict]:
+    """Those rows of a log of stage 2 that are evaluations."""
+    return [row for row in rows if "val_right" in row]
+
+
+def has_risen(row: dict, key: str) -> bool:
+    """Is the held-out loss of `key` for certain above its best, and not because all losses are?"""
+    rise, loss = row.get(f"val_rise{key}", 0.0), row[f"val_right{key}"]
+    return (rise > RISEN * loss and rise > SIGNIFICANT * row[f"val_rise_se{key}"]
+            and row[f"val_grown{key}"] > SIGNIFICANT * row[f"val_grown_se{key}"])
+
+
+def bin_keys(row: dict) -> list[str]:
+    """"_t000", "_t100", ... of an evaluation."""
+    return sorted((name[9:] for name in row if re.fullmatch(r"val_right_t\d+", name)), key=lambda key: int(key[2:]))
+
+
+def streaks(rows: list[dict]) -> dict[str, int]:
+    """For how many evaluations in a row, up to the last one, `has_risen` holds, of each key for which it does."""
+    found, out = evaluations(rows), {}
+    for key in ["", *bin_keys(found[-1])] if found else []:
+        n = next((i for i, row in enumerate(reversed(found)) if not has_risen(row, key)), len(found))
+        if n:
+            out[key] = n
+    return out
+
+
+def best_step(rows: list[dict]) -> int:
+    """After how many steps the held-out loss was lowest: the step of best.pt."""
+    return 1 + min((row for row in evaluations(rows)), key=lambda row: row["val_right"])["step"]
+
+
+# what the network decides in the first, the middle and the last third of the timesteps
+MEMORISED = "the last steps' details", "shapes", "whole pictures, from their first outlines on,"
+
+
+def overfitting(rows: list[dict], row_of: int = ROW_OF) -> str | None:
+    """In words, since when and where held-out losses rise, from the rows of a log; None unless they have for `row_of`
+    evaluations in a row."""
+    risen = {key: n for key, n in streaks(rows).items() if n >= row_of}
+    if not risen:
+        return None
+    keys = bin_keys(evaluations(rows)[-1])
+    places = [i for i, key in enumerate(keys) if key in risen]
+    thirds = sorted({3 * i // len(keys) for i in places})
+    what = " and ".join(MEMORISED[third] for third in thirds) or "training pictures"
+    return (f"validation loss has risen for {max(risen.values())} evaluations {in_bins(keys, places)}: {what} are "
+            f"being memorised; best was step {best_step(rows):,}")
+
+
+def in_bins(keys: list[str], places: list[int]) -> str:
+    """The bins with the numbers `places` among all `keys`, in words: "in bins t<300", "in bins 100<=t<300, t>=900"."""
+    if len(places) in (0, len(keys)):
+        return "in all bins" if places else "over all timesteps"
+    words, first = [], [key[2:].lstrip("0") or "0" for key in keys]
+    for run in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
+        low, high = run[0], run[-1] + 1
+        words.append(f"t<{first[high]}" if low == 0 else f"t>={first[low]}" if high == len(keys)
+                     else f"{first[low]}<=t<{first[high]}")
+    return f"in bin{'s' * (len(places) > 1)} {', '.join(words)}"
+
+
+def gaps(row: dict) -> dict[str, float]:
+    """The held-out less the training loss of an evaluation, as a share of the held-out one, by the keys of its bins."""
+    return {key: 1 - row.get(f"val_train{key}", math.nan) / row[f"val_right{key}"] for key in bin_keys(row)}
+
+
+def risen(row: dict) -> dict[str, float]:
+    """How far the held-out loss of an evaluation is above its best, as a share of it, by the keys of its bins."""
+    return {key: row.get(f"val_rise{key}", math.nan) / row[f"val_right{key}"] for key in bin_keys(row)}
+
+
+HELD_OUT = "held out"
+
+
+def copies(distances: dict[str, list[float]]) -> tuple[float, dict[str, dict]]:
+    """Which samples are copies, by the distances to the nearest training picture: of held-out pictures, under HELD_OUT,
+    and of kinds of samples, by their names.
+
+    The limit, COPY_PERCENTILE of the first; and of each kind how many are nearer than that, "copies", "of" how many,
+    and how often chance makes as many, "chance".
+    """
+    held_out, out = np.array(distances[HELD_OUT]), {}
+    limit = float(np.percentile(held_out, COPY_PERCENTILE))
+    for name in distances.keys() - {HELD_OUT}:
+        near, n = int((np.array(distances[name]) < limit).sum()), len(distances[name])
+        chance = chance_of(near, n, int((held_out < limit).sum()), len(held_out))
+        out[name] = {"copies": near, "of": n, "chance": chance}
+    return limit, out
+
+
+def chance_of(near: int, n: int, below: int, of: int) -> float:
+    """How often at least `near` of n values come before the one of `of` others that has `below` of its own before it,
+    if all are of one kind: any order is then as likely, and the first near + below are a hypergeometric draw."""
+    first = near + below
+    ways = (math.comb(n, j) * math.comb(of, first - j) for j in range(near, min(n, first) + 1))
+    return sum(ways) / math.comb(n + of, first)
+
+
+def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -> dict:
+    """Is a run of stage 2 underfit, good or memorising? From the rows of its log, and `distances` as `copies` has them.
+
+    "verdict"; "since", the step from which on held-out losses rise, where they do; "best", the step of best.pt; "pose",
+    heeded or ignored; "reasons" in words, and the "numbers" behind them. ValueError for a log that does not tell.
+    """
+    found = evaluations(rows)
+    if not found or "val_train" not in found[-1]:
+        raise ValueError("the log has no evaluation that tells held-out from training loss: the run is too young, or "
+                         "older than this measure; train it on, or anew with --fresh")
+    last, warning, risen_for = found[-1], overfitting(rows), streaks(rows)
+    steps, loss = last["step"] + 1, last["val_right"]
+    early = found[0]["step"] + 1 <= 0.75 * steps                # or there is nothing to compare with
+    fell = 1 - loss / np.interp(0.75 * steps, [row["step"] + 1 for row in found],
+                                [row["val_right"] for row in found]).item() if early else None
+    limit, copied = copies(distances) if distances else (None, {})
+    heeded = last["val_ratio"] >= HEEDED and last["val_shuffled"] - loss > SIGNIFICANT * last["val_shuffled_se"]
+    numbers = {"step": steps, "evaluations": len(found), "loss": loss, "training": last["val_train"], "fell": fell,
+               "ratio": last["val_ratio"], "risen_for": risen_for, "limit": limit, "copies": copied,
+               "rise": {key: share for key, share in risen(last).items() if math.isfinite(share)}}
+    reasons = [f"{warning}; it is {loss:.4f} now, and {last['val_train']:.4f} on training pictures"] if warning else []
+    reasons += [f"{c['copies']} of {c['of']} samples under {name} are nearer to a training picture than "
+                f"{100 - COPY_PERCENTILE:g} % of held-out pictures are (by chance: {c['chance']:.0e})"
+                for name, c in sorted(copied.items()) if c["copies"] and c["chance"] < CHANCE]
+    still = f"held-out loss is {loss:.4f}" + (
+        f", {fell:.1%} less than a quarter of the {steps:,} steps before" if early else "")
+    if reasons:
+        word = "memorising"
+    elif not loss < UNLEARNT:
+        word, reasons = "underfit", [f"{still}; predicting nothing has 1"]
+    elif not early or not fell < STILL_FALLING:
+        word, reasons = "underfit", [f"{still}; it still falls, so train longer"]
+    else:
+        word, reasons = "good", [f"{still}; it is {last['val_train']:.4f} on training pictures, and rises in no bin of "
+                                 "timesteps"]
+    reasons.append(f"shuffled poses have {last['val_ratio']:.3f} times the loss of right ones: the pose is "
+                   + ("heeded" if heeded else "ignored"))
+    return {"verdict": word, "since": found[-max(risen_for.values())]["step"] + 1 if warning else None,
+            "best": best_step(rows), "pose": "heeded" if heeded else "ignored", "reasons": reasons, "numbers": numbers}
+
+
+LEAST_COLOUR = 0.05                 # the share that has the strongest colour, at least: noise is to look pale
+
+
+def draw_bins(ax: object, rows: list[dict], share: Callable[[dict], dict[str, float]]) -> None:
+    """A heat map of `share`, over steps and timesteps, into matplotlib's `ax`; a dot marks what `has_risen`."""
+    found = [row for row in evaluations(rows) if bin_keys(row)]
+    if not found:
+        ax.text(0.5, 0.5, "no evaluation yet", ha="center", va="center", transform=ax.transAxes, color="gray")
+        return
+    keys = bin_keys(found[-1])
+    values = np.array([[share(row).get(key, math.nan) for row in found] for key in keys])      # [bins, evaluations]
+    steps = np.array([row["step"] + 1 for row in found])
+    edges = np.concatenate([[0], (steps[:-1] + steps[1:]) / 2, steps[-1:]]).astype(float)
+    first = [int(key[2:]) for key in keys]
+    most = max(LEAST_COLOUR, np.nanmax(np.abs(values), initial=0))
+    mesh = ax.pcolormesh(edges, [*first, first[-1] + (first[-1] / max(1, len(keys) - 1))], 100 * values, cmap="RdBu_r",
+                         vmin=-100 * most, vmax=100 * most)
+    for x, row in zip((edges[:-1] + edges[1:]) / 2, found, strict=True):
+        high = [t for t, key in zip(first, keys, strict=True) if has_risen(row, key)]
+        ax.plot([x] * len(high), np.array(high) + first[-1] / max(1, len(keys) - 1) / 2, "k.", markersize=4)
+    ax.set(ylim=(0, None), ylabel="t")
+    ax.figure.colorbar(mesh, ax=ax, format="%+g %%", pad=0.02).ax.tick_params(labelsize=8)
 
 
 # ------------------------------------------------------------------------------------------- the pose in a picture
@@ -889,12 +1155,13 @@ def picture_limit(text: str) -> int:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="evaluate.py {recon,condition,pose} [--flags; COMMAND --help explains "
-                                     "them]")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{recon,condition,pose}")
+                                     usage="evaluate.py {recon,condition,pose,overfit} [--flags; COMMAND "
+                                     "--help explains them]")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{recon,condition,pose,overfit}")
     recon = commands.add_parser("recon", help="compare autoencoders on pictures")
     condition = commands.add_parser("condition", help="measure whether stage 2 listens to the pose")
     pose = commands.add_parser("pose", help="measure whether samples show the pose asked for")
+    overfit = commands.add_parser("overfit", help="tell whether a run of stage 2 is underfit, good or memorising")
     recon.add_argument("--vq", dest="ckpt", nargs="+", default=["runs/vq/last.pt"], metavar="FILE",
                        help="checkpoints of stage 1 or 2, ours or CompVis' (default runs/vq/last.pt)")
     for sub in (condition, pose):
@@ -922,11 +1189,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                       "poses asked for, to run another detector on; not among the pictures of --data")
     pose.add_argument("--detected", metavar="FILE", help="what a detector found in the pictures of an earlier --out, "
                       "in place of the reader: a pose file of any format, or a folder of one a picture")
-    pose.add_argument("--steps", type=int, default=sample.DEFAULT_STEPS, help="of DDIM (default %(default)s)")
-    pose.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1 (default as in sample.py)")
-    pose.add_argument("--guidance", type=float, metavar="W", help="default as in sample.py")
-    pose.set_defaults(spacing=None)                                 # the model's own
-    pose.add_argument("--seed", type=int, default=0, help="the i-th sample has seed --seed + i")
+    overfit.add_argument("--run", default="runs/ldm", metavar="DIR", help="run folder of stage 2 (default %(default)s)")
+    overfit.add_argument("--out", metavar="DIR", help="writes overfit.json and overfit.png there (default: the run's)")
+    overfit.add_argument("-n", type=int, default=16, help="samples under training poses, and as many under held-out "
+                         "ones (default %(default)s)")
+    overfit.add_argument("--limit", type=picture_limit, default=512, metavar="N", help="held-out pictures, at most, "
+                         "that tell how near to a training picture is usual (default %(default)s)")
+    overfit.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    overfit.set_defaults(detected=None)
+    for sub in (pose, overfit):
+        sub.add_argument("--steps", type=int, default=sample.DEFAULT_STEPS, help="of DDIM (default %(default)s)")
+        sub.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1 (default as in sample.py)")
+        sub.add_argument("--guidance", type=float, metavar="W", help="default as in sample.py")
+        sub.set_defaults(spacing=None)                              # the model's own
+        sub.add_argument("--seed", type=int, default=0, help="the i-th sample has seed --seed + i")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     return args
@@ -1200,10 +1476,210 @@ def describe_pose(rows: dict[str, dict], reader: str) -> Iterator[str]:
                "on samples is weak; more pictures make a better reader, and --detected takes another one")
 
 
+@dataclass(frozen=True)
+class Near:
+    """Latents z [N, C, h, w], and of each the nearest row of the training latents and how far that is."""
+    z: Tensor
+    rows: np.ndarray                # [N] of the cache: odd ones are mirror images
+    distances: np.ndarray           # [N] root mean square over channels and places
+
+
+@torch.no_grad()
+def nearest(ldm: checkpoint.LDM, cache: data.LatentCache, parts: dict[str, Tensor]) -> dict[str, Near]:
+    """The nearest training latent of each latent z [N, C, h, w] of `parts`, in one pass over all of the cache."""
+    z, device = torch.cat(list(parts.values())).flatten(1), ldm.mean.device                     # [Q, D]
+    least, rows = torch.full((len(z),), math.inf, device=device), torch.zeros(len(z), dtype=torch.long, device=device)
+    for first in tqdm(range(0, len(cache), CHUNK), "comparing latents", unit="chunk", dynamic_ncols=True):
+        x = training_latents(ldm, cache, np.arange(first, min(first + CHUNK, len(cache)))).flatten(1)       # [R, D]
+        found, at = (x.square().sum(1) - 2 * z @ x.T).min(1)                # + |z|^2, which is the same for all x
+        closer = found < least
+        least, rows = torch.where(closer, found, least), torch.where(closer, first + at, rows)
+    rows = rows.cpu().numpy()
+    apart = z - training_latents(ldm, cache, rows).flatten(1)               # anew: nothing cancels here
+    distances = apart.square().mean(1).sqrt().cpu().numpy()
+    ends = np.cumsum([len(part) for part in parts.values()])[:-1]
+    return {name: Near(part, r, d) for (name, part), r, d in zip(parts.items(), np.split(rows, ends),
+                                                                 np.split(distances, ends), strict=True)}
+
+
+def training_latents(ldm: checkpoint.LDM, cache: data.LatentCache, rows: np.ndarray) -> Tensor:
+    """Latents z [N, C, h, w] of those rows, as diffusion works on them."""
+    return (cache.rows(rows)[0].to(ldm.mean.device) - ldm.mean) / ldm.std
+
+
+@torch.no_grad()
+def draw_latents(ldm: checkpoint.LDM, poses: Tensor, size: int, args: argparse.Namespace) -> Tensor:
+    """A sample z [N, C, h, w] for each pose [N, 17, 3], the i-th with seed args.seed + i."""
+    found = []
+    for i in range(0, len(poses), BATCH):
+        some = poses[i:i + BATCH]
+        *_, last = sample.sample(ldm, some, [args.seed + i + j for j in range(len(some))], size, steps=args.steps,
+                                 eta=args.eta, guidance=args.guidance, spacing=args.spacing)
+        found.append(last.x)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def decoded(ldm: checkpoint.LDM, z: Tensor) -> list[np.ndarray]:
+    """Latents [N, C, h, w] -> pictures uint8 [H, W, 3]."""
+    return [picture for part in z.split(BATCH) for picture in data.to_uint8(ldm.decode(part).float().cpu())]
+
+
+def film(run: Path, poses: Tensor, size: int, args: argparse.Namespace) -> dict[int, list[np.ndarray]]:
+    """By the step of a checkpoint a picture for each pose [N, 17, 3], the i-th with seed args.seed + i: of every
+    checkpoint in the run folder, or of FILM evenly among them."""
+    paths = {}
+    for path in (*run.glob("step-*.pt"), run / "best.pt", run / "last.pt"):
+        if path.exists():
+            step = last_number(path.stem)
+            paths[checkpoint.load(path, "ldm")["step"] if step is None else step] = path
+    steps, out = sorted(paths), {}
+    for step in tqdm([steps[i] for i in data.evenly(len(steps), FILM)], "film strip", unit="checkpoint"):
+        ldm, _ = checkpoint.load_ldm(paths[step], args.device)
+        out[step] = decoded(ldm, draw_latents(ldm, poses, size, args))
+    return out
+
+
+def open_run(args: argparse.Namespace) -> tuple[checkpoint.LDM, dict, list[dict]]:
+    """The model of the run folder's last checkpoint, its configuration, and the rows of the log up to there."""
+    run, args.device = Path(args.run), checkpoint.find_device(args.device)
+    args.ckpt = str(run / "last.pt")
+    ldm, payload = checkpoint.load_ldm(args.ckpt, args.device)
+    if not (run / "log.jsonl").exists():
+        raise ValueError(f"--run {run} has no log.jsonl, which tells how training went; name a whole run folder")
+    if args.n < 1:
+        raise ValueError(f"-n is {args.n}; it must be 1 or more")
+    check_pose_args(args, ldm)
+    return ldm, payload["config"], [row for row in read_log(run / "log.jsonl") if row["step"] < payload["step"]]
+
+
+def overfit(args: argparse.Namespace) -> None:
+    """Prints the verdict on a run of stage 2 and writes overfit.json and overfit.png."""
+    ldm, config, rows = open_run(args)
+    verdict(rows)                                                           # has the log what is needed?
+    size, device, run, out = config["size"], ldm.mean.device, Path(args.run), Path(args.out or args.run)
+    make_out(str(out), config["data"], config["val"])
+    train, held_out = data.open_data(config["data"], size, config["val"], remember=False)
+    dtype = torch.float16 if config["amp"] == "fp16" else torch.bfloat16    # as train.py has it
+
+    @torch.no_grad()
+    def encode(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, dtype, enabled=config["amp"] != "off"):
+            return ldm.vq.encode(x.to(device)).float()
+    cache = data.LatentCache(run, f"{config['vq_hash']} {config['amp']}", train, encode, BATCH, device)
+    pairs = list(data.in_order(held_out, BATCH, args.limit))
+    theirs = torch.cat([pose for _, pose in pairs])
+    poses = {"training poses": cache.rows(2 * data.evenly(len(cache) // 2, args.n))[1],
+             "held-out poses": theirs[data.evenly(len(theirs), args.n)]}
+    parts = {HELD_OUT: torch.cat([(encode(x) - ldm.mean) / ldm.std for x, _ in pairs])}
+    for name in tqdm(poses, "sampling", unit="kind of pose"):
+        parts[name] = draw_latents(ldm, poses[name], size, args)
+    near = nearest(ldm, cache, parts)
+    found = verdict(rows, {name: part.distances.tolist() for name, part in near.items()})
+    strip = film(run, torch.stack([poses[name][0] for name in poses]), size, args)
+    print(f"{run} at step {found['numbers']['step']:,}: {headline(found)}")
+    for reason in found["reasons"]:
+        print(f"- {reason}")
+    samples = {name: [{"distance": float(d), "nearest": int(row) // 2, "mirrored": bool(row % 2)}
+                      for d, row in zip(near[name].distances, near[name].rows, strict=True)] for name in poses}
+    report = {"command": shlex.join(["python", "evaluate.py", *args.argv]), "run": str(run), **found,
+              "samples": samples, "steps": args.steps, "eta": args.eta, "guidance": args.guidance, "seed": args.seed}
+    (out / "overfit.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    overfit_figure(out / "overfit.png", ldm, cache, rows, found, near, poses, strip)
+    print(f"wrote {out}/overfit.json and overfit.png")
+
+
+def headline(found: dict) -> str:
+    """What `verdict` found, in a few words."""
+    return (found["verdict"].upper() + (f" since step {found['since']:,}" if found["since"] else "")
+            + f"; best was step {found['best']:,}; the pose is " + found["pose"])
+
+
+# ----------------------------------------------------------------------------------------- the picture of overfit
+
+CHUNK = 1024                        # rows of the cache compared at once: 50 MB where latents are 64x64x3
+FILM = 8                            # checkpoints in the film strip, at most
+PAGE_LEAST = 1400                   # pixels wide
+NEAR_SHOWN = 8                      # samples of each kind beside their nearest training pictures, the nearest first
+
+
+def overfit_figure(path: Path, ldm: checkpoint.LDM, cache: data.LatentCache, rows: list[dict], found: dict,
+                   near: dict[str, Near], poses: dict[str, Tensor], strip: dict[int, list[np.ndarray]]) -> None:
+    """One page: verdict and curves, samples beside their nearest training pictures, one seed through checkpoints."""
+    limit, tiles, labels, captions = found["numbers"]["limit"], [], [], []
+    for name in poses:
+        shown = np.argsort(near[name].distances)[:NEAR_SHOWN]
+        distances, at = near[name].distances[shown], near[name].rows[shown]
+        tiles += [decoded(ldm, near[name].z[shown]), decoded(ldm, training_latents(ldm, cache, at))]
+        labels += [f"samples under {name}, those nearest to a training picture first", "that training picture"]
+        captions += [[f"{d:.2f}" + (" COPY" if d < limit else "") for d in distances],
+                     ["mirrored" if row % 2 else "" for row in at]]
+    grid = data.save_grid(path, tiles, labels=labels, captions=captions, title="Root mean square distance in latent "
+                          f"space; {COPY_PERCENTILE:g} % of held-out pictures are nearer than {limit:.2f}")
+    size = tiles[0][0].shape[0]
+    strips = [[draw(poses[name][0].numpy(), size), *(strip[step][i] for step in strip)] for i, name in enumerate(poses)]
+    filmed = data.save_grid(path, strips, ["pose", *(f"step {step:,}" for step in strip)],
+                            [f"one of the {name}" for name in poses], title="One seed through the checkpoints")
+    width = max(PAGE_LEAST, grid.width, filmed.width)
+    parts = [curves_figure(rows, found, {name: n.distances for name, n in near.items()}, width), grid, filmed]
+    page = Image.new("RGB", (width, sum(part.height for part in parts)), "white")
+    top = 0
+    for part in parts:
+        page.paste(part, (0, top))
+        top += part.height
+    page.save(path)
+
+
+def curves_figure(rows: list[dict], found: dict, distances: dict[str, np.ndarray], width: int) -> Image.Image:
+    """The verdict over curves and heat maps, a small curve for each bin, and how distances lie; `width` pixels wide."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    found_at, keys = evaluations(rows), bin_keys(evaluations(rows)[-1])
+    steps = [row["step"] + 1 for row in found_at]
+    fig = plt.figure(figsize=(width / 100, 11), dpi=100, layout="constrained")
+    head, top, middle, bottom = fig.subfigures(4, 1, height_ratios=(0.5 + 0.22 * len(found["reasons"]), 3.2, 3.6, 2.6))
+    words = "\n".join(textwrap.fill(f"- {reason}", width // 8) for reason in found["reasons"])
+    head.text(0.01, 0.95, f"{headline(found)}\n", va="top", fontsize=14, weight="bold")
+    head.text(0.01, 0.6, words, va="top", fontsize=10)
+
+    def curves(ax: object, key: str, title: str) -> None:
+        for name, words, colour in (("right", "held-out", "C1"), ("train", "training", "C0")):
+            ax.plot(steps, [row.get(f"val_{name}{key}", math.nan) for row in found_at], colour, marker=".", label=words)
+        ax.axvline(found["best"], color="gray", linestyle=":")
+        ax.set_title(title, fontsize=10)
+        ax.tick_params(labelsize=7)
+        ax.grid(alpha=0.3)
+    axes = top.subplots(1, 3)
+    curves(axes[0], "", "eps loss, EMA; dotted: best.pt")
+    axes[0].legend(fontsize=8)
+    draw_bins(axes[1], rows, gaps)
+    draw_bins(axes[2], rows, risen)
+    axes[1].set_title("gap by timestep: held-out above training loss", fontsize=10)
+    axes[2].set_title("by timestep: held-out loss above its best; dots: for certain", fontsize=10)
+    small = middle.subplots(2, math.ceil(BINS / 2))
+    for ax in small.flat[len(keys):]:
+        ax.axis("off")
+    for ax, key in zip(small.flat, keys, strict=False):
+        curves(ax, key, f"t from {int(key[2:])}")
+    ax = bottom.subplots()
+    edges = np.linspace(0, 1.02 * max(max(d) for d in distances.values()), 60)
+    for name, d in distances.items():
+        what = "pictures held out" if name == HELD_OUT else f"samples under {name}"
+        ax.hist(d, edges, density=True, alpha=0.5, label=f"{len(d)} {what}")
+    ax.axvline(found["numbers"]["limit"], color="black", linestyle="--")
+    ax.set_title("distance to the nearest training picture; left of the line: copies", fontsize=10)
+    ax.legend(fontsize=8)
+    file = io.BytesIO()
+    fig.savefig(file, format="png")
+    plt.close(fig)
+    return Image.open(file).convert("RGB")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        {"recon": recon, "condition": condition, "pose": pose}[args.command](args)
+        {"recon": recon, "condition": condition, "pose": pose, "overfit": overfit}[args.command](args)
     except (ValueError, OSError) as e:
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2

@@ -45,6 +45,7 @@ import checkpoint
 import data
 import evaluate
 from diffusion import Diffusion, ddim, guided, per_image_noise
+from evaluate import read_log
 from keypoints import ConditionConfig, draw
 from unet import UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
@@ -55,9 +56,11 @@ SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
 INTERRUPTED = 130               # exit status after Ctrl-C, so that a script does not go on to the next stage
 LOST = 3                        # exit status where another process of the run is gone
 LOG_EVERY = 20                  # steps between lines of log.jsonl
-EVALS = 6                       # evaluations a run
+EVALS, MOST_EVALS = 6, 100      # evaluations a run, least and most; between them as many as take
+EVAL_SHARE = 0.05               # of its time
 EVAL_PICTURES = 512             # held-out pictures an evaluation of stage 1 looks at, at most
-EVAL_LATENTS = 256              # and of stage 2, each under three conditions
+EVAL_LATENTS = 256, 2048        # and of stage 2, and as many training ones, in a short run and in a long one, at most
+EVAL_PASSES = 6                 # held-out ones under three conditions and with raw weights, training ones with both
 PREVIEWS = 8                    # pictures in a preview
 PREVIEW_STEPS = 25              # of DDIM
 ENCODED = 16                    # pictures encoded at once for the cache: always, so that a filling goes on where it was
@@ -68,7 +71,7 @@ TOLERATED = 10                  # steps in a row without a finite loss that are 
 # What may differ from the resumed run (of stage 1 the hash of its weights decides, not the path), with --accept-data
 # too, and what the run finds out by itself.
 HARMLESS = {"minutes", "measured", "workers", "device", "compile", "out", "vq", "lpips", "keep_every", "accept_data",
-            "micro_batch", "checkpointing"}
+            "micro_batch", "checkpointing", "patience"}
 OF_DATA = {"data", "val", "pictures", "data_hash"}
 FOUND = {"pictures", "data_hash", "vq_hash"}
 REHEARSED = 8                   # steps, at most, by which memory and time of a run are forecast
@@ -196,6 +199,7 @@ class Config:
     keep_every: int | None = None                   # steps between checkpoints that stay
     data_hash: str | None = None                    # found by the run itself, of all pictures and poses
     accept_data: bool = False                       # resume though the pictures have changed
+    patience: int | None = None                     # stage 2: evaluations of overfitting in a row that end the run
 
 
 def make_config(args: argparse.Namespace) -> Config:
@@ -215,7 +219,8 @@ def make_config(args: argparse.Namespace) -> Config:
     if (args.workers or 0) < 0:
         raise ValueError(f"--workers is {args.workers}; it must be 0 or more")
     for name, value in (("--steps", steps), ("--minutes", minutes), ("--batch-size", recipe.batch_size),
-                        ("--lr", recipe.lr), ("--micro-batch", args.micro_batch), ("--keep-every", args.keep_every)):
+                        ("--lr", recipe.lr), ("--micro-batch", args.micro_batch), ("--keep-every", args.keep_every),
+                        ("--patience", args.patience)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it must be a positive number")
     device = checkpoint.find_device(args.device)
@@ -233,7 +238,7 @@ def make_config(args: argparse.Namespace) -> Config:
                                context_dim=cond.context_dim, **preset.unet) if ldm else None,
         cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None, normalise=preset.normalise,
         lpips=tuple(args.lpips_weights or ()), keep_every=args.keep_every,
-        accept_data=args.accept_data)
+        accept_data=args.accept_data, patience=args.patience)
 
 
 def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
@@ -458,6 +463,8 @@ class Run:
         self.overflows = self.resumed["train"].get("overflows", 0) if self.resumed else 0
         self.in_a_row, self.skipped_at, self.saved_at = 0, -1, time.monotonic()
         self.held = self.start or None              # the step that last.pt holds
+        self.alarm = None                           # what --patience has run out over, in words
+        self.training, self.trained = 0.0, 0        # seconds and steps since the last line of the log, in this process
 
     def _look_at_last(self) -> None:
         """Sets `resumed` to what last.pt holds, unless --fresh; ValueError where it is not to be touched."""
@@ -502,7 +509,7 @@ class Run:
             score = self.evaluate(self.start - 1)
             self.save(self.start, self.payload(), score)
             self.draw(self.start)
-        self.saved_at = time.monotonic()
+        self.saved_at = self.left = time.monotonic()
 
     def _check_same(self, old: dict) -> None:
         """A resumed run must be the one that was begun; its length stays what it was."""
@@ -559,15 +566,23 @@ class Run:
             self.stopping = any_rank(self.stopping, self.c.device)          # all ranks stop after the same step
         if rank() == 0:
             self.housekeep(step, numbers, bar)
-        return step + 1 == self.c.steps or self.stopping
+        return step + 1 == self.c.steps or self.stopping or self.out_of_patience(step)
+
+    def out_of_patience(self, step: int) -> bool:
+        """Has the evaluation after this step, which rank 0 alone makes, used up --patience?"""
+        return self.c.patience is not None and self.due(step) and any_rank(self.alarm is not None, self.c.device)
 
     def housekeep(self, step: int, numbers: dict[str, Tensor | int], bar: tqdm) -> None:
+        self.training, self.trained = self.training + time.monotonic() - self.left, self.trained + 1
         bar.total = self.c.steps
         bar.update()
         last, bad, score = step + 1 == self.c.steps, self.skipped_at == step, None
         self.overflows += not numbers and not bad           # of fp16, forgiven by descend
         if step % LOG_EVERY == 0 or last:
             values = {name: float(value) for name, value in numbers.items()}
+            if self.trained >= LOG_EVERY:                   # of fewer steps a rate says little
+                values["img_s"] = self.trained * self.c.recipe.batch_size / self.training
+            self.training, self.trained = 0.0, 0
             bar.set_postfix(loss=values.get("loss"), refresh=False)
             self.log(step, **values, lr=lr_at(step, self.c), **({"skipped": self.skipped} if self.skipped else {}),
                      **({"overflows": self.overflows} if self.overflows else {}))
@@ -580,6 +595,7 @@ class Run:
         if score is not None:
             bar.write(f"step {step + 1:6d}  {self.said}")
             self.draw(step + 1)
+        self.left = time.monotonic()                        # what was done here since the step is no training
 
     def evaluate(self, step: int) -> float:
         """The score after this step; the log has the figures."""
@@ -615,8 +631,8 @@ class Run:
         measuring = self.measuring[-1] - self.measuring[0]
         if n >= MEASURE_STEPS or (n >= 3 and measuring > budget / 8):       # not 40 times where a step takes a minute
             rate = statistics.median(np.diff(self.measuring[n // 4:]))
-            evaluating = EVALS * self.eval_forwards / (3 * self.c.recipe.batch_size)         # in steps
-            more = max(1, int((budget * (1 - RESERVE) - gone) / rate - evaluating))
+            left = (budget * (1 - RESERVE) - gone) / rate                                    # in steps
+            more = max(1, int(left - self.evaluations(step + 1 + left) * self.eval_steps()))
             self.c = replace(self.c, steps=step + 1 + more, measured=step + 1)
             if rank() == 0:
                 self._write_config()
@@ -640,10 +656,20 @@ class Run:
         with self.writing(self.log_path), open(self.log_path, "a") as f:
             f.write(json.dumps({"step": step, **values}) + "\n")
 
+    def eval_steps(self) -> float:
+        """How many steps take as long as an evaluation."""
+        return self.eval_forwards / (3 * self.c.recipe.batch_size)
+
+    def evaluations(self, steps: float) -> int:
+        """How many evaluations a run of so many steps has."""
+        return max(EVALS, min(MOST_EVALS, int(EVAL_SHARE * steps / self.eval_steps())))
+
     def due(self, step: int) -> bool:
         """Is an evaluation due after this step?"""
-        n = self.c.steps
-        return n is not None and (step + 1 == n or (step + 1) % max(1, n // EVALS) == 0 and n - step > n // EVALS // 2)
+        if (n := self.c.steps) is None:
+            return False
+        between = n // self.evaluations(n)
+        return step + 1 == n or (step + 1) % max(1, between) == 0 and n - step > between // 2
 
     def save_due(self, step: int) -> bool:
         """Is a checkpoint due after this step, evaluation or not?"""
@@ -679,16 +705,26 @@ class Run:
             say(f"{self.dir}: stopped at step {step} of {self.c.steps}; the same command again goes on from there"
                 if self.c.steps else f"{self.dir}: stopped before its first checkpoint; nothing is lost but a moment")
             return False
+        if step != self.c.steps:
+            say(f"{self.dir}: out of patience at step {step} of {self.c.steps}; {self.go_on()}")
         minutes = (time.monotonic() - self.began) / 60
         say(f"{self.dir}: {self.said}\n{minutes:.1f} minutes, peak memory {peak_memory(self.c.device):.2f} GiB; "
             f"see {self.dir}/curves.png and {self.dir}/samples/")
         return True
+
+    def go_on(self) -> str:
+        return (f"{self.best_path} is the model to take; without --patience {self.c.patience} the same command goes on "
+                "to the end")
 
     def is_complete(self) -> bool:
         """Nothing left to do? Says so."""
         complete = self.c.steps is not None and self.start >= self.c.steps
         if complete:
             say(f"{self.dir} is complete at step {self.start}; --fresh starts it over")
+        elif self.start and self.c.patience and self.log_path.exists() and (alarm := evaluate.overfitting(
+                [r for r in read_log(self.log_path) if r["step"] < self.start], self.c.patience)):
+            say(f"{self.dir} is out of patience at step {self.start}: {alarm}; {self.go_on()}")
+            return True
         return complete
 
 
@@ -792,17 +828,6 @@ def completed(old: dict, like: object) -> dict:
     return made
 
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl; a line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
 def peak_memory(device: str) -> float:
     """GiB: of the GPU where it trains there, else of this process."""
     if device.startswith("cuda"):
@@ -867,30 +892,61 @@ def steps_bar(run: Run) -> tqdm:
                 disable=rank() > 0)
 
 
-def plot_curves(run: Run, panels: dict[str, tuple[str, ...]]) -> None:
-    """curves.png: one panel for each {title: (log keys)}, over the steps."""
+Panels = dict[str, dict[str, str] | Callable]       # by title: {label: key of the log}, or what draws (axes, rows)
+PANELS_ACROSS = 4
+MEAN_OF = 15                    # lines of the log: one batch is noisy
+WIDE = 20                       # the largest over the smallest value: then the axis is logarithmic
+
+
+def plot_curves(run: Run, panels: Panels) -> None:
+    """curves.png: the panels over the steps of the run so far, its last sentence above."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = read_log(run.log_path)
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), constrained_layout=True)
-    for ax, (title, keys) in zip(axes, panels.items(), strict=True):
-        for key in keys:
-            points = [(r["step"], r[key]) for r in rows if r.get(key) is not None]
-            if points:
-                steps, values = (np.array(column) for column in zip(*points, strict=True))
-                few = len(points) < 30
-                line, = ax.plot(steps, values, label=key, marker="." if few else None, alpha=1 if few else 0.25)
-                if not few:             # one batch is noisy: the mean of 15 lines of the log over it
-                    mean = np.convolve(values, np.ones(15) / 15, mode="valid")
-                    ax.plot(steps[7:7 + len(mean)], mean, color=line.get_color())
-        ax.set(title=title, xlabel="step")
-        ax.grid(alpha=0.3)
-        if ax.lines:
-            ax.legend(fontsize=8)
+    rows, down = read_log(run.log_path), math.ceil(len(panels) / PANELS_ACROSS)
+    height = 3.2 * down + 0.6           # inches; the margins are fixed, for to find them takes longer than to draw
+    fig, axes = plt.subplots(down, PANELS_ACROSS, figsize=(4.4 * PANELS_ACROSS, height), squeeze=False)
+    fig.subplots_adjust(0.035, 0.35 / height, 0.985, 1 - 0.9 / height, wspace=0.17, hspace=0.3)
+    fig.suptitle(f"{run.dir}, step {rows[-1]['step'] + 1}: {run.said}", fontsize=10)
+    for ax, (title, panel) in zip(axes.flat, panels.items(), strict=False):
+        (panel if callable(panel) else lambda ax, rows, panel=panel: plot_lines(ax, rows, panel))(ax, rows)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlim(0, rows[-1]["step"] + 1)
+        ax.tick_params(labelsize=8)
+        ax.locator_params("x", nbins=5)
+    for ax in axes.flat[len(panels):]:
+        ax.axis("off")
     with checkpoint.replacing(run.dir / "curves.png") as f:
-        fig.savefig(f, format="png", dpi=110)
+        fig.savefig(f, format="png", dpi=100)
     plt.close(fig)
+
+
+def plot_lines(ax: object, rows: list[dict], keys: dict[str, str]) -> None:
+    """The values of `keys`, {label: key}, into `ax`; of many a mean too."""
+    every = []
+    for label, key in keys.items():
+        points = [(r["step"] + 1, r[key]) for r in rows if math.isfinite(r.get(key, math.nan))]
+        if not points:
+            continue
+        steps, values = (np.array(column) for column in zip(*points, strict=True))
+        every += values.tolist()
+        few = len(points) < 2 * MEAN_OF or key.startswith("val_") or key == "lr"
+        line, = ax.plot(steps, values, label=label, marker="." if len(points) < 2 * MEAN_OF else None,
+                        alpha=1 if few else 0.25)
+        if not few:
+            mean = np.convolve(values, np.ones(MEAN_OF) / MEAN_OF, mode="valid")
+            ax.plot(steps[MEAN_OF // 2:MEAN_OF // 2 + len(mean)], mean, color=line.get_color())
+    ax.grid(alpha=0.3)
+    if not every:
+        ax.text(0.5, 0.5, "no value yet", ha="center", va="center", transform=ax.transAxes, color="gray")
+    elif min(every) > 0 and max(every) > WIDE * min(every):
+        ax.set_yscale("log")
+    if len(ax.lines) and len(keys) > 1:
+        ax.legend(fontsize=8)
+
+
+SHARED_PANELS: Panels = {"gradient norm": {"": "grad_norm"}, "learning rate": {"": "lr"},
+                         "pictures a second, training alone": {"": "img_s"}}
 
 
 # --------------------------------------------------------------------------------------------------- stage 1
@@ -993,10 +1049,12 @@ def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
             + f"; codes used {result['codes_used']:.1%} of {c.vq_config.n_embed}, perplexity "
             f"{result['perplexity']:.0f}")
 
-    panels = {"loss": ("loss",), "held-out PSNR, dB": ("val_psnr", "val_psnr_box"), "codes used": ("val_codes_used",),
-              "gradient norm": ("grad_norm",)}
+    panels: Panels = {"loss of the batch": {"": "loss"}, "PSNR, dB": {"held-out": "val_psnr", "boxes": "val_psnr_box"},
+                      "codes used, share": {"": "val_codes_used"}, "perplexity of the codes": {"": "val_perplexity"}}
     if disc is not None:
-        panels |= {"discriminator": ("logits_real", "logits_fake"), "adaptive weight": ("d_weight",)}
+        panels |= {"discriminator, logits": {"real": "logits_real", "reconstructed": "logits_fake"},
+                   "adaptive weight": {"": "d_weight"}}
+    panels |= SHARED_PANELS
     data.remember_all(train)
     run.begin(measure, payload, min(len(val), EVAL_PICTURES), panels)
     with stop_signals() as stopped, data.naming_broken(run.dir / broken_list(), train, val), steps_bar(run) as bar:
@@ -1055,6 +1113,15 @@ def preview_vq(model: VQModel, val: data.Pictures, path: Path, c: Config, result
 
 # --------------------------------------------------------------------------------------------------- stage 2
 
+LDM_PANELS: Panels = {
+    "eps loss": {"batch": "loss", "held-out": "val_raw", "training": "val_train_raw", "held-out, EMA": "val_right",
+                 "training, EMA": "val_train"},
+    "held-out eps loss, EMA": {"right pose": "val_right", "shuffled": "val_shuffled", "none": "val_null"},
+    "gap by timestep: held-out above training, EMA": lambda ax, rows: evaluate.draw_bins(ax, rows, evaluate.gaps),
+    "by timestep: held-out above its best, EMA": lambda ax, rows: evaluate.draw_bins(ax, rows, evaluate.risen),
+    "shuffled / right": {"": "val_ratio"}, **SHARED_PANELS}
+
+
 def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     """Trains the diffusion model of config c in the latents of c.vq; True when complete, False when stopped."""
     stage1 = checkpoint.load(c.vq, "vq")
@@ -1076,7 +1143,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
 
     with data.naming_broken(run.dir / broken_list(), train, val):
         cache = data.LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, ENCODED, device, c.workers)
-        held_out = list(data.in_order(val, at_once(c), EVAL_LATENTS))
+        held_out = list(data.in_order(val, at_once(c), eval_latents(c)))
     if sum(len(x) for x, _ in held_out) < 2:
         raise ValueError(f"{c.data} leaves fewer than 2 usable pictures to validate on: add pictures, or give a set of "
                          "its own with --val")
@@ -1110,13 +1177,18 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     previewed = next(data.in_order(val, PREVIEWS, PREVIEWS))
     z_val = torch.cat([(encode(x) - mean) / std for x, _ in held_out])
     pose_val = torch.cat([pose for _, pose in held_out]).to(device)
+    h, pose_train = cache.rows(2 * data.evenly(len(cache) // 2, len(z_val)))        # not mirrored, like held-out ones
+    z_train, pose_train = (h.to(device) - mean) / std, pose_train.to(device)
+    watch = evaluate.Watch(diffusion, z_val, z_train)
+    if run.resumed:
+        watch.load(run.resumed["train"].get("watch", {}))
 
     poses = poses_kept(cache)
 
     def payload() -> dict:
         return checkpoint.ldm_payload(averaged) | {"poses": poses, "train": {
             "unet": ldm.unet.state_dict(), "cond": ldm.cond.state_dict(), "optimizer": opt.state_dict(),
-            "scaler": scaler.state_dict()}}
+            "scaler": scaler.state_dict(), "watch": watch.best}}
 
     def train_step(step: int, h: Tensor, pose: Tensor) -> dict[str, Tensor]:
         """One step on this rank's latents h under poses: the mean loss of the whole batch goes down."""
@@ -1139,17 +1211,29 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
         return {} if grad_norm is None else numbers | {"grad_norm": grad_norm}
 
     def measure(step: int) -> tuple[dict, float, str]:
-        result = evaluate.condition_losses(averaged, diffusion, z_val, pose_val, at_once(c),
-                                           autocast=lambda: autocast(c))
+        how = {"batch_size": at_once(c), "autocast": lambda: autocast(c)}
+        each = evaluate.condition_each(averaged, diffusion, z_val, pose_val, **how)
+        seen = evaluate.loss_each(averaged, diffusion, z_train, pose_train, **how)
+        ldm.unet.eval()
+        raw, raw_seen = (evaluate.loss_each(ldm, diffusion, z, pose, **how)
+                         for z, pose in ((z_val, pose_val), (z_train, pose_train)))
+        ldm.unet.train()
+        result = evaluate.condition_means(each) | {
+            "shuffled_se": evaluate.standard_error(each["shuffled"] - each["right"]),
+            **watch.means("right", each["right"], 0), **watch.means("train", seen, 1), **watch.means("raw", raw, 0),
+            **watch.means("train_raw", raw_seen, 1), **watch.rises(each["right"], seen)}
+        rows = [row for row in read_log(run.log_path) if row["step"] < step - 1]
+        rows.append({"step": step - 1} | {f"val_{name}": value for name, value in result.items()})
+        warning = evaluate.overfitting(rows, c.patience or evaluate.ROW_OF)
+        run.alarm = warning if c.patience else None
         run.preview = lambda path: preview_ldm(averaged, diffusion, previewed, path, c, result)
         return result, -result["right"], (
             f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} shuffled, "
-            f"{result['null']:.4f} without: ratio {result['ratio']:.3f}")
+            f"{result['null']:.4f} without: ratio {result['ratio']:.3f}; {result['train']:.4f} on training pictures"
+            + (f"\n{warning}" if warning else ""))
 
-    # An evaluation: right, shuffled, null; guided samples.
-    run.begin(measure, payload, 3 * len(z_val) + 2 * PREVIEWS * PREVIEW_STEPS, {
-        "loss": ("loss", "val_right"), "held-out eps loss, EMA": ("val_right", "val_shuffled", "val_null"),
-        "shuffled / right": ("val_ratio",), "gradient norm": ("grad_norm",)})
+    # An evaluation: losses; guided samples.
+    run.begin(measure, payload, EVAL_PASSES * len(z_val) + 2 * PREVIEWS * PREVIEW_STEPS, LDM_PANELS)
     with stop_signals() as stopped, steps_bar(run) as bar:
         for step in itertools.count(run.start):
             seed_step(c.seed, step)
@@ -1158,6 +1242,13 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
             if run.after_step(step, numbers, bar, stopped):
                 break
     return run.finish(step + 1)
+
+
+def eval_latents(c: Config) -> int:
+    """Held-out latents an evaluation looks at: in a long run more, for what they cost is little there."""
+    least, most = EVAL_LATENTS
+    spare = 0 if c.minutes else EVAL_SHARE * c.steps * 3 * c.recipe.batch_size / (EVAL_PASSES * MOST_EVALS)
+    return max(least, min(most, int(spare)))
 
 
 def poses_kept(cache: data.LatentCache) -> Tensor:
@@ -1409,6 +1500,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, help="processes that load pictures (default: 0 on a CPU)")
     add("--keep-every", type=int, metavar="STEPS", help="keep the model of each so many steps, as step-*.pt, to sample "
         "from (default: the last and the best alone)")
+    add("--patience", type=int, metavar="K", help="stage 2: end the run once the validation loss has risen for K "
+        "evaluations in a row, for certain, in any bin of timesteps (default: say so after "
+        f"{evaluate.ROW_OF} and go on)")
     add("--dry-run", action="store_true", help="print the resolved recipe, parameter counts, and a "
         "forecast of memory and time; train nothing")
     add("--accept-data", action="store_true", help="resume although the pictures are not those of before")
@@ -1423,6 +1517,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                      "--checkpointing itself; leave those out")
     of_stage_1 = given(perceptual=args.perceptual, disc_weight=args.disc_weight, disc_start=args.disc_start,
                        lpips_weights=args.lpips_weights, download_lpips=args.download_lpips or None)
+    if args.stage == "vq" and args.patience is not None:
+        parser.error("--patience is of stage 2, which can memorise its pictures; leave it out with --stage vq")
     if args.stage == "ldm" and of_stage_1:
         parser.error(f"--{next(iter(of_stage_1)).replace('_', '-')} is of stage 1; leave it out with --stage ldm")
     return args

@@ -50,6 +50,12 @@ def command(stage: str, out: Path, *flags: str, preset: str = "micro") -> list[s
     return ["--stage", stage, "--preset", preset, "--data", "figures:12", "--out", str(out), "--device", "cpu", *flags]
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch):
+    """Curves take half of the time of a micro run's evaluation; those of `trained` are drawn."""
+    monkeypatch.setattr(train, "plot_curves", lambda run, panels: None)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A folder with vq/last.pt and ldm/last.pt of the micro preset."""
