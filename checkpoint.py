@@ -134,6 +134,8 @@ def load(path: str | Path, stage: str, advice: str | None = None, preset: str | 
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty, 0 bytes; make a checkpoint with: {HOW_TO_MAKE[stage]}")
     payload = read(path)
+    if damaged := zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():     # torch checks no checksum
+        raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is wrong; take another checkpoint")
     if not isinstance(payload, dict) or "format" not in payload:
         return published(payload, path, stage, advice, preset, ema)
     if payload["format"] != FORMAT or not NEEDED["vq"] <= payload.keys():

@@ -1521,7 +1521,7 @@ class LatentCache:
             with ExitStack() as stack:
                 files = [stack.enter_context(open(file, "ab")) for file in self.files]
                 bar = stack.enter_context(tqdm(total=len(ds), initial=min(len(ds), ks.start * batch_size), unit="img",
-                                               desc="encoding latents", disable=None))
+                                               desc="encoding latents", dynamic_ncols=True, mininterval=1))
                 for images, pose, _ in load(Steps(ds, batch_size), ks, workers, device):
                     if len(images):
                         self._append(files, about, to_tensor(images), pose.cpu().numpy(), encode, len(ds))

@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import MISSING, asdict, astuple, dataclass, field, fields, is_dataclass, replace
@@ -51,6 +52,7 @@ from unet import UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
 MEASURE_STEPS = 40              # steps, at most, whose rate decides the length of a --minutes run
+FEW_STEPS = 100                 # of a --minutes run: fewer are said to be few
 RESERVE = 0.05                  # share of --minutes left for checkpoints and a machine that gets slower
 SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
 INTERRUPTED = 130               # exit status after Ctrl-C, so that a script does not go on to the next stage
@@ -380,7 +382,9 @@ def parallel(net: nn.Module, find_unused: bool = False) -> nn.Module:
     """`net`, with its gradients averaged over the ranks in backward where there are several."""
     if world() == 1:
         return net
-    return DistributedDataParallel(net, broadcast_buffers=False, find_unused_parameters=find_unused)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)      # torch 2.13 has another word for it, which 2.11 lacks
+        return DistributedDataParallel(net, broadcast_buffers=False, find_unused_parameters=find_unused)
 
 
 class Pass(nn.Module):
@@ -634,6 +638,9 @@ class Run:
             left = (budget * (1 - RESERVE) - gone) / rate                                    # in steps
             more = max(1, int(left - self.evaluations(step + 1 + left) * self.eval_steps()))
             self.c = replace(self.c, steps=step + 1 + more, measured=step + 1)
+            if more < FEW_STEPS:
+                say(f"only {more} steps of {rate:.2g} s fit into {self.c.minutes:g} minutes; where other programs use "
+                    "the cores, OMP_NUM_THREADS=1 makes them faster, and --steps counts on no speed")
             if rank() == 0:
                 self._write_config()
 
@@ -1368,9 +1375,6 @@ def forecast(c: Config) -> tuple[Forecast, int]:
 
 def fit(c: Config, gib: float) -> Config:
     """c with as large a micro-batch as stays within `gib` of memory, and checkpointing where it is small without."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("--fit rehearses in one process; give what it chooses there (try it with --dry-run) to "
-                         "torchrun as --micro-batch and --checkpointing")
     data.open_data(c.data, c.size, c.val)           # a wrong folder is said before minutes are spent
     batch, found = c.recipe.batch_size, {}
     for checkpointing in (False, True):
@@ -1512,9 +1516,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--stage vq or --stage ldm is needed")
     if args.steps and args.minutes:
         parser.error("--steps and --minutes exclude each other")
-    if args.fit is not None and (args.micro_batch or args.checkpointing or not 0 < args.fit < math.inf):
-        parser.error(f"--fit {args.fit:g} must be a positive number of GiB, and chooses --micro-batch and "
-                     "--checkpointing itself; leave those out")
+    if args.fit is not None and not 0 < args.fit < math.inf:
+        parser.error(f"--fit is {args.fit:g}; it must be a positive number of GiB")
+    if args.fit and (args.micro_batch or args.checkpointing):
+        parser.error("--fit chooses --micro-batch and --checkpointing itself; leave those out")
     of_stage_1 = given(perceptual=args.perceptual, disc_weight=args.disc_weight, disc_start=args.disc_start,
                        lpips_weights=args.lpips_weights, download_lpips=args.download_lpips or None)
     if args.stage == "vq" and args.patience is not None:
@@ -1543,6 +1548,9 @@ def main(argv: list[str] | None = None) -> int:
         c = make_config(args)
         if args.download_lpips and c.recipe.loss.perceptual:
             c = replace(c, lpips=tuple(map(str, checkpoint.download_lpips())))
+        if args.fit and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("--fit rehearses in one process; run it once without torchrun and give torchrun the "
+                             "--micro-batch and --checkpointing that it chooses")
         c = join_ranks(c)
         set_up(c.device)
         with locked(Path(c.out)) if rank() == 0 else nullcontext():

@@ -234,7 +234,8 @@ def test_a_killed_rank_ends_the_others_with_a_sentence(tmp_path, victim):
 
 @pytest.mark.parametrize("flags, words", [(["--batch-size", "3"], "batch of 3 cannot be shared by 2"),
                                           (["--device", "cuda:0"], "cannot share one GPU"),
-                                          (["--device", "cuda"], "there are 0 GPUs")])
+                                          (["--device", "cuda"], "there are 0 GPUs"),
+                                          (["--fit", "8"], "--fit rehearses")])
 def test_what_several_processes_cannot_do_is_said_once(tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.setattr(train.dist, "init_process_group", lambda *a, **k: pytest.fail("too late"))
     monkeypatch.setattr(train.checkpoint, "find_device", lambda name: "cpu" if name == "auto" else name)
@@ -263,12 +264,6 @@ def test_fit_takes_the_largest_micro_batch_that_stays_within(tmp_path, monkeypat
         assert fitted.recipe == c.recipe                    # what is trained stays the same
     assert chosen == {40: (32, False), 34: (32, False), 33.9: (16, False), 18: (16, False), 12: (8, False),
                       10: (8, False), 9.9: (16, True), 4.1: (8, True), 2.25: (1, True)}
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="--fit rehearses in one process"):
-        train.fit(c, 40)
-    monkeypatch.undo()
-    monkeypatch.setattr(train, "rehearse", rehearse)
-    monkeypatch.setattr(train, "MARGIN", 1.0)
     with pytest.raises(ValueError, match="--fit is 2.2 GiB, but preset micro needs 2.2 with one"):
         train.fit(c, 2.2)
 

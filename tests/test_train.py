@@ -607,6 +607,18 @@ def test_any_other_file_is_one_sentence(tmp_path, start):
         checkpoint.load(tmp_path / "bad.pt", "vq")
 
 
+def test_a_checkpoint_with_a_wrong_byte_is_not_trusted(trained, tmp_path):
+    """torch opens it without a word: the byte is a weight's."""
+    whole = (trained / "vq/last.pt").read_bytes()
+    weight = torch.load(trained / "vq/last.pt", weights_only=True)["vq"]["decoder.conv_out.weight"]
+    at = whole.index(weight.numpy().tobytes())
+    path = tmp_path / "last.pt"
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1:])
+    torch.load(path, weights_only=True)
+    with pytest.raises(ValueError, match="is damaged: the checksum of"):
+        checkpoint.load(path, "vq")
+
+
 def test_a_state_that_does_not_fit_names_keys_and_both_shapes():
     state = VQModel(MICRO.vq_config).state_dict()
     state["quantize.embedding.weight"] = torch.zeros(7, 3)
