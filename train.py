@@ -875,7 +875,8 @@ def stop_signals() -> Iterator[list[int]]:
 
     old = {number: signal.signal(number, handler) for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN}
     if hasattr(os, "register_at_fork"):     # signals come to all processes of a group: those that load pictures stay,
-        os.register_at_fork(after_in_child=lambda: old and signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING))
+        kept_out = [number for number in STOPPING if number != signal.SIGTERM]      # but can be ended
+        os.register_at_fork(after_in_child=lambda: old and signal.pthread_sigmask(signal.SIG_BLOCK, kept_out))
     try:
         yield caught
     finally:
