@@ -610,7 +610,7 @@ def test_any_other_file_is_one_sentence(tmp_path, start):
 def test_a_checkpoint_with_a_wrong_byte_is_not_trusted(trained, tmp_path):
     """torch opens it without a word: the byte is a weight's."""
     whole = (trained / "vq/last.pt").read_bytes()
-    weight = torch.load(trained / "vq/last.pt", weights_only=True)["vq"]["decoder.conv_out.weight"]
+    weight = torch.load(trained / "vq/last.pt", weights_only=True)["vq"]["quantize.embedding.weight"]
     at = whole.index(weight.numpy().tobytes())
     path = tmp_path / "last.pt"
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1:])
