@@ -44,7 +44,7 @@ def micro(monkeypatch):
     monkeypatch.setitem(train.PRESETS, "micro_gan", train.replace(MICRO, vq=train.replace(
         MICRO.vq, loss=VQLossConfig(disc_weight=1.0, disc_start=2, disc_ramp=2))))
     monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
-    monkeypatch.setattr(train, "rehearse", lambda c, pictures: train.Forecast(1.0, 1.0))     # test_engine.py has it real
+    monkeypatch.setattr(train, "rehearse", lambda c, pictures: train.Forecast(1.0, 1.0))     # real in test_engine.py
 
 
 def command(stage: str, out: Path, *flags: str, preset: str = "micro") -> list[str]:
