@@ -1507,22 +1507,12 @@ def training_latents(ldm: checkpoint.LDM, cache: data.LatentCache, rows: np.ndar
     return (cache.rows(rows)[0].to(ldm.mean.device) - ldm.mean) / ldm.std
 
 
-@torch.no_grad()
 def draw_latents(ldm: checkpoint.LDM, poses: Tensor, size: int, args: argparse.Namespace) -> Tensor:
     """A sample z [N, C, h, w] for each pose [N, 17, 3], the i-th with seed args.seed + i."""
-    found = []
-    for i in range(0, len(poses), BATCH):
-        some = poses[i:i + BATCH]
-        *_, last = sample.sample(ldm, some, [args.seed + i + j for j in range(len(some))], size, steps=args.steps,
-                                 eta=args.eta, guidance=args.guidance, spacing=args.spacing)
-        found.append(last.x)
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def decoded(ldm: checkpoint.LDM, z: Tensor) -> list[np.ndarray]:
-    """Latents [N, C, h, w] -> pictures uint8 [H, W, 3]."""
-    return [picture for part in z.split(BATCH) for picture in data.to_uint8(ldm.decode(part).float().cpu())]
+    seeds = list(range(args.seed, args.seed + len(poses)))
+    last, = sample.denoise(ldm, poses, seeds, size, sampler="ddim", steps=args.steps, eta=args.eta,
+                           guidance=args.guidance, spacing=args.spacing)
+    return last.x.to(ldm.mean.device)
 
 
 def film(run: Path, poses: Tensor, size: int, args: argparse.Namespace) -> dict[int, list[np.ndarray]]:
@@ -1536,7 +1526,7 @@ def film(run: Path, poses: Tensor, size: int, args: argparse.Namespace) -> dict[
     steps, out = sorted(paths), {}
     for step in tqdm([steps[i] for i in data.evenly(len(steps), FILM)], "film strip", unit="checkpoint"):
         ldm, _ = checkpoint.load_ldm(paths[step], args.device)
-        out[step] = decoded(ldm, draw_latents(ldm, poses, size, args))
+        out[step] = sample.decode(ldm, draw_latents(ldm, poses, size, args))
     return out
 
 
@@ -1572,7 +1562,7 @@ def overfit(args: argparse.Namespace) -> None:
     poses = {"training poses": cache.rows(2 * data.evenly(len(cache) // 2, args.n))[1],
              "held-out poses": theirs[data.evenly(len(theirs), args.n)]}
     parts = {HELD_OUT: torch.cat([(encode(x) - ldm.mean) / ldm.std for x, _ in pairs])}
-    for name in tqdm(poses, "sampling", unit="kind of pose"):
+    for name in poses:
         parts[name] = draw_latents(ldm, poses[name], size, args)
     near = nearest(ldm, cache, parts)
     found = verdict(rows, {name: part.distances.tolist() for name, part in near.items()})
@@ -1610,7 +1600,7 @@ def overfit_figure(path: Path, ldm: checkpoint.LDM, cache: data.LatentCache, row
     for name in poses:
         shown = np.argsort(near[name].distances)[:NEAR_SHOWN]
         distances, at = near[name].distances[shown], near[name].rows[shown]
-        tiles += [decoded(ldm, near[name].z[shown]), decoded(ldm, training_latents(ldm, cache, at))]
+        tiles += [sample.decode(ldm, near[name].z[shown]), sample.decode(ldm, training_latents(ldm, cache, at))]
         labels += [f"samples under {name}, those nearest to a training picture first", "that training picture"]
         captions += [[f"{d:.2f}" + (" COPY" if d < limit else "") for d in distances],
                      ["mirrored" if row % 2 else "" for row in at]]

@@ -488,7 +488,7 @@ class Run:
             self.resumed = found
 
     def begin(self, measure: Callable[[int], tuple[dict, float, str]], payload: Callable[[], dict], eval_forwards: int,
-              panels: dict[str, tuple[str, ...]]) -> None:
+              panels: Panels) -> None:
         """Called once, right before the first step: only now, when nothing can go wrong any more, is --fresh obeyed.
 
         `measure(step)` evaluates: figures, the score that decides about best.pt (higher is better), a line to print; it
@@ -590,7 +590,7 @@ class Run:
             bar.set_postfix(loss=values.get("loss"), refresh=False)
             self.log(step, **values, lr=lr_at(step, self.c), **({"skipped": self.skipped} if self.skipped else {}),
                      **({"overflows": self.overflows} if self.overflows else {}))
-        if self.due(step) and (last or not self.stopping):        # who is told to stop saves; the resumed run evaluates
+        if self.due(step) and (last or not self.stopping):      # who is told to stop saves; the resumed run evaluates
             score = self.evaluate(step)
         # Weights that make one loss after another not a number may be ruined: the checkpoint before them stays.
         if (score is not None or self.save_due(step) or (self.stopping and self.c.steps)) and not (
@@ -867,7 +867,8 @@ def stop_signals() -> Iterator[list[int]]:
             if time.monotonic() - since[0] > SAME_SIGNAL:   # a second one, of any kind
                 raise KeyboardInterrupt
             return
-        since.append(time.monotonic()), caught.append(number)
+        since.append(time.monotonic())
+        caught.append(number)
         if number == getattr(signal, "SIGHUP", None):       # nobody listens; a failing print must not cost the rest
             leave_terminal()
         with suppress(OSError):                             # print is not safe here
@@ -1261,9 +1262,9 @@ def eval_latents(c: Config) -> int:
 
 def poses_kept(cache: data.LatentCache) -> Tensor:
     """Poses of training pictures that have a visible joint, float16 [N, 17, 3]: all, or POSES_KEPT spread evenly."""
-    poses = cache.poses[:len(cache):2]                      # the odd rows are their mirror images
-    poses = poses[(poses[..., 2] > 0).any(axis=1)]
-    return torch.from_numpy(poses[data.evenly(len(poses), POSES_KEPT)]).half()
+    poses = cache.poses[:len(cache):2]                      # mapped; the odd rows are their mirror images
+    seen = np.flatnonzero((poses[..., 2] > 0).any(axis=1))
+    return torch.from_numpy(poses[seen[data.evenly(len(seen), POSES_KEPT)]]).half()
 
 
 def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
@@ -1383,7 +1384,7 @@ def fit(c: Config, gib: float) -> Config:
         one, two = rehearse(tried, 1), rehearse(tried, 2)
         slope = max(two.memory - one.memory, 1e-3)
         most = math.floor((MARGIN * gib - one.memory) / slope) + 1 if one.memory < math.inf else 0
-        found[checkpointing] = max((m for m in range(1, batch + 1) if m <= most), default=0)
+        found[checkpointing] = max(0, min(batch, most))
         if found[checkpointing] >= min(batch, LEAST_MICRO_BATCH):
             break
     checkpointing = max(found, key=lambda k: (found[k], not k))

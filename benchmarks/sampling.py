@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from benchmarks.speed import in_turns  # noqa: E402
 from diffusion import per_image_noise  # noqa: E402
 from unet import UNet  # noqa: E402
 from vq import VQModel  # noqa: E402
@@ -65,24 +65,12 @@ def compare(work: str, turns: int) -> None:
         for sampler, spacing in (("dpm_solver", "lambda"), ("ddim", "even")):
             cases[f"ours, {sampler}, {name}"] = ours(ldm, poses, side, sampler, spacing, steps, dtype)
             cases[f"diffusers, {sampler}, {name}"] = theirs(unet, ldm, poses, sampler, steps, dtype)
-    times = in_turns(cases, turns)
+    times = {name: statistics.median(took) for name, took in in_turns(cases, turns, "cpu").items()}
     fastest = times["ours, dpm_solver, bf16"]
     print(f"\n{work}: {steps} guided steps, batch {pictures}, latents {side // ldm.vq.config.factor} a side\n"
           "| case | s | over ours in bf16 |\n|---|---|---|")
     for name, took in times.items():
         print(f"| {name} | {took:.3f} | {took / fastest:.2f} |")
-
-
-def in_turns(cases: dict[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """The median of the seconds of each case, all of them once before any of them again; one more round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for turn in range(turns + 1):
-        for name, work in cases.items():
-            began = time.perf_counter()
-            work()
-            if turn:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(took) for name, took in times.items()}
 
 
 def config_of(preset: str) -> train.Config:
