@@ -1,5 +1,7 @@
 """Checkpoints: what stands in a file, how it is saved so that a crash cannot spoil it, and models out of files.
 
+    python checkpoint.py runs/ldm/last.pt mine.pt       to give away: what sampling needs, in half precision
+
 A file holds tensors and primitives only and is read with weights_only=True, so opening it runs no code. Published
 CompVis files (.ckpt of PyTorch Lightning) hold objects besides; they are opened with all classes replaced by dummies,
 and become the same payload, so that nothing else has to know about them.
@@ -15,6 +17,7 @@ under "train". The ldm file carries its frozen VQ, the latent statistics and pos
 """
 from __future__ import annotations
 
+import argparse
 import hashlib
 import http.client
 import io
@@ -22,6 +25,7 @@ import math
 import os
 import pickle
 import pickletools
+import sys
 import urllib.request
 import warnings
 import zipfile
@@ -155,6 +159,25 @@ def load(path: str | Path, stage: str, advice: str | None = None, preset: str | 
             raise ValueError(f"{path} holds the EMA weights only; for the raw ones take the last.pt of its folder")
         payload |= {name: payload["train"][name] for name in ("unet", "cond")}
     return payload
+
+
+VQ_PART = ("config", "step", "vq", "vq_config", "source", "weights")
+
+
+def load_vq(path: str | Path, ema: bool = True, say: Callable[[str], None] = print) -> dict:
+    """The autoencoder's part of a stage-1 checkpoint, or of the stage-2 one that carries its first stage.
+
+    Only VQ_PART, so that no UNet and no optimiser stays in memory. Says what a published file was taken for.
+    """
+    try:
+        payload = load(path, "vq", ema=ema)
+    except WrongStage:
+        payload = None          # loaded below: here the exception still holds all that was read
+    if payload is None:
+        payload = load(path, "ldm", ema=True)       # False is about the UNet; its first stage has no EMA
+    if "source" in payload:
+        say(describe(payload, path))
+    return {key: payload[key] for key in VQ_PART if key in payload}
 
 
 def read(path: str | Path) -> object:
@@ -327,6 +350,22 @@ def load_ldm(path: str | Path, device: str | torch.device = "cpu", preset: str |
     if "source" in payload:
         ldm.spacing = "uniform"
     return ldm, payload
+
+
+def slim(payload: dict) -> dict:
+    """A stage-2 payload of ours with what sampling needs and no more, networks in half precision, to give away.
+
+    The latent statistics stay in float32. Loading puts the halves into float32 networks. ValueError for weights beyond
+    what half precision can hold, 65504.
+    """
+    halves = {}
+    for network in ("vq", "unet", "cond"):
+        halves[network] = {name: tensor.half() if tensor.is_floating_point() else tensor
+                           for name, tensor in payload[network].items()}
+        for name, tensor in halves[network].items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{network}.{name} holds numbers beyond 65504, which half precision cannot")
+    return {name: value for name, value in payload.items() if name != "train"} | halves
 
 
 def training_poses(payload: dict, path: str | Path) -> np.ndarray | None:
@@ -808,3 +847,29 @@ def fetch(file: Download, path: Path) -> None:
                          "other means and give its path") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Make a small file of a checkpoint of stage 2, to give away: EMA "
+                                     "weights in half precision, without what resuming needs.")
+    parser.add_argument("ckpt", metavar="CKPT", help="such as runs/ldm/last.pt")
+    parser.add_argument("out", metavar="OUT", help="the file to write")
+    args = parser.parse_args(argv)
+    try:
+        payload = load(args.ckpt, "ldm")
+        if "source" in payload:
+            raise ValueError(f"{args.ckpt} is a published file; only ours are made smaller")
+        if Path(args.out).is_dir() or Path(args.out).resolve() == Path(args.ckpt).resolve():
+            raise ValueError(f"OUT is {args.out}; give the name of another file")
+        save(args.out, slim(payload))
+    except (ValueError, OSError) as e:
+        print(f"checkpoint.py: {e}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB, step {payload['step']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1246,25 +1246,6 @@ def make_out(out: str | None, *roots: str | None) -> None:
         data.make_folder(out, f"--out {out}")
 
 
-VQ_PART = ("config", "step", "vq", "vq_config", "source", "weights")
-
-
-def load_vq(path: str, ema: bool) -> dict:
-    """The autoencoder's part of a stage-1 checkpoint, or of the stage-2 one that carries its first stage.
-
-    Only VQ_PART, so that no UNet and no optimiser stays in memory. Prints what a published file was taken for.
-    """
-    try:
-        payload = checkpoint.load(path, "vq", ema=ema)
-    except checkpoint.WrongStage:
-        payload = None          # loaded below: here the exception still holds all that was read
-    if payload is None:
-        payload = checkpoint.load(path, "ldm", ema=True)        # False is about the UNet; its first stage has no EMA
-    if "source" in payload:
-        print(checkpoint.describe(payload, path))
-    return {key: payload[key] for key in VQ_PART if key in payload}
-
-
 def passing(ds: data.Pictures, what: str) -> tqdm:
     """The batches of data.numbered with a bar; use it in `with`, so that no error is printed behind the bar."""
     return tqdm(data.numbered(ds, BATCH), total=-(-len(ds) // BATCH), desc=what, unit="batch", dynamic_ncols=True)
@@ -1288,7 +1269,7 @@ class Job:
 def prepare(args: argparse.Namespace) -> Job:
     """Opens all that `recon` needs, and makes the folder --out; ValueError or OSError before any work is done."""
     device, names = checkpoint.find_device(args.device), names_of(args.ckpt)
-    payloads = [load_vq(path, not args.no_ema) for path in args.ckpt]
+    payloads = [checkpoint.load_vq(path, not args.no_ema) for path in args.ckpt]
     models = [checkpoint.build_vq(payload, path).to(device) for payload, path in zip(payloads, args.ckpt, strict=True)]
     for path, model in zip(args.ckpt, models, strict=True):
         if (channels := (model.config.in_channels, model.config.out_ch)) != (3, 3):

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import shlex
 import sys
@@ -60,6 +61,7 @@ BATCH = 16                      # pictures in the network at once
 DEFAULT_STEPS = 50              # of DDIM
 DEFAULT_FRAMES = 8              # of a file that holds a video or a whole dataset, and of --morph
 DEFAULT_CKPT = "runs/ldm/last.pt"
+SHIPPED = Path(__file__).parent / "assets/toy.pt"       # drawn with until there is one
 DEFAULT_STRENGTH = 0.6
 DEFAULT_ROUNDS = 3              # of RePaint: measured on a Gaussian, 1 leaves half of what the known part says unheard
 DEFAULT_FPS = 12.0
@@ -659,7 +661,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "all of it with bars (the default), or the square of its short side, around the person; never squeezed")
 
     add = parser.add_argument_group("model").add_argument
-    add("--ckpt", metavar="FILE", help=f"checkpoint of stage 2 (default {DEFAULT_CKPT})")
+    add("--ckpt", metavar="FILE", help=f"checkpoint of stage 2 (default {DEFAULT_CKPT}, or until it is "
+        "there the toy model that ships)")
     add("--preset", metavar="NAME", help="what the tensors of a published CompVis checkpoint do not tell: "
         f"{', '.join(checkpoint.PUBLISHED)}; ours need none")
     add("--no-ema", action="store_true", help="the raw weights instead of their moving average")
@@ -704,6 +707,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("what is written").add_argument
     add("--out", metavar="FILE", help="the picture to write, all pictures on one sheet (default samples.png)")
+    add("--grid", action=argparse.BooleanOptionalAction, default=True, help="that sheet; --no-grid leaves it out, where "
+        "--separate, --motion or --morph write pictures")
     add("--separate", metavar="DIR", help="each picture in a PNG of its own besides, without words or frame")
     add("--save-latents", metavar="FILE", help="latents, poses and seeds besides, as an .npz of plain arrays")
     add("--repeat", metavar="PNG", help="draw the picture of this PNG again, which says by itself how; --ckpt, --init "
@@ -740,9 +745,18 @@ def check_args(args: argparse.Namespace) -> None:
     args.steps = DEFAULT_STEPS if args.steps is None else args.steps
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}; it must be a finite number")
-    args.ckpt = args.ckpt or DEFAULT_CKPT
+    args.ckpt = args.ckpt or default_ckpt()
     args.device = checkpoint.find_device(args.device)
     check_out(args)
+
+
+def default_ckpt() -> str:
+    """The model that was trained last in the default folder, or the one that ships; a line says when it is that."""
+    if Path(DEFAULT_CKPT).exists() or not SHIPPED.exists():
+        return DEFAULT_CKPT
+    shipped = os.path.relpath(SHIPPED)
+    print(f"there is no {DEFAULT_CKPT} yet, so the toy model that ships draws, {shipped}; --ckpt names another")
+    return shipped
 
 
 def check_together(args: argparse.Namespace) -> None:
@@ -768,6 +782,8 @@ def check_together(args: argparse.Namespace) -> None:
                          ("fps", ["motion", "morph"])):
         if getattr(args, name) is not None and not any(getattr(args, other) for other in wanted):
             raise ValueError(f"{flag(name)} goes with {' or '.join(map(flag, wanted))}; without, leave it out")
+    if not (args.grid or args.separate or args.motion or args.morph):
+        raise ValueError("--no-grid leaves the sheet out, and then there is nothing to write; add --separate DIR")
     if args.inpaint and not args.mask:
         raise ValueError(f"--inpaint {args.inpaint} needs --mask IMAGE, of the same size and white where to draw anew")
     if args.sampler != "ddim" and (args.inpaint or args.noise_from):
@@ -790,7 +806,7 @@ def check_out(args: argparse.Namespace) -> None:
     if args.save_latents and Path(args.save_latents).suffix != ".npz":
         raise ValueError(f"--save-latents is {args.save_latents}; its name must end in .npz")
     sheet, moving = sheet_and_animation(args)
-    for name, path in (("out", sheet), ("out", moving), ("save_latents", args.save_latents),
+    for name, path in (("out", args.grid and sheet), ("out", moving), ("save_latents", args.save_latents),
                        ("separate", args.separate and Path(args.separate) / "0001.png")):
         if path:
             check_writable(Path(path), f"{flag(name)} {getattr(args, name)}")
@@ -850,7 +866,8 @@ def run(args: argparse.Namespace, command: str) -> str:
     plan = plan or plan_of(args, poses, names, payload)
     ask_model(args, ldm)
     size, began, (out, moving) = payload["config"]["size"], time.monotonic(), sheet_and_animation(args)
-    check_fits(out, len(plan.poses) * (2 * plan.n if args.film else 1), size)
+    if args.grid:
+        check_fits(out, len(plan.poses) * (2 * plan.n if args.film else 1), size)
     digest, given = checkpoint.hash_of(ldm.state_dict()), encode(ldm, images, size) if images else None
     if args.repeat:
         check_same(args, record, digest, given)
@@ -870,11 +887,11 @@ def run(args: argparse.Namespace, command: str) -> str:
     if args.noise_from and "columns" in grid and not args.film:
         grid["columns"][-1] = "from its noise"                          # and no seed's
     record = record or record_of(args, digest, given)
-    if plan.only is None:
+    if plan.only is None and args.grid:
         steps = how_many_steps(ldm, args.sampler, args.steps, args.spacing)
         made = data.save_grid(out, **grid, title=title_of(args, record["flags"], steps, payload["step"]),
                               words=words(record, plan, command))
-    else:
+    elif args.grid:
         made = Image.fromarray(pictures[plan.only])
         data.save_picture(out, made, words(record, plan, command))
     if moving:
@@ -883,8 +900,8 @@ def run(args: argparse.Namespace, command: str) -> str:
         write_separate(Path(args.separate), plan, pictures, record, command)
     if args.save_latents:
         save_latents(args.save_latents, kept[-1].x, plan)
-    also = [str(path) for path in (moving, args.separate, args.save_latents) if path]
-    return (f"{' and '.join([str(out), *also])}: {len(pictures)} pictures in {time.monotonic() - began:.1f} s"
+    written = [str(path) for path in (args.grid and out, moving, args.separate, args.save_latents) if path]
+    return (f"{' and '.join(written)}: {len(pictures)} pictures in {time.monotonic() - began:.1f} s"
             + (f"; {compare(args.repeat, record, made)}" if args.repeat else ""))
 
 

@@ -132,7 +132,7 @@ def _unet(ch: int, mult: tuple[int, ...], attn: tuple[int, ...], heads: int) -> 
 
 # fmt: off
 PRESETS = {
-    "toy": Preset(64, VQConfig(ch=32, n_embed=2048, resolution=64, **NORM_FREE),
+    "toy": Preset(64, VQConfig(ch=32, ch_mult=(1, 2, 2), n_embed=2048, resolution=64, **NORM_FREE),
         _unet(64, (1, 2, 3), (2, 4), 4), ConditionConfig(MAPS, 64),
         vq=Recipe(8, 1e-3, minutes=9.5, lr_final=0.03, free=0.15),
         ldm=Recipe(32, 4e-4, minutes=24.0, lr_final=0.05, warmup=100)),
@@ -1133,9 +1133,7 @@ LDM_PANELS: Panels = {
 
 def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     """Trains the diffusion model of config c in the latents of c.vq; True when complete, False when stopped."""
-    stage1 = checkpoint.load(c.vq, "vq")
-    if "source" in stage1:
-        say(checkpoint.describe(stage1, c.vq))
+    stage1 = checkpoint.load_vq(c.vq, say=say)
     vq = checkpoint.build_vq(stage1, c.vq).to(c.device)
     check_latents(c, vq.config, stage1["config"]["size"])
     train, val = data.open_data(c.data, c.size, c.val, remember=False)     # each picture is looked at once

@@ -118,7 +118,7 @@ def config(args: argparse.Namespace, name: str, seed: int, steps: int) -> train.
 def step_times(args: argparse.Namespace) -> dict[str, float]:
     """Seconds of a training step of each variant: the median of all rounds, taken in turns."""
     steps, times = {}, {name: [] for name in VARIANTS}
-    vq = checkpoint.build_vq(checkpoint.load(args.vq, "vq"), args.vq)
+    vq = checkpoint.build_vq(checkpoint.load_vq(args.vq), args.vq)
     for name in VARIANTS:
         with variant(name):
             c = config(args, name, 0, 1)

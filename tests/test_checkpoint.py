@@ -275,6 +275,27 @@ def test_raw_weights_of_our_own_files(tmp_path, ckpt):
         checkpoint.load(tmp_path / "best.pt", "ldm", preset="danbooru")
 
 
+def test_a_slim_file_is_the_same_model_in_half_precision(tmp_path, ckpt, capsys):
+    payload = checkpoint.load(ckpt, "ldm", preset="tiny")
+    ours = {k: v for k, v in payload.items() if k not in ("source", "weights")}     # as if we had trained it
+    big = ours | {"train": {"unet": payload["unet"]}, "poses": torch.rand(5, 17, 3).half(), "mean": payload["mean"] + 0.1}
+    checkpoint.save(tmp_path / "last.pt", big)
+    assert checkpoint.main([str(tmp_path / "last.pt"), str(tmp_path / "small.pt")]) == 0
+    assert "small.pt: " in capsys.readouterr().out
+    was, now = (tmp_path / name for name in ("last.pt", "small.pt"))
+    weights = sum(v.numel() for part in ("unet", "vq") for v in big[part].values())
+    assert 2 * weights < now.stat().st_size < 2.3 * weights and was.stat().st_size > 4 * weights
+    (full, _), (half, small) = (checkpoint.load_ldm(path) for path in (was, now))
+    assert "train" not in small and torch.equal(small["poses"], big["poses"]) and torch.equal(half.mean, full.mean)
+    for (name, a), b in zip(full.state_dict().items(), half.state_dict().values(), strict=True):
+        assert b.dtype == torch.float32 and (a - b).abs().max() <= a.abs().max() / 1024, name
+    with pytest.raises(ValueError, match="conv_in.bias holds numbers beyond 65504"):
+        checkpoint.slim(big | {"vq": big["vq"] | {"encoder.conv_in.bias": torch.full((8,), 1e5)}})
+    for argv, words in (([str(ckpt), "x.pt"], "preset"), ([str(was), str(was)], "another file"),
+                        ([str(tmp_path / "none.pt"), "x.pt"], "there is no checkpoint")):
+        assert checkpoint.main(argv) == 2 and words in capsys.readouterr().err
+
+
 # ---- presets
 
 def test_presets_that_do_not_fit_name_those_that_do(ckpt, monkeypatch):

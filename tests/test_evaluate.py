@@ -410,9 +410,9 @@ def test_of_a_stage_two_file_the_first_stage_alone_stays_in_memory(ldm, files, t
     checkpoint.save(tmp_path / "best.pt", ldm)
     for name in ("last.pt", "best.pt"):
         for ema in (True, False):                       # its first stage has no EMA, so neither file is refused
-            payload = evaluate.load_vq(str(tmp_path / name), ema)
+            payload = checkpoint.load_vq(str(tmp_path / name), ema)
             assert payload.keys() == {"config", "step", "vq", "vq_config"}
-    assert evaluate.load_vq(str(files / "a/last.pt"), True).keys() == {"config", "step", "vq", "vq_config"}
+    assert checkpoint.load_vq(str(files / "a/last.pt"), True).keys() == {"config", "step", "vq", "vq_config"}
     assert evaluate.main(["recon", "--vq", str(tmp_path / "best.pt"), "--no-ema", "--limit", "4"]) == 0
     assert "CompVis" not in capsys.readouterr().out
 
@@ -421,7 +421,7 @@ def test_what_a_published_file_was_taken_for_is_said(ldm, tmp_path, capsys):
     torch.manual_seed(0)
     model = VQModel(VQConfig(ch=32, n_embed=32))
     torch.save({"state_dict": model.state_dict(), "global_step": 77}, tmp_path / "vq.ckpt")
-    assert evaluate.load_vq(str(tmp_path / "vq.ckpt"), True).keys() == {
+    assert checkpoint.load_vq(str(tmp_path / "vq.ckpt"), True).keys() == {
         "config", "step", "vq", "vq_config", "source", "weights"}
     capsys.readouterr()
     data_flags = ["--data", "figures:4", "--size", "16", "--limit", "4"]

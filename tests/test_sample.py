@@ -482,6 +482,25 @@ def test_separate_pictures_are_those_of_the_sheet_and_each_can_be_drawn_again(go
         assert np.array_equal(np.asarray(Image.open("again.png")), np.asarray(Image.open(file)))
 
 
+def test_the_sheet_can_be_left_out_where_something_else_is_written(go, ckpt, capsys):
+    go(WAVING, "-n", "2", "--separate", "each", "--no-grid")
+    assert len(list(Path("each").iterdir())) == 2 and not Path("samples.png").exists()
+    go("--morph", WAVING, KICKING, "--frames", "2", "--no-grid")
+    assert Path("samples.gif").exists() and not Path("samples.png").exists()
+    one_sentence(capsys, [WAVING, "--ckpt", ckpt, "--no-grid"], "--no-grid", "--separate")
+
+
+def test_the_model_that_ships_draws_until_one_is_trained(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shipped = tmp_path / "shipped.pt"
+    checkpoint.save(shipped, checkpoint.slim(checkpoint.load(ckpt, "ldm")))
+    monkeypatch.setattr(sample, "SHIPPED", shipped)
+    assert sample.default_ckpt() == "shipped.pt" and "there is no runs/ldm/last.pt yet" in capsys.readouterr().out
+    Path("runs/ldm").mkdir(parents=True)
+    shutil.copy(ckpt, "runs/ldm/last.pt")
+    assert sample.default_ckpt() == "runs/ldm/last.pt" and not capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------- the same picture again
 
 @pytest.mark.parametrize("flags", [
