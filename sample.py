@@ -216,9 +216,10 @@ def read_motion(paths: Iterable[str], fit_how: str = "letterbox", frames: int | 
             names.append(file.stem)
             continue
         taken_for = taken_for or found.taken_for
-        for i in sorted(range(len(found.poses)), key=lambda i: natural(found.pictures[i])):
-            poses.append(fitted(found, i, fit_how))
-            names.append(name_of(found, i, file))
+        place = {picture: i for i, picture in enumerate(found.pictures)}
+        for frame in sorted(found.frames, key=natural):
+            poses.append(fitted(found, place[frame], fit_how) if frame in place else None)
+            names.append(file.stem + (f" {frame}" if len(found.frames) > 1 else ""))
     seen, where = sum(pose is not None for pose in poses), ", ".join(paths)
     if seen < 2:
         raise ValueError(f"--motion needs at least two frames with somebody in them, and {where} has {seen}")

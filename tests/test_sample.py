@@ -408,6 +408,10 @@ def test_frames_of_one_file_and_a_person_who_is_not_in_every_frame(tmp_path):
     (tmp_path / "all.json").write_text(json.dumps(frames))
     poses, _ = sample.read_motion([str(tmp_path / "all.json")], canvas=(64, 64))
     assert xs(poses) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9]
+    named = [{"keypoints": [64 * at, 9, 2] * 17 if at else [0] * 51, "image_id": f"{name}.png", "category_id": 1}
+             for name, at in (("c", 0.4), ("a", 0.2), ("b", None))]        # no numbers, but it says that b is a frame
+    (tmp_path / "named.json").write_text(json.dumps(named))
+    assert xs(sample.read_motion([str(tmp_path / "named.json")], canvas=(64, 64))[0]) == [0.2, 0.3, 0.4]
     folder = tmp_path / "two"
     folder.mkdir()
     for i, who in enumerate([(0.1, 0.5), (0.1,), (0.1, 0.7)]):
