@@ -628,6 +628,7 @@ READER_SHARE = 0.5, 0.2
 READER_BLUR, READER_BLOTCH = (0.35, 0.8), (1 / 16, 1 / 4)       # down to so much of the side; blotches across
 READER_NOISE = 0.15                 # most noise and blotches, pictures being in [-1, 1]
 READER_WINDOW = 3                   # cells about the highest whose mean is the joint's place
+SHIPPED_READER = Path(__file__).parent / "assets/pose-reader.pt"        # of figures of 64 pixels, in half precision
 JUDGE = 0.9                         # PCK@0.1 of the reader on real pictures; below, it is no good judge of drawn ones
 
 
@@ -774,12 +775,18 @@ def reader_path(spec: str, about: dict) -> Path:
 
 def find_reader(spec: str, pictures: data.Pictures, device: str = "cpu",
                 steps: int = READER_STEPS) -> PoseReader:
-    """The reader of the training `pictures` of --data `spec`: the cached one if it learnt from just these, or new."""
+    """The reader of the training `pictures` of --data `spec`: the cached one if it learnt from just these, or new; of
+    toy figures the one that ships."""
     side = reader_side(pictures)
     about = {"version": READER_VERSION, "pictures": data.fingerprint(pictures), "side": side, "steps": steps}
     path = reader_path(spec, about)
     if path.is_file() and (reader := kept_reader(path, about)):
         print(f"pose reader {path}, trained before")
+        return reader.to(device)
+    first = data.Figures(data.FIGURES_TRAIN, pictures.size, seed=0)         # who learnt from these reads any number
+    shipped = about | {"pictures": data.fingerprint(first)}
+    if not data.is_folder(spec) and (reader := kept_reader(SHIPPED_READER, shipped)):
+        print(f"pose reader {os.path.relpath(SHIPPED_READER)}, which ships")
         return reader.to(device)
     reader = train_reader(pictures, device, steps)
     if not are_finite(reader):

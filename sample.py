@@ -708,8 +708,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("what is written").add_argument
     add("--out", metavar="FILE", help="the picture to write, all pictures on one sheet (default samples.png)")
-    add("--grid", action=argparse.BooleanOptionalAction, default=True, help="that sheet; --no-grid leaves it out, where "
-        "--separate, --motion or --morph write pictures")
+    add("--grid", action=argparse.BooleanOptionalAction, default=True, help="that sheet; --no-grid leaves it out, "
+        "where --separate, --motion or --morph write pictures")
     add("--separate", metavar="DIR", help="each picture in a PNG of its own besides, without words or frame")
     add("--save-latents", metavar="FILE", help="latents, poses and seeds besides, as an .npz of plain arrays")
     add("--repeat", metavar="PNG", help="draw the picture of this PNG again, which says by itself how; --ckpt, --init "

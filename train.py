@@ -525,9 +525,9 @@ class Run:
             if new[key] != old.get(key) and key not in HARMLESS and not unknown and not (
                     key in OF_DATA and self.c.accept_data):
                 if key == "vq_hash":
-                    raise ValueError(f"{self.dir} holds a run in the latents of another autoencoder than {self.c.vq} is "
-                                     "now, because stage 1 was trained since or --vq names another one; give another "
-                                     "--out, or --fresh")
+                    raise ValueError(f"{self.dir} holds a run in the latents of another autoencoder than {self.c.vq} "
+                                     "is now, because stage 1 was trained since or --vq names another one; give "
+                                     "another --out, or --fresh")
                 name, was, now = differing(key, old.get(key), new[key])
                 raise ValueError(f"{self.dir} holds a run with {name} = {was}, but this command has {name} = {now}; "
                                  + ("go on with the pictures as they are now by --accept-data, or " if key in OF_DATA

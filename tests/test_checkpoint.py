@@ -278,7 +278,8 @@ def test_raw_weights_of_our_own_files(tmp_path, ckpt):
 def test_a_slim_file_is_the_same_model_in_half_precision(tmp_path, ckpt, capsys):
     payload = checkpoint.load(ckpt, "ldm", preset="tiny")
     ours = {k: v for k, v in payload.items() if k not in ("source", "weights")}     # as if we had trained it
-    big = ours | {"train": {"unet": payload["unet"]}, "poses": torch.rand(5, 17, 3).half(), "mean": payload["mean"] + 0.1}
+    big = ours | {"train": {"unet": payload["unet"]}, "poses": torch.rand(5, 17, 3).half(),
+                  "mean": payload["mean"] + 0.1}
     checkpoint.save(tmp_path / "last.pt", big)
     assert checkpoint.main([str(tmp_path / "last.pt"), str(tmp_path / "small.pt")]) == 0
     assert "small.pt: " in capsys.readouterr().out

@@ -138,6 +138,27 @@ def test_the_reader_is_cached_beside_the_dataset_and_made_anew_for_other_picture
     assert trained == [few, more, more] and len(list((tmp_path / "runs").iterdir())) == 2
 
 
+def test_the_reader_that_ships_reads_any_number_of_figures_and_nothing_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "FIGURES_TRAIN", 6)
+    torch.manual_seed(0)
+    reader = evaluate.PoseReader(64).eval()
+    about = {"version": evaluate.READER_VERSION, "pictures": data.fingerprint(data.Figures(6, 64, seed=0)), "side": 64,
+             "steps": 1}
+    checkpoint.save(tmp_path / "shipped.pt", {"about": about, "reader": {
+        name: value.half() if value.is_floating_point() else value for name, value in reader.state_dict().items()}})
+    monkeypatch.setattr(evaluate, "SHIPPED_READER", tmp_path / "shipped.pt")
+    monkeypatch.setattr(evaluate, "train_reader", lambda pictures, *args: reader)
+    found = evaluate.find_reader("figures:3", data.Figures(3, 64), steps=1)
+    assert "shipped.pt, which ships" in capsys.readouterr().out and not (tmp_path / "runs").exists()
+    for name, value in reader.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-3, atol=1e-6)
+    for spec, pictures, steps in (("mine", data.Figures(3, 64), 1), ("figures:3", data.Figures(3, 32), 1),
+                                  ("figures:3", data.Figures(3, 64), 2)):           # other ones are taught
+        evaluate.find_reader(spec, pictures, steps=steps)
+        assert "which ships" not in capsys.readouterr().out
+
+
 def test_whatever_lies_where_the_reader_is_kept_a_good_one_takes_its_place(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pictures = data.Figures(2, 64)
