@@ -250,21 +250,22 @@ def test_bf16_autocast_is_close_to_float32(tiny, golden):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("module, at_once, layout", [
-    (unet, 2**20, torch.channels_last), (unet, 1, torch.channels_last), (unet, 2 * 64 * 36, torch.contiguous_format),
-    (vq, 2 * 64 * 36, torch.channels_last)])
-def test_group_norm_equals_pytorchs_and_keeps_the_layout(module, at_once, layout, dtype, monkeypatch):
-    """In parts of all, one and two of three samples; the gradient arrives in either layout."""
+@pytest.mark.parametrize("module, at_once, layout, side", [
+    (unet, 2**20, torch.channels_last, 6), (unet, 1, torch.channels_last, 6),
+    (unet, 2 * 64 * 36, torch.contiguous_format, 6), (unet, 2 * 64 * 32**2, torch.channels_last, 32),
+    (vq, 2 * 64 * 36, torch.channels_last, 6)])
+def test_group_norm_equals_pytorchs_and_keeps_the_layout(module, at_once, layout, side, dtype, monkeypatch):
+    """In parts of all, one and two of three samples, on small maps and large; the gradient arrives in either layout."""
     monkeypatch.setattr(module, "NORM_AT_ONCE", at_once)
     torch.manual_seed(0)
     ours, plain = module.GroupNorm(32, 64), nn.GroupNorm(32, 64)
     nn.init.normal_(ours.weight)
     nn.init.normal_(ours.bias)
     plain.load_state_dict(ours.state_dict())
-    x = torch.randn(3, 64, 6, 6).to(dtype)
+    x = (torch.randn(3, 64, side, side) + 2 * torch.randn(64, 1, 1)).to(dtype)
     a = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     b = x.float().requires_grad_()
-    upstream = torch.randn(3, 64, 6, 6).contiguous(memory_format=layout)
+    upstream = torch.randn(3, 64, side, side).contiguous(memory_format=layout)
     y = ours(a)
     y.backward(upstream.to(dtype))
     plain(b).backward(upstream)
