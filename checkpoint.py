@@ -262,7 +262,9 @@ class LDM(nn.Module):
 
     z = (h - mean) / std is what diffusion works on, per channel; mean and std [C, 1, 1] come from the latent cache.
     `schedule` are the arguments of diffusion.Diffusion. `knows_null`: poses were dropped in training, so guidance means
-    something. `spacing` of DDIM's timesteps is the reference's for models that come from there.
+means
+    something. `spacing` of DDIM's timesteps is the reference's for models that come from there. To sample in half
+    precision, where the hardware computes in it, `ldm.unet.to(torch.bfloat16)`; the latents stay float32.
     """
     spacing = "even"
 
@@ -284,7 +286,7 @@ class LDM(nn.Module):
     def forward(self, x: Tensor, t: Tensor, pose: Tensor, drop: Tensor | None = None) -> Tensor:
         """eps for noisy latents x [B, C, h, w] at t [B] under poses [B, 17, 3]; `drop` [B] marks null conditions."""
         context, maps = self.cond(pose, x.shape[2:], drop)
-        return self.unet(x, t, context, maps)
+        return self.unet(x.to(self.dtype), t, context if context is None else context.to(self.dtype), maps)
 
     @torch.no_grad()
     def prepared(self, pose: Tensor, size: tuple[int, int]) -> tuple[Callable[..., Tensor], Tensor]:
@@ -295,13 +297,19 @@ class LDM(nn.Module):
         """
         row = torch.arange(len(pose) + 1, device=pose.device)
         context, maps = self.cond(torch.cat([pose[:1], pose]), size, row == 0)      # row 0 is the null condition
-        keys_values = self.unet.keys_values(context)
+        keys_values = self.unet.keys_values(context if context is None else context.to(self.dtype))
 
         def eps_model(x: Tensor, t: Tensor, number: Tensor, drop: Tensor) -> Tensor:
             at = (number + 1) * ~drop                                               # [B] rows
-            return self.unet(x, t, [(k[at], v[at]) for k, v in keys_values], None if maps is None else maps[at])
+            return self.unet(x.to(self.dtype), t, [(k[at], v[at]) for k, v in keys_values],
+                             None if maps is None else maps[at])
 
         return eps_model, row[:-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the UNet computes in."""
+        return next(self.unet.parameters()).dtype
 
     @property
     def guidance(self) -> float:

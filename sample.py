@@ -66,6 +66,7 @@ DEFAULT_STRENGTH = 0.6
 DEFAULT_ROUNDS = 3              # of RePaint: measured on a Gaussian, 1 leaves half of what the known part says unheard
 DEFAULT_FPS = 12.0
 SAMPLERS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver++(2M)", "ddpm": "DDPM"}
+HALVES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPACINGS = ("even", "lambda", "uniform")
 VERY_UNUSUAL = 0.99             # further out than this share of the training poses: --typical is suggested
 LONGEST_GAP = 25                # frames without anybody that are filled in, about a second
@@ -76,9 +77,9 @@ LONGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}      # pixels tha
 RECORD = 1                      # format of what a PNG says about itself
 # What a PNG repeats of the flags: their type, those of a list, or all that they can be. Poses and seeds say the rest.
 REPEATED = {"sampler": tuple(SAMPLERS), "steps": int, "eta": float, "spacing": SPACINGS, "guidance": float,
-            "interval": [int, int], "rescale": float, "preset": str, "no_ema": bool, "ckpt": str, "init": str,
-            "strength": float, "inpaint": str, "mask": str, "rounds": int, "noise_from": str, "morph": bool,
-            "motion": bool, "film": bool, "fps": float}
+            "interval": [int, int], "rescale": float, "preset": str, "no_ema": bool, "amp": tuple(HALVES), "ckpt": str,
+            "init": str, "strength": float, "inpaint": str, "mask": str, "rounds": int, "noise_from": str,
+            "morph": bool, "motion": bool, "film": bool, "fps": float}
 PICTURES = ("init", "inpaint", "mask", "noise_from")
 MAY_GO_WITH_REPEAT = {"repeat", "ckpt", "device", "out", "separate", "save_latents", *PICTURES}
 
@@ -668,6 +669,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         f"{', '.join(checkpoint.PUBLISHED)}; ours need none")
     add("--no-ema", action="store_true", help="the raw weights instead of their moving average")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--amp", choices=tuple(HALVES), default="off", help="compute the network in half precision, which is faster "
+        "where the hardware does; latents stay float32 (default off)")
 
     add = parser.add_argument_group("sampling").add_argument
     add("-n", type=int, help="pictures a pose (default 2; 1 with --motion, --morph and --noise-from)")
@@ -748,6 +751,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--guidance is {args.guidance}; it must be a finite number")
     args.ckpt = args.ckpt or default_ckpt()
     args.device = checkpoint.find_device(args.device)
+    if args.amp == "fp16" and args.device == "cpu":
+        raise ValueError("--amp fp16 needs a CUDA GPU; use --amp bf16 or off")
     check_out(args)
 
 
@@ -872,6 +877,7 @@ def run(args: argparse.Namespace, command: str) -> str:
     digest, given = checkpoint.hash_of(ldm.state_dict()), encode(ldm, images, size) if images else None
     if args.repeat:
         check_same(args, record, digest, given)
+    ldm.unet.to(HALVES[args.amp])
 
     every = torch.from_numpy(plan.poses).repeat_interleave(plan.n, dim=0)               # [P n, 17, 3]
     start = start_from(ldm, given, args, every[:1]) if given else {}

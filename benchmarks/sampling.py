@@ -6,9 +6,10 @@
 
 Ours is what sample.py does up to the decoder. diffusers' is the loop of its pipelines: latents doubled, scaled, the
 UNet, guidance, scheduler.step (DPMSolverMultistepScheduler and DDIMScheduler), with prompt and maps made beforehand;
-its UNet2DConditionModel has as many parameters as ours. float32 is as shipped; bf16 is autocast for ours, weights and
-latents in bf16 for diffusers', which is its own way. Random weights: they cost what trained ones do. Times are medians;
-what is compared takes turns, so that a machine which gets slower does so for all. Needs diffusers beside the rest.
+its UNet2DConditionModel has as many parameters as ours. float32 is as shipped; bf16 is `--amp bf16` for ours, weights
+and latents in bf16 for diffusers', which is its own way. Random weights: they cost what trained ones do. Times are
+medians; what is compared takes turns, so that a machine which gets slower does so for all. Needs diffusers beside the
+rest.
 """
 from __future__ import annotations
 
@@ -57,13 +58,14 @@ def main() -> None:
 def compare(work: str, turns: int) -> None:
     """Prints a table: seconds of each case and how many times slower than ours in bf16 it is."""
     pictures, steps = WORKS[work]
-    ldm = random_ldm(work)
     side, poses = config_of(work).size, torch.rand(pictures, 17, 3).ceil() * torch.rand(pictures, 17, 3)
     cases: dict[str, Callable[[], object]] = {}
     for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        ldm = random_ldm(work)
+        ldm.unet.to(dtype)
         unet = peer(ldm.unet, side // ldm.vq.config.factor).to(dtype)
         for sampler, spacing in (("dpm_solver", "lambda"), ("ddim", "even")):
-            cases[f"ours, {sampler}, {name}"] = ours(ldm, poses, side, sampler, spacing, steps, dtype)
+            cases[f"ours, {sampler}, {name}"] = ours(ldm, poses, side, sampler, spacing, steps)
             cases[f"diffusers, {sampler}, {name}"] = theirs(unet, ldm, poses, sampler, steps, dtype)
     times = {name: statistics.median(took) for name, took in in_turns(cases, turns, "cpu").items()}
     fastest = times["ours, dpm_solver, bf16"]
@@ -84,13 +86,11 @@ def random_ldm(preset: str) -> checkpoint.LDM:
     return ldm.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def ours(ldm: checkpoint.LDM, poses: Tensor, side: int, sampler: str, spacing: str, steps: int,
-         dtype: torch.dtype) -> Callable[[], object]:
+def ours(ldm: checkpoint.LDM, poses: Tensor, side: int, sampler: str, spacing: str, steps: int) -> Callable[[], object]:
     def draw() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            for _ in sample.sample(ldm, poses, list(range(len(poses))), side, sampler=sampler, steps=steps, eta=0.0,
-                                   guidance=GUIDANCE, spacing=spacing):
-                pass
+        for _ in sample.sample(ldm, poses, list(range(len(poses))), side, sampler=sampler, steps=steps, eta=0.0,
+                               guidance=GUIDANCE, spacing=spacing):
+            pass
 
     return draw
 

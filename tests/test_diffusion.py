@@ -496,6 +496,19 @@ def test_a_prepared_model_is_the_model(doors, w, interval):
 
 
 @pytest.mark.parametrize("doors", DOORS)
+def test_a_network_in_half_precision_draws_nearly_the_same_from_float32_latents(doors):
+    ldm, poses = random_ldm(*doors), random_poses(2)
+    x, ts = torch.randn(2, 3, 8, 8), torch.full((2,), 300)
+    wanted = guided(ldm, poses, 3)(x, ts)
+    ldm.unet.to(torch.bfloat16)
+    for cond in ((ldm, poses), ldm.prepared(poses, (8, 8))):
+        eps_fn = guided(*cond, 3)
+        assert 1e-4 < relative_error(eps_fn(x, ts), wanted) < 6e-2           # guidance triples the rounding
+        for sampler in (ddim, dpm_solver):
+            assert all(step.x.dtype == torch.float32 for step in sampler(Diffusion(), eps_fn, x, 3))
+
+
+@pytest.mark.parametrize("doors", DOORS)
 def test_the_pose_is_looked_at_once_a_picture_and_not_once_a_step(doors):
     ldm, calls = random_ldm(*doors), {"cond": 0, "keys": 0, "unet": 0}
 

@@ -450,6 +450,21 @@ def test_a_moving_picture_keeps_time(tmp_path, suffix):
 
 # ------------------------------------------------------------------------------------------------ what is written
 
+def test_half_precision_is_in_the_network_alone(go, ckpt, monkeypatch):
+    seen = []
+    forward = sample.checkpoint.UNet.forward
+    monkeypatch.setattr(sample.checkpoint.UNet, "forward", lambda unet, x, *args: seen.append(x.dtype) or
+                        forward(unet, x, *args))
+    go(WAVING, "--seed", "3", "--save-latents", "a.npz")
+    go(WAVING, "--seed", "3", "--amp", "bf16", "--save-latents", "b.npz")
+    assert set(seen) == {torch.float32, torch.bfloat16}
+    with np.load("a.npz") as a, np.load("b.npz") as b:
+        assert b["latents"].dtype == np.float32
+        assert 0 < np.abs(a["latents"] - b["latents"]).mean() < 0.05 * np.abs(a["latents"]).mean()
+    assert sample.main(["--repeat", "samples.png"]) == 0                     # the second, in bf16 again
+    assert np.array_equal(np.asarray(Image.open("again.png")), np.asarray(Image.open("samples.png")))
+
+
 def test_a_film_ends_at_the_sample_and_begins_at_noise(go):
     film, plain = go(WAVING, KICKING, "-n", "2", "--film", steps="20"), go(WAVING, KICKING, "-n", "2", steps="20")
     assert len(film["rows"]) == 2 * len(plain) and film["columns"][1] == "step 1, t = 999"
@@ -667,6 +682,7 @@ def test_words_survive_in_a_png_and_no_other_format_is_troubled(tmp_path):
     (["--morph"], ["--morph", "waving"]), (["--morph", "--frames", "1"], ["--frames is 1", "--morph"]),
     (["--motion"], ["--motion", "two frames"]), (["--motion", "--fps", "0"], ["--fps"]),
     (["--save-latents", "z.pt"], ["--save-latents", ".npz"]), (["--out", "x.gif"], [".png"]),
+    (["--amp", "fp16"], ["--amp fp16", "CUDA"]),
     (["--out", "folder.png"], ["folder.png", "is a folder"]),
     (["--separate", "figure.png"], ["--separate figure.png", "is a file"]),
     (["--save-latents", "/proc/none/z.npz"], ["/proc/none"]), (["-n", "200", "--film", "--out", "x.webp"], ["16383"]),
