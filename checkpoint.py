@@ -859,12 +859,16 @@ def fetch(file: Download, path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------------- the command
 
-def main(argv: list[str] | None = None) -> int:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make a small file of a checkpoint of stage 2, to give away: EMA "
                                      "weights in half precision, without what resuming needs.")
     parser.add_argument("ckpt", metavar="CKPT", help="such as runs/ldm/last.pt")
     parser.add_argument("out", metavar="OUT", help="the file to write")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     try:
         payload = load(args.ckpt, "ldm")
         if "source" in payload:

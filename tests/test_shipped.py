@@ -1,0 +1,53 @@
+"""The model that ships, as a user meets it: a change that spoils loading, sampling or the pose shows here."""
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import data
+import evaluate
+import sample
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "assets/toy.pt"
+POSES = sorted(map(str, (ROOT / "examples/poses").glob("*.json")))
+
+
+def test_the_files_are_small_and_hold_tensors_alone():
+    assert MODEL.stat().st_size <= 16_000_000 and evaluate.SHIPPED_READER.stat().st_size <= 5_000_000
+    payload = torch.load(MODEL, weights_only=True)
+    assert "train" not in payload and payload["config"]["preset"] == "toy"
+    for part in ("vq", "unet", "cond"):
+        assert all(tensor.dtype != torch.float32 for tensor in payload[part].values())
+
+
+def test_bare_sample_py_draws_all_example_poses_without_any_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    began = time.process_time()
+    assert sample.main([*POSES, "--device", "cpu"]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "toy.pt; --ckpt names another" in printed and "16 pictures" in printed
+    assert Image.open("samples.png").width > 3 * 64
+    assert time.process_time() - began < 60                 # of one core; 15 s of two quiet ones are promised
+
+
+@pytest.mark.slow
+def test_it_draws_the_pose_asked_for():
+    """PCK@0.1 of 64 held-out poses, at least 0.85 of what the reader finds in the real pictures."""
+    ldm, payload = checkpoint.load_ldm(MODEL)
+    reader = evaluate.find_reader("figures", data.Figures(data.FIGURES_TRAIN, 64, seed=0))
+    rows, _ = evaluate.assess(reader, evaluate.draw_held_out(ldm, data.Figures(64, 64, seed=1)))
+    assert rows["real"]["pck@0.1"] > evaluate.JUDGE
+    assert rows["samples"]["pck@0.1"] >= 0.85 * rows["real"]["pck@0.1"]
+    assert rows["shuffled"]["pck@0.1"] < 0.25
+
+
+def test_its_autoencoder_keeps_held_out_figures():
+    vq = checkpoint.build_vq(checkpoint.load_vq(MODEL), "assets/toy.pt")
+    (x, _), = data.in_order(data.Figures(64, 64, seed=1), 64, 64)
+    with torch.no_grad():
+        x_hat = vq(x)[0]
+    assert evaluate.psnr(x_hat, x).mean() > evaluate.psnr(evaluate.box_baseline(x, 4), x).mean() + 4
