@@ -126,14 +126,15 @@ VQGAN = VQLossConfig(perceptual=1.0, disc_weight=0.75, disc_start=0.1, disc_ramp
 MAPS = ("maps",)
 
 
-def _unet(ch: int, mult: tuple[int, ...], attn: tuple[int, ...], heads: int) -> dict:
-    return {"model_channels": ch, "channel_mult": mult, "attention_resolutions": attn, "num_heads": heads}
+def _unet(ch: int, mult: tuple[int, ...], attn: tuple[int, ...], heads: int, blocks: int = 2) -> dict:
+    return {"model_channels": ch, "channel_mult": mult, "attention_resolutions": attn, "num_heads": heads,
+            "num_res_blocks": blocks}
 
 
 # fmt: off
 PRESETS = {
     "toy": Preset(64, VQConfig(ch=32, ch_mult=(1, 2, 2), n_embed=2048, resolution=64, **NORM_FREE),
-        _unet(64, (1, 2, 3), (2, 4), 4), ConditionConfig(MAPS, 64),
+        _unet(64, (1, 2, 2), (2, 4), 4, blocks=1), ConditionConfig(MAPS, 64),
         vq=Recipe(8, 1e-3, minutes=9.5, lr_final=0.03, free=0.15),
         ldm=Recipe(32, 4e-4, minutes=24.0, lr_final=0.05, warmup=100)),
     "small": Preset(128, VQConfig(ch=32, n_embed=4096, resolution=128, **NORM_FREE),
