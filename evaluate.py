@@ -584,8 +584,9 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
     elif not early or not fell < STILL_FALLING:
         word, reasons = "underfit", [f"{still}; it still falls, so train longer"]
     else:
-        word, reasons = "good", [f"{still}; it is {last['val_train']:.4f} on training pictures, and rises in no bin of "
-                                 "timesteps"]
+        gap = 1 - last["val_train"] / loss
+        word, reasons = "good", [f"{still}; it is {last['val_train']:.4f} on training pictures, {gap:.1%} lower, and "
+                                 "rises in no bin of timesteps: nothing speaks against more steps but their time"]
     reasons.append(f"shuffled poses have {last['val_ratio']:.3f} times the loss of right ones: the pose is "
                    + ("heeded" if heeded else "ignored"))
     return {"verdict": word, "since": found[-max(risen_for.values())]["step"] + 1 if warning else None,
