@@ -22,7 +22,7 @@ import train  # noqa: E402
 # figures, steps, batch size, learning rate, what the verdict must say
 CASES = {
     "few": (200, 1600, 16, 8e-4, {"verdict": "memorising"}),
-    "many": (20_000, 7000, 32, 4e-4, {"verdict": "good", "pose": "heeded"}),
+    "many": (20_000, 6000, 32, 4e-4, {"verdict": "good", "pose": "heeded"}),
     "shuffled": (2_000, 600, 16, 8e-4, {"pose": "ignored"}),
 }
 KEPT = 8                        # checkpoints for the film strip
