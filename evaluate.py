@@ -389,6 +389,7 @@ ROW_OF = 3                          # evaluations in a row, before anything is s
 HEEDED = 1.02                       # shuffled / right: the seed's token, which cannot place a joint, reaches 1.016
 UNLEARNT = 0.5                      # of the loss of predicting nothing, which is 1, for the noise is N(0, I)
 STILL_FALLING = 0.05                # of the loss, in the last quarter of the steps: more, and twice the steps would pay
+WIDENED = 0.1                       # of the loss, that training pictures gained on held-out ones: more is no accident
 COPY_PERCENTILE = 1.0               # of the distances of held-out pictures to their nearest training picture
 CHANCE = 1e-3                       # copies are evidence where so many come by chance in less than this share of cases
 
@@ -519,6 +520,13 @@ def gaps(row: dict) -> dict[str, float]:
     return {key: 1 - row.get(f"val_train{key}", math.nan) / row[f"val_right{key}"] for key in bin_keys(row)}
 
 
+def widened(rows: list[dict]) -> list[float]:
+    """At each evaluation, by what share training pictures have come to be cheaper, held against held-out ones, than at
+    the first: what the two sets of pictures differ in by themselves falls out."""
+    shares = [row.get("val_train", math.nan) / row["val_right"] for row in evaluations(rows)]
+    return [1 - share / shares[0] for share in shares]
+
+
 def risen(row: dict) -> dict[str, float]:
     """How far the held-out loss of an evaluation is above its best, as a share of it, by the keys of its bins."""
     return {key: row.get(f"val_rise{key}", math.nan) / row[f"val_right{key}"] for key in bin_keys(row)}
@@ -554,8 +562,9 @@ def chance_of(near: int, n: int, below: int, of: int) -> float:
 def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -> dict:
     """Is a run of stage 2 underfit, good or memorising? From the rows of its log, and `distances` as `copies` has them.
 
-    "verdict"; "since", the step from which on held-out losses rise, where they do; "best", the step of best.pt; "pose",
-    heeded or ignored; "reasons" in words, and the "numbers" behind them. ValueError for a log that does not tell.
+    "verdict"; "since", the step from which on held-out losses rise, or else training ones run ahead, if so; "best", the
+    step of best.pt; "pose", heeded or ignored; "reasons" in words, and the "numbers" behind them. ValueError for a log
+    that does not tell.
     """
     found = evaluations(rows)
     if not found or "val_train" not in found[-1]:
@@ -566,12 +575,19 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
     early = found[0]["step"] + 1 <= 0.75 * steps                # or there is nothing to compare with
     fell = 1 - loss / np.interp(0.75 * steps, [row["step"] + 1 for row in found],
                                 [row["val_right"] for row in found]).item() if early else None
+    gap, ahead = widened(rows), 0                               # for how many evaluations training has been ahead
+    if early and fell < STILL_FALLING:                          # while held-out losses fall, no harm is done
+        ahead = next((i for i, share in enumerate(reversed(gap)) if not share > WIDENED), len(gap))
     limit, copied = copies(distances) if distances else (None, {})
     heeded = last["val_ratio"] >= HEEDED and last["val_shuffled"] - loss > SIGNIFICANT * last["val_shuffled_se"]
     numbers = {"step": steps, "evaluations": len(found), "loss": loss, "training": last["val_train"], "fell": fell,
-               "ratio": last["val_ratio"], "risen_for": risen_for, "limit": limit, "copies": copied,
+               "ratio": last["val_ratio"], "risen_for": risen_for, "widened": gap[-1], "limit": limit, "copies": copied,
                "rise": {key: share for key, share in risen(last).items() if math.isfinite(share)}}
     reasons = [f"{warning}; it is {loss:.4f} now, and {last['val_train']:.4f} on training pictures"] if warning else []
+    if ahead:
+        reasons.append(f"the loss of training pictures has run ahead by {gap[-1]:.0%} since the first evaluation, to "
+                       f"{last['val_train']:.4f}, while that of held-out ones, {loss:.4f}, no longer falls: what is "
+                       "learnt now holds for the training pictures alone")
     reasons += [f"{c['copies']} of {c['of']} samples under {name} are nearer to a training picture than "
                 f"{100 - COPY_PERCENTILE:g} % of held-out pictures are (by chance: {c['chance']:.0e})"
                 for name, c in sorted(copied.items()) if c["copies"] and c["chance"] < CHANCE]
@@ -584,12 +600,12 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
     elif not early or not fell < STILL_FALLING:
         word, reasons = "underfit", [f"{still}; it still falls, so train longer"]
     else:
-        gap = 1 - last["val_train"] / loss
-        word, reasons = "good", [f"{still}; it is {last['val_train']:.4f} on training pictures, {gap:.1%} lower, and "
-                                 "rises in no bin of timesteps: nothing speaks against more steps but their time"]
+        word, reasons = "good", [f"{still}; it is {last['val_train']:.4f} on training pictures, and rises in no bin of "
+                                 "timesteps: nothing speaks against more steps but their time"]
     reasons.append(f"shuffled poses have {last['val_ratio']:.3f} times the loss of right ones: the pose is "
                    + ("heeded" if heeded else "ignored"))
-    return {"verdict": word, "since": found[-max(risen_for.values())]["step"] + 1 if warning else None,
+    since = max(risen_for.values()) if warning else ahead
+    return {"verdict": word, "since": found[-since]["step"] + 1 if since else None,
             "best": best_step(rows), "pose": "heeded" if heeded else "ignored", "reasons": reasons, "numbers": numbers}
 
 

@@ -87,6 +87,21 @@ def test_a_rise_in_the_last_steps_bins_is_found_at_its_third_evaluation_and_said
         f"was step {evaluate.best_step(rows[:2 * 15]):,}")
 
 
+def test_training_losses_that_run_ahead_of_flat_held_out_ones_are_memorising():
+    """The two sets differ in difficulty from the start, which is no sign; what grows is."""
+    def ahead(k: int, b: int) -> float:
+        return 0.7 * falling(k, b) * (1 if k < 10 else 0.98 ** (k - 9))
+    rows = planted(falling, ahead, wander=0.01)
+    assert evaluate.overfitting(rows) is None                               # nothing rises
+    found = evaluate.verdict(rows)
+    assert (found["verdict"], found["since"]) == ("memorising", 16 * EVERY)     # 0.98^6 is the first below 0.9
+    assert found["numbers"]["widened"] == pytest.approx(1 - 0.98 ** 10, abs=0.01)
+    assert "run ahead by 18% since the first evaluation" in found["reasons"][0]
+    assert evaluate.verdict(planted(falling, lambda k, b: 0.7 * falling(k, b)))["verdict"] == "good"
+    steep = planted(lambda k, b: 0.3 * 0.97 ** k, lambda k, b: 0.3 * 0.95 ** k, wander=0.01)
+    assert evaluate.verdict(steep)["verdict"] == "underfit"                 # both learn; one learns more
+
+
 @pytest.mark.parametrize("bins, words", [
     ({0}, "in bin t<100: the last steps' details are being memorised"),
     ({9}, "in bin t>=900: whole pictures, from their first outlines on, are"),
