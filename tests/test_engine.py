@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import MICRO, command
+from test_train import MICRO, as_micro, command
 
 import train
 import unet
@@ -23,10 +23,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def presets(monkeypatch):
-    monkeypatch.setitem(train.PRESETS, "micro", MICRO)
+    as_micro(monkeypatch)
     monkeypatch.setitem(train.PRESETS, "micro_plain", train.replace(
         MICRO, vq_config=VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32)))
-    monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
     monkeypatch.setattr(unet, "zero", lambda module: module)        # or the first gradient reaches the last layer only
     monkeypatch.setattr(vq, "zero_", lambda module, config: module)
 
@@ -36,7 +35,7 @@ def stage_one(tmp_path_factory) -> str:
     """A checkpoint of stage 1, for stage 2 to work on."""
     root = tmp_path_factory.mktemp("stage-one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.PRESETS, "micro", MICRO)
+        as_micro(patch)
         assert train.main(command("vq", root, "--steps", "4")) == 0
     return str(root / "last.pt")
 
@@ -117,12 +116,11 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 torch.set_num_threads(1)
-import train, test_train, unet, vq
+import pytest, train, test_train, unet, vq
+test_train.as_micro(pytest.MonkeyPatch())
 unet.zero, vq.zero_ = lambda module: module, lambda module, config: module
 gan = train.VQLossConfig(disc_weight=1.0)
-train.PRESETS["micro"] = test_train.MICRO
 train.PRESETS["micro_gan"] = train.replace(test_train.MICRO, vq=train.replace(test_train.MICRO.vq, loss=gan))
-train.PREVIEW_STEPS = 2
 folder, argv = sys.argv[1], sys.argv[2:]
 descend = train.descend
 def watch(loss, params, opt, scaler, run, step):

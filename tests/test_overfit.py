@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import MICRO, command, micro, one_sentence, same, trained, undrawn  # noqa: F401  (three are fixtures)
+from test_train import as_micro, command, micro, one_sentence, same, trained  # noqa: F401  (two are fixtures)
 
 import checkpoint
 import data
@@ -26,7 +26,7 @@ from diffusion import Diffusion
 ROOT = Path(__file__).parent.parent
 N, EVALS, EVERY = 256, 20, 1000             # latents, evaluations of a planted run, steps between them
 DIFFUSION = Diffusion()
-PLOT_CURVES = train.plot_curves             # which fixtures replace
+PLOT_CURVES = train.plot_curves             # which the fixture micro replaces
 BIN = evaluate.fixed_noise(DIFFUSION, torch.zeros(N, 1, 1, 1))[0] * 10 // 1000                  # of each latent
 
 
@@ -327,8 +327,7 @@ def test_patience_ends_the_run_and_the_same_command_leaves_it_so(trained, tmp_pa
     assert "out of patience at step 3: it overfits" in capsys.readouterr().out and last.read_bytes() == before
     assert train.main([*argv, "--patience", "9"]) == 0                         # more of it, or none: on to the end
     monkeypatch.undo()
-    monkeypatch.setitem(train.PRESETS, "micro", MICRO)
-    monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
+    as_micro(monkeypatch)
     whole = command("ldm", tmp_path / "whole", "--vq", str(trained / "vq/last.pt"), "--steps", "6")
     assert train.main(whole) == 0
     one, other = (checkpoint.load(tmp_path / run / "last.pt", "ldm") for run in ("run", "whole"))
@@ -358,8 +357,8 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 torch.set_num_threads(1)
-import evaluate, train, test_train
-train.PRESETS["micro"], train.PREVIEW_STEPS = test_train.MICRO, 2
+import pytest, evaluate, train, test_train
+test_train.as_micro(pytest.MonkeyPatch())
 evaluate.overfitting = lambda rows, row_of=3: "it overfits" if rows[-1]["step"] >= 2 else None
 sys.exit(train.main(sys.argv[1:]))
 """

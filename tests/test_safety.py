@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 from test_data import folder, write_pair
-from test_train import MICRO, Killed, micro, one_sentence, same, trained  # noqa: F401
+from test_train import Killed, as_micro, micro, one_sentence, same, trained  # noqa: F401
 from test_train import command as command_of
 
 import checkpoint
@@ -38,16 +38,11 @@ import train
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 STEPS = 4                       # of a run here; EVALS makes an evaluation and a checkpoint of each
+PLOT_CURVES = train.plot_curves             # which the fixture micro replaces
 
 
 def command(stage: str, out: Path, trained: Path, *flags: str) -> list[str]:
     return command_of(stage, out, "--steps", str(STEPS), "--vq", str(trained / "vq/last.pt"), *flags)
-
-
-def as_micro(patch: pytest.MonkeyPatch) -> None:
-    """The fixture micro of test_train, for a fixture of a module and for processes."""
-    patch.setitem(train.PRESETS, "micro", MICRO)
-    patch.setattr(train, "PREVIEW_STEPS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +164,8 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_run_goes_on_once_there_is_
         trained, whole, small_disk, monkeypatch, capsys, stage, what):
     run = small_disk.path / "run"
     flags = command(stage, run, trained)
+    if what == "curves.png":
+        monkeypatch.setattr(train, "plot_curves", PLOT_CURVES)
     with monkeypatch.context() as m, pytest.raises(Killed):
         m.setattr(train.Run, "draw", stop_after_drawing)
         train.main(flags)

@@ -1,4 +1,5 @@
 """train.py, checkpoint.py, sample.py and evaluate.py: exact resume, honest files, one sentence for each mistake."""
+import itertools
 import json
 import math
 import os
@@ -36,14 +37,27 @@ MICRO = train.Preset(
     ldm=train.Recipe(4, 1e-3, minutes=1, lr_final=0.1, warmup=2))
 
 
+PRESETS = {
+    "micro": MICRO,
+    "micro_plain": train.replace(                                       # the reference's way: norms, gradient codebook
+        MICRO, vq_config=VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32, dropout=0.1)),
+    "micro_gan": train.replace(
+        MICRO, vq=train.replace(MICRO.vq, loss=VQLossConfig(disc_weight=1.0, disc_start=2, disc_ramp=2)))}
+
+
+def as_micro(patch: pytest.MonkeyPatch) -> None:
+    """The presets of the tests, and evaluations that cost no more than a step: of four pictures, previews of two, no
+    curves. For whoever runs train.main: a test, a fixture of a module, a process."""
+    for name, preset in PRESETS.items():
+        patch.setitem(train.PRESETS, name, preset)
+    for name, value in {"EVAL_PICTURES": 4, "EVAL_LATENTS": (4, 4), "PREVIEWS": 2, "PREVIEW_STEPS": 2}.items():
+        patch.setattr(train, name, value)
+    patch.setattr(train, "plot_curves", lambda run, panels: None)
+
+
 @pytest.fixture(autouse=True)
 def micro(monkeypatch):
-    monkeypatch.setitem(train.PRESETS, "micro", MICRO)
-    monkeypatch.setitem(train.PRESETS, "micro_plain", train.replace(   # the reference's way: norms, gradient codebook
-        MICRO, vq_config=VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32, dropout=0.1)))
-    monkeypatch.setitem(train.PRESETS, "micro_gan", train.replace(MICRO, vq=train.replace(
-        MICRO.vq, loss=VQLossConfig(disc_weight=1.0, disc_start=2, disc_ramp=2))))
-    monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
+    as_micro(monkeypatch)
     monkeypatch.setattr(train, "rehearse", lambda c, pictures: train.Forecast(1.0, 1.0))     # real in test_engine.py
 
 
@@ -51,22 +65,15 @@ def command(stage: str, out: Path, *flags: str, preset: str = "micro") -> list[s
     return ["--stage", stage, "--preset", preset, "--data", "figures:12", "--out", str(out), "--device", "cpu", *flags]
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    """Curves take half of the time of a micro run's evaluation; those of `trained` are drawn."""
-    monkeypatch.setattr(train, "plot_curves", lambda run, panels: None)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with vq/last.pt and ldm/last.pt of the micro preset."""
+    """A folder with vq/last.pt and ldm/last.pt of the micro preset: evaluated on all pictures, with curves."""
     root = tmp_path_factory.mktemp("trained")
-    patch = pytest.MonkeyPatch()
-    patch.setitem(train.PRESETS, "micro", MICRO)
-    patch.setattr(train, "PREVIEW_STEPS", 2)
-    assert train.main(command("vq", root / "vq", "--steps", "4")) == 0
-    assert train.main(command("ldm", root / "ldm", "--steps", "4", "--vq", str(root / "vq/last.pt"))) == 0
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.PRESETS, "micro", MICRO)
+        patch.setattr(train, "PREVIEW_STEPS", 2)
+        assert train.main(command("vq", root / "vq", "--steps", "4")) == 0
+        assert train.main(command("ldm", root / "ldm", "--steps", "4", "--vq", str(root / "vq/last.pt"))) == 0
     return root
 
 
@@ -169,7 +176,8 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypa
 
 def test_minutes_become_steps_that_a_resumed_run_keeps(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "MEASURE_STEPS", 4)
-    monkeypatch.setattr(train, "EVAL_PICTURES", 4)
+    ticks = itertools.count()                       # a clock that is the same on any machine: about 20 steps
+    monkeypatch.setattr(train.time, "monotonic", lambda: 0.05 * next(ticks))
     flags = command("vq", tmp_path / "run", "--minutes", "0.1")
     save = train.Run.save
 
