@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import MICRO, as_micro, command
+from test_train import MICRO, as_micro, command, trained  # noqa: F401  (trained is a fixture)
 
 import train
 import unet
@@ -30,14 +30,10 @@ def presets(monkeypatch):
     monkeypatch.setattr(vq, "zero_", lambda module, config: module)
 
 
-@pytest.fixture(scope="module")
-def stage_one(tmp_path_factory) -> str:
+@pytest.fixture
+def stage_one(trained) -> str:  # noqa: F811
     """A checkpoint of stage 1, for stage 2 to work on."""
-    root = tmp_path_factory.mktemp("stage-one")
-    with pytest.MonkeyPatch.context() as patch:
-        as_micro(patch)
-        assert train.main(command("vq", root, "--steps", "4")) == 0
-    return str(root / "last.pt")
+    return str(trained / "vq/last.pt")
 
 
 def gradients(monkeypatch, argv: list[str], steps: int = 1) -> list[dict[str, torch.Tensor]]:

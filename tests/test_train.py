@@ -1,4 +1,5 @@
 """train.py, checkpoint.py, sample.py and evaluate.py: exact resume, honest files, one sentence for each mistake."""
+import functools
 import itertools
 import json
 import math
@@ -65,9 +66,15 @@ def command(stage: str, out: Path, *flags: str, preset: str = "micro") -> list[s
     return ["--stage", stage, "--preset", preset, "--data", "figures:12", "--out", str(out), "--device", "cpu", *flags]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with vq/last.pt and ldm/last.pt of the micro preset: evaluated on all pictures, with curves."""
+    """A folder with vq/last.pt and ldm/last.pt of the micro preset: evaluated on all pictures, with curves. To be read
+    only, for all modules share it."""
+    return train_micro(tmp_path_factory)
+
+
+@functools.cache                        # pytest makes a fixture anew in each module that imports it
+def train_micro(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.PRESETS, "micro", MICRO)
@@ -138,11 +145,10 @@ def test_six_steps_equal_three_and_resume_and_three(tmp_path, monkeypatch, stage
 def test_a_real_kill_9_loses_nothing_but_time(tmp_path, stage):
     """The toy preset in a process of its own, killed between two of its checkpoints."""
     vq = tmp_path / "vq/last.pt"
+    figures = ["--data", "figures:4", "--batch-size", "2"]      # 4 are evaluated on, in that process as in this one
     if stage == "ldm":
-        toy = ["--stage", "vq", "--data", "figures:16", "--batch-size", "2", "--steps", "1", "--out", str(vq.parent)]
-        assert train.main(toy) == 0
-    flags = ["--stage", stage, "--data", "figures:16", "--batch-size", "2", "--steps", "8", "--vq", str(vq)]
-    flags += ["--device", "cpu"]
+        assert train.main(["--stage", "vq", *figures, "--steps", "1", "--out", str(vq.parent)]) == 0
+    flags = ["--stage", stage, *figures, "--steps", "8", "--vq", str(vq), "--device", "cpu"]
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
     process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", str(tmp_path / "cut")], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -174,10 +180,15 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypa
     same(*(checkpoint.load(tmp_path / run / "last.pt", "vq") for run in ("whole", "cut")))
 
 
+def ticking(monkeypatch) -> None:
+    """A clock that goes alike on any machine: on by 50 ms whenever it is looked at, a few times a step."""
+    looks = itertools.count()
+    monkeypatch.setattr(train.time, "monotonic", lambda: 0.05 * next(looks))
+
+
 def test_minutes_become_steps_that_a_resumed_run_keeps(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "MEASURE_STEPS", 4)
-    ticks = itertools.count()                       # a clock that is the same on any machine: about 20 steps
-    monkeypatch.setattr(train.time, "monotonic", lambda: 0.05 * next(ticks))
+    ticking(monkeypatch)
     flags = command("vq", tmp_path / "run", "--minutes", "0.1")
     save = train.Run.save
 
@@ -506,6 +517,7 @@ def test_a_discriminator_that_was_asked_for_comes_in_as_softly_as_where_it_is_us
 def test_while_minutes_are_measured_the_adversary_takes_its_time_and_changes_nothing(tmp_path, monkeypatch):
     """Its extra passes are in the measured rate; the gradients are those without it, bit for bit."""
     monkeypatch.setattr(train, "MEASURE_STEPS", 3)
+    ticking(monkeypatch)
     factors, generator = [], VQLoss.generator
 
     def watch(self, x, x_hat, codebook_loss, last_layer, factor):
@@ -895,11 +907,11 @@ def test_guidance_needs_a_model_that_knows_no_pose(trained, tmp_path, monkeypatc
 
 
 def test_ddpm_takes_all_steps(trained, tmp_path, monkeypatch):
-    steps = []
+    steps, schedule = [], {"timesteps": 60, "linear_start": 0.0015, "linear_end": 0.0195}
     monkeypatch.setattr(sample.tqdm, "update", lambda bar, n=1: steps.append(n))
-    assert sample.main([POSES[0], "--ckpt", str(trained / "ldm/last.pt"), "-n", "1", "--sampler", "ddpm",
-                        "--out", str(tmp_path / "x.png")]) == 0
-    assert len(steps) == 1000
+    assert sample.main([POSES[0], "--ckpt", rewritten(trained, tmp_path, schedule=schedule), "-n", "1", "--sampler",
+                        "ddpm", "--out", str(tmp_path / "x.png")]) == 0
+    assert len(steps) == 60
 
 
 def test_a_pose_file_that_is_not_there(trained, capsys):
