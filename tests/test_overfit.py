@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import as_micro, command, micro, one_sentence, same, trained  # noqa: F401  (two are fixtures)
+from test_train import PRESETS, as_micro, command, micro, one_sentence, same, trained  # noqa: F401  (two are fixtures)
 
 import checkpoint
 import data
@@ -242,6 +242,14 @@ def make_run(argv: list[str], **changes) -> train.Run:
     return run
 
 
+@pytest.fixture
+def as_shipped(monkeypatch):
+    """Evaluations as often, and of as many latents, as train.py has them."""
+    monkeypatch.undo()                                          # of the fixture micro
+    monkeypatch.setitem(train.PRESETS, "micro", PRESETS["micro"])
+
+
+@pytest.mark.usefixtures("as_shipped")
 @pytest.mark.parametrize("steps", [100, 4112, 20_000, 225_000])
 def test_evaluations_take_their_share_of_the_time_and_no_more(tmp_path, steps):
     run = make_run(command("ldm", tmp_path / "run", "--steps", str(steps), "--batch-size", "32"))
@@ -256,6 +264,7 @@ def test_evaluations_take_their_share_of_the_time_and_no_more(tmp_path, steps):
     assert train.eval_latents(train.replace(run.c, minutes=1.0, steps=None)) == 256
 
 
+@pytest.mark.usefixtures("as_shipped")
 def test_minutes_leave_room_for_the_evaluations(tmp_path, monkeypatch):
     """Steps of one second: the steps and the evaluations that were planned fill the time, but for the reserve."""
     argv = command("ldm", tmp_path / "run", "--minutes", "60", "--batch-size", "32")

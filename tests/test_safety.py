@@ -250,7 +250,7 @@ def fork(flags: list[str], steps: int, said: Path) -> tuple[int, int]:
     try:
         os.close(marks)
         sys.stdout = sys.stderr = open(said, "a")
-        train.LOG_EVERY, train.SAVE_SECONDS, train.EVALS = 1, 0.05, steps // 8
+        train.LOG_EVERY, train.SAVE_SECONDS, train.EVALS = 1, 0.05, steps // 4
         train.plot_curves = write_curves
         for mark, (owner, name) in MARKS.items():
             setattr(owner, name, marked(getattr(owner, name), mark, into))
@@ -290,7 +290,7 @@ def times(marks: int) -> dict[str, float]:
 def kill_runs(stage: str, kills: int, rng: random.Random, root: Path) -> dict[str, int]:
     """Kills a run `kills` times, and again until it has died in every phase; sees that it ends as if it had not been.
     Returns how often it died in which phase."""
-    steps, died, torn, said = 36 + 6 * kills, collections.Counter(), 0, root / "said.txt"
+    steps, died, torn, said = 24 + 6 * kills, collections.Counter(), 0, root / "said.txt"
 
     def flags(name: str) -> list[str]:
         return command_of(stage, root / name, "--steps", str(steps), "--keep-every", "7",
@@ -691,15 +691,16 @@ def test_a_process_for_pictures_that_dies_is_replaced(trained, long, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vq", "ldm"])
-def test_two_hundred_steps_in_half_precision_track_float32(tmp_path, monkeypatch, stage):
+def test_120_steps_in_half_precision_track_float32(tmp_path, monkeypatch, stage):
     """In fp16 from a scale at which the first gradients overflow: they are skipped, and counted."""
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "EVALS", 1)
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 20))
     means = {}
-    assert train.main(command_of("vq", tmp_path / "vq", "--steps", "100", "--amp", "off")) == 0
+    if stage == "ldm":
+        assert train.main(command_of("vq", tmp_path / "vq", "--steps", "100", "--amp", "off")) == 0
     for amp in ("off", "bf16", "fp16"):
-        flags = command_of(stage, tmp_path / amp, "--steps", "200", "--batch-size", "8", "--amp", "off",
+        flags = command_of(stage, tmp_path / amp, "--steps", "120", "--batch-size", "8", "--amp", "off",
                            "--vq", str(tmp_path / "vq/last.pt"))
         c = train.replace(train.make_config(train.parse_args(flags)), amp=amp)      # the flag refuses fp16 on a CPU
         assert {"vq": train.train_vq, "ldm": train.train_ldm}[stage](c)

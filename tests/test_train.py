@@ -47,11 +47,12 @@ PRESETS = {
 
 
 def as_micro(patch: pytest.MonkeyPatch) -> None:
-    """The presets of the tests, and evaluations that cost no more than a step: of four pictures, previews of two, no
-    curves. For whoever runs train.main: a test, a fixture of a module, a process."""
+    """The presets of the tests, and evaluations that cost no more than a step: EVALS of them, however long the run, of
+    four pictures, previews of two, no curves. For whoever runs train.main: a test, a fixture of a module, a process."""
     for name, preset in PRESETS.items():
         patch.setitem(train.PRESETS, name, preset)
-    for name, value in {"EVAL_PICTURES": 4, "EVAL_LATENTS": (4, 4), "PREVIEWS": 2, "PREVIEW_STEPS": 2}.items():
+    for name, value in {"EVAL_SHARE": 0, "EVAL_PICTURES": 4, "EVAL_LATENTS": (4, 4), "PREVIEWS": 2,
+                        "PREVIEW_STEPS": 2}.items():
         patch.setattr(train, name, value)
     patch.setattr(train, "plot_curves", lambda run, panels: None)
 
