@@ -71,12 +71,11 @@ def command(stage: str, out: Path, *flags: str, preset: str = "micro") -> list[s
 def trained(tmp_path_factory):
     """A folder with vq/last.pt and ldm/last.pt of the micro preset: evaluated on all pictures, with curves. To be read
     only, for all modules share it."""
-    return train_micro(tmp_path_factory)
+    return train_micro(tmp_path_factory.getbasetemp() / "trained")
 
 
 @functools.cache                        # pytest makes a fixture anew in each module that imports it
-def train_micro(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("trained")
+def train_micro(root: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(train.PRESETS, "micro", MICRO)
         patch.setattr(train, "PREVIEW_STEPS", 2)
