@@ -299,7 +299,7 @@ def kill_runs(stage: str, kills: int, rng: random.Random, root: Path) -> dict[st
     pid, marks = fork(flags(f"whole-{stage}"), steps, said)
     spent = times(marks)
     assert os.waitpid(pid, 0)[1] == 0, said.read_text()
-    while sum(died.values()) < kills or PHASES.values() - died.keys():
+    while sum(died.values()) < kills or not set(PHASES.values()) <= died.keys():
         pid, marks = fork(flags(f"cut-{stage}"), steps, said)
         missing = [phase for phase, name in PHASES.items() if name not in died]
         phase, nth, seen = rng.choice(missing or [*PHASES, "w"]), rng.randint(1, 2), ""
