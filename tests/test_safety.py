@@ -290,7 +290,7 @@ def times(marks: int) -> dict[str, float]:
 def kill_runs(stage: str, kills: int, rng: random.Random, root: Path) -> dict[str, int]:
     """Kills a run `kills` times, and again until it has died in every phase; sees that it ends as if it had not been.
     Returns how often it died in which phase."""
-    steps, died, torn, said = 24 + 6 * kills, collections.Counter(), 0, root / "said.txt"
+    steps, died, torn, said = 40 + 6 * kills, collections.Counter(), 0, root / "said.txt"
 
     def flags(name: str) -> list[str]:
         return command_of(stage, root / name, "--steps", str(steps), "--keep-every", "7",
