@@ -1290,8 +1290,9 @@ def preview_ldm(ldm: checkpoint.LDM, diffusion: Diffusion, batch: tuple[Tensor, 
     """A labelled picture: for held-out poses the real picture's reconstruction | the skeleton | a sample."""
     x, pose = (t.to(c.device) for t in batch)
     with autocast(c):
-        x_hat = ldm.decode(ldm.encode(x)).float()
-        x_T, noise_fn = per_image_noise(list(range(len(x))), ldm.encode(x).shape[1:])
+        z = ldm.encode(x)
+        x_hat = ldm.decode(z).float()
+        x_T, noise_fn = per_image_noise(list(range(len(x))), z.shape[1:])
         *_, last = ddim(diffusion, guided(ldm, pose, ldm.guidance), x_T.to(c.device), PREVIEW_STEPS, ldm.eta, noise_fn)
         sample = ldm.decode(last.x).float()
     rows = [[data.to_uint8(x_hat[i]), draw(pose[i].cpu(), c.size), data.to_uint8(sample[i])] for i in range(len(x))]

@@ -48,6 +48,19 @@ def clean(figures, tmp_path):
     return tmp_path / "set"
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """overview.png takes most of the time of a check; it is drawn where a test asks for `drawn`: once for every kind of
+    dataset that draws something of its own, or could break the drawing."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(data, "draw_overview", lambda path, *_: path.touch())
+
+
+@pytest.fixture
+def drawn():
+    pass
+
+
 def run(root, *flags: str, out=None, status=0, workers=0) -> dict:
     out = out or root.parent / "out"
     assert data.main([str(root), "--out", str(out), "--workers", str(workers), "--size", "64", *flags]) == status
@@ -77,6 +90,7 @@ def swap_sides(*parts: str):
 
 # ------------------------------------------------------------------------------------------- clean data
 
+@pytest.mark.usefixtures("drawn")
 def test_clean_figures_have_next_to_no_suspects_and_no_verdict(tmp_path, capsys):
     assert data.main(["figures", "--n", "200", "--size", "64", "--workers", "0", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
@@ -99,6 +113,7 @@ def test_a_limb_is_too_long_only_where_many_show_it(figures, showing, named):
     assert {s.file for s in found if s.kind == "limb"} == named
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_clean_folder_is_said_to_be_well(clean, capsys):
     report = run(clean)
     out = capsys.readouterr().out
@@ -132,6 +147,7 @@ def break_some(root):
             ("broken", "clip1_000.png")}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_each_fault_is_found_and_nothing_else(clean, capsys):
     planted = break_some(clean)
     report = run(clean, status=2)
@@ -209,6 +225,7 @@ def test_verdict_on_left_and_right(clean):
     assert not report["suspects"] and report["facing_the_viewer"] < 0.35
 
 
+@pytest.mark.usefixtures("drawn")
 def test_verdict_on_rows_and_columns_and_left_and_right(clean):
     for i in range(N):
         rewrite(clean, f"clip{i // 10}_{i % 10:03d}",
@@ -224,6 +241,7 @@ def test_verdict_on_up_and_down(clean):
     assert not report["suspects"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_missing_joints_are_no_fault(figures, tmp_path):
     people, images = [], []
     for i, (image, pose) in enumerate(figures):
@@ -243,6 +261,7 @@ def test_missing_joints_are_no_fault(figures, tmp_path):
 @pytest.mark.parametrize("pose", [np.zeros((17, 3)) + (0.5, 0.5, 1), np.linspace(0.1, 0.9, 17)[:, None] * (1, 0, 0)
                                   + (0, 0.5, 1)], ids=["one point", "one line"])
 @pytest.mark.filterwarnings("error")
+@pytest.mark.usefixtures("drawn")
 def test_poses_that_are_none_break_nothing(figures, tmp_path, pose, capfd):
     for i in range(12):
         save_pair(tmp_path / "set", f"a{i}.png", figures[i][0], pose)
@@ -266,6 +285,7 @@ def test_half_length_portraits_are_judged_by_their_neck(figures, tmp_path):
     assert report["torsos"] == 0 and report["torsos_lying"] is None and not report["verdicts"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_of_few_people_nothing_is_said_in_general(figures, tmp_path):
     for i, (image, pose) in enumerate(figures[:6]):
         save_pair(tmp_path / "set", f"a{i}.png", image, swap_sides("eye", "ear", *keypoints.JOINTS[5:])(pose))
@@ -273,6 +293,7 @@ def test_of_few_people_nothing_is_said_in_general(figures, tmp_path):
     assert not report["verdicts"] and report["facing_the_viewer"] == 0
 
 
+@pytest.mark.usefixtures("drawn")
 def test_nothing_but_broken_pictures_is_a_report_too(tmp_path, capsys):
     (tmp_path / "set/images").mkdir(parents=True), (tmp_path / "set/keypoints").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "set/images/a.png")
@@ -306,6 +327,7 @@ def test_a_held_out_copy_leaks_and_a_trained_one_counts(clean, figures, how, cap
     assert kept in why and ("mirrored" in why) == (how == "mirrored" and kept == f"{trained}_000.png")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_set_of_ones_own_to_validate_on(clean, figures, tmp_path):
     save_pair(tmp_path / "val", "x.png", *data.Figures(1, SIDE, seed=99).source(0))
     save_pair(tmp_path / "val", "y.png", *figures[33])
@@ -583,6 +605,7 @@ def coco_of(root, figures) -> int:
     return joint
 
 
+@pytest.mark.usefixtures("drawn")
 def test_coco_is_checked_and_trimmed(figures, tmp_path):
     joint = coco_of(tmp_path / "set", figures)
     report = run(tmp_path / "set", "--trim", str(tmp_path / "new"))
@@ -721,6 +744,7 @@ def test_figures_take_no_other_pictures(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("where", ["find_bars", "draw_overview", "_cut_picture"])
+@pytest.mark.usefixtures("drawn")
 def test_an_interruption_is_one_sentence_and_leaves_no_half_file(clean, tmp_path, monkeypatch, capsys, where):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -732,6 +756,7 @@ def test_an_interruption_is_one_sentence_and_leaves_no_half_file(clean, tmp_path
     assert names == (set() if where != "_cut_picture" else {"report.json", "suspects.txt", "overview.png"})
 
 
+@pytest.mark.usefixtures("drawn")
 def test_odd_file_names_are_printed_written_and_drawn(clean, capsys):
     name = "$x_{$ \t日本 \udcff.png"
     shutil.move(clean / "images/clip0_001.png", clean / "images" / name)
@@ -742,6 +767,7 @@ def test_odd_file_names_are_printed_written_and_drawn(clean, capsys):
     assert line.count("\t") == 2 and line.count("\n") == 1 and "日本 \udcff.png" in line
 
 
+@pytest.mark.usefixtures("drawn")
 def test_what_the_terminal_cannot_write_keeps_no_file_back(clean, monkeypatch):
     for part in ("images/clip0_001.png", "keypoints/clip0_001.json"):
         shutil.move(clean / part, clean / part.replace("clip0_001", "日本"))
@@ -761,6 +787,7 @@ def test_nobody_has_to_read_what_is_printed(figures, tmp_path, monkeypatch, caps
     assert len(PoseFolder(tmp_path / "new", SIDE)) == 4 and not capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("drawn")
 def test_ordinary_pictures_are_taken_evenly(clean, monkeypatch):
     shown, framed = [], data.framed
     monkeypatch.setattr(data, "framed", lambda checked, i, side: shown.append(i) or framed(checked, i, side))

@@ -455,6 +455,14 @@ class Dies(Numbered):
         os._exit(1)
 
 
+@pytest.fixture
+def watchful(monkeypatch):
+    """torch looks every 5 seconds whether its processes live; now more often."""
+    look = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(look, "__defaults__", (0.2,))
+
+
+@pytest.mark.usefixtures("watchful")
 def test_a_worker_that_dies_is_a_sentence():
     with pytest.raises(DataError, match="loads pictures died.*fewer workers"):
         next(batches(Dies(4), 2, seed=0, start=0, stop=2, workers=1))

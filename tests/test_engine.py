@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import MICRO, command
+from test_train import MICRO, as_micro, command, trained  # noqa: F401  (trained is a fixture)
 
 import train
 import unet
@@ -23,22 +23,17 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def presets(monkeypatch):
-    monkeypatch.setitem(train.PRESETS, "micro", MICRO)
+    as_micro(monkeypatch)
     monkeypatch.setitem(train.PRESETS, "micro_plain", train.replace(
         MICRO, vq_config=VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32)))
-    monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
     monkeypatch.setattr(unet, "zero", lambda module: module)        # or the first gradient reaches the last layer only
     monkeypatch.setattr(vq, "zero_", lambda module, config: module)
 
 
-@pytest.fixture(scope="module")
-def stage_one(tmp_path_factory) -> str:
+@pytest.fixture
+def stage_one(trained) -> str:  # noqa: F811
     """A checkpoint of stage 1, for stage 2 to work on."""
-    root = tmp_path_factory.mktemp("stage-one")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.PRESETS, "micro", MICRO)
-        assert train.main(command("vq", root, "--steps", "4")) == 0
-    return str(root / "last.pt")
+    return str(trained / "vq/last.pt")
 
 
 def gradients(monkeypatch, argv: list[str], steps: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -117,12 +112,11 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 torch.set_num_threads(1)
-import train, test_train, unet, vq
+import pytest, train, test_train, unet, vq
+test_train.as_micro(pytest.MonkeyPatch())
 unet.zero, vq.zero_ = lambda module: module, lambda module, config: module
 gan = train.VQLossConfig(disc_weight=1.0)
-train.PRESETS["micro"] = test_train.MICRO
 train.PRESETS["micro_gan"] = train.replace(test_train.MICRO, vq=train.replace(test_train.MICRO.vq, loss=gan))
-train.PREVIEW_STEPS = 2
 folder, argv = sys.argv[1], sys.argv[2:]
 descend = train.descend
 def watch(loss, params, opt, scaler, run, step):
@@ -195,7 +189,7 @@ def test_the_adversary_too_is_the_same_in_two_processes(tmp_path):
 @pytest.mark.slow
 def test_a_run_of_two_processes_stops_together_and_one_goes_on(tmp_path):
     """SIGTERM reaches the ranks at different moments; both must stop after the same step."""
-    argv = [*command("vq", tmp_path / "run", "--amp", "off"), "--steps", "400"]
+    argv = [*command("vq", tmp_path / "run", "--amp", "off"), "--steps", "120"]
     ranks = start_ranks(2, argv)
     log = tmp_path / "run/log.jsonl"
     until = time.monotonic() + 60
@@ -207,10 +201,10 @@ def test_a_run_of_two_processes_stops_together_and_one_goes_on(tmp_path):
     assert codes == [train.INTERRUPTED] * 2, err
     assert "the same command again goes on" in out[0] and not out[1].strip()
     step = train.checkpoint.load(tmp_path / "run/last.pt", "vq")["step"]
-    assert 0 < step < 400
-    assert train.main([*argv[:-1], "400"]) == 0     # one process, the same batch
+    assert 0 < step < 120
+    assert train.main(argv) == 0                    # one process, the same batch
     steps = [r["step"] for r in train.read_log(log) if "lr" in r]
-    assert steps == sorted(set(steps)) and steps[-1] == 399
+    assert steps == sorted(set(steps)) and steps[-1] == 119
 
 
 @pytest.mark.slow
@@ -287,7 +281,7 @@ def test_a_forecast_draws_on_straight_lines_where_the_whole_would_take_too_long(
 @pytest.mark.parametrize("stage", ["vq", "ldm"])
 def test_a_forecast_is_what_is_then_measured(stage_one, tmp_path, stage):
     """Of memory, within 30 %; the time hangs on what else the machine does, and is only sane."""
-    argv = command(stage, tmp_path / "run", "--vq", stage_one, "--steps", "8", "--batch-size", "256")
+    argv = command(stage, tmp_path / "run", "--vq", stage_one, "--steps", "3", "--batch-size", "256")
     argv[argv.index("figures:12")] = "figures:64"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     found = []
@@ -301,4 +295,4 @@ def test_a_forecast_is_what_is_then_measured(stage_one, tmp_path, stage):
     assert abs(forecast / measured - 1) < 0.3, (forecast, measured)
     seconds = float(re.search(r"([\d.e-]+) s a step", found[0])[1])
     assert 1e-4 < seconds < 60
-    assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 8         # the dry run left nothing else
+    assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 3         # the dry run left nothing else

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import Numbered, centroid, dotted, folder, some_pose
+from test_data import Numbered, centroid, dotted, folder, some_pose, watchful  # noqa: F401  (watchful is a fixture)
 
 import data
 from data import DataError, InMemory, LatentCache, PoseFolder, augment, batches, latent_batch
@@ -86,6 +86,7 @@ def test_the_shares_of_all_ranks_are_the_latent_batch_of_one_process(tmp_path):
 
 # ------------------------------------------------------------------------------- faults while a run is loading
 
+@pytest.mark.usefixtures("watchful")
 @pytest.mark.parametrize("pause", [0.5, 0])         # at once, it is a torn connection that is found, not the dead
 def test_the_run_goes_on_where_a_worker_was_killed_and_says_so(capsys, pause):
     ds, how = Numbered(50, size=8), {"seed": 3, "start": 2, "stop": 30, "augment": True}

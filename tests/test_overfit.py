@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train import MICRO, command, micro, one_sentence, same, trained, undrawn  # noqa: F401  (three are fixtures)
+from test_train import PRESETS, as_micro, command, micro, one_sentence, same, trained  # noqa: F401  (two are fixtures)
 
 import checkpoint
 import data
@@ -26,7 +25,7 @@ from diffusion import Diffusion
 ROOT = Path(__file__).parent.parent
 N, EVALS, EVERY = 256, 20, 1000             # latents, evaluations of a planted run, steps between them
 DIFFUSION = Diffusion()
-PLOT_CURVES = train.plot_curves             # which fixtures replace
+PLOT_CURVES = train.plot_curves             # which the fixture micro replaces
 BIN = evaluate.fixed_noise(DIFFUSION, torch.zeros(N, 1, 1, 1))[0] * 10 // 1000                  # of each latent
 
 
@@ -258,6 +257,14 @@ def make_run(argv: list[str], **changes) -> train.Run:
     return run
 
 
+@pytest.fixture
+def as_shipped(monkeypatch):
+    """Evaluations as often, and of as many latents, as train.py has them."""
+    monkeypatch.undo()                                          # of the fixture micro
+    monkeypatch.setitem(train.PRESETS, "micro", PRESETS["micro"])
+
+
+@pytest.mark.usefixtures("as_shipped")
 @pytest.mark.parametrize("steps", [100, 4112, 20_000, 225_000])
 def test_evaluations_take_their_share_of_the_time_and_no_more(tmp_path, steps):
     run = make_run(command("ldm", tmp_path / "run", "--steps", str(steps), "--batch-size", "32"))
@@ -272,6 +279,7 @@ def test_evaluations_take_their_share_of_the_time_and_no_more(tmp_path, steps):
     assert train.eval_latents(train.replace(run.c, minutes=1.0, steps=None)) == 256
 
 
+@pytest.mark.usefixtures("as_shipped")
 def test_minutes_leave_room_for_the_evaluations(tmp_path, monkeypatch):
     """Steps of one second: the steps and the evaluations that were planned fill the time, but for the reserve."""
     argv = command("ldm", tmp_path / "run", "--minutes", "60", "--batch-size", "32")
@@ -287,10 +295,19 @@ def test_minutes_leave_room_for_the_evaluations(tmp_path, monkeypatch):
 
 
 def test_pictures_a_second_are_those_of_training_alone(trained, tmp_path, monkeypatch):
-    """Evaluations that take long, and previews, are not counted; steps that take long are."""
-    honest, seed_step = evaluate.condition_each, train.seed_step
-    monkeypatch.setattr(evaluate, "condition_each", lambda *a, **k: (time.sleep(0.5), honest(*a, **k))[1])
-    monkeypatch.setattr(train, "seed_step", lambda *a: (time.sleep(0.02), seed_step(*a))[1])
+    """Evaluations that take long, and previews, are not counted; steps that take long are. By a clock of our own: a
+    step takes 0.02 s, an evaluation 0.5, a preview 0.3, all else nothing."""
+    now = [0.0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
+
+    def takes(owner, name: str, seconds: float) -> None:
+        honest = getattr(owner, name)
+
+        def slow(*args, **values):
+            now[0] += seconds
+            return honest(*args, **values)
+        monkeypatch.setattr(owner, name, slow)
+    takes(train, "seed_step", 0.02), takes(evaluate, "condition_each", 0.5), takes(train, "preview_ldm", 0.3)
     monkeypatch.setattr(train, "LOG_EVERY", 5)
     monkeypatch.setattr(train, "EVALS", 10)
     argv = command("ldm", tmp_path / "run", "--vq", str(trained / "vq/last.pt"), "--steps", "20")
@@ -299,7 +316,7 @@ def test_pictures_a_second_are_those_of_training_alone(trained, tmp_path, monkey
     rates = [r["img_s"] for r in rows if "img_s" in r]
     assert [r["step"] for r in rows if "img_s" in r] == [5, 10, 15]             # a full count before each
     assert sum("val_right" in r for r in rows) == 10
-    assert max(rates) < 4 / 0.02 and min(rates) > 4 / 0.25, rates               # with evaluations below 4 / 0.27
+    assert rates == pytest.approx([4 / 0.02] * 3)                               # with evaluations below 4 / 0.27
 
 
 def test_a_run_measures_raw_and_averaged_weights_on_training_and_held_out_latents(trained, tmp_path):
@@ -342,8 +359,7 @@ def test_patience_ends_the_run_and_the_same_command_leaves_it_so(trained, tmp_pa
     assert "out of patience at step 3: it overfits" in capsys.readouterr().out and last.read_bytes() == before
     assert train.main([*argv, "--patience", "9"]) == 0                         # more of it, or none: on to the end
     monkeypatch.undo()
-    monkeypatch.setitem(train.PRESETS, "micro", MICRO)
-    monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
+    as_micro(monkeypatch)
     whole = command("ldm", tmp_path / "whole", "--vq", str(trained / "vq/last.pt"), "--steps", "6")
     assert train.main(whole) == 0
     one, other = (checkpoint.load(tmp_path / run / "last.pt", "ldm") for run in ("run", "whole"))
@@ -373,8 +389,8 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 torch.set_num_threads(1)
-import evaluate, train, test_train
-train.PRESETS["micro"], train.PREVIEW_STEPS = test_train.MICRO, 2
+import pytest, evaluate, train, test_train
+test_train.as_micro(pytest.MonkeyPatch())
 evaluate.overfitting = lambda rows, row_of=3: "it overfits" if rows[-1]["step"] >= 2 else None
 sys.exit(train.main(sys.argv[1:]))
 """

@@ -1,7 +1,7 @@
 # ruff: noqa: F811    (pytest hands fixtures in by the names under which they are imported)
 """What a run survives: real signals to real processes, full disks, drift, two runs at once, pictures that vanish.
 
-    PYTHONPATH=. python tests/test_safety.py 20 0       kills each stage 20 times at random moments (seed 0)
+    PYTHONPATH=. python tests/test_safety.py 20 0       kills each stage 20 times or more, at random moments (seed 0)
 """
 import collections
 import contextlib
@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 import torch
 from test_data import folder, write_pair
-from test_train import MICRO, Killed, micro, one_sentence, same, trained  # noqa: F401
+from test_train import Killed, as_micro, micro, one_sentence, same, trained  # noqa: F401
 from test_train import command as command_of
 
 import checkpoint
@@ -38,16 +38,11 @@ import train
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 STEPS = 4                       # of a run here; EVALS makes an evaluation and a checkpoint of each
+PLOT_CURVES = train.plot_curves             # which the fixture micro replaces
 
 
 def command(stage: str, out: Path, trained: Path, *flags: str) -> list[str]:
     return command_of(stage, out, "--steps", str(STEPS), "--vq", str(trained / "vq/last.pt"), *flags)
-
-
-def as_micro(patch: pytest.MonkeyPatch) -> None:
-    """The fixture micro of test_train, for a fixture of a module and for processes."""
-    patch.setitem(train.PRESETS, "micro", MICRO)
-    patch.setattr(train, "PREVIEW_STEPS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +164,8 @@ def test_a_disk_that_fills_up_is_one_sentence_and_the_run_goes_on_once_there_is_
         trained, whole, small_disk, monkeypatch, capsys, stage, what):
     run = small_disk.path / "run"
     flags = command(stage, run, trained)
+    if what == "curves.png":
+        monkeypatch.setattr(train, "plot_curves", PLOT_CURVES)
     with monkeypatch.context() as m, pytest.raises(Killed):
         m.setattr(train.Run, "draw", stop_after_drawing)
         train.main(flags)
@@ -253,7 +250,8 @@ def fork(flags: list[str], steps: int, said: Path) -> tuple[int, int]:
     try:
         os.close(marks)
         sys.stdout = sys.stderr = open(said, "a")
-        train.LOG_EVERY, train.SAVE_SECONDS, train.EVALS = 1, 0.05, steps // 8
+        train.LOG_EVERY, train.SAVE_SECONDS, train.EVALS = 1, 0.05, steps // 4
+        train.plot_curves = write_curves
         for mark, (owner, name) in MARKS.items():
             setattr(owner, name, marked(getattr(owner, name), mark, into))
         code = train.main(flags)
@@ -262,6 +260,12 @@ def fork(flags: list[str], steps: int, said: Path) -> tuple[int, int]:
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def write_curves(run: train.Run, panels: train.Panels) -> None:
+    """As plot_curves writes them; to draw them would take longer than all the rest of a run."""
+    with checkpoint.replacing(run.dir / "curves.png") as f:
+        f.write(run.log_path.read_bytes())
 
 
 def marked(call: Callable, mark: str, into: int) -> Callable:
@@ -284,8 +288,9 @@ def times(marks: int) -> dict[str, float]:
 
 
 def kill_runs(stage: str, kills: int, rng: random.Random, root: Path) -> dict[str, int]:
-    """Kills a run `kills` times and sees that it ends as if it had not been; how often in which phase it died."""
-    steps, died, torn, said = 12 + 6 * kills, collections.Counter(), 0, root / "said.txt"
+    """Kills a run `kills` times, and again until it has died in every phase; sees that it ends as if it had not been.
+    Returns how often it died in which phase."""
+    steps, died, torn, said = 40 + 6 * kills, collections.Counter(), 0, root / "said.txt"
 
     def flags(name: str) -> list[str]:
         return command_of(stage, root / name, "--steps", str(steps), "--keep-every", "7",
@@ -294,9 +299,10 @@ def kill_runs(stage: str, kills: int, rng: random.Random, root: Path) -> dict[st
     pid, marks = fork(flags(f"whole-{stage}"), steps, said)
     spent = times(marks)
     assert os.waitpid(pid, 0)[1] == 0, said.read_text()
-    while sum(died.values()) < kills:
+    while sum(died.values()) < kills or not set(PHASES.values()) <= died.keys():
         pid, marks = fork(flags(f"cut-{stage}"), steps, said)
-        phase, nth, seen = rng.choice([*PHASES, "w"]), rng.randint(1, 2), ""
+        missing = [phase for phase, name in PHASES.items() if name not in died]
+        phase, nth, seen = rng.choice(missing or [*PHASES, "w"]), rng.randint(1, 2), ""
         nth = 1 if phase in "ed" else nth
         while seen.count(phase) < nth and phase and (mark := os.read(marks, 1).decode()):
             seen += mark
@@ -315,13 +321,12 @@ def kill_runs(stage: str, kills: int, rng: random.Random, root: Path) -> dict[st
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_lose_nothing_but_time():
-    killing = subprocess.run([sys.executable, __file__, "10", "0"], env=ENV, capture_output=True, text=True)
+def test_kills_at_random_moments_of_every_phase_lose_nothing_but_time():
+    killing = subprocess.run([sys.executable, __file__, "6", "0"], env=ENV, capture_output=True, text=True)
     assert killing.returncode == 0, killing.stdout + killing.stderr
     for line in killing.stdout.splitlines():
         died = json.loads(line.partition(" ")[2])
-        assert sum(died[phase] for phase in died if phase in PHASES.values()) <= 10
-        assert {"writing a checkpoint", "evaluating"} <= died.keys()
+        assert set(PHASES.values()) <= died.keys()
     assert [line.split()[0] for line in killing.stdout.splitlines()] == ["vq", "ldm"]
 
 
@@ -686,15 +691,16 @@ def test_a_process_for_pictures_that_dies_is_replaced(trained, long, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vq", "ldm"])
-def test_two_hundred_steps_in_half_precision_track_float32(tmp_path, monkeypatch, stage):
+def test_120_steps_in_half_precision_track_float32(tmp_path, monkeypatch, stage):
     """In fp16 from a scale at which the first gradients overflow: they are skipped, and counted."""
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     monkeypatch.setattr(train, "EVALS", 1)
     monkeypatch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0 ** 20))
     means = {}
-    assert train.main(command_of("vq", tmp_path / "vq", "--steps", "100", "--amp", "off")) == 0
+    if stage == "ldm":
+        assert train.main(command_of("vq", tmp_path / "vq", "--steps", "100", "--amp", "off")) == 0
     for amp in ("off", "bf16", "fp16"):
-        flags = command_of(stage, tmp_path / amp, "--steps", "200", "--batch-size", "8", "--amp", "off",
+        flags = command_of(stage, tmp_path / amp, "--steps", "120", "--batch-size", "8", "--amp", "off",
                            "--vq", str(tmp_path / "vq/last.pt"))
         c = train.replace(train.make_config(train.parse_args(flags)), amp=amp)      # the flag refuses fp16 on a CPU
         assert {"vq": train.train_vq, "ldm": train.train_ldm}[stage](c)

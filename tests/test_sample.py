@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 from test_diffusion import exact_eps
-from test_train import MICRO, ROOT, command
+from test_train import MICRO, ROOT, as_micro, command
 
 import checkpoint
 import data
@@ -179,8 +179,7 @@ def ckpt(tmp_path_factory) -> str:
     """
     root = tmp_path_factory.mktemp("tricks")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(train.PRESETS, "micro", MICRO)
-        patch.setattr(train, "PREVIEW_STEPS", 2)
+        as_micro(patch)
         assert train.main(command("vq", root / "vq", "--steps", "2")) == 0
         payload = torch.load(root / "vq/last.pt", weights_only=True)
         torch.manual_seed(0)

@@ -1,4 +1,6 @@
 """train.py, checkpoint.py, sample.py and evaluate.py: exact resume, honest files, one sentence for each mistake."""
+import functools
+import itertools
 import json
 import math
 import os
@@ -36,14 +38,28 @@ MICRO = train.Preset(
     ldm=train.Recipe(4, 1e-3, minutes=1, lr_final=0.1, warmup=2))
 
 
+PRESETS = {
+    "micro": MICRO,
+    "micro_plain": train.replace(                                       # the reference's way: norms, gradient codebook
+        MICRO, vq_config=VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32, dropout=0.1)),
+    "micro_gan": train.replace(
+        MICRO, vq=train.replace(MICRO.vq, loss=VQLossConfig(disc_weight=1.0, disc_start=2, disc_ramp=2)))}
+
+
+def as_micro(patch: pytest.MonkeyPatch) -> None:
+    """The presets of the tests, and evaluations that cost no more than a step: EVALS of them, however long the run, of
+    four pictures, previews of two, no curves. For whoever runs train.main: a test, a fixture of a module, a process."""
+    for name, preset in PRESETS.items():
+        patch.setitem(train.PRESETS, name, preset)
+    for name, value in {"EVAL_SHARE": 0, "EVAL_PICTURES": 4, "EVAL_LATENTS": (4, 4), "PREVIEWS": 2,
+                        "PREVIEW_STEPS": 2}.items():
+        patch.setattr(train, name, value)
+    patch.setattr(train, "plot_curves", lambda run, panels: None)
+
+
 @pytest.fixture(autouse=True)
 def micro(monkeypatch):
-    monkeypatch.setitem(train.PRESETS, "micro", MICRO)
-    monkeypatch.setitem(train.PRESETS, "micro_plain", train.replace(   # the reference's way: norms, gradient codebook
-        MICRO, vq_config=VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32, dropout=0.1)))
-    monkeypatch.setitem(train.PRESETS, "micro_gan", train.replace(MICRO, vq=train.replace(
-        MICRO.vq, loss=VQLossConfig(disc_weight=1.0, disc_start=2, disc_ramp=2))))
-    monkeypatch.setattr(train, "PREVIEW_STEPS", 2)
+    as_micro(monkeypatch)
     monkeypatch.setattr(train, "rehearse", lambda c, pictures: train.Forecast(1.0, 1.0))     # real in test_engine.py
 
 
@@ -51,22 +67,20 @@ def command(stage: str, out: Path, *flags: str, preset: str = "micro") -> list[s
     return ["--stage", stage, "--preset", preset, "--data", "figures:12", "--out", str(out), "--device", "cpu", *flags]
 
 
-@pytest.fixture(autouse=True)
-def undrawn(monkeypatch):
-    """Curves take half of the time of a micro run's evaluation; those of `trained` are drawn."""
-    monkeypatch.setattr(train, "plot_curves", lambda run, panels: None)
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """A folder with vq/last.pt and ldm/last.pt of the micro preset."""
-    root = tmp_path_factory.mktemp("trained")
-    patch = pytest.MonkeyPatch()
-    patch.setitem(train.PRESETS, "micro", MICRO)
-    patch.setattr(train, "PREVIEW_STEPS", 2)
-    assert train.main(command("vq", root / "vq", "--steps", "4")) == 0
-    assert train.main(command("ldm", root / "ldm", "--steps", "4", "--vq", str(root / "vq/last.pt"))) == 0
-    patch.undo()
+    """A folder with vq/last.pt and ldm/last.pt of the micro preset: evaluated on all pictures, with curves. To be read
+    only, for all modules share it."""
+    return train_micro(tmp_path_factory.getbasetemp() / "trained")
+
+
+@functools.cache                        # pytest makes a fixture anew in each module that imports it
+def train_micro(root: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.PRESETS, "micro", MICRO)
+        patch.setattr(train, "PREVIEW_STEPS", 2)
+        assert train.main(command("vq", root / "vq", "--steps", "4")) == 0
+        assert train.main(command("ldm", root / "ldm", "--steps", "4", "--vq", str(root / "vq/last.pt"))) == 0
     return root
 
 
@@ -131,11 +145,10 @@ def test_six_steps_equal_three_and_resume_and_three(tmp_path, monkeypatch, stage
 def test_a_real_kill_9_loses_nothing_but_time(tmp_path, stage):
     """The toy preset in a process of its own, killed between two of its checkpoints."""
     vq = tmp_path / "vq/last.pt"
+    figures = ["--data", "figures:4", "--batch-size", "2"]      # 4 are evaluated on, in that process as in this one
     if stage == "ldm":
-        toy = ["--stage", "vq", "--data", "figures:16", "--batch-size", "2", "--steps", "1", "--out", str(vq.parent)]
-        assert train.main(toy) == 0
-    flags = ["--stage", stage, "--data", "figures:16", "--batch-size", "2", "--steps", "8", "--vq", str(vq)]
-    flags += ["--device", "cpu"]
+        assert train.main(["--stage", "vq", *figures, "--steps", "1", "--out", str(vq.parent)]) == 0
+    flags = ["--stage", stage, *figures, "--steps", "4", "--vq", str(vq), "--device", "cpu"]
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
     process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", str(tmp_path / "cut")], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -144,7 +157,7 @@ def test_a_real_kill_9_loses_nothing_but_time(tmp_path, stage):
         time.sleep(0.02)
     process.kill()
     process.wait()
-    assert 1 <= checkpoint.load(last, stage)["step"] < 8
+    assert 1 <= checkpoint.load(last, stage)["step"] < 4
     assert train.main([*flags, "--out", str(tmp_path / "cut")]) == 0
     same(checkpoint.load(tmp_path / "whole/last.pt", stage), checkpoint.load(last, stage))
 
@@ -167,9 +180,15 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, monkeypa
     same(*(checkpoint.load(tmp_path / run / "last.pt", "vq") for run in ("whole", "cut")))
 
 
+def ticking(monkeypatch) -> None:
+    """A clock that goes alike on any machine: on by 50 ms whenever it is looked at, a few times a step."""
+    looks = itertools.count()
+    monkeypatch.setattr(train.time, "monotonic", lambda: 0.05 * next(looks))
+
+
 def test_minutes_become_steps_that_a_resumed_run_keeps(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "MEASURE_STEPS", 4)
-    monkeypatch.setattr(train, "EVAL_PICTURES", 4)
+    ticking(monkeypatch)
     flags = command("vq", tmp_path / "run", "--minutes", "0.1")
     save = train.Run.save
 
@@ -498,6 +517,7 @@ def test_a_discriminator_that_was_asked_for_comes_in_as_softly_as_where_it_is_us
 def test_while_minutes_are_measured_the_adversary_takes_its_time_and_changes_nothing(tmp_path, monkeypatch):
     """Its extra passes are in the measured rate; the gradients are those without it, bit for bit."""
     monkeypatch.setattr(train, "MEASURE_STEPS", 3)
+    ticking(monkeypatch)
     factors, generator = [], VQLoss.generator
 
     def watch(self, x, x_hat, codebook_loss, last_layer, factor):
@@ -887,11 +907,11 @@ def test_guidance_needs_a_model_that_knows_no_pose(trained, tmp_path, monkeypatc
 
 
 def test_ddpm_takes_all_steps(trained, tmp_path, monkeypatch):
-    steps = []
+    steps, schedule = [], {"timesteps": 60, "linear_start": 0.0015, "linear_end": 0.0195}
     monkeypatch.setattr(sample.tqdm, "update", lambda bar, n=1: steps.append(n))
-    assert sample.main([POSES[0], "--ckpt", str(trained / "ldm/last.pt"), "-n", "1", "--sampler", "ddpm",
-                        "--out", str(tmp_path / "x.png")]) == 0
-    assert len(steps) == 1000
+    assert sample.main([POSES[0], "--ckpt", rewritten(trained, tmp_path, schedule=schedule), "-n", "1", "--sampler",
+                        "ddpm", "--out", str(tmp_path / "x.png")]) == 0
+    assert len(steps) == 60
 
 
 def test_a_pose_file_that_is_not_there(trained, capsys):
