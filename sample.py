@@ -59,6 +59,7 @@ from keypoints import FAR, FORMATS, MIN_CONFIDENCE, NobodyFound, PoseDensity, Po
 
 BATCH = 16                      # pictures in the network at once
 DEFAULT_STEPS = 50              # of DDIM
+DEFAULT_STEPS_OF = {"ddim": DEFAULT_STEPS, "dpm_solver": 20, "ddpm": DEFAULT_STEPS}     # ddpm takes all, whatever it is
 DEFAULT_FRAMES = 8              # of a file that holds a video or a whole dataset, and of --morph
 DEFAULT_CKPT = "runs/ldm/last.pt"
 SHIPPED = Path(__file__).parent / "assets/toy.pt"       # drawn with until there is one
@@ -677,7 +678,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--sampler", choices=SAMPLERS, default="ddim", help="dpm_solver is DPM-Solver++(2M), which needs the fewest "
         "steps (default %(default)s)")
-    add("--steps", type=int, help=f"1 to 1000 (default {DEFAULT_STEPS}; ddpm takes all)")
+    add("--steps", type=int, help=f"1 to 1000 (default {DEFAULT_STEPS}, or "
+        f"{DEFAULT_STEPS_OF['dpm_solver']} for dpm_solver; ddpm takes all)")
     add("--eta", type=float, help="noise that each step adds, 0 to 1 (default "
         f"{checkpoint.DEFAULT_ETA:g}, or 0 for a model that was trained without dropping poses)")
     add("--spacing", choices=SPACINGS, help="of the timesteps: even in t, even in the logarithm of signal to noise, or "
@@ -746,7 +748,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.interval is not None and not 0 <= args.interval[0] <= args.interval[1]:
         raise ValueError(f"--interval is {args.interval[0]} to {args.interval[1]}; the first must be 0 or more and not "
                          "above the second")
-    args.steps = DEFAULT_STEPS if args.steps is None else args.steps
+    args.steps = DEFAULT_STEPS_OF[args.sampler] if args.steps is None else args.steps
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}; it must be a finite number")
     args.ckpt = args.ckpt or default_ckpt()
