@@ -712,11 +712,14 @@ def test_an_unwritable_folder_is_one_sentence(tmp_path, capsys):
     one_sentence(capsys, train.main(command("vq", tmp_path / "file/run")), "file/run", "--out")
 
 
-def test_stage_two_without_or_with_the_wrong_stage_one(trained, tmp_path, capsys):
+def test_stage_two_without_stage_one_with_that_of_another_stage_two_and_with_one_of_another_size(
+        trained, tmp_path, capsys):
     one_sentence(capsys, train.main(command("ldm", tmp_path / "a", "--vq", str(tmp_path / "no.pt"))),
                  "no.pt", "train.py --stage vq")
-    one_sentence(capsys, train.main(command("ldm", tmp_path / "b", "--vq", str(trained / "ldm/last.pt"))),
-                 "stage ldm", "stage vq")
+    another = trained / "ldm/last.pt"
+    assert train.main(command("ldm", tmp_path / "b", "--vq", str(another), "--steps", "1")) == 0
+    same(*(dict(checkpoint.load(path, "ldm")["vq"]) for path in (another, tmp_path / "b/last.pt")))
+    capsys.readouterr()
     toy = ["--stage", "ldm", "--data", "figures:4", "--steps", "1", "--out", str(tmp_path / "c"),
            "--vq", str(trained / "vq/last.pt")]
     one_sentence(capsys, train.main(toy), "32 pixels", "64")
