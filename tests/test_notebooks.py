@@ -1,0 +1,108 @@
+"""The notebooks: each runs from top to bottom within its time, and what is committed is the outcome of such a run."""
+import ast
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from nbconvert.preprocessors import ExecutePreprocessor
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+OURS = {path.stem: path for path in ROOT.glob("*.py")}
+MOST_BYTES = 500_000
+# Seconds of one quiet core, which is a stricter measure than 60 seconds on two, and half as much again for a core that
+# other programs share: their use of its caches and units counts as our time.
+SECONDS, BUSY = 60, 1.5
+PATIENCE = 600                      # seconds by the clock for one cell, before it counts as hung
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code(path: Path) -> list[nbformat.NotebookNode]:
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def trees(path: Path) -> list[ast.AST]:
+    """Every code cell parsed, lines of magic made Python."""
+    return [ast.parse(TransformerManager().transform_cell(cell.source)) for cell in code(path)]
+
+
+def classes(tree: ast.AST) -> set[str]:
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """The modules that a cell imports, by their first name."""
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    return {name.split(".")[0] for name in names}
+
+
+def tree_of_files() -> set[Path]:
+    """What lies where a careless notebook would write."""
+    return {path for folder in (ROOT, ROOT / "notebooks", ROOT / "examples") for path in folder.iterdir()}
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@each
+def test_outputs_are_committed_and_of_one_run(path):
+    assert path.stat().st_size < MOST_BYTES, f"{path.stat().st_size:,} bytes"
+    nbformat.validate(read(path))
+    cells = code(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs), "no picture in any output"
+
+
+@each
+def test_it_imports_from_the_files_and_repeats_no_class_of_theirs(path):
+    theirs = set().union(*(classes(ast.parse(file.read_text())) for file in OURS.values()))
+    assert set().union(*(imported(tree) for tree in trees(path))) & OURS.keys()
+    assert not set().union(*(classes(tree) for tree in trees(path))) & theirs
+
+
+@each
+def test_it_opens_with_what_one_will_know_at_the_end(path):
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert "will know" in first.source
+
+
+@each
+def test_the_first_cell_finds_the_files_from_the_root_too(path):
+    """Jupyter starts a notebook in its own folder, an editor often in the project's."""
+    first = f"{code(path)[0].source}\nimport os, sys, keypoints\nprint(os.getcwd())\nprint(keypoints.__file__)"
+    run = subprocess.run([sys.executable, "-c", first], cwd=ROOT, capture_output=True, text=True,
+                         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+    assert run.returncode == 0, run.stderr
+    cwd, file = run.stdout.splitlines()[-2:]
+    assert Path(cwd) == ROOT and Path(file) == ROOT / "keypoints.py"
+
+
+@pytest.mark.slow
+@each
+def test_it_runs_in_its_time(path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")                  # threads that wait for each other count as time
+    monkeypatch.delenv("PYTHONPATH", raising=False)             # as it is for a newcomer
+    notebook, before, files = read(path), resource.getrusage(resource.RUSAGE_CHILDREN), tree_of_files()
+    ExecutePreprocessor(timeout=PATIENCE).preprocess(notebook, {"metadata": {"path": str(path.parent)}})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)        # the kernel has ended and counts
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+    assert seconds > 0.5, f"{seconds} s are less than importing torch takes: the kernel was not counted"
+    assert seconds < BUSY * SECONDS, f"{seconds:.0f} s of one core"
+    left = tree_of_files() - files - {ROOT / "__pycache__"}
+    assert not left, f"it left {sorted(left)}"
