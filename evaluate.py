@@ -876,7 +876,7 @@ class Drawn:
 def draw_held_out(
     ldm: checkpoint.LDM,
     held_out: data.Pictures,
-    steps: int = sample.DEFAULT_STEPS,
+    steps: int = sample.DEFAULT_STEPS["ddim"],
     eta: float | None = None,                   # None: the model's own
     guidance: float | None = None,              # likewise
     interval: tuple[int, int] | None = None,    # timesteps with guidance; None: all
@@ -1222,7 +1222,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     overfit.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     overfit.set_defaults(detected=None)
     for sub in (pose, overfit):
-        sub.add_argument("--steps", type=int, default=sample.DEFAULT_STEPS, help="of DDIM (default %(default)s)")
+        sub.add_argument("--steps", type=int, default=sample.DEFAULT_STEPS["ddim"],
+                         help="of DDIM (default %(default)s)")
         sub.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1 (default as in sample.py)")
         sub.add_argument("--guidance", type=float, metavar="W", help="default as in sample.py")
         sub.set_defaults(spacing=None)                              # the model's own
