@@ -451,8 +451,9 @@ def test_a_moving_picture_keeps_time(tmp_path, suffix):
 
 @pytest.mark.parametrize("flags, sampler, steps", [
     ([], "dpm_solver", 20), (["--sampler", "ddim"], "ddim", 50), (["--sampler", "dpm_solver"], "dpm_solver", 20),
-    (["--init", "x.png"], "dpm_solver", 20), (["--noise-from", "x.png"], "ddim", 50), (["--steps", "7"], "dpm_solver", 7),
-    (["--inpaint", "x.png", "--mask", "y.png"], "ddim", 50), (["--preset", "danbooru", "--steps", "500"], "ddim", 500)])
+    (["--init", "x.png"], "dpm_solver", 20), (["--noise-from", "x.png"], "ddim", 50),
+    (["--steps", "7"], "dpm_solver", 7), (["--inpaint", "x.png", "--mask", "y.png"], "ddim", 50),
+    (["--preset", "danbooru", "--steps", "500"], "ddim", 500)])
 def test_the_sampler_and_its_steps_where_nobody_says(tmp_path, monkeypatch, flags, sampler, steps):
     monkeypatch.chdir(tmp_path)
     args = sample.parse_args([WAVING, "--ckpt", "x.pt", *flags])
