@@ -540,14 +540,15 @@ def copies(distances: dict[str, list[float]]) -> tuple[float, dict[str, dict]]:
     and of kinds of samples, by their names.
 
     The limit, COPY_PERCENTILE of the first; and of each kind how many are nearer than that, "copies", "of" how many,
-    and how often chance makes as many, "chance".
+    how often chance makes as many, "chance", and how many lie further away than all but COPY_PERCENTILE, "far".
     """
     held_out, out = np.array(distances[HELD_OUT]), {}
-    limit = float(np.percentile(held_out, COPY_PERCENTILE))
+    limit, furthest = (float(np.percentile(held_out, share)) for share in (COPY_PERCENTILE, 100 - COPY_PERCENTILE))
     for name in distances.keys() - {HELD_OUT}:
         near, n = int((np.array(distances[name]) < limit).sum()), len(distances[name])
         chance = chance_of(near, n, int((held_out < limit).sum()), len(held_out))
-        out[name] = {"copies": near, "of": n, "chance": chance}
+        far = int((np.array(distances[name]) > furthest).sum())
+        out[name] = {"copies": near, "of": n, "chance": chance, "far": far}
     return limit, out
 
 
@@ -593,12 +594,17 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
                 for name, c in sorted(copied.items()) if c["copies"] and c["chance"] < CHANCE]
     still = f"held-out loss is {loss:.4f}" + (
         f", {fell:.1%} less than a quarter of the {steps:,} steps before" if early else "")
+    far, drawn = (sum(c[key] for c in copied.values()) for key in ("far", "of"))
     if reasons:
         word = "memorising"
     elif not loss < UNLEARNT:
         word, reasons = "underfit", [f"{still}; predicting nothing has 1"]
     elif not early or not fell < STILL_FALLING:
         word, reasons = "underfit", [f"{still}; it still falls, so train longer"]
+    elif far > drawn / 2:
+        word, reasons = "underfit", [f"{far} of {drawn} samples lie further from any training picture than "
+                                     f"{100 - COPY_PERCENTILE:g} % of held-out pictures do: they do not look like such "
+                                     f"pictures yet, so train longer; {still}"]
     else:
         word, reasons = "good", [f"{still}; it is {last['val_train']:.4f} on training pictures, and rises in no bin of "
                                  "timesteps: nothing speaks against more steps but their time"]

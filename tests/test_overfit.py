@@ -219,6 +219,14 @@ def test_copies_are_nearer_than_the_first_percentile_of_held_out_pictures():
     assert "5 of 16 samples under training poses are nearer" in told["reasons"][0]
     distances["training poses"] = (1 + rng.random(16)).tolist()
     assert evaluate.verdict(planted(falling, falling), distances)["verdict"] == "good"
+    distances["training poses"] = [2.5] * 16                    # samples that look like no picture of the kind
+    assert evaluate.copies(distances)[1]["training poses"]["far"] == 16
+    assert evaluate.verdict(planted(falling, falling), distances)["verdict"] == "good"      # half of all are
+    distances["held-out poses"][0] = 2.5
+    told = evaluate.verdict(planted(falling, falling), distances)
+    assert told["verdict"] == "underfit" and "of 32 samples lie further from any" in told["reasons"][0]
+    copied = distances | {"training poses": [0.1] * 16, "held-out poses": [2.5] * 16}
+    assert evaluate.verdict(planted(falling, falling), copied)["verdict"] == "memorising"
 
 
 class Rows:
