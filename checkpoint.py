@@ -262,7 +262,6 @@ class LDM(nn.Module):
 
     z = (h - mean) / std is what diffusion works on, per channel; mean and std [C, 1, 1] come from the latent cache.
     `schedule` are the arguments of diffusion.Diffusion. `knows_null`: poses were dropped in training, so guidance means
-means
     something. `spacing` of DDIM's timesteps is the reference's for models that come from there. To sample in half
     precision, where the hardware computes in it, `ldm.unet.to(torch.bfloat16)`; the latents stay float32.
     """
