@@ -30,7 +30,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -52,6 +52,10 @@ DEFAULT_GUIDANCE, DEFAULT_ETA = 3.0, 1.0
 NEEDED = {"vq": {"stage", "step", "config", "vq", "vq_config"}}
 NEEDED["ldm"] = NEEDED["vq"] | {"unet", "unet_config", "cond", "cond_config", "mean", "std", "schedule", "knows_null"}
 HOW_TO_MAKE = {"vq": "python train.py --stage vq", "ldm": "python train.py --stage ldm"}
+
+
+# What --amp computes in.
+AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class WrongStage(ValueError):
@@ -80,6 +84,11 @@ def has_bf16(device: str) -> bool:
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private, hence the guard
+
+
+def autocast(amp: str, device: str | torch.device) -> AbstractContextManager:
+    """torch's autocast on a device, in the precision of a name in AMP."""
+    return torch.autocast(torch.device(device).type, dtype=AMP[amp], enabled=amp != "off")
 
 
 @contextmanager
@@ -284,8 +293,12 @@ class LDM(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, pose: Tensor, drop: Tensor | None = None) -> Tensor:
         """eps for noisy latents x [B, C, h, w] at t [B] under poses [B, 17, 3]; `drop` [B] marks null conditions."""
-        context, maps = self.cond(pose, x.shape[2:], drop)
-        return self.unet(x.to(self.dtype), t, context if context is None else context.to(self.dtype), maps)
+        return self.unet(x.to(self.dtype), t, *self._condition(pose, x.shape[2:], drop))
+
+    def _condition(self, pose: Tensor, size: tuple[int, int], drop: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Context and maps, as the UNet takes them."""
+        context, maps = self.cond(pose, size, drop)
+        return context if context is None else context.to(self.dtype), maps
 
     @torch.no_grad()
     def prepared(self, pose: Tensor, size: tuple[int, int]) -> tuple[Callable[..., Tensor], Tensor]:
@@ -295,8 +308,8 @@ class LDM(nn.Module):
         tokens and the keys and values of cross-attention are computed here, once for all steps.
         """
         row = torch.arange(len(pose) + 1, device=pose.device)
-        context, maps = self.cond(torch.cat([pose[:1], pose]), size, row == 0)      # row 0 is the null condition
-        keys_values = self.unet.keys_values(context if context is None else context.to(self.dtype))
+        context, maps = self._condition(torch.cat([pose[:1], pose]), size, row == 0)        # row 0 is the null one
+        keys_values = self.unet.keys_values(context)
 
         def eps_model(x: Tensor, t: Tensor, number: Tensor, drop: Tensor) -> Tensor:
             at = (number + 1) * ~drop                                               # [B] rows

@@ -20,6 +20,7 @@ import argparse
 import heapq
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -470,11 +471,16 @@ def bin_keys(row: dict) -> list[str]:
     return sorted((name[9:] for name in row if re.fullmatch(r"val_right_t\d+", name)), key=lambda key: int(key[2:]))
 
 
+def in_a_row(flags: Iterable[bool]) -> int:
+    """How many are true before the first that is not."""
+    return sum(1 for _ in itertools.takewhile(bool, flags))
+
+
 def streaks(rows: list[dict]) -> dict[str, int]:
     """For how many evaluations in a row, up to the last one, `has_risen` holds, of each key for which it does."""
     found, out = evaluations(rows), {}
     for key in ["", *bin_keys(found[-1])] if found else []:
-        n = next((i for i, row in enumerate(reversed(found)) if not has_risen(row, key)), len(found))
+        n = in_a_row(has_risen(row, key) for row in reversed(found))
         if n:
             out[key] = n
     return out
@@ -545,10 +551,10 @@ def copies(distances: dict[str, list[float]]) -> tuple[float, dict[str, dict]]:
     held_out, out = np.array(distances[HELD_OUT]), {}
     limit, furthest = (float(np.percentile(held_out, share)) for share in (COPY_PERCENTILE, 100 - COPY_PERCENTILE))
     for name in distances.keys() - {HELD_OUT}:
-        near, n = int((np.array(distances[name]) < limit).sum()), len(distances[name])
+        found = np.array(distances[name])
+        near, n = int((found < limit).sum()), len(found)
         chance = chance_of(near, n, int((held_out < limit).sum()), len(held_out))
-        far = int((np.array(distances[name]) > furthest).sum())
-        out[name] = {"copies": near, "of": n, "chance": chance, "far": far}
+        out[name] = {"copies": near, "of": n, "chance": chance, "far": int((found > furthest).sum())}
     return limit, out
 
 
@@ -578,7 +584,7 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
                                 [row["val_right"] for row in found]).item() if early else None
     gap, ahead = widened(rows), 0                               # for how many evaluations training has been ahead
     if early and fell < STILL_FALLING:                          # while held-out losses fall, no harm is done
-        ahead = next((i for i, share in enumerate(reversed(gap)) if not share > WIDENED), len(gap))
+        ahead = in_a_row(share > WIDENED for share in reversed(gap))
     limit, copied = copies(distances) if distances else (None, {})
     heeded = last["val_ratio"] >= HEEDED and last["val_shuffled"] - loss > SIGNIFICANT * last["val_shuffled_se"]
     numbers = {"step": steps, "evaluations": len(found), "loss": loss, "training": last["val_train"], "fell": fell,
@@ -806,11 +812,11 @@ def find_reader(spec: str, pictures: data.Pictures, device: str = "cpu",
     if path.is_file() and (reader := kept_reader(path, about)):
         print(f"pose reader {path}, trained before")
         return reader.to(device)
-    first = data.Figures(data.FIGURES_TRAIN, pictures.size, seed=0)         # who learnt from these reads any number
-    shipped = about | {"pictures": data.fingerprint(first)}
-    if not data.is_folder(spec) and (reader := kept_reader(SHIPPED_READER, shipped)):
-        print(f"pose reader {os.path.relpath(SHIPPED_READER)}, which ships")
-        return reader.to(device)
+    if not data.is_folder(spec):
+        first = data.Figures(data.FIGURES_TRAIN, pictures.size, seed=0)     # who learnt from these reads any number
+        if reader := kept_reader(SHIPPED_READER, about | {"pictures": data.fingerprint(first)}):
+            print(f"pose reader {os.path.relpath(SHIPPED_READER)}, which ships")
+            return reader.to(device)
     reader = train_reader(pictures, device, steps)
     if not are_finite(reader):
         raise ValueError("the pose reader's weights are no numbers any more: learning to read these pictures failed; "
@@ -1562,11 +1568,10 @@ def overfit(args: argparse.Namespace) -> None:
     size, device, run, out = config["size"], ldm.mean.device, Path(args.run), Path(args.out or args.run)
     make_out(str(out), config["data"], config["val"])
     train, held_out = data.open_data(config["data"], size, config["val"], remember=False)
-    dtype = torch.float16 if config["amp"] == "fp16" else torch.bfloat16    # as train.py has it
 
     @torch.no_grad()
     def encode(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, dtype, enabled=config["amp"] != "off"):
+        with checkpoint.autocast(config["amp"], device):                    # as train.py encoded the others
             return ldm.vq.encode(x.to(device)).float()
     cache = data.LatentCache(run, f"{config['vq_hash']} {config['amp']}", train, encode, BATCH, device)
     pairs = list(data.in_order(held_out, BATCH, args.limit))

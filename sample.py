@@ -68,7 +68,6 @@ DEFAULT_STRENGTH = 0.6
 DEFAULT_ROUNDS = 3              # of RePaint: measured on a Gaussian, 1 leaves half of what the known part says unheard
 DEFAULT_FPS = 12.0
 SAMPLERS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver++(2M)", "ddpm": "DDPM"}
-HALVES = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SPACINGS = ("even", "lambda", "uniform")
 VERY_UNUSUAL = 0.99             # further out than this share of the training poses: --typical is suggested
 LONGEST_GAP = 25                # frames without anybody that are filled in, about a second
@@ -79,8 +78,8 @@ LONGEST_SIDE = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}      # pixels tha
 RECORD = 1                      # format of what a PNG says about itself
 # What a PNG repeats of the flags: their type, those of a list, or all that they can be. Poses and seeds say the rest.
 REPEATED = {"sampler": tuple(SAMPLERS), "steps": int, "eta": float, "spacing": SPACINGS, "guidance": float,
-            "interval": [int, int], "rescale": float, "preset": str, "no_ema": bool, "amp": tuple(HALVES), "ckpt": str,
-            "init": str, "strength": float, "inpaint": str, "mask": str, "rounds": int, "noise_from": str,
+            "interval": [int, int], "rescale": float, "preset": str, "no_ema": bool, "amp": tuple(checkpoint.AMP),
+            "ckpt": str, "init": str, "strength": float, "inpaint": str, "mask": str, "rounds": int, "noise_from": str,
             "morph": bool, "motion": bool, "film": bool, "fps": float}
 PICTURES = ("init", "inpaint", "mask", "noise_from")
 MAY_GO_WITH_REPEAT = {"repeat", "ckpt", "device", "out", "separate", "save_latents", *PICTURES}
@@ -192,7 +191,7 @@ def read_poses(paths: Iterable[str], fit_how: str = "letterbox", frames: int = D
         taken = data.evenly(len(found.poses), frames)
         print(f"{path}: {found.taken_for}" + (f", {len(taken)} of them drawn" if len(taken) < len(found.poses) else ""))
         poses += [fitted(found, i, fit_how) for i in taken]
-        names += [name_of(found, i, path) for i in taken]
+        names += [name_of(found.pictures[i], found.poses, path) for i in taken]
     return poses, names
 
 
@@ -201,8 +200,9 @@ def fitted(found: Poses, i: int, fit_how: str) -> np.ndarray:
     return fit(found.poses[i], found.sizes[i] or (1, 1), fit_how)       # nothing said, nothing to correct
 
 
-def name_of(found: Poses, i: int, path: str | Path) -> str:
-    return Path(path).stem + (f" {found.pictures[i]}" if len(found.poses) > 1 else "")
+def name_of(picture: str, of: list, path: str | Path) -> str:
+    """The file's, and where it has several pictures that of this one of them."""
+    return Path(path).stem + (f" {picture}" if len(of) > 1 else "")
 
 
 def read_motion(paths: Iterable[str], fit_how: str = "letterbox", frames: int | None = None,
@@ -222,7 +222,7 @@ def read_motion(paths: Iterable[str], fit_how: str = "letterbox", frames: int | 
         place = {picture: i for i, picture in enumerate(found.pictures)}
         for frame in sorted(found.frames, key=natural):
             poses.append(fitted(found, place[frame], fit_how) if frame in place else None)
-            names.append(file.stem + (f" {frame}" if len(found.frames) > 1 else ""))
+            names.append(name_of(frame, found.frames, file))
     seen, where = sum(pose is not None for pose in poses), ", ".join(paths)
     if seen < 2:
         raise ValueError(f"--motion needs at least two frames with somebody in them, and {where} has {seen}")
@@ -671,7 +671,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         f"{', '.join(checkpoint.PUBLISHED)}; ours need none")
     add("--no-ema", action="store_true", help="the raw weights instead of their moving average")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    add("--amp", choices=tuple(HALVES), default="off", help="compute the network in half precision, which is faster "
+    add("--amp", choices=checkpoint.AMP, default="off", help="compute the network in half precision, which is faster "
         "where the hardware does; latents stay float32 (default off)")
 
     add = parser.add_argument_group("sampling").add_argument
@@ -882,7 +882,7 @@ def run(args: argparse.Namespace, command: str) -> str:
     digest, given = checkpoint.hash_of(ldm.state_dict()), encode(ldm, images, size) if images else None
     if args.repeat:
         check_same(args, record, digest, given)
-    ldm.unet.to(HALVES[args.amp])
+    ldm.unet.to(checkpoint.AMP[args.amp])
 
     every = torch.from_numpy(plan.poses).repeat_interleave(plan.n, dim=0)               # [P n, 17, 3]
     start = start_from(ldm, given, args, every[:1]) if given else {}
@@ -893,19 +893,19 @@ def run(args: argparse.Namespace, command: str) -> str:
     if args.inpaint:            # in pixels: a decoder looks beyond its cell, so kept latents alone keep no pixel
         pictures = [np.where(given.hole[..., None], picture, given.pixels) for picture in pictures]
 
-    shown = given.shown() if given else None
-    grid = (film_of(plan, kept, ldm, shown) if args.film else sheet_of(plan, pictures, shown) if moving else
-            grid_of(plan, pictures, shown))
-    if args.noise_from and "columns" in grid and not args.film:
-        grid["columns"][-1] = "from its noise"                          # and no seed's
     record = record or record_of(args, digest, given)
-    if plan.only is None and args.grid:
+    if plan.only is not None:
+        made = Image.fromarray(pictures[plan.only])
+        data.save_picture(out, made, words(record, plan, command))
+    elif args.grid:
+        shown = given.shown() if given else None
+        grid = (film_of(plan, kept, ldm, shown) if args.film else sheet_of(plan, pictures, shown) if moving else
+                grid_of(plan, pictures, shown))
+        if args.noise_from and "columns" in grid and not args.film:
+            grid["columns"][-1] = "from its noise"                      # and no seed's
         steps = how_many_steps(ldm, args.sampler, args.steps, args.spacing)
         made = data.save_grid(out, **grid, title=title_of(args, record["flags"], steps, payload["step"]),
                               words=words(record, plan, command))
-    elif args.grid:
-        made = Image.fromarray(pictures[plan.only])
-        data.save_picture(out, made, words(record, plan, command))
     if moving:
         animate(moving, plan, pictures, args.fps)
     if args.separate:

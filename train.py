@@ -287,8 +287,7 @@ def set_up(device: str) -> None:
 
 
 def autocast(c: Config) -> AbstractContextManager:
-    dtype = torch.float16 if c.amp == "fp16" else torch.bfloat16
-    return torch.autocast(torch.device(c.device).type, dtype=dtype, enabled=c.amp != "off")
+    return checkpoint.autocast(c.amp, c.device)
 
 
 def lr_at(step: int, c: Config) -> float:

@@ -37,7 +37,7 @@ def test_bare_sample_py_draws_all_example_poses_without_any_training(tmp_path, m
 @pytest.mark.slow
 def test_it_draws_the_pose_asked_for():
     """PCK@0.1 of 64 held-out poses, at least 0.85 of what the reader finds in the real pictures."""
-    ldm, payload = checkpoint.load_ldm(MODEL)
+    ldm, _ = checkpoint.load_ldm(MODEL)
     reader = evaluate.find_reader("figures", data.Figures(data.FIGURES_TRAIN, 64, seed=0))
     rows, _ = evaluate.assess(reader, evaluate.draw_held_out(ldm, data.Figures(64, 64, seed=1)))
     assert rows["real"]["pck@0.1"] > evaluate.JUDGE
