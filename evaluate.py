@@ -888,23 +888,20 @@ class Drawn:
 def draw_held_out(
     ldm: checkpoint.LDM,
     held_out: data.Pictures,
-    steps: int = sample.DEFAULT_STEPS["ddim"],
-    eta: float | None = None,                   # None: the model's own
-    guidance: float | None = None,              # likewise
-    interval: tuple[int, int] | None = None,    # timesteps with guidance; None: all
     seed: int = 0,
     about: dict | None = None,
+    interval: tuple[int, int] | None = None,    # timesteps with guidance; None: all
+    **how: object,                              # of sample.settings, which says what is usual
 ) -> Drawn:
-    """A sample by DDIM for the pose of each held-out picture, the i-th with seed `seed` + i."""
+    """A sample for the pose of each held-out picture, the i-th with seed `seed` + i."""
     with passing(held_out, "reading pictures") as bar:
         pairs = [(data.to_uint8(x), pose) for x, pose, _ in bar]
     if sum(len(x) for x, _ in pairs) < 2:
         raise ValueError("there are fewer than 2 usable held-out pictures, and shuffled poses need two")
     poses = torch.cat([pose for _, pose in pairs])
     samples = sample.draw_pictures(
-        ldm, poses, [seed + i for i in range(len(poses))], held_out.size, sampler="ddim", spacing=ldm.spacing,
-        steps=steps, eta=ldm.eta if eta is None else eta, guidance=ldm.guidance if guidance is None else guidance,
-        interval=interval)
+        ldm, poses, [seed + i for i in range(len(poses))], held_out.size, interval=interval,
+        **sample.settings(ldm, **how))
     return Drawn(poses.double().numpy(), np.stack(samples), np.concatenate([x for x, _ in pairs]), about or {})
 
 
@@ -1234,9 +1231,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     overfit.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     overfit.set_defaults(detected=None)
     for sub in (pose, overfit):
-        sub.add_argument("--steps", type=int, default=sample.DEFAULT_STEPS["ddim"],
-                         help="of DDIM (default %(default)s)")
-        sub.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1 (default as in sample.py)")
+        sub.add_argument("--sampler", choices=("ddim", "dpm_solver"), help="default as in sample.py")
+        sub.add_argument("--steps", type=int, help="default as in sample.py")
+        sub.add_argument("--eta", type=float, help="noise that each step adds, 0 to 1 (default as in sample.py)")
         sub.add_argument("--guidance", type=float, metavar="W", help="default as in sample.py")
         sub.set_defaults(spacing=None)                              # the model's own
         sub.add_argument("--seed", type=int, default=0, help="the i-th sample has seed --seed + i")
@@ -1442,18 +1439,17 @@ def pose(args: argparse.Namespace) -> None:
     train, held_out = data.open_data(spec, size, val)
     held_out = data.spread(held_out, args.limit)
     about = {"checkpoint": checkpoint.hash_of(ldm.unet.state_dict()), "data": spec, "val": val, "size": size,
-             "pictures": len(held_out), "steps": args.steps, "eta": args.eta, "guidance": args.guidance,
-             "seed": args.seed}
+             "pictures": len(held_out), **sample.settings_of(args), "seed": args.seed}
     if args.detected:
         drawn = read_pictures(Path(args.out), about)
         detected = read_detected(args.detected, drawn)
         rows, read = judge(drawn, detected), detected["samples"]
     else:
         reader = find_reader(spec, train, str(ldm.mean.device))
-        drawn = draw_held_out(ldm, held_out, args.steps, args.eta, args.guidance, seed=args.seed, about=about)
+        drawn = draw_held_out(ldm, held_out, args.seed, about, **sample.settings_of(args))
         rows, read = assess(reader, drawn, decoded=round_trip(ldm, drawn.real))
-    called = (f"{len(drawn.asked)} held-out poses of {spec}, {args.ckpt} step {step}, DDIM {args.steps} steps, eta "
-              f"{args.eta:g}, guidance {args.guidance:g}")
+    called = (f"{len(drawn.asked)} held-out poses of {spec}, {args.ckpt} step {step}, "
+              f"{sample.SAMPLERS[args.sampler]} {args.steps} steps, eta {args.eta:g}, guidance {args.guidance:g}")
     print(f"{called}\n")
     print("\n".join(describe_pose(rows, args.detected or "the pose reader")))
     if args.out:
@@ -1528,8 +1524,7 @@ def training_latents(ldm: checkpoint.LDM, cache: data.LatentCache, rows: np.ndar
 def draw_latents(ldm: checkpoint.LDM, poses: Tensor, size: int, args: argparse.Namespace) -> Tensor:
     """A sample z [N, C, h, w] for each pose [N, 17, 3], the i-th with seed args.seed + i."""
     seeds = list(range(args.seed, args.seed + len(poses)))
-    last, = sample.denoise(ldm, poses, seeds, size, sampler="ddim", steps=args.steps, eta=args.eta,
-                           guidance=args.guidance, spacing=args.spacing)
+    last, = sample.denoise(ldm, poses, seeds, size, **sample.settings_of(args))
     return last.x.to(ldm.mean.device)
 
 
@@ -1590,7 +1585,7 @@ def overfit(args: argparse.Namespace) -> None:
     samples = {name: [{"distance": float(d), "nearest": int(row) // 2, "mirrored": bool(row % 2)}
                       for d, row in zip(near[name].distances, near[name].rows, strict=True)] for name in poses}
     report = {"command": shlex.join(["python", "evaluate.py", *args.argv]), "run": str(run), **found,
-              "samples": samples, "steps": args.steps, "eta": args.eta, "guidance": args.guidance, "seed": args.seed}
+              "samples": samples, **sample.settings_of(args), "seed": args.seed}
     (out / "overfit.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     overfit_figure(out / "overfit.png", ldm, cache, rows, found, near, poses, strip)
     print(f"wrote {out}/overfit.json and overfit.png")

@@ -117,6 +117,19 @@ def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, sam
     return solver(diffusion, eps_fn, x_T.to(device), steps, eta, noise_fn, spacing, **more)
 
 
+def settings(ldm: checkpoint.LDM, sampler: str | None = None, steps: int | None = None, eta: float | None = None,
+             guidance: float | None = None, spacing: str | None = None) -> dict:
+    """These arguments of `sample`; for None, what the model wants."""
+    sampler = sampler or (DEFAULT_SAMPLER if ldm.spacing == "even" else "ddim")     # published models know DDIM
+    return {"sampler": sampler, "steps": DEFAULT_STEPS[sampler] if steps is None else steps,
+            "eta": ldm.eta if eta is None else eta, "guidance": ldm.guidance if guidance is None else guidance,
+            "spacing": spacing or ("lambda" if sampler == "dpm_solver" else ldm.spacing)}
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    return {name: getattr(args, name) for name in ("sampler", "steps", "eta", "guidance", "spacing")}
+
+
 def visited(ldm: checkpoint.LDM, sampler: str, steps: int, spacing: str) -> np.ndarray:
     """The timesteps that a sampler goes through, ascending; ddpm takes all."""
     diffusion = Diffusion(**ldm.schedule)
@@ -749,9 +762,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.interval is not None and not 0 <= args.interval[0] <= args.interval[1]:
         raise ValueError(f"--interval is {args.interval[0]} to {args.interval[1]}; the first must be 0 or more and not "
                          "above the second")
-    if args.sampler is None:
-        args.sampler = "ddim" if args.inpaint or args.noise_from or args.preset else DEFAULT_SAMPLER
-    args.steps = DEFAULT_STEPS[args.sampler] if args.steps is None else args.steps
+    if args.sampler is None and (args.inpaint or args.noise_from):
+        args.sampler = "ddim"
     if args.guidance is not None and not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}; it must be a finite number")
     args.ckpt = args.ckpt or default_ckpt()
@@ -844,11 +856,9 @@ def check_fits(path: Path, rows: int, size: int) -> None:
 
 
 def ask_model(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
-    """Sets --guidance, --eta and --spacing to what the model wants, where nobody says; ValueError where it cannot be
-    guided."""
-    args.spacing = args.spacing or ("lambda" if getattr(args, "sampler", "ddim") == "dpm_solver" else ldm.spacing)
-    args.guidance = ldm.guidance if args.guidance is None else args.guidance
-    args.eta = ldm.eta if args.eta is None else args.eta
+    """Sets --sampler, --steps, --eta, --guidance and --spacing to what the model wants, where nobody says; ValueError
+    where it cannot be guided."""
+    vars(args).update(settings(ldm, **settings_of(args)))
     if args.guidance != 1 and not ldm.knows_null:
         raise ValueError(f"--guidance is {args.guidance:g}, but {args.ckpt} was trained without dropping poses, so it "
                          "has no picture of no pose; leave --guidance out")
@@ -887,9 +897,8 @@ def run(args: argparse.Namespace, command: str) -> str:
     every = torch.from_numpy(plan.poses).repeat_interleave(plan.n, dim=0)               # [P n, 17, 3]
     start = start_from(ldm, given, args, every[:1]) if given else {}
     kept: list[Step] = []
-    pictures = draw_pictures(ldm, every, plan.seeds, size, kept, film=FILM if args.film else 1, sampler=args.sampler,
-                             steps=args.steps, eta=args.eta, guidance=args.guidance, spacing=args.spacing,
-                             interval=args.interval, rescale=args.rescale, **start)
+    pictures = draw_pictures(ldm, every, plan.seeds, size, kept, film=FILM if args.film else 1,
+                             interval=args.interval, rescale=args.rescale, **settings_of(args), **start)
     if args.inpaint:            # in pixels: a decoder looks beyond its cell, so kept latents alone keep no pixel
         pictures = [np.where(given.hole[..., None], picture, given.pixels) for picture in pictures]
 

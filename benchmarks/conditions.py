@@ -169,7 +169,8 @@ def figures_of(args: argparse.Namespace, name: str, seed: int) -> dict:
         size = payload["config"]["size"]
         train_part, held_out = data.open_data(args.data, size)
         reader = evaluate.find_reader(args.data, train_part)
-        drawn = evaluate.draw_held_out(ldm, data.spread(held_out, args.pictures), args.sampling_steps)
+        drawn = evaluate.draw_held_out(ldm, data.spread(held_out, args.pictures), sampler="ddim",
+                                       steps=args.sampling_steps)
         rows, _ = evaluate.assess(reader, drawn)
         last = [row for row in train.read_log(run / "log.jsonl") if "val_right" in row][-1]
         kept.write_text(json.dumps(rows | {"losses": last}, indent=1))

@@ -41,8 +41,8 @@ def main() -> None:
             name = f"w {w:g}" + (f", t {interval[0]} to {interval[1]}" if interval else "")
             kept = out / f"{model}-{w:g}-{'-'.join(map(str, interval or ['all']))}-{args.pictures}-{args.steps}.json"
             if not kept.exists():
-                found, _ = evaluate.assess(reader, evaluate.draw_held_out(ldm, held_out, args.steps, guidance=w,
-                                                                          interval=interval))
+                found, _ = evaluate.assess(reader, evaluate.draw_held_out(
+                    ldm, held_out, interval=interval, sampler="ddim", steps=args.steps, guidance=w))
                 more = {"w": w, "interval": interval, "ceiling": found["real"]["pck@0.1"]}
                 kept.write_text(json.dumps(found["samples"] | more))
             rows[name] = json.loads(kept.read_text())

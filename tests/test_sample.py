@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -458,7 +459,10 @@ def test_the_sampler_and_its_steps_where_nobody_says(tmp_path, monkeypatch, flag
     monkeypatch.chdir(tmp_path)
     args = sample.parse_args([WAVING, "--ckpt", "x.pt", *flags])
     sample.check_args(args)
+    spacing = "uniform" if args.preset else "even"                      # the reference's, for what was published
+    sample.ask_model(args, SimpleNamespace(spacing=spacing, guidance=3.0, eta=1.0, knows_null=True))
     assert (args.sampler, args.steps) == (sampler, steps)
+    assert args.spacing == ("lambda" if sampler == "dpm_solver" else spacing)
 
 
 def test_half_precision_is_in_the_network_alone(go, ckpt, monkeypatch):
