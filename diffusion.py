@@ -1,4 +1,4 @@
-"""Diffusion: latents x0 [B,C,h,w] in, a training loss out; Gaussian noise x_T in, samples out.
+"""Diffusion: latents x0 [B, C, h, w] in, a training loss out; Gaussian noise x_T in, samples out.
 
 The mathematics, with its sources: DDPM arXiv:2006.11239, DDIM arXiv:2010.02502, DPM-Solver++ arXiv:2211.01095,
 guidance (CFG) arXiv:2207.12598.
@@ -49,7 +49,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-EpsModel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]   # (x, t [B], cond [B,...], drop [B] bool) -> eps
+EpsModel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]   # (x, t [B], cond [B, ...], drop [B] bool) -> eps
 EpsFn = Callable[[Tensor, Tensor], Tensor]                      # (x, t [B]) -> eps
 NoiseFn = Callable[[int, Tensor], Tensor]                       # (step i, x) -> noise like x
 
@@ -59,13 +59,13 @@ class Diffusion:
 
     def __init__(self, timesteps: int = 1000, linear_start: float = 0.0015, linear_end: float = 0.0195):
         if timesteps < 2:
-            raise ValueError(f"timesteps is {timesteps}; a schedule needs at least 2.")
+            raise ValueError(f"timesteps is {timesteps}; a schedule needs at least 2")
         if not 0 < linear_start <= linear_end < 1:
             raise ValueError(f"linear_start is {linear_start} and linear_end {linear_end}; "
-                             "they must satisfy 0 < linear_start <= linear_end < 1.")
+                             "they must satisfy 0 < linear_start <= linear_end < 1")
         self.timesteps = timesteps
         # float64: 1 - alpha_bar loses its digits in float32 where alpha_bar is near 1
-        self.betas = torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2  # [T]
+        self.betas = torch.linspace(linear_start ** 0.5, linear_end ** 0.5, timesteps, dtype=torch.float64) ** 2  # [T]
         self.alphas_bar = torch.cumprod(1 - self.betas, dim=0)
         self.alphas_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
         self.sqrt_alphas_bar = self.alphas_bar.sqrt()
@@ -79,14 +79,14 @@ class Diffusion:
         self._moved: dict[tuple[str, torch.device], Tensor] = {}
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
-        """Table `name` at t, float32 [B,1,...] ready to broadcast over `like` [B,...]."""
+        """Table `name` at t, float32 [B, 1, ...] ready to broadcast over `like` [B, ...]."""
         key = (name, like.device)
         if key not in self._moved:          # once a device: a copy in every step would stall a GPU
             self._moved[key] = getattr(self, name).to(torch.float32).to(like.device)
         return self._moved[key][t.to(like.device)].view(-1, *[1] * (like.ndim - 1))
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """DDPM (4): x_t, float32, of x0 [B,...] at t [B] with the given noise."""
+        """DDPM (4): x_t, float32, of x0 [B, ...] at t [B] with the given noise."""
         return self._at("sqrt_alphas_bar", t, x0) * x0 + self._at("sqrt_one_minus_alphas_bar", t, x0) * noise
 
     def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -98,15 +98,15 @@ class Diffusion:
         return (x_t - self._at("sqrt_alphas_bar", t, x_t) * x0) / self._at("sqrt_one_minus_alphas_bar", t, x_t)
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """DDPM (7): mean [B,...] and log variance [B,1,...] of q(x_{t-1} | x_t, x0)."""
+        """DDPM (7): mean [B, ...] and log variance [B, 1, ...] of q(x_{t-1} | x_t, x0)."""
         mean = self._at("posterior_x0_coef", t, x_t) * x0 + self._at("posterior_x_t_coef", t, x_t) * x_t
         return mean, self._at("posterior_log_variance", t, x_t)
 
     def loss(
         self,
         eps_model: EpsModel,            # called once: eps_model(x_t, t, cond, drop)
-        x0: Tensor,                     # [B,...]
-        cond: Tensor,                   # [B,...] the poses, handed through
+        x0: Tensor,                     # [B, ...]
+        cond: Tensor,                   # [B, ...] the poses, handed through
         p_drop: float = 0.1,            # the chance that a sample sees the null condition
         t: Tensor | None = None,        # [B] drawn uniformly if None
         noise: Tensor | None = None,    # like x0, drawn from N(0, I) if None
@@ -114,7 +114,7 @@ class Diffusion:
     ) -> Tensor:
         """DDPM (14): mean squared error of each sample, [B], in float32 also under autocast."""
         if not 0 <= p_drop <= 1:
-            raise ValueError(f"p_drop is {p_drop}; a probability lies in [0, 1].")
+            raise ValueError(f"p_drop is {p_drop}; a probability lies in [0, 1]")
         B, device = x0.shape[0], x0.device
         if t is None:
             t = torch.randint(self.timesteps, (B,), device=device)
@@ -128,7 +128,7 @@ class Diffusion:
 
 def guided(
     eps_model: EpsModel,
-    cond: Tensor,                               # [B,...]
+    cond: Tensor,                               # [B, ...]
     w: float,
     interval: tuple[int, int] | None = None,    # the timesteps lo <= t <= hi with guidance; elsewhere w is 1
     rescale: float = 0.0,                       # 0 to 1: how far eps goes to the spread of the conditional eps
@@ -141,7 +141,7 @@ def guided(
     ValueError for a rescale that is no share.
     """
     if not 0 <= rescale <= 1:
-        raise ValueError(f"rescale is {rescale}; it must lie in [0, 1].")
+        raise ValueError(f"rescale is {rescale}; it must lie in [0, 1]")
 
     def eps_fn(x: Tensor, t: Tensor) -> Tensor:
         keep = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)    # [B]
@@ -154,7 +154,8 @@ def guided(
         eps = eps_null + w * (eps_cond - eps_null)
         if rescale:
             each = tuple(range(1, x.ndim))                                   # of each sample on its own
-            eps = eps * (1 + rescale * (eps_cond.std(each, keepdim=True) / eps.std(each, keepdim=True) - 1))
+            std = eps.std(each, keepdim=True).clamp(min=1e-12)               # a new network's eps is 0
+            eps = eps * (1 + rescale * (eps_cond.std(each, keepdim=True) / std - 1))
         return eps
 
     return eps_fn
@@ -166,7 +167,7 @@ class Step(NamedTuple):
     i: int          # this is step i of n, from 0
     n: int
     t: int          # the timestep the network has just seen
-    x: Tensor       # the new, less noisy x, float32 [B,...]
+    x: Tensor       # the new, less noisy x, float32 [B, ...]
     x0: Tensor      # the clean image as predicted at t
 
 
@@ -189,11 +190,11 @@ def ddpm(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, noise_fn: NoiseFn, sk
 def ddim(
     diffusion: Diffusion,
     eps_fn: EpsFn,
-    x_T: Tensor,                        # [B,...]
+    x_T: Tensor,                        # [B, ...]
     steps: int,                         # S
     eta: float = 0.0,                   # 0 deterministic, 1 as noisy as DDPM
     noise_fn: NoiseFn | None = None,    # needed where eta > 0
-    spacing: str = "even",              # in t; "lambda"; or "uniform", the reference's, see ddim_timesteps
+    spacing: str = "even",              # in t; "lambda"; or "uniform", the reference's, see timesteps_of
     skip: int = 0,                      # steps left out at the noisy end: x_T is then x at the first t that is not
     rounds: int = 1,                    # RePaint's: how often each step is made, noise put back in between
 ) -> Iterator[Step]:
@@ -205,7 +206,7 @@ def ddim(
 def dpm_solver(
     diffusion: Diffusion,
     eps_fn: EpsFn,
-    x_T: Tensor,                        # [B,...]
+    x_T: Tensor,                        # [B, ...]
     steps: int,                         # S, and as many calls of the network
     eta: float = 0.0,                   # 0 deterministic, 1 is the paper's SDE-DPM-Solver++(2M)
     noise_fn: NoiseFn | None = None,    # needed where eta > 0
@@ -225,8 +226,10 @@ def _jumps(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, steps: int, eta: fl
     """What `ddim` (order 1) and `dpm_solver` (order 2) share, which is all but D."""
     if (eta > 0 or rounds > 1) and noise_fn is None:
         raise ValueError(f"eta is {eta} and rounds {rounds}, which adds noise in every step; give a noise_fn, or eta = "
-                         "0 and 1 round.")
+                         "0 and 1 round")
     timesteps, alpha_bar, alpha_bar_prev, sigma = ddim_table(diffusion, steps, eta, spacing)
+    if rounds < 1 or not 0 <= skip < len(timesteps):
+        raise ValueError(f"rounds is {rounds} and skip {skip}; they must be at least 1, and 0 to {len(timesteps) - 1}")
     lambda_ = log_snr(alpha_bar)
     x, n, x0_before = x_T.float(), len(timesteps), None
     for k in range(skip * rounds, n * rounds):
@@ -252,40 +255,34 @@ def log_snr(alpha_bar: np.ndarray) -> np.ndarray:
     return 0.5 * np.log(alpha_bar / (1 - alpha_bar))
 
 
-def ddim_timesteps(T: int, steps: int, spacing: str = "even") -> np.ndarray:
-    """The timesteps [S] that DDIM visits, ascending, from 0..T-1.
+def timesteps_of(alphas_bar: np.ndarray, steps: int, spacing: str = "even") -> np.ndarray:
+    """The timesteps [S] of a schedule alphas_bar [T] that a sampler visits, ascending. ValueError for what cannot be.
 
     "even": exactly `steps` of them, evenly spread, always with T - 1, where sampling starts from pure noise.
+    "lambda": evenly in lambda, always with T - 1. Near t = 0 lambda runs faster than the integers allow: there every
+    timestep is taken, and none twice.
     "uniform": the reference's stride T // steps plus 1, only to repeat its runs: it can make more steps than asked for
     (350 of 1000 makes 500), and where it would run past T - 1, as for 599 of the 1000 counts, it is a ValueError.
     """
+    T = len(alphas_bar)
     if not 1 <= steps <= T:
-        raise ValueError(f"steps is {steps}; it must be 1 to {T}, the timesteps of the schedule.")
+        raise ValueError(f"steps is {steps}; it must be 1 to {T}, the timesteps of the schedule")
     if spacing == "even":
         # from T - 1 down, so that a single step is the noisiest one
         return np.linspace(T - 1, 0, steps).round().astype(np.int64)[::-1].copy()
+    if spacing == "lambda":
+        lambda_ = log_snr(alphas_bar)                                        # [T], falling
+        wanted = np.linspace(lambda_[-1], lambda_[0], steps)[::-1]
+        timesteps = np.interp(-wanted, -lambda_, np.arange(T)).round().astype(np.int64)
+        i = np.arange(steps)
+        return np.minimum(np.maximum.accumulate(timesteps - i) + i, T - steps + i)
     if spacing != "uniform":
-        raise ValueError(f"spacing is {spacing!r}; it must be 'even', 'lambda' or 'uniform'.")
+        raise ValueError(f"spacing is {spacing!r}; it must be 'even', 'lambda' or 'uniform'")
     timesteps = np.arange(0, T, T // steps) + 1
     if timesteps[-1] > T - 1:
         raise ValueError(f"steps is {steps}; 'uniform' spacing then needs timestep {timesteps[-1]} of 0 to {T - 1}; "
-                         "use spacing 'even'.")
+                         "use spacing 'even'")
     return timesteps
-
-
-def lambda_timesteps(alphas_bar: np.ndarray, steps: int) -> np.ndarray:
-    """The timesteps [S] of a schedule [T] that lie evenly in lambda, ascending, always with the noisiest.
-
-    Near t = 0 lambda runs faster than the integers allow: there every timestep is taken, and none twice.
-    """
-    T = len(alphas_bar)
-    if not 1 <= steps <= T:
-        raise ValueError(f"steps is {steps}; it must be 1 to {T}, the timesteps of the schedule.")
-    lambda_ = log_snr(alphas_bar)                                            # [T], falling
-    wanted = np.linspace(lambda_[-1], lambda_[0], steps)[::-1]
-    timesteps = np.interp(-wanted, -lambda_, np.arange(T)).round().astype(np.int64)
-    i = np.arange(steps)
-    return np.minimum(np.maximum.accumulate(timesteps - i) + i, T - steps + i)
 
 
 def ddim_table(
@@ -293,10 +290,9 @@ def ddim_table(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(timesteps, alpha_bar, alpha_bar_prev, sigma), [S] each, float64, ascending in time; sigma is DDIM (16)."""
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; it must lie in [0, 1].")
+        raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
     alpha_bar = diffusion.alphas_bar.numpy()
-    timesteps = (lambda_timesteps(alpha_bar, steps) if spacing == "lambda" else
-                 ddim_timesteps(diffusion.timesteps, steps, spacing))
+    timesteps = timesteps_of(alpha_bar, steps, spacing)
     alpha_bar = alpha_bar[timesteps]
     # The last step of ours ends at x0. The reference's ends at t = 0 and leaves that step's noise in the sample.
     first = diffusion.alphas_bar[0].item() if spacing == "uniform" else 1.0
@@ -306,10 +302,11 @@ def ddim_table(
 
 
 Seed = int | tuple[int, int, float]     # (a, b, share): the noise that lies between a's and b's
+MOST_SEEDS = 2 ** 32                    # numpy joins 32-bit words: beyond, (seed, step) would meet another's
 
 
 def per_image_noise(seeds: list[Seed], shape: tuple[int, ...]) -> tuple[Tensor, NoiseFn]:
-    """x_T [B,*shape] and a noise_fn, in which image i depends on seeds[i] alone: not on B, nor on the device.
+    """x_T [B, *shape] and a noise_fn, in which image i depends on seeds[i] alone: not on B, nor on the device.
 
     The noise of a step is a function of (seed, step), so one noise_fn serves any number of runs.
     """
@@ -324,8 +321,9 @@ def per_image_noise(seeds: list[Seed], shape: tuple[int, ...]) -> tuple[Tensor, 
     def noise_fn(i: int, x: Tensor) -> Tensor:
         return torch.stack([normal(seed, i + 1, x.shape[1:]) for seed in seeds]).to(x.device)
 
-    if not seeds or min(min(seed[:2]) if isinstance(seed, tuple) else seed for seed in seeds) < 0:
-        raise ValueError(f"seeds is {seeds}; give one integer, 0 or more, for each image.")
+    plain = [s for seed in seeds for s in (seed[:2] if isinstance(seed, tuple) else [seed])]
+    if not plain or not 0 <= min(plain) <= max(plain) < MOST_SEEDS:
+        raise ValueError(f"seeds is {seeds}; give one integer, 0 to {MOST_SEEDS - 1}, for each image")
     return torch.stack([normal(seed, 0, shape) for seed in seeds]), noise_fn
 
 
@@ -335,7 +333,7 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """
     cosine = (a * b).sum().double() / (a.norm().double() * b.norm().double())
     angle = cosine.clamp(-1, 1).acos().item()
-    if np.sin(angle) < 1e-6:                                                 # no way around is shorter than another
+    if not np.sin(angle) >= 1e-6:                   # no way around is shorter than another; or one is 0, and NaN this
         return (1 - share) * a + share * b
     return np.sin((1 - share) * angle) / np.sin(angle) * a + np.sin(share * angle) / np.sin(angle) * b
 
@@ -353,19 +351,21 @@ def held(diffusion: Diffusion, eps_fn: EpsFn, x0: Tensor, known: Tensor) -> EpsF
 def invert(
     diffusion: Diffusion,
     eps_fn: EpsFn,
-    x0: Tensor,                         # [B,...]
+    x0: Tensor,                         # [B, ...]
     steps: int,                         # S
     spacing: str = "even",
-    rounds: int = 3,                    # evaluations of eps_fn a step
+    iterations: int = 3,                # of the fixed point, each one evaluation of eps_fn
 ) -> Iterator[Step]:
     """The steps of `ddim` with eta 0 backwards: the x of the last one is the noise that ddim makes x0 of."""
+    if iterations < 1:
+        raise ValueError(f"iterations is {iterations}; it must be at least 1")
     timesteps, alpha_bar, alpha_bar_prev, _ = ddim_table(diffusion, steps, 0.0, spacing)
     x, n = x0.float(), len(timesteps)
     for j in range(n):
         ts = torch.full((x.shape[0],), int(timesteps[j]), device=x.device)   # [B]
         a = (alpha_bar_prev[j] / alpha_bar[j]) ** 0.5
         x_s = x
-        for _ in range(rounds):
+        for _ in range(iterations):
             eps = eps_fn(x, ts).float()
             x = (x_s - ((1 - alpha_bar_prev[j]) ** 0.5 - a * (1 - alpha_bar[j]) ** 0.5) * eps) / a
         yield Step(j, n, int(timesteps[j]), x, diffusion.predict_x0(x, ts, eps))

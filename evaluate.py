@@ -1043,7 +1043,7 @@ def read_detected(path: str | Path, drawn: Drawn) -> dict[str, np.ndarray]:
 def extremes_figure(path: Path, drawn: Drawn, read: np.ndarray, title: str) -> None:
     """The best and the worst samples by OKS: skeleton asked for, sample, skeleton read in it, the real picture."""
     side, scores = drawn.samples.shape[1], oks(read, drawn.asked, on_canvas(drawn.asked))
-    order = np.argsort(np.nan_to_num(scores))[::-1]
+    order = [i for i in np.argsort(scores)[::-1] if np.isfinite(scores[i])]
     n = min(EXTREMES, len(order) // 2)
     rows, captions = [[] for _ in range(4)], [[] for _ in range(4)]
     for i in (*order[:n], *order[-n:]):
@@ -1423,9 +1423,9 @@ def check_pose_args(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
     """Fills in what the model samples with where nobody says; ValueError for what cannot be."""
     sample.ask_model(args, ldm)
     if not (math.isfinite(args.guidance) and 0 <= args.eta <= 1 and 1 <= args.steps <= ldm.schedule["timesteps"]
-            and 0 <= args.seed < 2 ** 62):
+            and 0 <= args.seed < 2 ** 31):
         raise ValueError(f"--guidance is {args.guidance}, --eta {args.eta}, --steps {args.steps}, --seed {args.seed}; "
-                         f"they must be finite, 0 to 1, 1 to {ldm.schedule['timesteps']}, and 0 or more")
+                         f"they must be finite, 0 to 1, 1 to {ldm.schedule['timesteps']}, and 0 or more but below 2^31")
     if args.detected and not args.out:
         raise ValueError("--detected tells what was found in pictures that an earlier run wrote to --out; name that "
                          "folder with --out")

@@ -685,7 +685,7 @@ def tokenize(pose: np.ndarray | Tensor, dim: int) -> Tensor:
     even; coordinates outside are clamped into the border cells. A missing joint gets the id of its (0, 0).
     """
     xy = torch.as_tensor(pose)[..., :2] * SEED_CANVAS
-    cell = xy.round() if dim == SEED_CANVAS else torch.floor(xy / (SEED_CANVAS / dim))
+    cell = xy.round() if dim == SEED_CANVAS else torch.div(xy, SEED_CANVAS / dim, rounding_mode="floor")
     col, row = cell.clamp(0, dim - 1).long().unbind(-1)
     return col + row * dim
 
@@ -725,7 +725,8 @@ class PoseEncoder(nn.Module):
         self.position = nn.Sequential(nn.Linear(4 * n_freqs, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, pose: Tensor, drop: Tensor | None = None) -> Tensor:
-        angle = pose[..., :2, None] * self.freqs                                        # [B, J, 2, F]
+        # The slowest wave has period 2: where a joint is further out than half a picture, x and x + 2 would look alike.
+        angle = pose[..., :2, None].clamp(-0.49, 1.49) * self.freqs                     # [B, J, 2, F]
         features = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(2)             # [B, J, 4F]
         visible = pose[..., 2:] > 0
         tokens = self.joint + torch.where(visible, self.position(features), self.missing)       # [B, J, D]
@@ -747,12 +748,18 @@ def heatmaps(pose: Tensor, size: int | tuple[int, int], sigma: float = 0.04) -> 
 
 @dataclass(frozen=True)
 class ConditionConfig:
+    """By which doors the pose reaches the UNet. A wrong value is a ValueError."""
+
     doors: tuple[str, ...] = ("tokens", "maps")     # any of: tokens, maps; or ("seed",) alone, the faithful one
     dim: int = 64                                   # width D of a context token
     sigma: float = 0.04                             # of a Gaussian map, in pictures
     seed_dim: int = 32                              # cells a side of the seed's grid
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "doors", tuple(self.doors))                            # JSON knows no tuples
+        if min(self.dim, self.seed_dim) < 1 or not self.sigma > 0:
+            raise ValueError(f"condition dim is {self.dim}, seed_dim {self.seed_dim}, sigma {self.sigma}; dims must be "
+                             "at least 1, and sigma above 0")
         if self.doors != ("seed",) and (not self.doors or not set(self.doors) <= {"tokens", "maps"}):
             raise ValueError(f"condition doors {self.doors}: the pose would reach nothing; "
                              'allowed are "tokens", "maps", both, or "seed" alone')
@@ -811,26 +818,27 @@ def pck(predicted: np.ndarray, true: np.ndarray, fraction: float = 0.1,
     """Per-joint share of correct keypoints, [17]: within `fraction` of the true person's box diagonal.
 
     Both are [B, 17, 3]; the joints `counted`, bool [B, 17], count (None: those visible in `true`), a joint not visible
-    in `predicted` is wrong, and a joint that never counts gives NaN. Percentage of correct keypoints after Yang and
-    Ramanan (2013), box normalised.
+    in `predicted` is wrong, and a joint that never counts gives NaN. A person of one joint has no size to measure by
+    and does not count. Percentage of correct keypoints after Yang and Ramanan (2013), box normalised.
     """
     diagonal = np.array([np.hypot(*_box(p)) for p in true])[:, None]
     distance = np.linalg.norm(predicted[..., :2] - true[..., :2], axis=-1)              # [B, J]
     right = (distance <= fraction * diagonal) & (predicted[..., 2] > 0)
-    counted = true[..., 2] > 0 if counted is None else counted
+    counted = (true[..., 2] > 0 if counted is None else counted) & (diagonal > 0)
     with np.errstate(invalid="ignore"):
         return (right & counted).sum(0) / np.where(counted.sum(0), counted.sum(0), np.nan)
 
 
 def oks(predicted: np.ndarray, true: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
     """Object keypoint similarity [B] of poses [B, 17, 3]: mean of exp(-d^2 / (2 s^2 k^2)) over the joints `counted`
-    (as in pck), k = 2 SIGMAS and s^2 the area of the box around the joints (cocodataset.org/#keypoints-eval)."""
+    (as in pck), k = 2 SIGMAS and s^2 the area of the box around the joints (cocodataset.org/#keypoints-eval); NaN where
+    none counts or that box has no area."""
     out = np.full(len(true), np.nan)
     for b, (p, t) in enumerate(zip(predicted, true, strict=True)):
         seen = t[:, 2] > 0 if counted is None else counted[b]
-        if seen.any():
+        area = float(np.prod(_box(t)))
+        if seen.any() and area > 0:
             d2 = ((p[:, :2] - t[:, :2]) ** 2).sum(-1)
-            area = max(float(np.prod(_box(t))), 1e-12)
             similarity = np.exp(-d2 / (2 * area * (2 * SIGMAS) ** 2)) * (p[:, 2] > 0)
             out[b] = similarity[seen].mean()
     return out

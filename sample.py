@@ -43,6 +43,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 from diffusion import (
+    MOST_SEEDS,
     Diffusion,
     Seed,
     Step,
@@ -752,7 +753,7 @@ def check_args(args: argparse.Namespace) -> None:
     for name, low, high, what in (
             ("n", 1, None, ""), ("common", 1, None, ""), ("typical", 0, 1, ", the first the pose as given"),
             ("frames", 2 if args.morph else 1, None, " with --morph" if args.morph else ""), ("person", 1, None, ""),
-            ("min_confidence", 0, 1e9, ", mostly to 1"), ("seed", 0, 2 ** 63 - 1, ""), ("rounds", 1, None, ""),
+            ("min_confidence", 0, 1e9, ", mostly to 1"), ("seed", 0, MOST_SEEDS - 1, ""), ("rounds", 1, None, ""),
             ("strength", 0, 1, ", the picture as it is and nothing of it"), ("fps", 1, 50, ""),
             ("rescale", 0, 1, "")):
         value = getattr(args, name)

@@ -1021,7 +1021,7 @@ def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
             with torch.no_grad(), autocast(c):
                 h = torch.cat([model.encode(x[i]) for i in micro_batches(len(x), c, model)])
             model.quantize.init_codes(gathered(h.float()))
-        factor = objective.factor(step, run.c.steps)
+        factor = objective.disc_factor(step, run.c.steps)
         if disc is not None and run.c.steps is None:                # timed, and without a say
             factor = max(factor, NO_SAY)
         opt.zero_grad(set_to_none=True)

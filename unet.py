@@ -1,9 +1,9 @@
-"""The denoiser: noisy latent x_t [B,C,h,w], timestep t [B] and pose tokens [B,N,D] in, predicted noise eps out.
+"""The denoiser: noisy latent x_t [B, C, h, w], timestep t [B] and pose tokens [B, N, D] in, predicted noise eps out.
 
 A U of residual blocks. At the downsampling factors in `attention_resolutions`, and always in the middle, a
 SpatialTransformer follows each block: every pixel attends to every pixel, then to the N tokens of the pose. A second
-door for the pose is `concat` [B,K,h,w]: maps laid beside the latent as extra input channels. What cross-attention makes
-of the tokens does not depend on x_t or t: a sampler computes it once, with `UNet.keys_values`, for all of its steps.
+door for the pose is `concat` [B, K, h, w]: maps laid beside the latent as extra input channels. What cross-attention
+makes of the tokens does not depend on x_t or t: a sampler computes it once, with `UNet.keys_values`, for all its steps.
 
 This is the network of latent diffusion (Rombach et al., arXiv:2112.10752, appendix E.2). Submodules carry the names of
 CompVis `openaimodel.UNetModel`, so its published weights load with strict=True and no renaming table.
@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-KeysValues = list[tuple[Tensor, Tensor]]    # (k, v), each [B,n,N,d], of every cross-attention, in the order of the U
+KeysValues = list[tuple[Tensor, Tensor]]    # (k, v), each [B, n, N, d], of every cross-attention, in the order of the U
 
 NORM_GROUPS = 32        # Wu & He, arXiv:1803.08494, and every model of this family since
 SMALL_MAP = 1024        # pixels below which PyTorch's bf16 GroupNorm on a CPU is slow in channels_last
-NORM_AT_ONCE = 2**20    # entries in a part of GroupNorm's backward pass on a CPU: 4 MiB in float32
+HALF = torch.bfloat16, torch.float16
+NORM_AT_ONCE = 2 ** 20  # entries in a part of GroupNorm's backward pass on a CPU: 4 MiB in float32
 MAX_PERIOD = 10_000     # slowest wave of the timestep embedding, arXiv:1706.03762 section 3.5
 EMBED_MULT = 4          # E / M
 MANY_KEYS = 1024        # from which on bf16 attention on a CPU is faster than float32: 90 against 125 ms there
@@ -51,30 +52,30 @@ class UNetConfig:
         for name in ("attention_resolutions", "channel_mult"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if not self.channel_mult:
-            raise ValueError("channel_mult is empty; give one multiplier per level, for example (1, 2, 3, 4).")
+            raise ValueError("channel_mult is empty; give one multiplier per level, for example (1, 2, 3, 4)")
         positive = ("in_channels", "out_channels", "model_channels", "num_res_blocks", "num_heads", "transformer_depth")
         for name in positive:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.context_dim is not None and self.context_dim < 1:
-            raise ValueError(f"context_dim is {self.context_dim}; it must be at least 1, or None for no context.")
+            raise ValueError(f"context_dim is {self.context_dim}; it must be at least 1, or None for no context")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1).")
-        factors = [2**level for level in range(len(self.channel_mult))]
+            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+        factors = [2 ** level for level in range(len(self.channel_mult))]
         for factor in self.attention_resolutions:
             if factor not in factors:
-                raise ValueError(f"attention_resolutions has {factor}; this U of {len(factors)} levels has {factors}.")
+                raise ValueError(f"attention_resolutions has {factor}; this U of {len(factors)} levels has {factors}")
         if self.model_channels % NORM_GROUPS:
             raise ValueError(f"model_channels is {self.model_channels}; it must be a multiple of {NORM_GROUPS}, "
-                             "the groups of GroupNorm.")
+                             "the groups of GroupNorm")
         for factor, mult in zip(factors, self.channel_mult, strict=True):
             C = self.model_channels * mult
             if C < 1 or C % NORM_GROUPS:
                 raise ValueError(f"channel_mult {mult} makes {C} channels; they must be a positive multiple of "
-                                 f"{NORM_GROUPS}, the groups of GroupNorm.")
+                                 f"{NORM_GROUPS}, the groups of GroupNorm")
             attends = factor in self.attention_resolutions or factor == factors[-1]
             if attends and C % self.num_heads:
-                raise ValueError(f"num_heads is {self.num_heads}; it must divide the {C} channels at factor {factor}.")
+                raise ValueError(f"num_heads is {self.num_heads}; it must divide the {C} channels at factor {factor}")
 
 
 class FastGroupNorm(torch.autograd.Function):
@@ -116,7 +117,7 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm of a channels_last tensor, channels_last out."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype == torch.float32:
+        if x.device.type != "cpu" or x.dtype not in HALF:
             return super().forward(x)
         return FastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
 
@@ -129,14 +130,14 @@ def zero(module: nn.Module) -> nn.Module:
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """t [B] -> [B,dim] float32: cosines, then sines, of t at dim/2 geometric frequencies (dim is even)."""
+    """t [B] -> [B, dim] float32: cosines, then sines, of t at dim/2 geometric frequencies (dim is even)."""
     freqs = torch.exp(-math.log(MAX_PERIOD) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     phase = t.float()[:, None] * freqs                                       # [B, dim/2]
     return torch.cat([phase.cos(), phase.sin()], dim=1)                      # [B, dim]
 
 
 class ResBlock(nn.Module):
-    """x [B,C_in,h,w], emb [B,E] -> [B,C_out,h,w]: two 3x3 convolutions, the timestep added between them."""
+    """x [B, C_in, h, w], emb [B, E] -> [B, C_out, h, w]: two 3x3 convolutions, the timestep added between them."""
 
     def __init__(self, in_channels: int, emb_dim: int, out_channels: int, dropout: float):
         super().__init__()
@@ -158,7 +159,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """[B,C,h,w] -> [B,C,h/2,w/2]"""
+    """[B, C, h, w] -> [B, C, h/2, w/2]"""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -169,7 +170,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """[B,C,h,w] -> [B,C,2h,2w]"""
+    """[B, C, h, w] -> [B, C, 2h, 2w]"""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -180,8 +181,8 @@ class Upsample(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [B,n,L,d], k and v [B,n,N,d] -> [B,n,L,d]: softmax(q k^T / sqrt(d)) v."""
-    if q.device.type != "cpu" or q.dtype == torch.float32 or k.shape[2] >= MANY_KEYS:
+    """q [B, n, L, d], k and v [B, n, N, d] -> [B, n, L, d]: softmax(q k^T / sqrt(d)) v."""
+    if q.device.type != "cpu" or q.dtype not in HALF or k.shape[2] >= MANY_KEYS:
         return F.scaled_dot_product_attention(q, k, v)
     # Measured on a CPU: the bf16 kernel takes 2 to 8 times as long as float32 with 1 to 64 keys, no less with 256.
     with torch.autocast("cpu", enabled=False):
@@ -189,7 +190,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """x [B,L,C] asks, k and v of a context [B,N,D] answer -> [B,L,C]: n heads of `attend` (arXiv:1706.03762).
+    """x [B, L, C] asks, k and v of a context [B, N, D] answer -> [B, L, C]: n heads of `attend` (arXiv:1706.03762).
 
     With N = 1 the softmax is 1 whatever q and k are: every pixel gets the same vector. A pose wants a token per joint.
     """
@@ -206,7 +207,7 @@ class Attention(nn.Module):
         return y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)          # [B, L, C] -> [B, n, L, d]
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context [B,N,D] -> k and v, [B,n,N,d] each."""
+        """context [B, N, D] -> k and v, [B, n, N, d] each."""
         return self.heads(self.to_k(context)), self.heads(self.to_v(context))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -215,7 +216,7 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """[B,L,C] -> [B,L,hidden]: one half of a projection gates the other (arXiv:2002.05202)."""
+    """[B, L, C] -> [B, L, hidden]: one half of a projection gates the other (arXiv:2002.05202)."""
 
     def __init__(self, channels: int, hidden: int):
         super().__init__()
@@ -227,7 +228,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """[B,L,C] -> [B,L,C]"""
+    """[B, L, C] -> [B, L, C]"""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -240,7 +241,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x [B,L,C], the pose's keys and values -> [B,L,C]: pixels to pixels, pixels to pose, each alone; residual each."""
+    """x [B, L, C], the pose's keys and values -> [B, L, C]: pixels to pixels, to pose, each alone; residual each."""
 
     def __init__(self, channels: int, context_dim: int | None, num_heads: int):
         super().__init__()
@@ -261,7 +262,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """x [B,C,h,w], the pose's keys and values -> [B,C,h,w]: transformer blocks over pixels as tokens, added to x."""
+    """x [B, C, h, w], the pose's keys and values -> [B, C, h, w]: x plus transformer blocks over pixels as tokens."""
 
     def __init__(self, channels: int, context_dim: int | None, num_heads: int, depth: int):
         super().__init__()
@@ -314,7 +315,7 @@ class UNet(nn.Module):
         def res(in_channels: int, out_channels: int) -> ResBlock:
             return ResBlock(in_channels, E, out_channels, config.dropout)
 
-        def attend(channels: int) -> SpatialTransformer:
+        def transformer(channels: int) -> SpatialTransformer:
             return SpatialTransformer(channels, config.context_dim, config.num_heads, config.transformer_depth)
 
         self.time_embed = nn.Sequential(nn.Linear(M, E), nn.SiLU(), nn.Linear(E, E))
@@ -323,28 +324,28 @@ class UNet(nn.Module):
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, M, 3, padding=1))])
         skips = [M]                                                          # widths, pushed going down
         for level, mult in enumerate(config.channel_mult):
-            attends = 2**level in config.attention_resolutions
+            attends = 2 ** level in config.attention_resolutions
             for _ in range(config.num_res_blocks):
                 layers = [res(C, mult * M)]
                 C = mult * M
                 if attends:
-                    layers.append(attend(C))
+                    layers.append(transformer(C))
                 self.input_blocks.append(Stage(*layers))
                 skips.append(C)
             if level < levels - 1:
                 self.input_blocks.append(Stage(Downsample(C)))
                 skips.append(C)
 
-        self.middle_block = Stage(res(C, C), attend(C), res(C, C))
+        self.middle_block = Stage(res(C, C), transformer(C), res(C, C))
 
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(config.channel_mult))):
-            attends = 2**level in config.attention_resolutions
+            attends = 2 ** level in config.attention_resolutions
             for i in range(config.num_res_blocks + 1):                       # one more: the Downsample's skip
                 layers = [res(C + skips.pop(), mult * M)]                    # popped going up
                 C = mult * M
                 if attends:
-                    layers.append(attend(C))
+                    layers.append(transformer(C))
                 if level and i == config.num_res_blocks:
                     layers.append(Upsample(C))
                 self.output_blocks.append(Stage(*layers))
@@ -358,7 +359,7 @@ class UNet(nn.Module):
             block.number = number
 
     def keys_values(self, context: Tensor | None) -> KeysValues:
-        """What every cross-attention makes of context [B,N,D]; forward takes it in place of context, with equal result.
+        """What every cross-attention makes of context [B, N, D]; forward takes it in place of context: equal result.
 
         Empty for a UNet without cross-attention, whose context is None. ValueError for a wrong shape.
         """
@@ -367,7 +368,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | KeysValues | None = None,
                 concat: Tensor | None = None) -> Tensor:
-        """x [B,C,h,w], t [B] integers, context [B,N,D], concat [B,K,h,w] with C + K = in_channels -> eps [B,out,h,w].
+        """x [B, C, h, w], t [B] integers, context [B, N, D], concat [B, K, h, w] -> eps [B, out, h, w].
 
         context may be what `keys_values` made of it. ValueError when a shape does not fit the config, or h or w does
         not halve evenly at every level.
@@ -396,36 +397,36 @@ class UNet(nn.Module):
 
     def _check(self, x: Tensor, t: Tensor, concat: Tensor | None) -> None:
         if x.ndim != 4:
-            raise ValueError(f"x has shape {list(x.shape)}; it must be [B, C, h, w].")
+            raise ValueError(f"x has shape {list(x.shape)}; it must be [B, C, h, w]")
         B, C, h, w = x.shape
         multiple = 2 ** (len(self.config.channel_mult) - 1)
         if h % multiple or w % multiple:
             raise ValueError(f"x is {h} x {w} pixels; both must be multiples of {multiple}, "
-                             f"for this U halves them {len(self.config.channel_mult) - 1} times.")
+                             f"for this U halves them {len(self.config.channel_mult) - 1} times")
         if t.shape != (B,):
-            raise ValueError(f"t has shape {list(t.shape)}; it must be [{B}], one timestep for each sample of x.")
+            raise ValueError(f"t has shape {list(t.shape)}; it must be [{B}], one timestep for each sample of x")
         if concat is not None and (concat.ndim != 4 or concat.shape[0] != B or concat.shape[2:] != x.shape[2:]):
-            raise ValueError(f"concat has shape {list(concat.shape)}; it must be [{B}, K, {h}, {w}] as x is.")
+            raise ValueError(f"concat has shape {list(concat.shape)}; it must be [{B}, K, {h}, {w}] as x is")
         K = 0 if concat is None else concat.shape[1]
         if C + K != self.config.in_channels:
             raise ValueError(f"x has {C} channels and concat {K}, {C + K} together; "
-                             f"this UNet takes in_channels = {self.config.in_channels}.")
+                             f"this UNet takes in_channels = {self.config.in_channels}")
 
     def _check_context(self, context: Tensor | None) -> None:
         D = self.config.context_dim
         if D is None:
             if context is not None:
                 raise ValueError(f"context of shape {list(context.shape)} was given, but context_dim is None: "
-                                 "this UNet has no cross-attention and takes none.")
+                                 "this UNet has no cross-attention and takes none")
         elif context is None:
-            raise ValueError(f"context is missing; this UNet has context_dim = {D} and needs [B, N, {D}].")
+            raise ValueError(f"context is missing; this UNet has context_dim = {D} and needs [B, N, {D}]")
         elif context.ndim != 3 or context.shape[2] != D:
             raise ValueError(f"context has shape {list(context.shape)}; it must be [B, N, {D}], "
-                             f"for this UNet has context_dim = {D}.")
+                             f"for this UNet has context_dim = {D}")
 
     def _check_pose(self, pose: KeysValues, B: int) -> None:
         layers = 0 if self.config.context_dim is None else len(self.transformers)
         if len(pose) != layers:
-            raise ValueError(f"context has keys and values of {len(pose)} cross-attentions; this UNet has {layers}.")
+            raise ValueError(f"context has keys and values of {len(pose)} cross-attentions; this UNet has {layers}")
         if pose and pose[0][0].shape[0] != B:
-            raise ValueError(f"context has {pose[0][0].shape[0]} samples and x has {B}; they must have equally many.")
+            raise ValueError(f"context has {pose[0][0].shape[0]} samples and x has {B}; they must have equally many")

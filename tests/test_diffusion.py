@@ -15,13 +15,14 @@ from diffusion import (
     Step,
     ddim,
     ddim_table,
-    ddim_timesteps,
     ddpm,
     dpm_solver,
     guided,
-    lambda_timesteps,
+    invert,
     log_snr,
     per_image_noise,
+    slerp,
+    timesteps_of,
 )
 from keypoints import JOINTS, ConditionConfig
 from unet import UNet, UNetConfig
@@ -176,26 +177,28 @@ def test_draws_of_the_loss_follow_their_laws(diffusion):
 
 # ---- timesteps and tables
 
+ALPHAS_BAR = Diffusion().alphas_bar.numpy()
+
 def test_even_spacing_gives_every_number_of_steps():
     for steps in range(1, 1001):
-        timesteps = ddim_timesteps(1000, steps)
+        timesteps = timesteps_of(ALPHAS_BAR, steps)
         assert len(timesteps) == steps and timesteps[-1] == 999 and timesteps[0] >= 0
         assert (np.diff(timesteps) > 0).all()
         if steps > 1:
             assert timesteps[0] == 0 and np.ptp(np.diff(timesteps)) <= 1
-    assert ddim_timesteps(1000, 1).tolist() == [999]
-    assert ddim_timesteps(1000, 1000).tolist() == list(range(1000))
+    assert timesteps_of(ALPHAS_BAR, 1).tolist() == [999]
+    assert timesteps_of(ALPHAS_BAR, 1000).tolist() == list(range(1000))
 
 
 def test_uniform_spacing_fails_where_the_reference_does():
     overruns = 0
     for steps in range(1, 1001):
         try:
-            ddim_timesteps(1000, steps, "uniform")
+            timesteps_of(ALPHAS_BAR, steps, "uniform")
         except ValueError:
             overruns += 1
     assert overruns == 599
-    assert len(ddim_timesteps(1000, 350, "uniform")) == 500
+    assert len(timesteps_of(ALPHAS_BAR, 350, "uniform")) == 500
 
 
 def test_lambda_spacing_gives_every_number_of_steps_as_evenly_as_integers_allow(diffusion):
@@ -203,7 +206,7 @@ def test_lambda_spacing_gives_every_number_of_steps_as_evenly_as_integers_allow(
     lambda_ = log_snr(alphas_bar)
     np.testing.assert_allclose(np.exp(2 * lambda_), alphas_bar / (1 - alphas_bar))
     for steps in (1, 2, 3, 5, 10, 20, 50, 100, 333, 999, 1000):
-        timesteps = lambda_timesteps(alphas_bar, steps)
+        timesteps = timesteps_of(alphas_bar, steps, "lambda")
         assert len(timesteps) == steps and timesteps[-1] == 999 and (steps == 1 or timesteps[0] == 0)
         assert (np.diff(timesteps) > 0).all()
         h, one = (lambda_[0] - lambda_[-1]) / max(steps - 1, 1), -np.diff(lambda_)          # one timestep's worth
@@ -570,6 +573,13 @@ def test_wrong_flags_are_one_sentence(tmp_path, flags, message):
         sample.check_args(sample.parse_args(["p.json", *flags, "--out", str(tmp_path / "x.png")]))
 
 
+def test_what_is_zero_makes_no_nan(diffusion):
+    zero = torch.zeros(1, 3)
+    new = guided(lambda x, t, cond, drop: torch.zeros_like(x), torch.zeros(1, 17, 3), 3.0, rescale=0.7)
+    assert new(torch.ones(1, 3), torch.tensor([5])).tolist() == zero.tolist()
+    assert slerp(zero, torch.ones(1, 3), 0.25).tolist() == [[0.25] * 3]
+
+
 # ---- errors
 
 def test_errors_say_what_is_allowed(diffusion):
@@ -589,9 +599,14 @@ def test_errors_say_what_is_allowed(diffusion):
         (lambda: next(dpm_solver(diffusion, eps_fn, x, 1001)), "steps is 1001.*1 to 1000"),
         (lambda: next(dpm_solver(diffusion, eps_fn, x, 10, 1.0)), "noise_fn"),
         (lambda: guided(eps_fn, x, 3.0, rescale=1.5), "rescale is 1.5"),
-        (lambda: ddim_timesteps(1000, 999, "uniform"), "timestep 1000 of 0 to 999"),
+        (lambda: timesteps_of(ALPHAS_BAR, 999, "uniform"), "timestep 1000 of 0 to 999"),
         (lambda: per_image_noise([], (3,)), r"seeds is \[\]"),
         (lambda: per_image_noise([-1], (3,)), r"seeds is \[-1\]"),
+        (lambda: per_image_noise([2 ** 32], (3,)), "0 to 4294967295"),
+        (lambda: next(ddim(diffusion, eps_fn, x, 4, skip=4)), "skip 4.*0 to 3"),
+        (lambda: next(ddim(diffusion, eps_fn, x, 4, skip=-1)), "skip -1"),
+        (lambda: next(ddim(diffusion, eps_fn, x, 4, rounds=0)), "rounds is 0"),
+        (lambda: next(invert(diffusion, eps_fn, x, 4, iterations=0)), "iterations is 0"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()

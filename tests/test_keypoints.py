@@ -202,6 +202,22 @@ def test_a_condition_that_reaches_nothing_is_refused(doors):
         K.ConditionConfig(doors)
 
 
+@pytest.mark.parametrize("wrong", [{"sigma": 0.0}, {"dim": 0}, {"seed_dim": 0}])
+def test_a_condition_without_a_size_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"{list(wrong)[0]} .*0"):
+        K.ConditionConfig(**wrong)
+    assert K.ConditionConfig(["seed"]) == K.ConditionConfig(("seed",))                  # as JSON gives it
+
+
+def test_tokens_tell_the_left_of_a_picture_from_the_right_however_far_out():
+    pose = torch.ones(1, 17, 3)
+    pose[..., :2] = 0.5
+    far = [pose.clone() for _ in range(2)]
+    far[0][..., 0], far[1][..., 0] = -0.4, 1.6                                          # two apart: a whole period
+    encoder = K.PoseEncoder(8)
+    assert (encoder(far[0]) - encoder(far[1])).abs().max() > 0.05
+
+
 # ---------------------------------------------------------------------------------------------------- measures
 
 def test_pck_and_oks_against_hand_counts():
@@ -219,3 +235,9 @@ def test_pck_and_oks_against_hand_counts():
     k = 2 * 0.079                                                                       # shoulder
     assert K.oks(near, true)[0] == pytest.approx((1 + np.exp(-0.049 ** 2 / (2 * 0.12 * k * k))) / 2)
     assert K.oks(true, true)[0] == 1 and K.oks(unseen, true)[0] == 0.5
+    lone = np.zeros((1, 17, 3))
+    lone[0, 5] = 0.5, 0.5, 1                                                            # a joint alone has no size
+    off = lone + [1e-6, 0, 0]
+    assert np.isnan(K.oks(off, lone)[0]) and np.isnan(K.pck(off, lone)).all()
+    both = K.pck(np.concatenate([near, off]), np.concatenate([true, lone]))
+    assert both[[5, 16]].tolist() == [1, 1]

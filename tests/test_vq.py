@@ -1,4 +1,5 @@
 """vq.py against the reference's golden numbers, brute force and finite reasoning."""
+import inspect
 import json
 import math
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, golden_weights, relative_error
 
+import unet
 import vq
 from vq import VectorQuantizer, VQConfig, VQModel
 
@@ -172,7 +174,31 @@ def test_a_wrong_picture_size_is_one_sentence(shape):
 def test_a_width_that_the_norm_cannot_group_is_refused():
     with pytest.raises(ValueError, match="multiples of norm_groups"):
         VQConfig(ch=40)
+    for wrong, message in (({"num_res_blocks": 0}, "num_res_blocks is 0"), ({"n_embed": 0}, "n_embed is 0"),
+                           ({"dropout": 1.5}, "dropout is 1.5"), ({"beta": -1}, "beta -1"),
+                           ({"ch_mult": ()}, "ch_mult"),
+                           ({"attn_resolutions": (7,)}, r"attn_resolutions \(7,\): .*\[256, 128, 64\]")):
+        with pytest.raises(ValueError, match=message):
+            VQConfig(**wrong)
+    assert VQConfig(ch_mult=[1, 2, 4]) == VQConfig()                        # as JSON gives it
     assert np.isclose(VQConfig(ch_mult=(1, 2)).factor, 2)
+
+
+def test_the_normalisation_is_that_of_the_unet_word_for_word():
+    """Components import nothing of ours, so it stands in both files."""
+    for name in ("FastGroupNorm", "GroupNorm"):
+        assert inspect.getsource(getattr(vq, name)) == inspect.getsource(getattr(unet, name))
+    for name in ("NORM_AT_ONCE", "SMALL_MAP", "HALF"):
+        assert getattr(vq, name) == getattr(unet, name)
+
+
+def test_a_moving_average_leaves_a_code_that_nobody_uses_where_it_is():
+    quantizer = vq.VectorQuantizer(2, 3, ema=True)
+    quantizer.embedding.weight.data = torch.tensor([[0.0, 0, 0], [50, 50, 50]])
+    h = torch.randn(1, 3, 4, 4)
+    for _ in range(1200):
+        quantizer.update(h, quantizer(h)[2], restart=False)
+    torch.testing.assert_close(quantizer.embedding.weight, torch.stack([h.mean((0, 2, 3)), torch.full((3,), 50.0)]))
 
 
 # ---- the objective
@@ -211,7 +237,7 @@ def test_one_generator_and_one_discriminator_step_equal_the_reference(lpips, gol
     close(parts["l1"] + parts["lpips"], golden["gan/gen_nll_loss"])
     close(parts["l1"] + parts["lpips"], golden["gan/gen_rec_loss"])             # one number by two names there
     close(total.detach() - parts["d_weight"] * parts["g"] - golden["gan/gen_nll_loss"], golden["gan/gen_quant_loss"])
-    assert loss.factor(0, None) == golden["gan/gen_disc_factor"]
+    assert loss.disc_factor(0, None) == golden["gan/gen_disc_factor"]
     close(parts["g"], golden["gan/gen_g_loss"])
     close(parts["d_weight"], golden["gan/gen_d_weight"])
     d_loss, logits = loss.discriminator(x, x_hat)
@@ -254,7 +280,7 @@ def test_before_its_start_the_discriminator_is_not_asked_and_costs_no_backward(m
     loss, last_layer, x, x_hat = adversarial()
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("an extra backward pass"))
     monkeypatch.setattr(loss.disc, "forward", lambda x: pytest.fail("the discriminator was asked"))
-    total, parts = loss.generator(x, x_hat, torch.tensor(0.5), last_layer, factor=0.0)
+    total, parts = loss.generator(x, x_hat, torch.tensor(0.5), last_layer, disc_factor=0.0)
     torch.testing.assert_close(total, parts["l1"] + 0.5)
     assert set(parts) == {"l1"}
 
@@ -268,8 +294,8 @@ def test_before_its_start_the_discriminator_is_not_asked_and_costs_no_backward(m
 ])
 def test_the_discriminator_starts_at_a_step_or_a_share_of_the_run_and_ramps_up(start, ramp, steps, at):
     loss = vq.VQLoss(vq.VQLossConfig(disc_weight=1, disc_start=start, disc_ramp=ramp))
-    assert {step: loss.factor(step, steps) for step in at} == pytest.approx(at)
-    assert vq.VQLoss(vq.VQLossConfig(disc_start=start)).factor(10 ** 9, steps) == 0        # there is none
+    assert {step: loss.disc_factor(step, steps) for step in at} == pytest.approx(at)
+    assert vq.VQLoss(vq.VQLossConfig(disc_start=start)).disc_factor(10 ** 9, steps) == 0        # there is none
 
 
 @pytest.mark.parametrize("layer", ["adaptive weight", "losses"])
