@@ -148,6 +148,386 @@ class Pictures(Dataset):
         return augment(*self.source(i), self.size)
 
 
+class PoseFolder(Pictures):
+    """A person's own pictures. `root` is one of
+    - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json, the seed's files;
+    - a text file that lists pictures, one a line, absolute or relative to it; their keypoints are found the same way;
+    - a folder with pictures (in images/ or in itself) and one COCO json (in itself, annotations/ or coco/), or the
+      json itself: the largest person that has a joint is taken, `skipped` names the pictures without one;
+    - with `poseless`, also any folder of pictures, whatever json that is not COCO lies in it; a picture without
+      keypoints then has a pose without visible joints.
+
+    No picture is opened before it is asked for: ds[i] then raises DataError if it is damaged. `broken` maps each
+    file known to be unusable to the reason; more than 1 % of them is an error. names[i] is relative to the root.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: int,                          # side of the square pictures that come out
+        poseless: bool = False,             # take pictures without keypoints too, to measure stage 1 on them
+        limit: float = BROKEN_LIMIT,        # share of pictures that may be broken; 1: all, and a check goes on
+    ):
+        self.size, self.poseless, self.limit, self.broken, self.skipped = size, poseless, limit, {}, []
+        self.coco: tuple[Path, Path] | None = None      # the json and the folder its names start from, if it is COCO
+        self.list: Path | None = None                   # the list, if it is one
+        self.paths: list[str] = []          # picture i
+        self.poses: list = []               # its keypoint file, or its pose [17,3]
+        root = Path(root)
+        if not root.exists():
+            raise DataError(f"{root}: there is no such file or folder")
+        if root.is_file() and root.suffix.lower() == ".json":
+            self._read_coco(root, [root.parent, root.parent.parent])
+        elif root.is_file():
+            self._read_list(root)
+        elif (root / "keypoints").is_dir():
+            self.root = root
+            self._pair(find_pictures(root / "images"))
+        elif poseless and not has_keypoints(root):
+            self.root = root
+            self._pair(find_pictures(root))
+        else:
+            self._read_coco(find_coco(root), [root])
+        self.names = [os.path.relpath(p, self.root).replace(os.sep, "/") for p in self.paths]
+        self.total = len(self.paths) + len(self.broken)
+        self.note({})
+        if not self.total:
+            raise DataError(f"{root}: no picture{'' if poseless else ' with a pose'} in it")
+
+    def _pair(self, images: list[str]) -> None:
+        """Finds each picture's keypoint file from one listing a folder, however many pictures there are."""
+        listed = lru_cache(None)(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+        for path in images:
+            folder, name = os.path.split(path)
+            partner, wanted = keypoint_folder(folder), os.path.splitext(name)[0] + ".json"
+            if name not in listed(folder):
+                self.broken[path] = "there is no such file"
+            elif self.poseless and (partner is None or wanted not in listed(partner)):
+                self.paths.append(path)
+                self.poses.append(NO_POSE)
+            elif partner is None:
+                self.broken[path] = "no folder on its path is called images, so its keypoints cannot be found"
+            elif wanted not in listed(partner):
+                self.broken[path] = f"its keypoints {os.path.join(partner, wanted)} are missing"
+            else:
+                self.paths.append(path)
+                self.poses.append(os.path.join(partner, wanted))
+
+    def _read_list(self, path: Path) -> None:
+        self.root, self.list = path.parent, path
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: not a text file; give a folder, a list of pictures or a COCO json") from None
+        lines = [line for line in lines if line and not line.startswith("#")]
+        for line in lines:
+            if not os.path.isabs(line) and leaves_folder(line):
+                raise DataError(f"{path}: '{line}' climbs out of the list's folder; write its whole path")
+        if not lines:
+            raise DataError(f"{path}: lists no pictures; write one path a line")
+        self._pair([os.path.join(self.root, line) for line in lines])
+
+    def _read_coco(self, path: Path, near: list[Path]) -> None:
+        try:
+            people = keypoints.read_coco(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        except keypoints.PoseError as error:
+            raise DataError(str(error)) from error
+        for name in people:
+            if leaves_folder(name):
+                raise DataError(f"{path}: file_name '{name}' leads out of the dataset's folder; use plain names")
+        split_name = path.stem.split("_")[-1]       # person_keypoints_val2017.json goes with val2017/
+        folders = [d / sub for d in near for sub in ("images", split_name, f"images/{split_name}", ".")]
+        some = list(people)[:100]
+        folder = next((d for d in folders if any((d / name).is_file() for name in some)), None)
+        if folder is None:
+            raise DataError(f"{path}: its pictures are not in {folders[0]} nor beside it; put them there")
+        self.root, self.coco = folder.parent if folder.name == "images" else folder, (path, folder)
+        listed = lru_cache(None)(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+        for name, poses in sorted(people.items()):
+            pose, image = keypoints.largest(poses), os.path.join(folder, name)
+            pose = NO_POSE if pose is None and self.poseless else pose
+            if pose is None:
+                self.skipped.append(image)
+            elif os.path.basename(image) not in listed(os.path.dirname(image)):
+                self.broken[image] = "there is no such file"
+            else:
+                self.paths.append(image)
+                self.poses.append(pose)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def pose(self, i: int) -> np.ndarray:
+        """[17,3], normalised to the whole picture."""
+        if not isinstance(self.poses[i], str):
+            return self.poses[i]
+        try:
+            return keypoints.read_seed(self.poses[i])
+        except (keypoints.PoseError, OSError) as error:
+            text = str(error)
+            raise DataError(text if self.poses[i] in text else f"{self.poses[i]}: {text}") from error
+
+    def source(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        return read_picture(self.paths[i], at_least=2 * self.size), self.pose(i)
+
+    def note(self, broken: dict[str, str]) -> None:
+        """Adds what a loader found broken; raises DataError once that is more than 1 % of all."""
+        self.broken.update(broken)
+        if len(self.broken) > self.limit * self.total:
+            path, reason = next(iter(self.broken.items()))
+            where = "" if path in reason else f"{path}: "
+            raise DataError(f"{self.root}: {len(self.broken)} of {self.total} pictures cannot be used, "
+                            f"more than {self.limit:.0%}; the first is {where}{reason}")
+
+    def groups(self) -> list[str]:
+        """Pictures of one clip share a group: metadata.csv's word for it, else the name without its frame number."""
+        told = read_groups(self.root / "metadata.csv")
+        stems = [PurePosixPath(name.rpartition("images/")[2]).with_suffix("").as_posix() for name in self.names]
+        groups = [told.get(name) or re.sub(r"[-_ ./]*\d+$", "", stem) or stem
+                  for name, stem in zip(self.names, stems, strict=True)]
+        return groups if len(set(groups)) > 1 else stems
+
+    def fingerprint(self) -> str:
+        """Changes when a picture, a pose or the size does; reads no file, only their sizes and times."""
+        digest = hashlib.sha256(f"PoseFolder {self.size}".encode())
+        for name, path, pose in zip(self.names, self.paths, self.poses, strict=True):
+            digest.update(name.encode("utf-8", "surrogateescape"))
+            for file in (path, pose):
+                if not isinstance(file, str):
+                    digest.update(file.tobytes())
+                elif os.path.exists(file):              # else it has gone since it was listed, and will count as broken
+                    stat = os.stat(file)
+                    digest.update(f"|{stat.st_size} {stat.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+class Part(Pictures):
+    """The pictures `indices` of ds, in that order."""
+
+    def __init__(self, ds: Dataset, indices: list[int]):
+        self.ds, self.indices, self.size = ds, list(indices), ds.size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def source(self, i: int):
+        return source(self.ds, self.indices[i])
+
+    def groups(self) -> list[str]:
+        groups = group_names(self.ds)
+        return [groups[i] for i in self.indices]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"Part {fingerprint(self.ds)} {self.indices}".encode()).hexdigest()
+
+
+class InMemory(Pictures):
+    """ds, with each decoded or drawn picture remembered until `budget` bytes are full. One memory a process: for
+    loading without workers. Changes no pixel."""
+
+    def __init__(self, ds: Dataset, budget: int = REMEMBER_BYTES):
+        self.ds, self.size, self.free, self.memory = ds, ds.size, budget, {}
+
+    def __len__(self) -> int:
+        return len(self.ds)
+
+    def source(self, i: int):
+        if i not in self.memory:
+            image, pose = source(self.ds, i)
+            image = np.asarray(image)
+            if image.nbytes > self.free:
+                return image, pose
+            self.free -= image.nbytes
+            self.memory[i] = image, pose
+        return self.memory[i]
+
+    def groups(self) -> list[str]:
+        return group_names(self.ds)
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.ds)
+
+
+def source(ds: Dataset, i: int):
+    """The whole picture i and its pose, before any crop; a dataset without such a thing gives ds[i]."""
+    return ds.source(i) if hasattr(ds, "source") else ds[i]
+
+
+def picture_name(ds: Dataset, i: int) -> str:
+    """The file of picture i, or the word figure and its number."""
+    while hasattr(ds, "ds"):
+        ds, i = ds.ds, ds.indices[i] if isinstance(ds, Part) else i
+    return ds.paths[i] if hasattr(ds, "paths") else f"figure {i}"
+
+
+def group_names(ds: Dataset) -> list[str]:
+    return ds.groups() if hasattr(ds, "groups") else [f"figure {i}" for i in range(len(ds))]
+
+
+def fingerprint(ds: Dataset) -> str:
+    """Hex digest that is equal only where the pictures and poses are."""
+    if hasattr(ds, "fingerprint"):
+        return ds.fingerprint()
+    words = type(ds).__name__, FIGURES_VERSION, len(ds), ds.size, ds.seed
+    return hashlib.sha256(repr(words).encode()).hexdigest()
+
+
+def innermost(ds: Dataset) -> Dataset:
+    """What the parts and memories around it are made of."""
+    while hasattr(ds, "ds"):
+        ds = ds.ds
+    return ds
+
+
+def note_broken(ds: Dataset, broken: dict[str, str]) -> None:
+    """Counts, and names on the terminal, those of `broken` that are new."""
+    ds = innermost(ds)
+    for file, reason in broken.items():
+        if file not in ds.broken:
+            tqdm.write(f"left out: {reason if file in reason else f'{file}: {reason}'}", file=sys.stderr)
+    if broken:
+        ds.note(broken)
+
+
+@contextmanager
+def naming_broken(path: str | Path, *datasets: Dataset) -> Iterator[None]:
+    """However the block ends, the file `path` then names the pictures found unusable in it, if there are any."""
+    try:
+        yield
+    finally:
+        bases = []
+        for ds in map(innermost, datasets):
+            bases += [ds] if getattr(ds, "broken", None) and ds not in bases else []
+        lines = {f"{name}\t{reason}": None for ds in bases for name, reason in ds.broken.items()}
+        if lines:
+            how = {"encoding": "utf-8", "errors": "surrogateescape"}            # file names may be any bytes
+            before = Path(path).read_text(**how).splitlines() if Path(path).exists() else []
+            lines = dict.fromkeys(before) | lines
+            Path(path).write_text("".join(line + "\n" for line in lines), **how)
+            print(f"{len(lines)} unusable pictures were left out; {path} names them", file=sys.stderr)
+
+
+def split(ds: Dataset, fraction: float = 0.1) -> tuple[Part, Part]:
+    """(train, validation) by group, never by frame: neighbouring frames of a clip would leak.
+
+    Groups are taken in the order of their names' crc32, so the split is the same on every machine, and a dataset
+    that grows keeps nearly all of it. A group with more than half of the pictures always trains.
+    """
+    names, members = group_names(ds), {}
+    for i, name in enumerate(names):
+        members.setdefault(name, []).append(i)
+    if len(members) < 2:
+        raise DataError(f"{len(names)} picture(s) in {len(members)} group(s) cannot be split; two groups are needed")
+    held = []
+    for name in sorted(members, key=lambda name: (zlib.crc32(name.encode("utf-8", "surrogateescape")), name)):
+        if len(held) >= max(1, fraction * len(names)):
+            break
+        if 2 * len(members[name]) <= len(names) and len(held) + len(members[name]) < len(names):
+            held += members[name]
+    rest = set(range(len(names))) - set(held)
+    return Part(ds, sorted(rest)), Part(ds, sorted(held))
+
+
+def find_pictures(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; pictures go there")
+    found = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names
+                   if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."))
+    if not found:
+        raise DataError(f"{folder}: no pictures in it ({' '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def json_files(root: Path, pattern: str = "*.json") -> list[Path]:
+    """Where the COCO json of a folder may be."""
+    return sorted(p for d in (root, root / "annotations", root / "coco") for p in d.glob(pattern) if p.is_file())
+
+
+COCO_LISTS = [re.compile(rb'"%s"\s*:\s*\[' % name) for name in (b"images", b"annotations")]
+
+
+def is_coco(path: Path) -> bool:
+    """Is a json an object with the lists "images" and "annotations"? Captions, settings and reports are not.
+
+    Told by its bytes, which are not parsed: a file of any size costs no memory, and a COCO json that was cut short is
+    still one, for its reader to complain of. DataError where it cannot be opened.
+    """
+    try:
+        if path.stat().st_size == 0:                # which cannot be mapped
+            return False
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as found:
+            return bool(re.match(rb"(\xef\xbb\xbf)?\s*\{", found)) and all(p.search(found) for p in COCO_LISTS)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def has_pictures(root: Path) -> bool:
+    return any(p.suffix.lower() in SUFFIXES for folder in (root, root / "images") if folder.is_dir()
+               for p in folder.iterdir())
+
+
+def has_keypoints(root: str | Path) -> bool:
+    """Is `root` something that PoseFolder takes, rather than a folder of nothing but pictures?"""
+    root = Path(root)
+    return not root.is_dir() or (root / "keypoints").is_dir() or any(map(is_coco, json_files(root)))
+
+
+def is_among_pictures(path: str | Path, root: str | Path) -> bool:
+    """Might PoseFolder(root) take a picture that somebody writes into the folder `path` for one of its own?"""
+    path, root = Path(path).resolve(), Path(root)
+    if not root.is_dir():                           # a list, a COCO json: only what they name counts
+        return False
+    pictures = root / "images" if (root / "images").is_dir() and has_keypoints(root) else root
+    return path == root.resolve() or path.is_relative_to(pictures.resolve())
+
+
+def find_coco(root: Path) -> Path:
+    """The COCO json of a folder; person_keypoints*.json goes before any other json, and their content decides."""
+    for pattern in ("*person_keypoints*.json", "*.json"):
+        found = json_files(root, pattern)
+        if len(found) > 1:
+            found = [path for path in found if is_coco(path)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise DataError(f"{root}: {len(found)} json files, {found[0].name}, {found[1].name}, ...; name one of them")
+    raise DataError(f"{root} has pictures without poses: put them into {root}/images and their keypoints into "
+                    f"{root}/keypoints, or a COCO json beside them" if has_pictures(root) else
+                    f"{root}: there is neither a picture nor a pose in it")
+
+
+@lru_cache(maxsize=4096)
+def keypoint_folder(folder: str) -> str | None:
+    """The folder with its last component called images turned into keypoints; upstream replaced the text everywhere."""
+    parts = list(Path(folder).parts)
+    if "images" not in parts:
+        return None
+    parts[len(parts) - 1 - parts[::-1].index("images")] = "keypoints"
+    return str(Path(*parts))
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a name from a data file is absolute or climbs, on any system."""
+    return PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).anchor) or ".." in re.split(r"[/\\]", name)
+
+
+def read_groups(path: Path) -> dict[str, str]:
+    """metadata.csv -> {file: group}; empty if there is no such file or no such column."""
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            column = next((c for c in ("group", "animation", "clip", "video") if c in (rows.fieldnames or [])), None)
+            if column is None or "file" not in rows.fieldnames:
+                return {}
+            return {row["file"]: row[column] for row in rows}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a table ({error}); mend it or take it away") from error
+
+
 # -------------------------------------------------------------------------------------------- figures
 # Little people with exact joints: colours, a person, a pose, the posed skeleton in 3D, its drawing, the place.
 # Axes: x right, y down, z towards the viewer; a body unit is the standing height; angles are in degrees.
@@ -802,386 +1182,6 @@ class Figures:
             figure.disc(shadow, w * (1 - figure.pose.lift), _shade(palette[0][3], dark), 0.24 * w)
         figure.draw()
         return figure
-
-
-class PoseFolder(Pictures):
-    """A person's own pictures. `root` is one of
-    - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json, the seed's files;
-    - a text file that lists pictures, one a line, absolute or relative to it; their keypoints are found the same way;
-    - a folder with pictures (in images/ or in itself) and one COCO json (in itself, annotations/ or coco/), or the
-      json itself: the largest person that has a joint is taken, `skipped` names the pictures without one;
-    - with `poseless`, also any folder of pictures, whatever json that is not COCO lies in it; a picture without
-      keypoints then has a pose without visible joints.
-
-    No picture is opened before it is asked for: ds[i] then raises DataError if it is damaged. `broken` maps each
-    file known to be unusable to the reason; more than 1 % of them is an error. names[i] is relative to the root.
-    """
-
-    def __init__(
-        self,
-        root: str | Path,
-        size: int,                          # side of the square pictures that come out
-        poseless: bool = False,             # take pictures without keypoints too, to measure stage 1 on them
-        limit: float = BROKEN_LIMIT,        # share of pictures that may be broken; 1: all, and a check goes on
-    ):
-        self.size, self.poseless, self.limit, self.broken, self.skipped = size, poseless, limit, {}, []
-        self.coco: tuple[Path, Path] | None = None      # the json and the folder its names start from, if it is COCO
-        self.list: Path | None = None                   # the list, if it is one
-        self.paths: list[str] = []          # picture i
-        self.poses: list = []               # its keypoint file, or its pose [17,3]
-        root = Path(root)
-        if not root.exists():
-            raise DataError(f"{root}: there is no such file or folder")
-        if root.is_file() and root.suffix.lower() == ".json":
-            self._read_coco(root, [root.parent, root.parent.parent])
-        elif root.is_file():
-            self._read_list(root)
-        elif (root / "keypoints").is_dir():
-            self.root = root
-            self._pair(find_pictures(root / "images"))
-        elif poseless and not has_keypoints(root):
-            self.root = root
-            self._pair(find_pictures(root))
-        else:
-            self._read_coco(find_coco(root), [root])
-        self.names = [os.path.relpath(p, self.root).replace(os.sep, "/") for p in self.paths]
-        self.total = len(self.paths) + len(self.broken)
-        self.note({})
-        if not self.total:
-            raise DataError(f"{root}: no picture{'' if poseless else ' with a pose'} in it")
-
-    def _pair(self, images: list[str]) -> None:
-        """Finds each picture's keypoint file from one listing a folder, however many pictures there are."""
-        listed = lru_cache(None)(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
-        for path in images:
-            folder, name = os.path.split(path)
-            partner, wanted = keypoint_folder(folder), os.path.splitext(name)[0] + ".json"
-            if name not in listed(folder):
-                self.broken[path] = "there is no such file"
-            elif self.poseless and (partner is None or wanted not in listed(partner)):
-                self.paths.append(path)
-                self.poses.append(NO_POSE)
-            elif partner is None:
-                self.broken[path] = "no folder on its path is called images, so its keypoints cannot be found"
-            elif wanted not in listed(partner):
-                self.broken[path] = f"its keypoints {os.path.join(partner, wanted)} are missing"
-            else:
-                self.paths.append(path)
-                self.poses.append(os.path.join(partner, wanted))
-
-    def _read_list(self, path: Path) -> None:
-        self.root, self.list = path.parent, path
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        except UnicodeDecodeError:
-            raise DataError(f"{path}: not a text file; give a folder, a list of pictures or a COCO json") from None
-        lines = [line for line in lines if line and not line.startswith("#")]
-        for line in lines:
-            if not os.path.isabs(line) and leaves_folder(line):
-                raise DataError(f"{path}: '{line}' climbs out of the list's folder; write its whole path")
-        if not lines:
-            raise DataError(f"{path}: lists no pictures; write one path a line")
-        self._pair([os.path.join(self.root, line) for line in lines])
-
-    def _read_coco(self, path: Path, near: list[Path]) -> None:
-        try:
-            people = keypoints.read_coco(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        except keypoints.PoseError as error:
-            raise DataError(str(error)) from error
-        for name in people:
-            if leaves_folder(name):
-                raise DataError(f"{path}: file_name '{name}' leads out of the dataset's folder; use plain names")
-        split_name = path.stem.split("_")[-1]       # person_keypoints_val2017.json goes with val2017/
-        folders = [d / sub for d in near for sub in ("images", split_name, f"images/{split_name}", ".")]
-        some = list(people)[:100]
-        folder = next((d for d in folders if any((d / name).is_file() for name in some)), None)
-        if folder is None:
-            raise DataError(f"{path}: its pictures are not in {folders[0]} nor beside it; put them there")
-        self.root, self.coco = folder.parent if folder.name == "images" else folder, (path, folder)
-        listed = lru_cache(None)(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
-        for name, poses in sorted(people.items()):
-            pose, image = keypoints.largest(poses), os.path.join(folder, name)
-            pose = NO_POSE if pose is None and self.poseless else pose
-            if pose is None:
-                self.skipped.append(image)
-            elif os.path.basename(image) not in listed(os.path.dirname(image)):
-                self.broken[image] = "there is no such file"
-            else:
-                self.paths.append(image)
-                self.poses.append(pose)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def pose(self, i: int) -> np.ndarray:
-        """[17,3], normalised to the whole picture."""
-        if not isinstance(self.poses[i], str):
-            return self.poses[i]
-        try:
-            return keypoints.read_seed(self.poses[i])
-        except (keypoints.PoseError, OSError) as error:
-            text = str(error)
-            raise DataError(text if self.poses[i] in text else f"{self.poses[i]}: {text}") from error
-
-    def source(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        return read_picture(self.paths[i], at_least=2 * self.size), self.pose(i)
-
-    def note(self, broken: dict[str, str]) -> None:
-        """Adds what a loader found broken; raises DataError once that is more than 1 % of all."""
-        self.broken.update(broken)
-        if len(self.broken) > self.limit * self.total:
-            path, reason = next(iter(self.broken.items()))
-            where = "" if path in reason else f"{path}: "
-            raise DataError(f"{self.root}: {len(self.broken)} of {self.total} pictures cannot be used, "
-                            f"more than {self.limit:.0%}; the first is {where}{reason}")
-
-    def groups(self) -> list[str]:
-        """Pictures of one clip share a group: metadata.csv's word for it, else the name without its frame number."""
-        told = read_groups(self.root / "metadata.csv")
-        stems = [PurePosixPath(name.rpartition("images/")[2]).with_suffix("").as_posix() for name in self.names]
-        groups = [told.get(name) or re.sub(r"[-_ ./]*\d+$", "", stem) or stem
-                  for name, stem in zip(self.names, stems, strict=True)]
-        return groups if len(set(groups)) > 1 else stems
-
-    def fingerprint(self) -> str:
-        """Changes when a picture, a pose or the size does; reads no file, only their sizes and times."""
-        digest = hashlib.sha256(f"PoseFolder {self.size}".encode())
-        for name, path, pose in zip(self.names, self.paths, self.poses, strict=True):
-            digest.update(name.encode("utf-8", "surrogateescape"))
-            for file in (path, pose):
-                if not isinstance(file, str):
-                    digest.update(file.tobytes())
-                elif os.path.exists(file):              # else it has gone since it was listed, and will count as broken
-                    stat = os.stat(file)
-                    digest.update(f"|{stat.st_size} {stat.st_mtime_ns}".encode())
-        return digest.hexdigest()
-
-
-class Part(Pictures):
-    """The pictures `indices` of ds, in that order."""
-
-    def __init__(self, ds: Dataset, indices: list[int]):
-        self.ds, self.indices, self.size = ds, list(indices), ds.size
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def source(self, i: int):
-        return source(self.ds, self.indices[i])
-
-    def groups(self) -> list[str]:
-        groups = group_names(self.ds)
-        return [groups[i] for i in self.indices]
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(f"Part {fingerprint(self.ds)} {self.indices}".encode()).hexdigest()
-
-
-class InMemory(Pictures):
-    """ds, with each decoded or drawn picture remembered until `budget` bytes are full. One memory a process: for
-    loading without workers. Changes no pixel."""
-
-    def __init__(self, ds: Dataset, budget: int = REMEMBER_BYTES):
-        self.ds, self.size, self.free, self.memory = ds, ds.size, budget, {}
-
-    def __len__(self) -> int:
-        return len(self.ds)
-
-    def source(self, i: int):
-        if i not in self.memory:
-            image, pose = source(self.ds, i)
-            image = np.asarray(image)
-            if image.nbytes > self.free:
-                return image, pose
-            self.free -= image.nbytes
-            self.memory[i] = image, pose
-        return self.memory[i]
-
-    def groups(self) -> list[str]:
-        return group_names(self.ds)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.ds)
-
-
-def source(ds: Dataset, i: int):
-    """The whole picture i and its pose, before any crop; a dataset without such a thing gives ds[i]."""
-    return ds.source(i) if hasattr(ds, "source") else ds[i]
-
-
-def picture_name(ds: Dataset, i: int) -> str:
-    """The file of picture i, or the word figure and its number."""
-    while hasattr(ds, "ds"):
-        ds, i = ds.ds, ds.indices[i] if isinstance(ds, Part) else i
-    return ds.paths[i] if hasattr(ds, "paths") else f"figure {i}"
-
-
-def group_names(ds: Dataset) -> list[str]:
-    return ds.groups() if hasattr(ds, "groups") else [f"figure {i}" for i in range(len(ds))]
-
-
-def fingerprint(ds: Dataset) -> str:
-    """Hex digest that is equal only where the pictures and poses are."""
-    if hasattr(ds, "fingerprint"):
-        return ds.fingerprint()
-    words = type(ds).__name__, FIGURES_VERSION, len(ds), ds.size, ds.seed
-    return hashlib.sha256(repr(words).encode()).hexdigest()
-
-
-def innermost(ds: Dataset) -> Dataset:
-    """What the parts and memories around it are made of."""
-    while hasattr(ds, "ds"):
-        ds = ds.ds
-    return ds
-
-
-def note_broken(ds: Dataset, broken: dict[str, str]) -> None:
-    """Counts, and names on the terminal, those of `broken` that are new."""
-    ds = innermost(ds)
-    for file, reason in broken.items():
-        if file not in ds.broken:
-            tqdm.write(f"left out: {reason if file in reason else f'{file}: {reason}'}", file=sys.stderr)
-    if broken:
-        ds.note(broken)
-
-
-@contextmanager
-def naming_broken(path: str | Path, *datasets: Dataset) -> Iterator[None]:
-    """However the block ends, the file `path` then names the pictures found unusable in it, if there are any."""
-    try:
-        yield
-    finally:
-        bases = []
-        for ds in map(innermost, datasets):
-            bases += [ds] if getattr(ds, "broken", None) and ds not in bases else []
-        lines = {f"{name}\t{reason}": None for ds in bases for name, reason in ds.broken.items()}
-        if lines:
-            how = {"encoding": "utf-8", "errors": "surrogateescape"}            # file names may be any bytes
-            before = Path(path).read_text(**how).splitlines() if Path(path).exists() else []
-            lines = dict.fromkeys(before) | lines
-            Path(path).write_text("".join(line + "\n" for line in lines), **how)
-            print(f"{len(lines)} unusable pictures were left out; {path} names them", file=sys.stderr)
-
-
-def split(ds: Dataset, fraction: float = 0.1) -> tuple[Part, Part]:
-    """(train, validation) by group, never by frame: neighbouring frames of a clip would leak.
-
-    Groups are taken in the order of their names' crc32, so the split is the same on every machine, and a dataset
-    that grows keeps nearly all of it. A group with more than half of the pictures always trains.
-    """
-    names, members = group_names(ds), {}
-    for i, name in enumerate(names):
-        members.setdefault(name, []).append(i)
-    if len(members) < 2:
-        raise DataError(f"{len(names)} picture(s) in {len(members)} group(s) cannot be split; two groups are needed")
-    held = []
-    for name in sorted(members, key=lambda name: (zlib.crc32(name.encode("utf-8", "surrogateescape")), name)):
-        if len(held) >= max(1, fraction * len(names)):
-            break
-        if 2 * len(members[name]) <= len(names) and len(held) + len(members[name]) < len(names):
-            held += members[name]
-    rest = set(range(len(names))) - set(held)
-    return Part(ds, sorted(rest)), Part(ds, sorted(held))
-
-
-def find_pictures(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder; pictures go there")
-    found = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names
-                   if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."))
-    if not found:
-        raise DataError(f"{folder}: no pictures in it ({' '.join(sorted(SUFFIXES))})")
-    return found
-
-
-def json_files(root: Path, pattern: str = "*.json") -> list[Path]:
-    """Where the COCO json of a folder may be."""
-    return sorted(p for d in (root, root / "annotations", root / "coco") for p in d.glob(pattern) if p.is_file())
-
-
-COCO_LISTS = [re.compile(rb'"%s"\s*:\s*\[' % name) for name in (b"images", b"annotations")]
-
-
-def is_coco(path: Path) -> bool:
-    """Is a json an object with the lists "images" and "annotations"? Captions, settings and reports are not.
-
-    Told by its bytes, which are not parsed: a file of any size costs no memory, and a COCO json that was cut short is
-    still one, for its reader to complain of. DataError where it cannot be opened.
-    """
-    try:
-        if path.stat().st_size == 0:                # which cannot be mapped
-            return False
-        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as found:
-            return bool(re.match(rb"(\xef\xbb\xbf)?\s*\{", found)) and all(p.search(found) for p in COCO_LISTS)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def has_pictures(root: Path) -> bool:
-    return any(p.suffix.lower() in SUFFIXES for folder in (root, root / "images") if folder.is_dir()
-               for p in folder.iterdir())
-
-
-def has_keypoints(root: str | Path) -> bool:
-    """Is `root` something that PoseFolder takes, rather than a folder of nothing but pictures?"""
-    root = Path(root)
-    return not root.is_dir() or (root / "keypoints").is_dir() or any(map(is_coco, json_files(root)))
-
-
-def is_among_pictures(path: str | Path, root: str | Path) -> bool:
-    """Might PoseFolder(root) take a picture that somebody writes into the folder `path` for one of its own?"""
-    path, root = Path(path).resolve(), Path(root)
-    if not root.is_dir():                           # a list, a COCO json: only what they name counts
-        return False
-    pictures = root / "images" if (root / "images").is_dir() and has_keypoints(root) else root
-    return path == root.resolve() or path.is_relative_to(pictures.resolve())
-
-
-def find_coco(root: Path) -> Path:
-    """The COCO json of a folder; person_keypoints*.json goes before any other json, and their content decides."""
-    for pattern in ("*person_keypoints*.json", "*.json"):
-        found = json_files(root, pattern)
-        if len(found) > 1:
-            found = [path for path in found if is_coco(path)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise DataError(f"{root}: {len(found)} json files, {found[0].name}, {found[1].name}, ...; name one of them")
-    raise DataError(f"{root} has pictures without poses: put them into {root}/images and their keypoints into "
-                    f"{root}/keypoints, or a COCO json beside them" if has_pictures(root) else
-                    f"{root}: there is neither a picture nor a pose in it")
-
-
-@lru_cache(maxsize=4096)
-def keypoint_folder(folder: str) -> str | None:
-    """The folder with its last component called images turned into keypoints; upstream replaced the text everywhere."""
-    parts = list(Path(folder).parts)
-    if "images" not in parts:
-        return None
-    parts[len(parts) - 1 - parts[::-1].index("images")] = "keypoints"
-    return str(Path(*parts))
-
-
-def leaves_folder(name: str) -> bool:
-    """Whether a name from a data file is absolute or climbs, on any system."""
-    return PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).anchor) or ".." in re.split(r"[/\\]", name)
-
-
-def read_groups(path: Path) -> dict[str, str]:
-    """metadata.csv -> {file: group}; empty if there is no such file or no such column."""
-    if not path.is_file():
-        return {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            column = next((c for c in ("group", "animation", "clip", "video") if c in (rows.fieldnames or [])), None)
-            if column is None or "file" not in rows.fieldnames:
-                return {}
-            return {row["file"]: row[column] for row in rows}
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a table ({error}); mend it or take it away") from error
 
 
 # --------------------------------------------------------------------------------------------- batches
