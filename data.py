@@ -769,12 +769,11 @@ EYE_SHOWS, EAR_SHOWS = 0.06, -0.35      # from so many head radii in front of it
 
 
 class _Canvas:
-    """Draws outlined shapes and remembers those that can hide a joint, as (rank of the part, polygon)."""
+    """Draws outlined shapes."""
 
     def __init__(self, pixels: int):
         self.image = Image.new("RGB", (pixels, pixels))
         self.pen, self.line = ImageDraw.Draw(self.image), 1.0                   # line: width of the outlines
-        self.part, self.covers = 0, []                                          # part: the rank of what is being drawn
 
     def polygon(self, points: list, colour: Colour) -> None:
         if len(points) > 2:
@@ -787,12 +786,10 @@ class _Canvas:
     def ball(self, p: Vec, r: float, colour: Colour) -> None:
         self.disc(p, r + self.line, _shade(colour, EDGE))
         self.disc(p, r, colour)
-        self.covers.append((self.part, [(p[0] + r * c, p[1] + r * s) for c, s in RING]))
 
     def shape(self, points: list, outline: list, colour: Colour) -> None:
         self.pen.line(outline, fill=_shade(colour, EDGE), width=round(2 * self.line))
         self.pen.polygon(points, fill=colour)
-        self.covers.append((self.part, points))
 
     def capsule(self, a: Vec, b: Vec, ra: float, rb: float, colour: Colour) -> None:
         """Tapered limb; the outline leaves out the start, where the limb grows out of its parent."""
@@ -888,9 +885,7 @@ class _Figure(_Canvas):
             depth["skirt"] = max(depth["leg_left"], depth["leg_right"]) + 0.001 * unit
         if self.pose.box:
             depth["box"] = -0.08 * unit
-        self.order = sorted(depth, key=depth.get)
-        for rank, part in enumerate(self.order):
-            self.part = rank
+        for part in sorted(depth, key=depth.get):
             kind, *side = part.split("_")
             if kind in LIMBS:
                 is_far = depth[part] < -0.05 * unit and abs(self.chest[2][2]) < 0.75
@@ -1039,16 +1034,12 @@ class _Figure(_Canvas):
     def draw_hat(self) -> None:
         r, colour, hat = self.radius, self.person.accent, self.person.hat
         crown = self.on_head(0, -0.42, -0.06)
-        dome = self.cap(crown, 1.1 * r, -90, HAT)
-        shapes, over_face = [(dome, colour)], self.part + 0.5                   # which this same part has drawn
-        self.covers.append((over_face, dome))
+        shapes = [(self.cap(crown, 1.1 * r, -90, HAT), colour)]
         if hat in BRIMS:
             grow, forward, light = BRIMS[hat]
             brim = [_apply(self.head, (grow * s, 0, forward + grow * c), crown, r)[:2] for c, s in RING]
             under_dome = hat == "sunhat" or self.head[2][2] < 0                 # a visor seen from behind
             shapes.insert(0 if under_dome else 1, (brim, _shade(colour, light)))
-            if hat == "sunhat":
-                self.covers.append((over_face, brim))
         for points, fill in shapes:
             self.polygon(points, fill)
         if hat == "beanie":
@@ -1061,24 +1052,6 @@ class _Figure(_Canvas):
                      for y in (0.075 * self.person.girth, self.ground))
         self.blob([(p, 1.0) for p in lid + base], _shade(self.person.crate, 0.82))
         self.polygon(lid, self.person.crate)
-
-    def is_hidden(self, joint: str) -> bool:
-        """Whether the joint lies under a part drawn later, or on the side of the head that faces away."""
-        point, (kind, _, side) = self.points[joint], joint.partition("_")
-        owners = ["head" if joint in FACE else f"arm_{side}" if kind in LIMBS["arm"][0] else f"leg_{side}"]
-        if kind in ("shoulder", "hip"):
-            owners += ["torso", "skirt"]                                        # clothes on the joint do not hide it
-        own = max(rank for rank, part in enumerate(self.order) if part in owners)
-        away = joint in FACE and self.facing(point) < (EAR_SHOWS if kind == "ear" else EYE_SHOWS)
-        away |= kind == "ear" and self.person.style in EARS_COVERED
-        return away or any(part > own and _inside(point, shape) for part, shape in self.covers)
-
-
-def _inside(point: Vec, polygon: list) -> bool:
-    """Whether a ray to the right crosses the outline an odd number of times."""
-    x, y, _ = point
-    return sum((ay > y) != (by > y) and x < ax + (y - ay) * (bx - ax) / (by - ay)
-               for (ax, ay), (bx, by) in zip(polygon, polygon[1:] + polygon[:1], strict=True)) % 2 == 1
 
 
 def _draw_backdrop(canvas: _Canvas, rng: random.Random, palette: list[list[Colour]], floor: float) -> None:
@@ -1165,11 +1138,6 @@ class Figures:
         return np.array(figure.image.reduce(SUPERSAMPLE)), pose
 
     __getitem__ = source
-
-    def occluded(self, i: int) -> np.ndarray:
-        """bool [17]: joints covered by a part drawn later, or facing away; their place in the pose stays exact."""
-        figure = self._draw(i)
-        return np.array([figure.is_hidden(name) for name in keypoints.JOINTS])
 
     def _draw(self, i: int) -> _Figure:
         rng, pixels = random.Random(f"{self.seed}/{i}"), SUPERSAMPLE * self.size
