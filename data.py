@@ -24,7 +24,7 @@ import textwrap
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -140,8 +140,41 @@ def augment(
 # -------------------------------------------------------------------------------------------- datasets
 
 class Pictures(Dataset):
-    """What the rest of this file asks of a dataset: `size`, `len`, and source(i) -> whole picture and its pose."""
-    size: int
+    """What the rest of this file asks of a dataset. `size`, `len` and source(i) each has of its own; all else is here
+    as it is for pictures that are drawn, not read: none is broken, and those of one class, number, size and seed are
+    the same."""
+    size: int                       # side of the square that ds[i] is
+    seed: int = 0
+    limit = 1.0                     # share of pictures that may be broken
+    broken: dict[str, str] = {}     # file known to be unusable -> why
+    skipped: Sequence[str] = ()     # files of pictures without a person
+
+    def source(self, i: int) -> tuple[Image.Image | np.ndarray, np.ndarray]:
+        """The whole picture i, before any crop, and its pose [17,3]."""
+        raise NotImplementedError
+
+    @property
+    def base(self) -> "Pictures":
+        """What the parts and memories around it are made of."""
+        return self
+
+    @property
+    def total(self) -> int:
+        """How many pictures there are, broken ones too."""
+        return len(self)
+
+    def name(self, i: int) -> str:
+        """The file of picture i, or the word figure and its number."""
+        return f"figure {i}"
+
+    def groups(self) -> list[str]:
+        """Of each picture the group: two of one group are never told apart into training and validation."""
+        return [self.name(i) for i in range(len(self))]
+
+    def fingerprint(self) -> str:
+        """Hex digest that is equal only where the pictures and poses are."""
+        words = type(self).__name__, FIGURES_VERSION, len(self), self.size, self.seed
+        return hashlib.sha256(repr(words).encode()).hexdigest()
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Picture i in centre geometry: uint8 [size,size,3], float32 [17,3]."""
@@ -189,7 +222,7 @@ class PoseFolder(Pictures):
         else:
             self._read_coco(find_coco(root), [root])
         self.names = [os.path.relpath(p, self.root).replace(os.sep, "/") for p in self.paths]
-        self.total = len(self.paths) + len(self.broken)
+        self.unpaired = len(self.broken)    # pictures that are not among the paths
         self.note({})
         if not self.total:
             raise DataError(f"{root}: no picture{'' if poseless else ' with a pose'} in it")
@@ -259,6 +292,13 @@ class PoseFolder(Pictures):
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def total(self) -> int:
+        return len(self.paths) + self.unpaired
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
     def pose(self, i: int) -> np.ndarray:
         """[17,3], normalised to the whole picture."""
         if not isinstance(self.poses[i], str):
@@ -270,6 +310,7 @@ class PoseFolder(Pictures):
             raise DataError(text if self.poses[i] in text else f"{self.poses[i]}: {text}") from error
 
     def source(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        """A large JPEG comes reduced; DataError where the picture or its keypoints cannot be used."""
         return read_picture(self.paths[i], at_least=2 * self.size), self.pose(i)
 
     def note(self, broken: dict[str, str]) -> None:
@@ -306,36 +347,47 @@ class PoseFolder(Pictures):
 class Part(Pictures):
     """The pictures `indices` of ds, in that order."""
 
-    def __init__(self, ds: Dataset, indices: list[int]):
+    def __init__(self, ds: Pictures, indices: Iterable[int]):
         self.ds, self.indices, self.size = ds, list(indices), ds.size
+
+    @property
+    def base(self) -> Pictures:
+        return self.ds.base
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def source(self, i: int):
-        return source(self.ds, self.indices[i])
+    def source(self, i: int) -> tuple[Image.Image | np.ndarray, np.ndarray]:
+        return self.ds.source(self.indices[i])
+
+    def name(self, i: int) -> str:
+        return self.ds.name(self.indices[i])
 
     def groups(self) -> list[str]:
-        groups = group_names(self.ds)
+        groups = self.ds.groups()
         return [groups[i] for i in self.indices]
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"Part {fingerprint(self.ds)} {self.indices}".encode()).hexdigest()
+        return hashlib.sha256(f"Part {self.ds.fingerprint()} {self.indices}".encode()).hexdigest()
 
 
 class InMemory(Pictures):
     """ds, with each decoded or drawn picture remembered until `budget` bytes are full. One memory a process: for
     loading without workers. Changes no pixel."""
 
-    def __init__(self, ds: Dataset, budget: int = REMEMBER_BYTES):
+    def __init__(self, ds: Pictures, budget: int = REMEMBER_BYTES):
         self.ds, self.size, self.free, self.memory = ds, ds.size, budget, {}
+
+    @property
+    def base(self) -> Pictures:
+        return self.ds.base
 
     def __len__(self) -> int:
         return len(self.ds)
 
-    def source(self, i: int):
+    def source(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if i not in self.memory:
-            image, pose = source(self.ds, i)
+            image, pose = self.ds.source(i)
             image = np.asarray(image)
             if image.nbytes > self.free:
                 return image, pose
@@ -343,47 +395,19 @@ class InMemory(Pictures):
             self.memory[i] = image, pose
         return self.memory[i]
 
+    def name(self, i: int) -> str:
+        return self.ds.name(i)
+
     def groups(self) -> list[str]:
-        return group_names(self.ds)
+        return self.ds.groups()
 
     def fingerprint(self) -> str:
-        return fingerprint(self.ds)
+        return self.ds.fingerprint()
 
 
-def source(ds: Dataset, i: int):
-    """The whole picture i and its pose, before any crop; a dataset without such a thing gives ds[i]."""
-    return ds.source(i) if hasattr(ds, "source") else ds[i]
-
-
-def picture_name(ds: Dataset, i: int) -> str:
-    """The file of picture i, or the word figure and its number."""
-    while hasattr(ds, "ds"):
-        ds, i = ds.ds, ds.indices[i] if isinstance(ds, Part) else i
-    return ds.paths[i] if hasattr(ds, "paths") else f"figure {i}"
-
-
-def group_names(ds: Dataset) -> list[str]:
-    return ds.groups() if hasattr(ds, "groups") else [f"figure {i}" for i in range(len(ds))]
-
-
-def fingerprint(ds: Dataset) -> str:
-    """Hex digest that is equal only where the pictures and poses are."""
-    if hasattr(ds, "fingerprint"):
-        return ds.fingerprint()
-    words = type(ds).__name__, FIGURES_VERSION, len(ds), ds.size, ds.seed
-    return hashlib.sha256(repr(words).encode()).hexdigest()
-
-
-def innermost(ds: Dataset) -> Dataset:
-    """What the parts and memories around it are made of."""
-    while hasattr(ds, "ds"):
-        ds = ds.ds
-    return ds
-
-
-def note_broken(ds: Dataset, broken: dict[str, str]) -> None:
+def note_broken(ds: Pictures, broken: dict[str, str]) -> None:
     """Counts, and names on the terminal, those of `broken` that are new."""
-    ds = innermost(ds)
+    ds = ds.base
     for file, reason in broken.items():
         if file not in ds.broken:
             tqdm.write(f"left out: {reason if file in reason else f'{file}: {reason}'}", file=sys.stderr)
@@ -392,15 +416,12 @@ def note_broken(ds: Dataset, broken: dict[str, str]) -> None:
 
 
 @contextmanager
-def naming_broken(path: str | Path, *datasets: Dataset) -> Iterator[None]:
+def naming_broken(path: str | Path, *datasets: Pictures) -> Iterator[None]:
     """However the block ends, the file `path` then names the pictures found unusable in it, if there are any."""
     try:
         yield
     finally:
-        bases = []
-        for ds in map(innermost, datasets):
-            bases += [ds] if getattr(ds, "broken", None) and ds not in bases else []
-        lines = {f"{name}\t{reason}": None for ds in bases for name, reason in ds.broken.items()}
+        lines = {f"{name}\t{reason}": None for ds in datasets for name, reason in ds.base.broken.items()}
         if lines:
             how = {"encoding": "utf-8", "errors": "surrogateescape"}            # file names may be any bytes
             before = Path(path).read_text(**how).splitlines() if Path(path).exists() else []
@@ -409,13 +430,13 @@ def naming_broken(path: str | Path, *datasets: Dataset) -> Iterator[None]:
             print(f"{len(lines)} unusable pictures were left out; {path} names them", file=sys.stderr)
 
 
-def split(ds: Dataset, fraction: float = 0.1) -> tuple[Part, Part]:
+def split(ds: Pictures, fraction: float = 0.1) -> tuple[Part, Part]:
     """(train, validation) by group, never by frame: neighbouring frames of a clip would leak.
 
     Groups are taken in the order of their names' crc32, so the split is the same on every machine, and a dataset
     that grows keeps nearly all of it. A group with more than half of the pictures always trains.
     """
-    names, members = group_names(ds), {}
+    names, members = ds.groups(), {}
     for i, name in enumerate(names):
         members.setdefault(name, []).append(i)
     if len(members) < 2:
@@ -1119,7 +1140,7 @@ def _draw_backdrop(canvas: _Canvas, rng: random.Random, palette: list[list[Colou
     rect(0, floor, 1, floor + 0.012, _mix(ground, near, 0.5))
 
 
-class Figures:
+class Figures(Pictures):
     """n pictures of little people; picture i depends on (seed, i) only, whatever the size and the order of access."""
 
     def __init__(self, n: int, size: int = 64, seed: int = 0):
@@ -1136,8 +1157,6 @@ class Figures:
         joints = [figure.points[name] for name in keypoints.JOINTS]
         pose = np.array([(x / pixels, y / pixels, 1) for x, y, _ in joints], np.float32)
         return np.array(figure.image.reduce(SUPERSAMPLE)), pose
-
-    __getitem__ = source
 
     def _draw(self, i: int) -> _Figure:
         rng, pixels = random.Random(f"{self.seed}/{i}"), SUPERSAMPLE * self.size
@@ -1172,7 +1191,7 @@ class Steps(Dataset):
     dropped. An item is (images uint8 [B,S,S,3], poses [B,17,3], indices [B], {file: reason} of the broken).
     """
 
-    def __init__(self, ds: Dataset, batch_size: int, seed: int | None = None, zoom: tuple | None = None,
+    def __init__(self, ds: Pictures, batch_size: int, seed: int | None = None, zoom: tuple | None = None,
                  places: slice = slice(None)):          # of the batch: those that this process makes
         self.ds, self.batch_size, self.seed, self.zoom, self.places = ds, batch_size, seed, zoom, places
 
@@ -1187,7 +1206,7 @@ class Steps(Dataset):
                 try:
                     image, pose = self._load(i, k, j)
                 except DataError as error:
-                    broken[picture_name(self.ds, i)] = str(error)
+                    broken[self.ds.name(i)] = str(error)
                     continue
                 images.append(image), poses.append(pose), indices.append(i)
                 break
@@ -1199,7 +1218,7 @@ class Steps(Dataset):
         if self.zoom is None:
             return self.ds[i]
         rng = np.random.default_rng((AUGMENT, self.seed, k, j))
-        return augment(*source(self.ds, i), self.ds.size, rng, self.zoom, flip=True)
+        return augment(*self.ds.source(i), self.ds.size, rng, self.zoom, flip=True)
 
 
 SIGCHLD = getattr(signal, "SIGCHLD", None)          # Windows has none
@@ -1269,7 +1288,7 @@ def share(batch_size: int, rank: int, world: int) -> slice:
 
 
 def batches(
-    ds: Dataset,
+    ds: Pictures,
     batch_size: int,
     seed: int,
     start: int,                         # the first step; the steps before it cost nothing
@@ -1415,7 +1434,7 @@ class LatentCache:
         self,
         folder: str | Path,
         key: str,                           # whatever identifies the encoder, such as a hash of its weights
-        ds: Dataset,
+        ds: Pictures,
         encode: Callable,                   # images [B,3,S,S] in [-1,1] -> h [B,C,h,w]
         batch_size: int = 32,
         device: str | torch.device = "cpu",
@@ -1423,7 +1442,7 @@ class LatentCache:
     ):
         folder, words = Path(folder), f"{CACHE_VERSION} {key}"
         model = hashlib.sha256(words.encode()).hexdigest()[:12]
-        stem = folder / f"latents-{model}-{fingerprint(ds)[:16]}"
+        stem = folder / f"latents-{model}-{ds.fingerprint()[:16]}"
         *self.files, self.json, self.record, lock = (
             Path(f"{stem}{end}") for end in (*self.ARRAYS, ".json", ".json.tmp", ".lock"))
         if self._open():
@@ -1494,7 +1513,7 @@ class LatentCache:
                     if len(images):
                         self._append(files, about, to_tensor(images), pose.cpu().numpy(), encode, len(ds))
                     about["batches"] += 1
-                    about["broken"] = getattr(innermost(ds), "broken", {})
+                    about["broken"] = ds.base.broken
                     bar.update(min(len(ds), about["batches"] * batch_size) - bar.n)
                     if time.monotonic() - saved > RECORD_SECONDS:
                         self._save(files, about)
@@ -1859,7 +1878,7 @@ def whole(ds: Pictures, i: int) -> tuple[Image.Image, np.ndarray]:
     """Picture i with all its pixels, a large JPEG too, and its pose."""
     if isinstance(ds, PoseFolder):
         return read_picture(ds.paths[i]), ds.pose(i)
-    image, pose = source(ds, i)
+    image, pose = ds.source(i)
     return Image.fromarray(image), pose
 
 
@@ -2356,9 +2375,9 @@ def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: 
         if len(short) else {}
     return {
         "root": root, "verdicts": verdicts,
-        "pictures": {"found": sum(getattr(ds, "total", len(ds)) for ds in both),
+        "pictures": {"found": sum(ds.total for ds in both),
                      "sound": int(sound.sum()), "broken": len(checked.broken),
-                     "without_a_person": sum(len(getattr(ds, "skipped", ())) for ds in both),
+                     "without_a_person": sum(len(ds.skipped) for ds in both),
                      "held_out": int((checked.held & sound).sum()),
                      "not_square": int((size[:, 0] != size[:, 1]).sum())},
         "short_side": {"min": int(short[0]), "median": int(short[len(short) // 2]), "max": int(short[-1]),
@@ -2449,8 +2468,8 @@ def gather(train: Pictures, val: Pictures | None, workers: int) -> Checked:
     for ds in (train, val):
         if ds is not None:
             rows, why = examine(ds, workers)
-            names = [picture_name(ds, i) for i in range(len(ds))]
-            broken |= getattr(ds, "broken", {}) | {names[i]: reason for i, reason in why.items()}
+            names = [ds.name(i) for i in range(len(ds))]
+            broken |= ds.broken | {names[i]: reason for i, reason in why.items()}
             files += names
             parts.append(rows)
     held = np.arange(len(files)) >= len(train)
@@ -2489,7 +2508,7 @@ def check(args: argparse.Namespace) -> int:
     suspects = [Suspect("broken", 0, file, why) for file, why in checked.broken.items()]
     suspects += orphans(train, val) + copies(checked) + odd + barred(checked)
     suspects.sort(key=lambda s: (list(KINDS).index(s.kind), -s.score, s.file))
-    about["groups"] = len(set(group_names(train)))
+    about["groups"] = len(set(train.groups()))
     report = make_report(args.root, checked, suspects, verdicts, about)
     write_files(out, checked, suspects, report, args.size)
     say("\n".join(describe(report)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -392,6 +393,21 @@ def test_one_clip_alone_splits_by_picture(tmp_path):
     assert len(val) == 1 and len(train) == 9
     with pytest.raises(DataError, match="cannot be split"):
         split(Part(PoseFolder(tmp_path, 12), [0]))
+
+
+def test_what_lies_around_a_dataset_tells_the_same_of_each_picture(tmp_path):
+    for ds, name in ((PoseFolder(folder(tmp_path, 3), 12), ".*clip0_002.png"), (data.Figures(3, 12), "figure 2")):
+        around = InMemory(Part(InMemory(ds), [2, 0]))
+        assert re.fullmatch(name, around.name(0)) and around.name(1) == ds.name(0) and around.base is ds
+        assert around.groups() == [ds.groups()[i] for i in (2, 0)]
+        assert around.fingerprint() == Part(ds, [2, 0]).fingerprint() != ds.fingerprint() == InMemory(ds).fingerprint()
+        assert (around[0][0] == ds[2][0]).all() and (around.source(1)[0] == np.asarray(ds.source(0)[0])).all()
+
+
+def test_caches_of_figures_are_found_by_later_versions_too():
+    figures = data.Figures(10, 32, seed=5)
+    assert figures.fingerprint()[:16] == "8a851cf292cb06fb"
+    assert Part(figures, [3, 1]).fingerprint()[:16] == "4bbd6effb013b1a7"
 
 
 # ---------------------------------------------------------------------------------------------- batches
