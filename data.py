@@ -408,11 +408,11 @@ class InMemory(Pictures):
 def note_broken(ds: Pictures, broken: dict[str, str]) -> None:
     """Counts, and names on the terminal, those of `broken` that are new."""
     ds = ds.base
-    for file, reason in broken.items():
-        if file not in ds.broken:
-            tqdm.write(f"left out: {reason if file in reason else f'{file}: {reason}'}", file=sys.stderr)
-    if broken:
-        ds.note(broken)
+    new = {file: reason for file, reason in broken.items() if file not in ds.broken}
+    if new:
+        ds.note(new)
+    for file, reason in new.items():
+        tqdm.write(f"left out: {reason if file in reason else f'{file}: {reason}'}", file=sys.stderr)
 
 
 @contextmanager
@@ -1201,8 +1201,13 @@ class Steps(Dataset):
             wanted, tries = range(k * self.batch_size, min(n, (k + 1) * self.batch_size)), 1
         else:
             wanted, tries = order(n, self.batch_size, self.seed, k).tolist(), n
+        most = self.ds.base.limit * self.ds.base.total
         for j, first in list(enumerate(wanted))[self.places]:
             for i in ((first + shift) % n for shift in range(tries)):
+                if len(broken) > most:          # note_broken will stop the run
+                    break
+                if self.ds.name(i) in broken:
+                    continue
                 try:
                     image, pose = self._load(i, k, j)
                 except DataError as error:

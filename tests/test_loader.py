@@ -135,6 +135,24 @@ def test_a_folder_that_goes_away_stops_the_run(tmp_path):
                 os.rename(tmp_path / "set" / "images", tmp_path / "away")
 
 
+def test_of_a_lost_folder_only_so_many_pictures_are_sought_as_may_be_lost(tmp_path, monkeypatch, capsys):
+    ds, sought, read = PoseFolder(folder(tmp_path / "set", 400), 12), [], data.read_picture
+    monkeypatch.setattr(data, "read_picture", lambda path, **how: sought.append(path) or read(path, **how))
+    os.rename(tmp_path / "set" / "images", tmp_path / "away")
+    with pytest.raises(DataError, match="5 of 400 pictures cannot be used, more than 1%; the first is .*no such file"):
+        next(batches(ds, 32, seed=0, start=0, stop=1))
+    assert len(sought) == 5 and "left out" not in capsys.readouterr().err
+
+
+def test_a_picture_found_broken_is_not_tried_again_for_the_same_batch(tmp_path, monkeypatch):
+    ds, sought, read = PoseFolder(folder(tmp_path, 400), 12), [], data.read_picture
+    for i in range(3):
+        os.unlink(ds.paths[i])
+    monkeypatch.setattr(data, "read_picture", lambda path, **how: sought.append(path) or read(path, **how))
+    [(images, *_)] = batches(data.Part(ds, [0, 1, 2, 3]), 4, seed=0, start=0, stop=1)
+    assert len(images) == 4 and sorted(map(ds.paths.index, sought)) == [0, 1, 2, 3, 3, 3, 3]
+
+
 # ----------------------------------------------------------------------------------------------- the cache
 
 def pictures(root: Path) -> PoseFolder:
