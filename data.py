@@ -262,7 +262,7 @@ class PoseFolder(Pictures):
 
     def _read_coco(self, path: Path, near: list[Path]) -> None:
         try:
-            people = keypoints.read_coco(path)
+            people, refused = keypoints.read_coco(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
         except keypoints.PoseError as error:
@@ -281,7 +281,9 @@ class PoseFolder(Pictures):
         for name, poses in sorted(people.items()):
             pose, image = keypoints.largest(poses), os.path.join(folder, name)
             pose = NO_POSE if pose is None and self.poseless else pose
-            if pose is None:
+            if name in refused:
+                self.broken[image] = refused[name]
+            elif pose is None:
                 self.skipped.append(image)
             elif os.path.basename(image) not in listed(os.path.dirname(image)):
                 self.broken[image] = "there is no such file"

@@ -605,6 +605,18 @@ def coco_of(root, figures) -> int:
     return joint
 
 
+def test_a_bad_coco_annotation_is_reported_and_left_out_of_the_copy(figures, tmp_path, capsys):
+    coco_of(tmp_path / "set", figures)
+    file = tmp_path / "set/annotations/person_keypoints.json"
+    told = json.loads(file.read_text())
+    told["annotations"][0]["keypoints"][12] = 99999             # of a0.png
+    file.write_text(json.dumps(told))
+    report = run(tmp_path / "set", "--trim", str(tmp_path / "new"), status=2)
+    assert {s for s in suspects(report) if s[0] in ("broken", "orphan")} == {("broken", "a0.png")}
+    assert "broken      1 (12.5%) cannot be used" in capsys.readouterr().out
+    assert PoseFolder(tmp_path / "new", SIDE).names == [f"images/a{i}.png" for i in range(1, 8)]
+
+
 @pytest.mark.usefixtures("drawn")
 def test_coco_is_checked_and_trimmed(figures, tmp_path):
     joint = coco_of(tmp_path / "set", figures)

@@ -226,6 +226,36 @@ def test_coco_takes_the_largest_person_that_has_joints(tmp_path, where):
         assert np.abs(ds[0][1][:, 0] - (some_pose(4)[:, 0] * 80 - 20) / 40).max() < 1e-5     # centre crop of 40
 
 
+def spoil_coco(path, **changes) -> None:
+    """Changes fields of the first image and the first annotation; None takes one away."""
+    told = json.loads(path.read_text())
+    for holder in (told["images"][0], told["annotations"][0]):
+        for key in holder.keys() & changes.keys():
+            holder[key] = changes[key]
+            if changes[key] is None:
+                del holder[key]
+    path.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("changes, why", [
+    ({"keypoints": [9999, 5, 2] * 17}, r"annotations\[0\] has nose at \(9999, 5\), far outside a picture of 20 x 20"),
+    ({"keypoints": [1, 2, 3]}, r"annotations\[0\].keypoints has 3 values; 51 numbers are needed"),
+    ({"category_id": [1]}, r"annotations\[0\].category_id is \[1\]; a number or a string"),
+    ({"width": None, "height": None}, r"images\[0\] has no width and height; a dataset needs them$"),
+])
+def test_one_bad_coco_annotation_is_one_broken_picture(tmp_path, changes, why):
+    some = {f"{i:03d}.png": (20, 20, [some_pose(i) * (20, 20, 2)]) for i in range(120)}
+    write_coco(tmp_path / "k.json", some, tmp_path)
+    spoil_coco(tmp_path / "k.json", **changes)
+    ds = PoseFolder(tmp_path, 20)
+    assert len(ds) == 119 and ds.total == 120 and list(ds.broken) == [str(tmp_path / "000.png")]
+    assert re.search(why, ds.broken[str(tmp_path / "000.png")])
+    write_coco(tmp_path / "k.json", dict(list(some.items())[:90]))
+    spoil_coco(tmp_path / "k.json", **changes)
+    with pytest.raises(DataError, match=f"1 of 90 pictures cannot be used.*{why}"):
+        PoseFolder(tmp_path, 20)
+
+
 def test_pictures_beside_the_coco_json(tmp_path):
     write_coco(tmp_path / "k.json", {"a.png": (20, 20, [some_pose(0) * (20, 20, 2)])}, tmp_path)
     assert PoseFolder(tmp_path, 20).names == ["a.png"]
