@@ -44,6 +44,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")     # not EPS, for which
 ZOOM = (0.8, 1.0)               # side of a training crop, as a share of the picture's short side
 NO_POSE = np.zeros((len(keypoints.JOINTS), 3))      # every joint missing
 BROKEN_LIMIT = 0.01             # share of pictures that may be unusable before we stop
+LOOKED_FOR = 100                # pictures of a COCO json, to find the folder that they are in
 FIGURES_VERSION = 1             # raise it when a figure's pixels change: cached latents are then made anew
 REMEMBER_BYTES = 2 << 30
 CACHE_VERSION = 2
@@ -229,7 +230,7 @@ class PoseFolder(Pictures):
 
     def _pair(self, images: list[str]) -> None:
         """Finds each picture's keypoint file from one listing a folder, however many pictures there are."""
-        listed = lru_cache(None)(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+        listed = lister()
         for path in images:
             folder, name = os.path.split(path)
             partner, wanted = keypoint_folder(folder), os.path.splitext(name)[0] + ".json"
@@ -272,12 +273,14 @@ class PoseFolder(Pictures):
                 raise DataError(f"{path}: file_name '{name}' leads out of the dataset's folder; use plain names")
         split_name = path.stem.split("_")[-1]       # person_keypoints_val2017.json goes with val2017/
         folders = [d / sub for d in near for sub in ("images", split_name, f"images/{split_name}", ".")]
-        some = list(people)[:100]
+        names = list(people)
+        some = [names[i] for i in evenly(len(names), LOOKED_FOR)]
         folder = next((d for d in folders if any((d / name).is_file() for name in some)), None)
         if folder is None:
-            raise DataError(f"{path}: its pictures are not in {folders[0]} nor beside it; put them there")
+            raise DataError(f"{path}: its pictures are not in {folders[0]} nor beside it (none of {len(some)} looked "
+                            "for); put them there")
         self.root, self.coco = folder.parent if folder.name == "images" else folder, (path, folder)
-        listed = lru_cache(None)(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+        listed = lister()
         for name, poses in sorted(people.items()):
             pose, image = keypoints.largest(poses), os.path.join(folder, name)
             pose = NO_POSE if pose is None and self.poseless else pose
@@ -451,6 +454,11 @@ def split(ds: Pictures, fraction: float = 0.1) -> tuple[Part, Part]:
             held += members[name]
     rest = set(range(len(names))) - set(held)
     return Part(ds, sorted(rest)), Part(ds, sorted(held))
+
+
+def lister() -> Callable[[str], set[str]]:
+    """Folder -> the names in it, none if there is no such folder; each is looked at once."""
+    return lru_cache(None)(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
 
 
 def find_pictures(folder: Path) -> list[str]:

@@ -264,6 +264,18 @@ def test_pictures_beside_the_coco_json(tmp_path):
         PoseFolder(tmp_path, 20)
 
 
+def test_coco_of_which_the_first_pictures_are_gone_is_found_by_the_others(tmp_path):
+    some = {f"{i:03d}.png": (9, 9, [some_pose(i) * (9, 9, 2)]) for i in range(300)}
+    write_coco(tmp_path / "k.json", some, tmp_path / "images")
+    for name in list(some)[:120]:
+        (tmp_path / "images" / name).unlink()
+    ds = PoseFolder(tmp_path, 9, limit=1)
+    assert len(ds) == 180 and len(ds.broken) == 120 and ds.root == tmp_path
+    os.rename(tmp_path / "images", tmp_path / "away")
+    with pytest.raises(DataError, match=r"not in .*images nor beside it \(none of 100 looked for\)"):
+        PoseFolder(tmp_path, 9)
+
+
 @pytest.mark.parametrize("text", [
     '{"a.png": "three images: []"}', '{"checkpoints": [], "worst": ["a.png"]}', '["images", "annotations"]', "",
     '{"image": "a.png"}\n{"image": "b.png"}\n', '[{"images": [], "annotations": []}]', '{"images": [1, 2]}',
