@@ -76,6 +76,8 @@ def read_picture(path: str | Path, at_least: int | None = None) -> Image.Image:
 
     Raises DataError for whatever cannot be read whole: half a picture would be learnt as it is.
     """
+    if os.path.exists(path) and not os.path.isfile(path):               # to open a pipe would wait for its other end
+        raise DataError(f"{path}: a picture is a file, and this is none; replace it or take it out")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

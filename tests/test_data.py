@@ -122,6 +122,13 @@ def test_truncated_picture_is_an_error_not_half_a_picture(tmp_path):
         data.read_picture(tmp_path / "empty.png")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path, make):
+    make(tmp_path / "x.png")
+    with pytest.raises(DataError, match=r"x\.png: a picture is a file, and this is none"):
+        data.read_picture(tmp_path / "x.png")
+
+
 def test_huge_picture_is_refused(tmp_path, monkeypatch):
     Image.new("L", (30, 30)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)         # PIL warns above 800 and raises above 1600

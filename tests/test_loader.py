@@ -1,6 +1,5 @@
 """Loading and the latent cache against real faults: processes are killed, files are cut, a disk fills up."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -29,11 +28,11 @@ TURNS = {1: (), 3: (Image.Transpose.ROTATE_180,), 6: (Image.Transpose.ROTATE_90,
 
 @pytest.mark.parametrize("W, H", [(1000, 1000), (1001, 1003), (1025, 1999), (2003, 1537)])
 @pytest.mark.parametrize("orientation", TURNS)
-def test_joints_stay_on_their_pixels_in_a_jpeg_that_is_decoded_reduced(W, H, orientation):
-    checked, exif = 0, Image.Exif()
+def test_joints_stay_on_their_pixels_in_a_jpeg_that_is_decoded_reduced(tmp_path, W, H, orientation):
+    checked, exif, file = 0, Image.Exif(), tmp_path / "a.jpg"
     exif[0x0112] = orientation
     for seed in range(6):
-        joint, pose, file = seed % 17, some_pose(seed), io.BytesIO()
+        joint, pose = seed % 17, some_pose(seed)
         picture = dotted(joint, W, H, pose)
         for turn in TURNS[orientation]:                     # as it is stored; a viewer turns it back
             picture = picture.transpose(turn)
@@ -47,8 +46,8 @@ def test_joints_stay_on_their_pixels_in_a_jpeg_that_is_decoded_reduced(W, H, ori
     assert checked >= 3
 
 
-def test_a_jpeg_that_is_decoded_reduced_looks_as_if_it_had_been_decoded_whole():
-    rng, file = np.random.default_rng(0), io.BytesIO()
+def test_a_jpeg_that_is_decoded_reduced_looks_as_if_it_had_been_decoded_whole(tmp_path):
+    rng, file = np.random.default_rng(0), tmp_path / "a.jpg"
     coarse = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((1024, 1024), Image.BICUBIC)
     grain = rng.normal(0, 8, (1024, 1024, 3))               # of a camera
     Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
