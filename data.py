@@ -1666,9 +1666,9 @@ def save_grid(
 ) -> Image.Image:
     """Pictures in rows on white, with words. Writes `path` and returns the picture."""
     cells = [cell for row in rows for cell in row if cell is not None]
-    H, W = (max(cell.shape[axis] for cell in cells) for axis in (0, 1))
+    H, W = (max((cell.shape[axis] for cell in cells), default=1) for axis in (0, 1))
     scale = scale or grid_scale(max(H, W))
-    H, W, across, gap = H * scale, W * scale, max(len(row) for row in rows), 8
+    H, W, across, gap = H * scale, W * scale, max(map(len, rows), default=1), 8
     big, font = ImageFont.load_default(17), ImageFont.load_default(13)
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
@@ -1692,7 +1692,7 @@ def save_grid(
     left = max((int(ruler.multiline_textbbox((0, 0), t, font)[2]) + gap for t in labels if t), default=0)
     full = left + across * (W + gap) - gap
     title = wrap(title, full, big)
-    below = [height(line, font) for line in captions] or [0] * len(rows)
+    below = [height(captions[r], font) if r < len(captions) else 0 for r in range(len(rows))]
     head = height([title], big)
     top = head + height(columns, font)
     page = Image.new("RGB", (full + 4 * gap, top + sum(below) + len(rows) * (H + gap) - gap + 4 * gap), "white")

@@ -667,6 +667,15 @@ def test_grid_shows_the_pictures_enlarged_and_words_beside_them(tmp_path):
     assert (read[[0, -1]] == 255).all() and (read[:, [0, -1]] == 255).all()     # all words are inside the margins
 
 
+def test_grid_of_fewer_captions_than_rows_and_of_no_picture_at_all(tmp_path):
+    picture = np.zeros((160, 160, 3), np.uint8)
+    both, one = (data.save_grid(tmp_path / "a.png", [[picture], [picture]], captions=captions)
+                 for captions in ([["low"], []], [["low"]]))
+    assert np.array_equal(both, one)
+    for rows in ([], [[]], [[None]], [[None, None], [None]]):
+        assert min(data.save_grid(tmp_path / "a.png", rows, columns=["one"], title="Title").size) > 0
+
+
 def test_command_answers_a_mistake_with_one_sentence(tmp_path, capsys):
     assert data.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
