@@ -1474,21 +1474,23 @@ class LatentCache:
 
     def _open(self) -> bool:
         """Maps the files; False where they are not whole. Latents may be many gigabytes: rows() will look at them."""
-        try:
-            about = json.loads(self.json.read_text())
-            self.n, (_, h, w) = about["rows"], about["shape"]
-            self.mapped = [open(file, "rb") for file in self.files]
-            self.sizes = _sizes(about)
-            if self._is_cut() or [_crc_of(file) for file in self.mapped[1:]] != about["crc"]:
+        with ExitStack() as opened:
+            try:
+                about = json.loads(self.json.read_text())
+                self.n, (_, h, w) = about["rows"], about["shape"]
+                self.mapped = [opened.enter_context(open(file, "rb")) for file in self.files]
+                self.sizes = _sizes(about)
+                if self._is_cut() or [_crc_of(file) for file in self.mapped[1:]] != about["crc"]:
+                    return False
+                self.latents, self.poses, self.crc = (
+                    np.asarray(np.memmap(file, dtype, "r", shape=(self.n, *shape)))
+                    for file, dtype, shape in zip(self.mapped, self.ARRAYS.values(), _shapes(about), strict=True))
+                mean, squares = (np.array(about[k]) / (self.n * h * w) for k in ("sum", "squares"))
+                std = np.sqrt(np.maximum(squares - mean ** 2, 1e-12))           # a dead channel must not divide by 0
+                self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
+            except (OSError, ValueError, KeyError, TypeError):
                 return False
-            self.latents, self.poses, self.crc = (
-                np.asarray(np.memmap(file, dtype, "r", shape=(self.n, *shape)))
-                for file, dtype, shape in zip(self.mapped, self.ARRAYS.values(), _shapes(about), strict=True))
-            mean, squares = (np.array(about[k]) / (self.n * h * w) for k in ("sum", "squares"))
-            std = np.sqrt(np.maximum(squares - mean ** 2, 1e-12))               # a dead channel must not divide by 0
-            self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+            opened.pop_all()                        # of a sound cache they stay open
         return True
 
     def _is_cut(self) -> bool:

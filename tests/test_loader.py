@@ -330,6 +330,18 @@ def test_garbage_in_the_small_files_is_seen_when_they_are_opened(tmp_path, whole
     assert contents(tmp_path) == wanted and re.search(r"json: .*damaged; it is made anew", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("end", [".pose.f32", ".crc.u32", ".h.f16"])
+def test_what_is_no_sound_cache_is_left_closed(tmp_path, whole, end):
+    for name, content in whole[1].items():
+        (tmp_path / name).write_bytes(content[:99] if name.endswith(end) else content)
+    cache = LatentCache.__new__(LatentCache)
+    *cache.files, cache.json = (next(tmp_path.glob(f"*{e}")) for e in (*LatentCache.ARRAYS, ".json"))
+    assert not cache._open() and len(cache.mapped) == 3 and all(file.closed for file in cache.mapped)
+    for name, content in whole[1].items():
+        (tmp_path / name).write_bytes(content)
+    assert cache._open() and not any(file.closed for file in cache.mapped)
+
+
 CUT = """
 import glob, os, sys, test_loader
 cache = test_loader.fill(*sys.argv[1:])
