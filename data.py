@@ -1344,7 +1344,7 @@ def open_all(spec: str, size: int, poseless: bool = False) -> Pictures:
         return PoseFolder(spec, size, poseless)
     count = spec.partition(":")[2] or str(FIGURES_TRAIN)
     if not count.isdecimal() or int(count) < 1:
-        raise DataError(f"--data {spec}: after figures: comes a number of pictures, such as figures:10000")
+        raise DataError(f"{spec}: after figures: comes a number of pictures, such as figures:10000")
     return Figures(int(count), size, seed=0)
 
 
@@ -2456,13 +2456,13 @@ def write_files(out: Path, checked: Checked, suspects: list[Suspect], report: di
 
 def open_checked(args: argparse.Namespace) -> tuple[Pictures, Pictures | None]:
     """The datasets of the command line, or a sentence about what is wrong with a flag before any work is done."""
-    for flag, value, least in (("--workers", args.workers, 0), ("--size", args.size, 8), ("--n", args.n, 1)):
+    for flag, value, least in (("--workers", args.workers, 0), ("--size", args.size, 8)):
         if value < least:
             raise DataError(f"{flag} {value}: at least {least} is needed")
-    if args.root == "figures" and not Path("figures").exists():
+    if not is_folder(args.root):
         if args.val or args.trim:
             raise DataError("figures have no bars and held-out figures of their own; leave --val and --trim out")
-        return Figures(args.n, args.size), None
+        return open_all(args.root, args.size), None
     out, roots = Path(args.out), [Path(root) for root in (args.root, args.val) if root]
     train, *val = (PoseFolder(root, args.size, limit=1) for root in roots)
     for root in roots:
@@ -2543,14 +2543,13 @@ def check(args: argparse.Namespace) -> int:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="data.py", description="Checks a dataset and reports on it.")
-    parser.add_argument("root", help="folder, list of pictures or COCO json, or the word figures")
+    parser.add_argument("root", help="folder, list of pictures or COCO json; or figures:N")
     parser.add_argument("--out", default="check", metavar="DIR",
                         help="where report.json, suspects.txt and overview.png go (check)")
     parser.add_argument("--val", metavar="DIR", help="your own held-out set, for pictures that are in both")
     parser.add_argument("--trim", metavar="NEWDIR", help="write a copy of the dataset without letterbox bars there")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (one a core)")
     parser.add_argument("--size", type=int, default=256, help="side of the pictures in the overview (256)")
-    parser.add_argument("--n", type=int, default=16, help="how many figures (16)")
     return parser.parse_args(argv)
 
 

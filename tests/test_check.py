@@ -92,14 +92,14 @@ def swap_sides(*parts: str):
 
 @pytest.mark.usefixtures("drawn")
 def test_clean_figures_have_next_to_no_suspects_and_no_verdict(tmp_path, capsys):
-    assert data.main(["figures", "--n", "200", "--size", "64", "--workers", "0", "--out", str(tmp_path)]) == 0
+    assert data.main(["figures:200", "--size", "64", "--workers", "0", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["verdicts"] and len(report["suspects"]) <= 2
     assert report["pictures"]["sound"] == 200 and report["torsos"] > 190
 
 
 def test_few_clean_figures_have_no_suspects(tmp_path, capsys):
-    assert data.main(["figures", "--workers", "0", "--out", str(tmp_path)]) == 0
+    assert data.main(["figures:16", "--workers", "0", "--out", str(tmp_path)]) == 0
     assert not json.loads((tmp_path / "report.json").read_text())["suspects"]
 
 
@@ -750,9 +750,10 @@ def test_a_wrong_flag_is_one_sentence(clean, tmp_path, flags, words, capsys):
 
 def test_figures_take_no_other_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert data.main(["figures", "--trim", "new"]) == 2 and data.main(["figures", "--n", "0"]) == 2
+    assert data.main(["figures", "--trim", "new"]) == 2 and data.main(["figures:0"]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 2 and "--trim" in err and "--n 0" in err and not list(tmp_path.iterdir())
+    assert err.count("\n") == 2 and "--trim" in err and not list(tmp_path.iterdir())
+    assert "data.py: figures:0: after figures: comes a number" in err
 
 
 @pytest.mark.parametrize("where", ["find_bars", "draw_overview", "_cut_picture"])
