@@ -50,7 +50,7 @@ REMEMBER_BYTES = 2 << 30
 CACHE_VERSION = 2
 RECORD_SECONDS = 10             # of filling a latent cache that a kill may cost
 FLOAT16_MAX = 65504.0
-ORDER, AUGMENT, MIRROR = 1, 2, 3    # first word of a random seed, so that the three streams never coincide
+ORDER_STREAM, AUGMENT_STREAM, MIRROR_STREAM = 1, 2, 3      # first word of a random seed, so that they never coincide
 
 
 class DataError(ValueError):
@@ -108,7 +108,7 @@ def read_picture(path: str | Path, at_least: int | None = None) -> Image.Image:
     return image.convert("RGB")
 
 
-def augment(
+def to_square(
     image: Image.Image | np.ndarray,            # any size
     pose: np.ndarray,                           # [17,3], normalised to that picture
     size: int,                                  # side of the square that comes out
@@ -181,7 +181,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Picture i in centre geometry: uint8 [size,size,3], float32 [17,3]."""
-        return augment(*self.source(i), self.size)
+        return to_square(*self.source(i), self.size)
 
 
 class PoseFolder(Pictures):
@@ -736,8 +736,8 @@ SIDES = ("left", "right")
 FACE = {"nose": (0.0, 0.24, 0.97), "eye_left": (0.40, 0.04, 0.82), "eye_right": (-0.40, 0.04, 0.82),
         "ear_left": (0.98, 0.12, -0.06), "ear_right": (-0.98, 0.12, -0.06)}     # from the head's middle, in its radii
 # Joints from the body outwards, their radii in girths, and what is added to the depth, in body units.
-LIMBS = {"arm": (("shoulder", "elbow", "wrist"), (0.05, 0.043, 0.035), 0.02),
-         "leg": (("hip", "knee", "ankle"), (0.073, 0.056, 0.042), -0.09)}       # hems hang over standing legs
+LIMB_PARTS = {"arm": (("shoulder", "elbow", "wrist"), (0.05, 0.043, 0.035), 0.02),
+              "leg": (("hip", "knee", "ankle"), (0.073, 0.056, 0.042), -0.09)}  # hems hang over standing legs
 
 
 def _limb(frame: Mat, root: Vec, length: float, angles: list[float], side: int, bend: int, toe: float = 0) -> list[Vec]:
@@ -766,7 +766,7 @@ def _skeleton(person: _Person, pose: _Pose) -> tuple[dict[str, Vec], Mat, Mat, M
         hip = _apply(yaw, (sign * person.hip, 0, 0))
         joints = _limb(chest, shoulder, person.arm, arm, sign, 1)[:3]
         joints += _limb(yaw, hip, person.leg, leg, sign, -1, 0.12 * person.girth)
-        names = (*LIMBS["arm"][0], *LIMBS["leg"][0], "toe")
+        names = (*LIMB_PARTS["arm"][0], *LIMB_PARTS["leg"][0], "toe")
         points |= {f"{name}_{side}": point for name, point in zip(names, joints, strict=True)}
     return points, head, chest, yaw
 
@@ -879,7 +879,7 @@ class _Figure(_Canvas):
         self.points = {name: (left + scale * x, top + scale * y, scale * z) for name, (x, y, z) in points.items()}
 
     def limb(self, kind: str, side: str) -> list[Vec]:
-        return [self.points[f"{name}_{side}"] for name in LIMBS[kind][0]]
+        return [self.points[f"{name}_{side}"] for name in LIMB_PARTS[kind][0]]
 
     def on_head(self, x: float, y: float, z: float) -> Vec:
         """Place given in head radii from its middle, along its own axes."""
@@ -911,16 +911,16 @@ class _Figure(_Canvas):
         depth = {"torso": 0.0, "head": head_z + 0.4 * self.radius}
         if style in TRESSES:            # in front of the trunk when the back shows, else behind it
             depth["tresses"] = head_z - (0.5 if style in ("bun", "pigtails") else 1) * self.radius * self.head[2][2]
-        for kind, side in ((kind, side) for kind in LIMBS for side in SIDES):
+        for kind, side in ((kind, side) for kind in LIMB_PARTS for side in SIDES):
             a, b, c = self.limb(kind, side)
-            depth[f"{kind}_{side}"] = (a[2] + 2 * b[2] + c[2]) / 4 + LIMBS[kind][2] * unit
+            depth[f"{kind}_{side}"] = (a[2] + 2 * b[2] + c[2]) / 4 + LIMB_PARTS[kind][2] * unit
         if self.person.skirt:
             depth["skirt"] = max(depth["leg_left"], depth["leg_right"]) + 0.001 * unit
         if self.pose.box:
             depth["box"] = -0.08 * unit
         for part in sorted(depth, key=depth.get):
             kind, *side = part.split("_")
-            if kind in LIMBS:
+            if kind in LIMB_PARTS:
                 is_far = depth[part] < -0.05 * unit and abs(self.chest[2][2]) < 0.75
                 self.draw_limb(kind, *side, 0.88 if is_far else 1.0)
             else:
@@ -929,7 +929,7 @@ class _Figure(_Canvas):
     def draw_limb(self, kind: str, side: str, light: float) -> None:
         """Two tapered capsules and a hand or shoe, the farther first; cloth reaches `cover` segments down the limb."""
         person, g = self.person, self.girth
-        (a, b, c), (ra, rb, rc) = self.limb(kind, side), (r * g for r in LIMBS[kind][1])
+        (a, b, c), (ra, rb, rc) = self.limb(kind, side), (r * g for r in LIMB_PARTS[kind][1])
         skin = _shade(person.skin, light)
         if kind == "arm":
             cloth, cover, hand = _shade(person.top, light * 0.95), person.sleeve, _lerp(b, c, 1.16)
@@ -943,11 +943,11 @@ class _Figure(_Canvas):
         if end_first:
             draw_end()
         segments = [(a, b, ra, rb, cover), (b, c, rb, rc, cover - 1)]
-        for start, end, r0, r1, share in segments[::-1] if c[2] < a[2] - 0.5 * ra else segments:
-            if share < 1:
+        for start, end, r0, r1, covered in segments[::-1] if c[2] < a[2] - 0.5 * ra else segments:
+            if covered < 1:
                 self.capsule(start, end, r0, r1, skin)
-            if share > 0:
-                t = min(share, 1.0)
+            if covered > 0:
+                t = min(covered, 1.0)
                 self.capsule(start, _lerp(start, end, t), 1.12 * r0, 1.14 * (r0 + (r1 - r0) * t), cloth)
         if not end_first:
             draw_end()
@@ -1187,10 +1187,10 @@ class Figures(Pictures):
 
 @lru_cache(maxsize=8)
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((ORDER, seed, epoch)).permutation(n)
+    return np.random.default_rng((ORDER_STREAM, seed, epoch)).permutation(n)
 
 
-def order(n: int, batch_size: int, seed: int, k: int) -> np.ndarray:
+def step_indices(n: int, batch_size: int, seed: int, k: int) -> np.ndarray:
     """Indices [B] of step k: position p = k B + j of an endless row of shuffled epochs, a function of (seed, k)."""
     positions = k * batch_size + np.arange(batch_size)
     return np.array([permutation(n, seed, int(p // n))[p % n] for p in positions])
@@ -1212,7 +1212,7 @@ class Steps(Dataset):
         if self.seed is None:
             wanted, tries = range(k * self.batch_size, min(n, (k + 1) * self.batch_size)), 1
         else:
-            wanted, tries = order(n, self.batch_size, self.seed, k).tolist(), n
+            wanted, tries = step_indices(n, self.batch_size, self.seed, k).tolist(), n
         most = self.ds.base.limit * self.ds.base.total
         for j, first in list(enumerate(wanted))[self.places]:
             for i in ((first + shift) % n for shift in range(tries)):
@@ -1234,8 +1234,8 @@ class Steps(Dataset):
     def _load(self, i: int, k: int, j: int):
         if self.zoom is None:
             return self.ds[i]
-        rng = np.random.default_rng((AUGMENT, self.seed, k, j))
-        return augment(*self.ds.source(i), self.ds.size, rng, self.zoom, flip=True)
+        rng = np.random.default_rng((AUGMENT_STREAM, self.seed, k, j))
+        return to_square(*self.ds.source(i), self.ds.size, rng, self.zoom, flip=True)
 
 
 SIGCHLD = getattr(signal, "SIGCHLD", None)          # Windows has none
@@ -1479,12 +1479,12 @@ class LatentCache:
                 about = json.loads(self.json.read_text())
                 self.n, (_, h, w) = about["rows"], about["shape"]
                 self.mapped = [opened.enter_context(open(file, "rb")) for file in self.files]
-                self.sizes = _sizes(about)
+                self.sizes = _file_sizes(about)
                 if self._is_cut() or [_crc_of(file) for file in self.mapped[1:]] != about["crc"]:
                     return False
                 self.latents, self.poses, self.crc = (
                     np.asarray(np.memmap(file, dtype, "r", shape=(self.n, *shape)))
-                    for file, dtype, shape in zip(self.mapped, self.ARRAYS.values(), _shapes(about), strict=True))
+                    for file, dtype, shape in zip(self.mapped, self.ARRAYS.values(), _row_shapes(about), strict=True))
                 mean, squares = (np.array(about[k]) / (self.n * h * w) for k in ("sum", "squares"))
                 std = np.sqrt(np.maximum(squares - mean ** 2, 1e-12))           # a dead channel must not divide by 0
                 self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
@@ -1500,7 +1500,7 @@ class LatentCache:
         """What the json holds: of the rows that an earlier process has left, or of none. No other byte is kept."""
         try:
             about = json.loads(self.record.read_text())
-            sizes = _sizes(about)
+            sizes = _file_sizes(about)
             if about["batch_size"] == batch_size and all(
                     file.stat().st_size >= size for file, size in zip(self.files, sizes, strict=True)):
                 for file, size in zip(self.files, sizes, strict=True):
@@ -1555,7 +1555,7 @@ class LatentCache:
             raise ValueError(f"latents up to {h.abs().max()} do not fit float16; is the autoencoder trained?")
         if about["shape"] is None:
             about["shape"] = list(h.shape[1:])
-            need, free = 2 * n * _sizes(about | {"rows": 1})[0], shutil.disk_usage(self.json.parent).free
+            need, free = 2 * n * _file_sizes(about | {"rows": 1})[0], shutil.disk_usage(self.json.parent).free
             if need > free:
                 raise DataError(f"{self.json.parent}: the latents need {need / 2**30:.1f} GiB and "
                                 f"{free / 2**30:.1f} are free")
@@ -1607,15 +1607,15 @@ class LatentCache:
                          "it; the same command makes it anew and goes on")
 
 
-def _shapes(about: dict) -> list[tuple[int, ...]]:
+def _row_shapes(about: dict) -> list[tuple[int, ...]]:
     """Of one row in each file of a cache."""
     return [tuple(about["shape"]), (17, 3), ()]
 
 
-def _sizes(about: dict) -> list[int]:
+def _file_sizes(about: dict) -> list[int]:
     """Of each file of a cache, bytes."""
     return [about["rows"] * math.prod(shape) * np.dtype(dtype).itemsize
-            for shape, dtype in zip(_shapes(about), LatentCache.ARRAYS.values(), strict=True)]
+            for shape, dtype in zip(_row_shapes(about), LatentCache.ARRAYS.values(), strict=True)]
 
 
 def _crc_of_row(latent: np.ndarray, pose: np.ndarray) -> int:
@@ -1649,8 +1649,8 @@ def latent_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Step k's latents and poses, a function of (seed, k): every picture once an epoch, mirrored every other time.
     Of `world` processes that share a batch each takes its part of it (see batches)."""
-    mirror = np.random.default_rng((MIRROR, seed, k)).integers(0, 2, batch_size)
-    rows = 2 * order(len(cache) // 2, batch_size, seed, k) + mirror
+    mirror = np.random.default_rng((MIRROR_STREAM, seed, k)).integers(0, 2, batch_size)
+    rows = 2 * step_indices(len(cache) // 2, batch_size, seed, k) + mirror
     return cache.rows(rows[share(batch_size, rank, world)])
 
 
@@ -2412,7 +2412,7 @@ def describe(report: dict) -> Iterator[str]:
     told, short, counts = report["pictures"], report["short_side"], report["suspects_by_kind"]
     n, joints = told["sound"], report["joints"].values()
 
-    def share(count: int, of: int) -> str:
+    def percent(count: int, of: int) -> str:
         return f"{count} ({count / max(of, 1):.1%})"
 
     more = f", {told['without_a_person']} more without a person" if told["without_a_person"] else ""
@@ -2421,15 +2421,15 @@ def describe(report: dict) -> Iterator[str]:
         yield (f"short side  {short['min']} min, {short['median']} median, {short['max']} max pixels; "
                f"{told['not_square']} not square")
         missing, outside = (sum(joint[key] for joint in joints) for key in ("missing", "outside"))
-        yield (f"joints      {n * len(joints)}, {share(missing, n * len(joints))} missing, "
-               f"{share(outside, n * len(joints))} outside the picture")
+        yield (f"joints      {n * len(joints)}, {percent(missing, n * len(joints))} missing, "
+               f"{percent(outside, n * len(joints))} outside the picture")
         yield f"groups      {report['groups']}; {n - told['held_out']} to train on, {told['held_out']} held out"
         people = {"torsos_lying": "lie", "torsos_head_down": "are head down", "facing_the_viewer": "face the viewer"}
         yield "people      " + ", ".join(f"{report[key]:.1%} {what}" for key, what in people.items()
                                          if report[key] is not None)
     for kind, what in KINDS.items():
         if counts[kind]:
-            yield f"{kind:<12}{share(counts[kind], told['found'] if kind == 'broken' else n)} {what}"
+            yield f"{kind:<12}{percent(counts[kind], told['found'] if kind == 'broken' else n)} {what}"
             for suspect in [s for s in report["suspects"] if s["kind"] == kind][:3]:
                 why = suspect["why"]
                 yield f"  {why if suspect['file'] in why else '{}: {}'.format(suspect['file'], why)}"

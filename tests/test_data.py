@@ -11,7 +11,7 @@ from PIL import Image
 
 import data
 import keypoints
-from data import DataError, InMemory, LatentCache, Part, PoseFolder, augment, batches, latent_batch, order, split
+from data import DataError, InMemory, LatentCache, Part, PoseFolder, batches, latent_batch, split, to_square
 
 
 def some_pose(seed: int) -> np.ndarray:
@@ -161,8 +161,8 @@ def test_picture_and_pose_move_together(W, H, size):
         picture = dotted(joint, W, H, pose)
         rngs = [np.random.default_rng(seed) if random else None for _ in range(2)]      # the same draw twice
         zoom = (0.6, 1.0) if random else (1, 1)
-        _, plain = augment(picture, pose, size, rngs[0], zoom)
-        image, moved = augment(picture, pose, size, rngs[1], zoom, flip=True)
+        _, plain = to_square(picture, pose, size, rngs[0], zoom)
+        image, moved = to_square(picture, pose, size, rngs[1], zoom, flip=True)
         assert image.shape == (size, size, 3) and moved.dtype == np.float32
         mirrored = not np.allclose(moved, plain)
         now = keypoints.MIRROR[joint] if mirrored else joint        # a mirror gives the dot to the other side's joint
@@ -174,7 +174,7 @@ def test_picture_and_pose_move_together(W, H, size):
 
 def test_same_draw_with_and_without_flip_is_the_mirror_image():
     image, pose = dotted(3, 300, 200, some_pose(1)), some_pose(1)
-    plain, mirrored = (augment(image, pose, 64, flip=flip) for flip in (False, True))
+    plain, mirrored = (to_square(image, pose, 64, flip=flip) for flip in (False, True))
     assert (mirrored[0] == plain[0][:, ::-1]).all()
     left, right = keypoints.JOINTS.index("wrist_left"), keypoints.JOINTS.index("wrist_right")
     assert mirrored[1][left, 0] == pytest.approx(1 - plain[1][right, 0])
@@ -185,7 +185,7 @@ def test_a_crop_that_needs_no_scaling_copies_pixels_and_keeps_joints_outside():
     image = np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8)
     pose = some_pose(0)
     pose[0], pose[1] = (0.95, 0.5, 1), (0, 0, 0)
-    out, moved = augment(image, pose, 20)
+    out, moved = to_square(image, pose, 20)
     assert (out == image[:, 20:40]).all()
     assert moved[0] == pytest.approx([(0.95 - 1 / 3) * 3, 0.5, 1]) and (moved[1] == 0).all()
 
@@ -463,11 +463,11 @@ def test_caches_of_figures_are_found_by_later_versions_too():
 
 @pytest.mark.parametrize("n, batch_size", [(10, 4), (3, 8), (12, 4)])
 def test_every_picture_appears_once_an_epoch(n, batch_size):
-    row = np.concatenate([order(n, batch_size, 3, k) for k in range(30)])
+    row = np.concatenate([data.step_indices(n, batch_size, 3, k) for k in range(30)])
     epochs = row[:len(row) // n * n].reshape(-1, n)
     assert (np.sort(epochs, 1) == np.arange(n)).all()
     assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
-    assert (row != np.concatenate([order(n, batch_size, 4, k) for k in range(30)])).any()
+    assert (row != np.concatenate([data.step_indices(n, batch_size, 4, k) for k in range(30)])).any()
 
 
 def test_step_k_is_a_function_of_seed_and_k(tmp_path):
@@ -508,9 +508,9 @@ def test_augmentation_mirrors_half_and_crops_within_the_zoom():
 def test_a_small_picture_is_not_cropped_to_be_blown_up_again():
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     for seed in range(20):
-        image, pose = augment(picture, some_pose(1), 16, np.random.default_rng(seed), (0.5, 1.0))
+        image, pose = to_square(picture, some_pose(1), 16, np.random.default_rng(seed), (0.5, 1.0))
         assert np.array_equal(image, picture) and np.allclose(pose, some_pose(1))
-        image, pose = augment(picture, some_pose(1), 12, np.random.default_rng(seed), (0.5, 1.0))
+        image, pose = to_square(picture, some_pose(1), 12, np.random.default_rng(seed), (0.5, 1.0))
         grown = np.ptp(pose[:, 0]) / np.ptp(some_pose(1)[:, 0])
         assert 1 <= grown + 1e-5 and grown <= 16 / 12 + 1e-5
 
@@ -567,7 +567,7 @@ def test_rows_are_the_pictures_and_their_mirror_images(tmp_path):
     latents, poses = cache.rows(torch.arange(22))
     for i in range(11):
         for row, flip in ((2 * i, False), (2 * i + 1, True)):
-            image, pose = augment(*ds.source(i), 16, flip=flip)
+            image, pose = to_square(*ds.source(i), 16, flip=flip)
             with torch.no_grad():
                 truth = encode(data.to_tensor(image)[None])[0].half().float()
             assert torch.allclose(latents[row], truth, atol=2e-3) and np.allclose(poses[row], pose, atol=1e-6)

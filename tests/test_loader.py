@@ -19,7 +19,7 @@ from PIL import Image
 from test_data import Numbered, centroid, dotted, folder, some_pose, watchful  # noqa: F401  (watchful is a fixture)
 
 import data
-from data import DataError, InMemory, LatentCache, PoseFolder, augment, batches, latent_batch
+from data import DataError, InMemory, LatentCache, PoseFolder, batches, latent_batch, to_square
 
 # ------------------------------------------------------------------------------------------- reduced JPEGs
 
@@ -39,7 +39,7 @@ def test_joints_stay_on_their_pixels_in_a_jpeg_that_is_decoded_reduced(tmp_path,
         picture.save(file, "JPEG", quality=95, exif=exif)
         reduced = data.read_picture(file, at_least=128)
         assert 128 <= min(reduced.size) < 256 and abs(reduced.width * H / W - reduced.height) < 2
-        image, moved = augment(reduced, pose, 64)
+        image, moved = to_square(reduced, pose, 64)
         if (np.abs(moved[joint, :2] - 0.5) < 0.42).all():
             assert np.abs(moved[joint, :2] * 64 - centroid(image)).max() < 0.08     # without care 0.4 pixels
             checked += 1
@@ -51,9 +51,9 @@ def test_a_jpeg_that_is_decoded_reduced_looks_as_if_it_had_been_decoded_whole(tm
     coarse = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((1024, 1024), Image.BICUBIC)
     grain = rng.normal(0, 8, (1024, 1024, 3))               # of a camera
     Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-    whole = augment(data.read_picture(file), some_pose(0), 128)[0].astype(int)
+    whole = to_square(data.read_picture(file), some_pose(0), 128)[0].astype(int)
     reduced = data.read_picture(file, at_least=256)
-    error = np.abs(augment(reduced, some_pose(0), 128)[0] - whole)
+    error = np.abs(to_square(reduced, some_pose(0), 128)[0] - whole)
     assert reduced.size == (256, 256) and error.mean() < 0.6 and error.max() <= 8       # of 255
 
 
@@ -61,7 +61,8 @@ def test_a_jpeg_that_is_decoded_reduced_looks_as_if_it_had_been_decoded_whole(tm
 
 def test_the_shares_of_all_ranks_are_the_batch_of_one_process(tmp_path):
     ds = PoseFolder(folder(tmp_path, 200, size=(30, 24)), 16)
-    Path(ds.paths[int(data.order(200, 12, 5, 3)[7])]).write_bytes(b"not a picture")    # one of them needs another
+    bad = data.step_indices(200, 12, 5, 3)[7]
+    Path(ds.paths[bad]).write_bytes(b"not a picture")           # one of them needs another
     for world, workers in ((2, 0), (3, 2), (4, 0)):
         how = {"seed": 5, "start": 1, "stop": 6, "augment": True}
         shares = [list(batches(ds, 12, **how, rank=r, world=world, workers=workers)) for r in range(world)]
@@ -104,7 +105,7 @@ def test_the_run_goes_on_where_a_worker_was_killed_and_says_so(capsys, pause):
 def test_pictures_that_vanish_or_are_cut_while_it_runs_are_named_and_left_out(tmp_path, capsys, workers):
     ds = PoseFolder(folder(tmp_path, 300), 12)
     sound = [data.to_tensor(ds[i][0]) for i in range(300)]
-    gone, cut = (int(data.order(300, 10, 0, k)[0]) for k in (25, 28))
+    gone, cut = (int(data.step_indices(300, 10, 0, k)[0]) for k in (25, 28))
     for k, (images, _, indices) in enumerate(batches(ds, 10, seed=0, start=0, stop=60, workers=workers)):   # 2 epochs
         assert torch.equal(images, torch.stack([sound[i] for i in indices.tolist()])) and len(images) == 10
         if k == 4:
@@ -423,4 +424,4 @@ def test_poses_are_mapped_and_rows_are_copies(tmp_path):
 def test_one_memory_serves_all_ranks_alike():
     ds = InMemory(Numbered(10))
     parts = [next(batches(ds, 4, seed=0, start=0, stop=1, rank=r, world=2))[2] for r in (0, 1)]
-    assert torch.cat(parts).tolist() == data.order(10, 4, 0, 0).tolist()
+    assert torch.cat(parts).tolist() == data.step_indices(10, 4, 0, 0).tolist()
