@@ -1228,8 +1228,9 @@ class Steps(Dataset):
                 images.append(image), poses.append(pose), indices.append(i)
                 break
         S = self.ds.size
-        return (torch.from_numpy(np.array(images, np.uint8).reshape(-1, S, S, 3)),
-                torch.from_numpy(np.array(poses, np.float32).reshape(-1, 17, 3)), torch.tensor(indices), broken)
+        images = np.array(images, np.uint8).reshape(-1, S, S, 3)
+        poses = np.array(poses, np.float32).reshape(-1, *NO_POSE.shape)
+        return torch.from_numpy(images), torch.from_numpy(poses), torch.tensor(indices), broken
 
     def _load(self, i: int, k: int, j: int):
         if self.zoom is None:
@@ -1560,7 +1561,7 @@ class LatentCache:
                 raise DataError(f"{self.json.parent}: the latents need {need / 2**30:.1f} GiB and "
                                 f"{free / 2**30:.1f} are free")
         h = h.half().contiguous().numpy()                   # an encoder may leave its channels last
-        pose = np.stack([pose, keypoints.flip(pose)], 1).reshape(-1, 17, 3).astype(np.float32)
+        pose = np.stack([pose, keypoints.flip(pose)], 1).reshape(-1, *NO_POSE.shape).astype(np.float32)
         crc = np.array([_crc_of_row(*row) for row in zip(h, pose, strict=True)], np.uint32)
         for file, part in zip(files, (h, pose, crc), strict=True):
             file.write(part)
@@ -1609,7 +1610,7 @@ class LatentCache:
 
 def _row_shapes(about: dict) -> list[tuple[int, ...]]:
     """Of one row in each file of a cache."""
-    return [tuple(about["shape"]), (17, 3), ()]
+    return [tuple(about["shape"]), NO_POSE.shape, ()]
 
 
 def _file_sizes(about: dict) -> list[int]:
@@ -1780,7 +1781,8 @@ SHOW_LIMB = 50                  # people who do, before any is too long; of 16 f
 OUT_OF_DOUBT = 0.5              # of a usual width: less may be a body seen from the side
 FEWEST = 10                     # people, before anything is said about all of them
 FACING_LEAST = 0.35             # the share of people who face the viewer; figures 0.7, game renders 0.85
-CENTRE_LINES = {"eyes": (1, 2), "ears": (3, 4), "shoulders": (5, 6), "hips": (11, 12)}      # left, right
+CENTRE_LINES = {f"{name}s": [keypoints.JOINTS.index(f"{name}_{side}") for side in SIDES]
+                for name in ("eye", "ear", "shoulder", "hip")}
 KINDS = {                       # worst first: what is printed of each
     "broken": "cannot be used",
     "orphan": "keypoint files without a picture, or pictures that no COCO json names",
@@ -2049,8 +2051,9 @@ def measure(rows: np.ndarray) -> Bodies:
     usual = _positive(_quantile(length / size[:, None], 0.5, 0))
     size = _positive(_quantile(length / usual, 0.75, 1))
     size[np.isfinite(length).sum(1) < LEAST_LIMBS] = np.nan
-    torso = (xy[:, 11] + xy[:, 12] - xy[:, 5] - xy[:, 6]) / 2
-    neck = (xy[:, 5] + xy[:, 6]) / 2 - xy[:, 0]                     # where the hips are out of the picture
+    hips, shoulders = (xy[:, CENTRE_LINES[name]].mean(1) for name in ("hips", "shoulders"))
+    torso = hips - shoulders
+    neck = shoulders - xy[:, keypoints.JOINTS.index("nose")]        # where the hips are out of the picture
     down = np.where(np.isnan(torso), neck, torso)
     down = down / _positive(np.linalg.norm(down, axis=1, keepdims=True))
     wide = np.stack([xy[:, left] - xy[:, right] for left, right in CENTRE_LINES.values()], 1)       # [N,4,2]
