@@ -1,4 +1,4 @@
-"""Pictures and poses in, batches out: image float [B,3,S,S] in [-1,1], pose float [B,17,3] = (x, y, visible) in [0,1].
+"""Pictures and poses in, batches out: images float [B, 3, S, S] in [-1, 1], poses float [B, 17, 3] = (x, y, visible).
 
 PoseFolder reads a person's own pictures, Figures draws people so that nothing has to be downloaded, LatentCache
 keeps what the autoencoder makes of them. Whatever crops, scales or flips a picture moves its joints too (upstream's
@@ -46,8 +46,8 @@ NO_POSE = np.zeros((len(keypoints.JOINTS), 3))      # every joint missing
 BROKEN_LIMIT = 0.01             # share of pictures that may be unusable before we stop
 LOOKED_FOR = 100                # pictures of a COCO json, to find the folder that they are in
 FIGURES_VERSION = 1             # raise it when a figure's pixels change: cached latents are then made anew
-REMEMBER_BYTES = 2 << 30
-CACHE_VERSION = 2
+REMEMBER_BYTES = 2 << 30        # of decoded pictures in RAM
+CACHE_VERSION = 2               # raise it when the files of a latent cache change: they are then made anew
 RECORD_SECONDS = 10             # of filling a latent cache that a kill may cost
 FLOAT16_MAX = 65504.0
 ORDER_STREAM, AUGMENT_STREAM, MIRROR_STREAM = 1, 2, 3      # first word of a random seed, so that they never coincide
@@ -60,13 +60,13 @@ class DataError(ValueError):
 # ---------------------------------------------------------------------------------------------- pixels
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """uint8 [H,W,3] or [B,H,W,3] -> float32 [3,H,W] or [B,3,H,W] in [-1,1]."""
+    """uint8 [H, W, 3] or [B, H, W, 3] -> float32 [3, H, W] or [B, 3, H, W] in [-1, 1]."""
     planes = torch.as_tensor(image).movedim(-1, -3).contiguous()    # while they are bytes: four times less to move
     return planes.float().div_(127.5).sub_(1)
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """[3,H,W] or [B,3,H,W] in [-1,1] -> uint8 [H,W,3] or [B,H,W,3]; values outside are clipped."""
+    """[3, H, W] or [B, 3, H, W] in [-1, 1] -> uint8 [H, W, 3] or [B, H, W, 3]; values outside are clipped."""
     x = x.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
     return x.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 
@@ -110,7 +110,7 @@ def read_picture(path: str | Path, at_least: int | None = None) -> Image.Image:
 
 def to_square(
     image: Image.Image | np.ndarray,            # any size
-    pose: np.ndarray,                           # [17,3], normalised to that picture
+    pose: np.ndarray,                           # [17, 3], normalised to that picture
     size: int,                                  # side of the square that comes out
     rng: np.random.Generator | None = None,     # None: the centre crop of the whole short side
     zoom: tuple[float, float] = (1.0, 1.0),     # range of the crop's side as a share of the short side, but not so
@@ -119,7 +119,7 @@ def to_square(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Crop, resize, mirror: the one place where a picture changes its geometry, and its pose with it.
 
-    Returns uint8 [size,size,3] and float32 [17,3]; joints that the crop leaves outside keep their values outside [0,1].
+    Returns uint8 [size, size, 3] and float32 [17, 3]; joints that the crop leaves outside keep values outside [0, 1].
     """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(np.asarray(image))
@@ -153,7 +153,7 @@ class Pictures(Dataset):
     skipped: Sequence[str] = ()     # files of pictures without a person
 
     def source(self, i: int) -> tuple[Image.Image | np.ndarray, np.ndarray]:
-        """The whole picture i, before any crop, and its pose [17,3]."""
+        """The whole picture i, before any crop, and its pose [17, 3]."""
         raise NotImplementedError
 
     @property
@@ -180,7 +180,7 @@ class Pictures(Dataset):
         return hashlib.sha256(repr(words).encode()).hexdigest()
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Picture i in centre geometry: uint8 [size,size,3], float32 [17,3]."""
+        """Picture i in centre geometry: uint8 [size, size, 3], float32 [17, 3]."""
         return to_square(*self.source(i), self.size)
 
 
@@ -208,7 +208,7 @@ class PoseFolder(Pictures):
         self.coco: tuple[Path, Path] | None = None      # the json and the folder its names start from, if it is COCO
         self.list: Path | None = None                   # the list, if it is one
         self.paths: list[str] = []          # picture i
-        self.poses: list = []               # its keypoint file, or its pose [17,3]
+        self.poses: list = []               # its keypoint file, or its pose [17, 3]
         root = Path(root)
         if not root.exists():
             raise DataError(f"{root}: there is no such file or folder")
@@ -307,7 +307,7 @@ class PoseFolder(Pictures):
         return self.paths[i]
 
     def pose(self, i: int) -> np.ndarray:
-        """[17,3], normalised to the whole picture."""
+        """[17, 3], normalised to the whole picture."""
         if not isinstance(self.poses[i], str):
             return self.poses[i]
         try:
@@ -464,6 +464,7 @@ def lister() -> Callable[[str], set[str]]:
 
 
 def find_pictures(folder: Path) -> list[str]:
+    """The pictures in a folder and those below it, by name; DataError where there are none."""
     if not folder.is_dir():
         raise DataError(f"{folder}: there is no such folder; pictures go there")
     found = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names
@@ -497,6 +498,7 @@ def is_coco(path: Path) -> bool:
 
 
 def has_pictures(root: Path) -> bool:
+    """Is there a picture right in `root` or in its images/?"""
     return any(p.suffix.lower() in SUFFIXES for folder in (root, root / "images") if folder.is_dir()
                for p in folder.iterdir())
 
@@ -1187,6 +1189,7 @@ class Figures(Pictures):
 
 @lru_cache(maxsize=8)
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The numbers 0..n-1 in the order of this epoch."""
     return np.random.default_rng((ORDER_STREAM, seed, epoch)).permutation(n)
 
 
@@ -1200,14 +1203,14 @@ class Steps(Dataset):
     """Step k as one item: a DataLoader over range(start, stop) then has no state to save.
 
     With a seed: shuffled epochs, a broken picture gives way to the next one. Without: pictures in order, broken ones
-    dropped. An item is (images uint8 [B,S,S,3], poses [B,17,3], indices [B], {file: reason} of the broken).
+    dropped. An item is (images uint8 [B, S, S, 3], poses [B, 17, 3], indices [B], {file: reason} of the broken).
     """
 
     def __init__(self, ds: Pictures, batch_size: int, seed: int | None = None, zoom: tuple | None = None,
                  places: slice = slice(None)):          # of the batch: those that this process makes
         self.ds, self.batch_size, self.seed, self.zoom, self.places = ds, batch_size, seed, zoom, places
 
-    def __getitem__(self, k: int):
+    def __getitem__(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, str]]:
         n, images, poses, indices, broken = len(self.ds), [], [], [], {}
         if self.seed is None:
             wanted, tries = range(k * self.batch_size, min(n, (k + 1) * self.batch_size)), 1
@@ -1232,7 +1235,7 @@ class Steps(Dataset):
         poses = np.array(poses, np.float32).reshape(-1, *NO_POSE.shape)
         return torch.from_numpy(images), torch.from_numpy(poses), torch.tensor(indices), broken
 
-    def _load(self, i: int, k: int, j: int):
+    def _load(self, i: int, k: int, j: int) -> tuple[np.ndarray, np.ndarray]:
         if self.zoom is None:
             return self.ds[i]
         rng = np.random.default_rng((AUGMENT_STREAM, self.seed, k, j))
@@ -1318,7 +1321,7 @@ def batches(
     rank: int = 0,                      # of several processes that share each batch, this one
     world: int = 1,                     # how many they are; it divides batch_size, which is that of all together
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields (images [B/world,3,S,S] in [-1,1], poses [B/world,17,3], indices [B/world]) for steps start..stop-1.
+    """Yields (images [B/world, 3, S, S] in [-1, 1], poses [B/world, 17, 3], indices [B/world]) for steps start..stop-1.
 
     Step k depends on (seed, k) alone: order, crop and mirror are drawn from it, so a resumed run repeats the
     uninterrupted one, and the shares of all ranks together are the batch that one process would make. Raises DataError
@@ -1386,14 +1389,14 @@ def spread(ds: Pictures, limit: int) -> Pictures:
 
 
 def numbered(ds: Pictures, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Batches (images [B,3,S,S] in [-1,1], poses [B,17,3], indices [B]) of all pictures in order, but broken ones."""
+    """Batches (images [B, 3, S, S] in [-1, 1], poses [B, 17, 3], indices [B]) of all sound pictures, in order."""
     for images, poses, indices in load(Steps(ds, batch_size), range(-(-len(ds) // batch_size)), 0, "cpu"):
         if len(images):
             yield to_tensor(images), poses, indices
 
 
 def in_order(ds: Pictures, batch_size: int, limit: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches (images [B,3,S,S] in [-1,1], poses [B,17,3]) of at most `limit` pictures, spread evenly over ds."""
+    """Batches (images [B, 3, S, S] in [-1, 1], poses [B, 17, 3]) of at most `limit` pictures, spread evenly over ds."""
     for images, poses, _ in numbered(spread(ds, limit), batch_size):
         yield images, poses
 
@@ -1438,8 +1441,8 @@ class LatentCache:
     """Every picture and its mirror image as the encoder sees them, on disk: stage 2 then decodes and encodes nothing.
 
     Row 2i is picture i in centre geometry, row 2i+1 its mirror image with left and right joints swapped; broken
-    pictures have no rows. Three bare arrays, mapped and not loaded: `latents` float16 [2N,C,h,w], `poses` float32
-    [2N,17,3] and `crc` uint32 [2N], by which rows() knows damage; and a json. The files are named after `key` and the
+    pictures have no rows. Three bare arrays, mapped and not loaded: `latents` float16 [2N, C, h, w], `poses` float32
+    [2N, 17, 3] and `crc` uint32 [2N], by which rows() knows damage; and a json. The files are named after `key` and the
     dataset's fingerprint, so latents of another model or other pictures are never taken.
 
     While it is filled the json has .tmp at its end and tells what is safely on disk: after a kill, filling goes on from
@@ -1453,7 +1456,7 @@ class LatentCache:
         folder: str | Path,
         key: str,                           # whatever identifies the encoder, such as a hash of its weights
         ds: Pictures,
-        encode: Callable,                   # images [B,3,S,S] in [-1,1] -> h [B,C,h,w]
+        encode: Callable,                   # images [B, 3, S, S] in [-1, 1] -> h [B, C, h, w]
         batch_size: int = 32,
         device: str | torch.device = "cpu",
         workers: int = 0,
@@ -1512,7 +1515,7 @@ class LatentCache:
         for file in (self.json, self.record, *self.files):      # not cut to nothing: some process may have them mapped
             file.unlink(missing_ok=True)
         return {"batch_size": batch_size, "batches": 0,         # of pictures looked at
-                "rows": 0, "shape": None,                       # on disk; [C,h,w] of each
+                "rows": 0, "shape": None,                       # on disk; [C, h, w] of each
                 "sum": 0.0, "squares": 0.0,                     # of the latents, by channel
                 "crc": [0, 0],                                  # CRC-32 of the other two files
                 "broken": {}}                                   # picture: reason
@@ -1549,9 +1552,9 @@ class LatentCache:
         os.replace(self.record, self.json)
 
     def _append(self, files: list, about: dict, x: torch.Tensor, pose: np.ndarray, encode: Callable, n: int) -> None:
-        """Writes the rows of pictures x [B,3,S,S], of n in all, and counts them in `about`."""
+        """Writes the rows of pictures x [B, 3, S, S], of n in all, and counts them in `about`."""
         with torch.no_grad():
-            h = torch.stack([encode(x), encode(x.flip(-1))], 1).flatten(0, 1).float().cpu()     # [2B,C,h,w]
+            h = torch.stack([encode(x), encode(x.flip(-1))], 1).flatten(0, 1).float().cpu()     # [2B, C, h, w]
         if not h.abs().max() <= FLOAT16_MAX:
             raise ValueError(f"latents up to {h.abs().max()} do not fit float16; is the autoencoder trained?")
         if about["shape"] is None:
@@ -1585,7 +1588,7 @@ class LatentCache:
         return self.n
 
     def rows(self, idx) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents float32 [B,C,h,w] as the encoder gave them (not normalised), and poses [B,17,3], of the rows [B].
+        """Latents float32 [B, C, h, w] as the encoder gave them (not normalised), and poses [B, 17, 3], of rows [B].
 
         DataError where they are not what was written: the cache is then given up, and made anew the next time.
         """
@@ -1659,7 +1662,7 @@ def latent_batch(
 
 def save_grid(
     path: str | Path,
-    rows: list[list[np.ndarray | None]],    # uint8 [H,W,3] each; None leaves the place empty
+    rows: list[list[np.ndarray | None]],    # uint8 [H, W, 3] each; None leaves the place empty
     columns: list[str] = (),                # a heading over each column
     labels: list[str] = (),                 # a label left of each row
     captions: list[list[str]] = (),         # a line under each picture
@@ -1739,7 +1742,7 @@ def save_picture(path: str | Path, picture: Image.Image | np.ndarray, words: dic
 
 
 def save_animation(path: str | Path, frames: list[np.ndarray], fps: float) -> None:
-    """Frames uint8 [H,W,3] as an endless .gif (256 colours a frame) or .webp (exact), small ones enlarged as in a grid.
+    """Frames uint8 [H, W, 3] as an endless .gif (256 colours a frame) or .webp (exact), enlarged as in a grid.
 
     A GIF counts in hundredths of a second: each frame ends at the one nearest to its time, so that none is gained.
     """
@@ -1801,6 +1804,7 @@ DENSITY = 10_000                # skeletons in it: more would look the same
 
 
 class Suspect(NamedTuple):
+    """Something to look at."""
     kind: str                   # one of KINDS
     score: float                # the higher the worse, within its kind
     file: str
@@ -1821,7 +1825,7 @@ class Checked(NamedTuple):
 # What is taken from one picture.
 
 def find_bars(pixels: np.ndarray) -> tuple[int, int, int, int]:
-    """uint8 [H,W,3] -> (x0, y0, x1, y1) between the letterbox bars, the whole picture where it has none.
+    """uint8 [H, W, 3] -> (x0, y0, x1, y1) between the letterbox bars, the whole picture where it has none.
 
     Bars are of one colour, come in pairs of about the same width and end in a straight line: right behind it, nearly
     all pixels differ. A flat background ends where somebody stands, one pixel here and another there.
@@ -1833,7 +1837,7 @@ def find_bars(pixels: np.ndarray) -> tuple[int, int, int, int]:
             break
     else:
         return 0, 0, W, H
-    ink = _differs(pixels, colour)                                                  # [H,W]
+    ink = _differs(pixels, colour)                                                  # [H, W]
     (x0, x1), (y0, y1) = (_pair_of_bars(ink.mean(axis) > BAR_STRAY) for axis in (0, 1))
     part = ink[y0:y1, x0:x1]
     edges = [_sharp_edge(lines, n) if at not in (0, n) else 0 for lines, at, n in (
@@ -1924,7 +1928,7 @@ def examine(ds: Pictures, workers: int) -> tuple[np.ndarray, dict[int, str]]:
 # The same picture twice.
 
 def find_copies(hashes: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
-    """uint64 [N,2], uint8 [N,16,16] -> int [N]: the first picture of i's group, in which each has a copy.
+    """uint64 [N, 2], uint8 [N, 16, 16] -> int [N]: the first picture of i's group, in which each has a copy.
 
     A group may be a chain: the last frame of a fade is in the group of the first and looks nothing like it. The hash
     is cut into BANDS parts; copies agree in one at least. Pictures are sorted by a part and by brightness, and each is
@@ -1944,7 +1948,7 @@ def find_copies(hashes: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
     cells = thumbs[keep].reshape(M, THUMB, THUMB)
     cells = np.concatenate([cells, cells[..., ::-1]])
     ends = np.concatenate([f(axis=k) for f in (cells.min, cells.max) for k in (1, 2)], 1)   # apart no more than cells
-    bits = np.unpackbits(code[:, None].view(np.uint8), axis=1)      # [2M,64]
+    bits = np.unpackbits(code[:, None].view(np.uint8), axis=1)      # [2M, 64]
     bar = tqdm(total=BANDS * WINDOW, desc="comparing", unit="lag", dynamic_ncols=True, disable=None, delay=1)
     for band in range(BANDS):                                       # every 4th bit: a part sees all of the picture
         part = np.packbits(bits[:, band::BANDS], axis=1).view(np.uint16).ravel()
@@ -1974,7 +1978,7 @@ def find_copies(hashes: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
 
 
 def _look_alike(a: np.ndarray, b: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """bool [n] of thumbnails uint8 [n,256]: is a the same picture as b, or as its mirror image where `mirrored`?"""
+    """bool [n] of thumbnails uint8 [n, 256]: is a the same picture as b, or as its mirror image where `mirrored`?"""
     b = b.reshape(-1, THUMB, THUMB)
     b = np.where(mirrored[:, None, None], b[..., ::-1], b).reshape(a.shape)
     apart = np.maximum(a, b) - np.minimum(a, b)
@@ -2030,9 +2034,9 @@ def copies(checked: Checked) -> list[Suspect]:
 
 class Bodies(NamedTuple):
     """N poses in the person's own size, so that children, close-ups and chibis compare; NaN: joints are missing."""
-    limbs: np.ndarray           # [N,16] length of each of keypoints.LIMBS over its usual length
-    torso: np.ndarray           # [N,2] from the shoulders to the hips, in pixels
-    facing: np.ndarray          # [N,4] of CENTRE_LINES: signed width, 1 as wide as usual, negative seen from behind
+    limbs: np.ndarray           # [N, 16] length of each of keypoints.LIMBS over its usual length
+    torso: np.ndarray           # [N, 2] from the shoulders to the hips, in pixels
+    facing: np.ndarray          # [N, 4] of CENTRE_LINES: signed width, 1 as wide as usual, negative seen from behind
 
 
 def _quantile(x: np.ndarray, q: float, axis: int) -> np.ndarray:
@@ -2044,9 +2048,9 @@ def _quantile(x: np.ndarray, q: float, axis: int) -> np.ndarray:
 def measure(rows: np.ndarray) -> Bodies:
     """RECORD [N] -> Bodies. Foreshortening only ever shortens, so a person is as large as the longer limbs say."""
     pose = rows["pose"].astype(np.float64)
-    xy = np.where(pose[..., 2:] > 0, pose[..., :2] * rows["size"][:, None], np.nan)                 # [N,17,2] pixels
+    xy = np.where(pose[..., 2:] > 0, pose[..., :2] * rows["size"][:, None], np.nan)                 # [N, 17, 2] pixels
     a, b = np.array(keypoints.LIMBS).T
-    length = np.linalg.norm(xy[:, a] - xy[:, b], axis=-1)                                           # [N,16]
+    length = np.linalg.norm(xy[:, a] - xy[:, b], axis=-1)                                           # [N, 16]
     size = _positive(_quantile(length, 0.75, 1))                    # a first guess, by the long limbs
     usual = _positive(_quantile(length / size[:, None], 0.5, 0))
     size = _positive(_quantile(length / usual, 0.75, 1))
@@ -2056,7 +2060,7 @@ def measure(rows: np.ndarray) -> Bodies:
     neck = shoulders - xy[:, keypoints.JOINTS.index("nose")]        # where the hips are out of the picture
     down = np.where(np.isnan(torso), neck, torso)
     down = down / _positive(np.linalg.norm(down, axis=1, keepdims=True))
-    wide = np.stack([xy[:, left] - xy[:, right] for left, right in CENTRE_LINES.values()], 1)       # [N,4,2]
+    wide = np.stack([xy[:, left] - xy[:, right] for left, right in CENTRE_LINES.values()], 1)       # [N, 4, 2]
     facing = (wide[..., 0] * down[:, None, 1] - wide[..., 1] * down[:, None, 0]) / size[:, None]
     return Bodies(length / size[:, None] / usual, torso, facing / _positive(_quantile(np.abs(facing), 0.5, 0)))
 
@@ -2112,7 +2116,7 @@ def odd_poses(checked: Checked) -> tuple[list[Suspect], dict[str, str], dict]:
 
 
 def visible(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[N,17,3] -> bool [N,17] twice: the joints that are not missing, and those of them outside the picture."""
+    """[N, 17, 3] -> bool [N, 17] twice: the joints that are not missing, and those of them outside the picture."""
     seen = poses[..., 2] > 0
     return seen, seen & ~keypoints.on_canvas(poses)
 
@@ -2161,6 +2165,7 @@ def orphans(*datasets: Pictures | None) -> list[Suspect]:
 
 
 def barred(checked: Checked) -> list[Suspect]:
+    """Pictures with letterbox bars, those that lose the most to them being the worst."""
     found = []
     for i in np.flatnonzero(checked.rows["sound"]).tolist():
         (W, H), (x0, y0, x1, y1) = (checked.rows[key][i].tolist() for key in ("size", "inner"))
@@ -2248,7 +2253,7 @@ def _cut_seed_pose(path: str, to: Path, box: tuple[float, ...] | None) -> None:
     if not box:
         shutil.copyfile(path, to)
         return
-    pose = keypoints.crop(keypoints.read_seed(path), box)[:, 1::-1] * keypoints.SEED_CANVAS         # [17,2] row, col
+    pose = keypoints.crop(keypoints.read_seed(path), box)[:, 1::-1] * keypoints.SEED_CANVAS         # [17, 2] row, col
     joints = dict(zip(keypoints.JOINTS, pose.tolist(), strict=True))
     to.write_text(json.dumps(keypoints.read_json(path) | joints))
 
@@ -2304,7 +2309,7 @@ def _cut_annotation(told: dict, x0: float, y0: float, x1: float, y1: float) -> N
 # What is written and printed.
 
 def framed(checked: Checked, i: int, side: int) -> np.ndarray:
-    """Picture i of the datasets on a square, nothing cut off, its skeleton drawn over: uint8 [side,side,3]."""
+    """Picture i of the datasets on a square, nothing cut off, its skeleton drawn over: uint8 [side, side, 3]."""
     n = len(checked.train)
     ds, i = (checked.train, i) if i < n else (checked.val, i - n)
     image, pose = ds.source(i)
@@ -2373,12 +2378,12 @@ def _plain(text: str, most: int) -> str:
 
 
 def _draw_density(ax, poses: np.ndarray) -> None:
-    """Skeletons [N,17,3] as a 2-D histogram of points along their limbs, the picture's border drawn in."""
+    """Skeletons [N, 17, 3] as a 2-D histogram of points along their limbs, the picture's border drawn in."""
     poses = poses[evenly(len(poses), DENSITY)]
     seen, _ = visible(poses)
     along, counts = np.linspace(0, 1, 24)[:, None], np.zeros((96, 96))
     for a, b in keypoints.LIMBS:
-        ends = poses[seen[:, a] & seen[:, b]][:, [a, b], None, :2]                                      # [n,2,1,2]
+        ends = poses[seen[:, a] & seen[:, b]][:, [a, b], None, :2]                                      # [n, 2, 1, 2]
         x, y = (ends[:, 0] * (1 - along) + ends[:, 1] * along).reshape(-1, 2).T
         counts += np.histogram2d(y, x, bins=96, range=((-0.1, 1.1), (-0.1, 1.1)))[0]
     ax.imshow(np.sqrt(counts), cmap="magma", extent=(-0.1, 1.1, 1.1, -0.1), interpolation="bilinear")
@@ -2557,6 +2562,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Checks what the command line names; returns the exit status, after one sentence where something is wrong."""
     args = parse_args(argv)
     try:
         return check(args)
