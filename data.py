@@ -150,6 +150,7 @@ class Pictures(Dataset):
     seed: int = 0
     limit = 1.0                     # share of pictures that may be broken
     broken: dict[str, str] = {}     # file known to be unusable -> why
+    unlisted: int = 0               # how many of them len() does not count
     skipped: Sequence[str] = ()     # files of pictures without a person
 
     def source(self, i: int) -> tuple[Image.Image | np.ndarray, np.ndarray]:
@@ -164,7 +165,7 @@ class Pictures(Dataset):
     @property
     def total(self) -> int:
         """How many pictures there are, broken ones too."""
-        return len(self)
+        return len(self) + self.unlisted
 
     def name(self, i: int) -> str:
         """The file of picture i, or the word figure and its number."""
@@ -225,7 +226,7 @@ class PoseFolder(Pictures):
         else:
             self._read_coco(find_coco(root), [root])
         self.names = [os.path.relpath(p, self.root).replace(os.sep, "/") for p in self.paths]
-        self.unpaired = len(self.broken)    # pictures that are not among the paths
+        self.unlisted = len(self.broken)
         self.note({})
         if not self.total:
             raise DataError(f"{root}: no picture{'' if poseless else ' with a pose'} in it")
@@ -298,10 +299,6 @@ class PoseFolder(Pictures):
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    @property
-    def total(self) -> int:
-        return len(self.paths) + self.unpaired
 
     def name(self, i: int) -> str:
         return self.paths[i]
@@ -378,35 +375,23 @@ class Part(Pictures):
         return hashlib.sha256(f"Part {self.ds.fingerprint()} {self.indices}".encode()).hexdigest()
 
 
-class InMemory(Pictures):
-    """ds, with each decoded or drawn picture remembered until `budget` bytes are full. One memory a process: for
+class InMemory(Part):
+    """All of ds, each decoded or drawn picture remembered until `budget` bytes are full. One memory a process: for
     loading without workers. Changes no pixel."""
 
     def __init__(self, ds: Pictures, budget: int = REMEMBER_BYTES):
-        self.ds, self.size, self.free, self.memory = ds, ds.size, budget, {}
-
-    @property
-    def base(self) -> Pictures:
-        return self.ds.base
-
-    def __len__(self) -> int:
-        return len(self.ds)
+        super().__init__(ds, range(len(ds)))
+        self.free, self.memory = budget, {}
 
     def source(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         if i not in self.memory:
-            image, pose = self.ds.source(i)
+            image, pose = super().source(i)
             image = np.asarray(image)
             if image.nbytes > self.free:
                 return image, pose
             self.free -= image.nbytes
             self.memory[i] = image, pose
         return self.memory[i]
-
-    def name(self, i: int) -> str:
-        return self.ds.name(i)
-
-    def groups(self) -> list[str]:
-        return self.ds.groups()
 
     def fingerprint(self) -> str:
         return self.ds.fingerprint()
@@ -2312,8 +2297,7 @@ def framed(checked: Checked, i: int, side: int) -> np.ndarray:
     """Picture i of the datasets on a square, nothing cut off, its skeleton drawn over: uint8 [side, side, 3]."""
     n = len(checked.train)
     ds, i = (checked.train, i) if i < n else (checked.val, i - n)
-    image, pose = ds.source(i)
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image, pose = whole(ds, i)
     return keypoints.draw(keypoints.fit(pose, image.size, "letterbox"), side,
                           np.asarray(ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, color="white")))
 

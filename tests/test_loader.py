@@ -249,7 +249,7 @@ def test_of_two_processes_one_fills_and_when_it_is_killed_the_other_goes_on(tmp_
 
 def test_who_waited_for_a_cache_takes_it_as_it_is(tmp_path, whole):
     root, wanted = whole
-    first = start(root, str(tmp_path), "a", 0.02)
+    first = start(root, str(tmp_path), "a", 0.1)            # so slow that the others, once they started, have to wait
     wait_for(lambda: batches_on_record(tmp_path) >= 1, first)
     others = [start(root, str(tmp_path)) for _ in range(2)]
     assert all("waiting for it" in other.stderr.readline() for other in others)
