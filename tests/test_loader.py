@@ -233,7 +233,7 @@ def test_a_killed_filling_goes_on_to_the_same_bytes(tmp_path, whole):
 
 def test_of_two_processes_one_fills_and_when_it_is_killed_the_other_goes_on(tmp_path, whole):
     root, wanted = whole
-    first = start(root, str(tmp_path), "a", 0.1)
+    first = start(root, str(tmp_path), "a", 0.3)            # so slow that it has not ended before it is killed
     wait_for(lambda: batches_on_record(tmp_path) >= 1, first)
     second = start(root, str(tmp_path))
     assert "another run is filling this cache; waiting" in second.stderr.readline()
