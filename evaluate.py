@@ -811,14 +811,14 @@ def find_reader(spec: str, pictures: data.Pictures, device: str = "cpu",
     """The reader of the training `pictures` of --data `spec`: the cached one if it learnt from just these, or new; of
     toy figures the one that ships."""
     side = reader_side(pictures)
-    about = {"version": READER_VERSION, "pictures": data.fingerprint(pictures), "side": side, "steps": steps}
+    about = {"version": READER_VERSION, "pictures": pictures.fingerprint(), "side": side, "steps": steps}
     path = reader_path(spec, about)
     if path.is_file() and (reader := kept_reader(path, about)):
         print(f"pose reader {path}, trained before")
         return reader.to(device)
     if not data.is_folder(spec):
         first = data.Figures(data.FIGURES_TRAIN, pictures.size, seed=0)     # who learnt from these reads any number
-        if reader := kept_reader(SHIPPED_READER, about | {"pictures": data.fingerprint(first)}):
+        if reader := kept_reader(SHIPPED_READER, about | {"pictures": first.fingerprint()}):
             print(f"pose reader {os.path.relpath(SHIPPED_READER)}, which ships")
             return reader.to(device)
     reader = train_reader(pictures, device, steps)
@@ -1159,7 +1159,7 @@ def recon_figure(path: str | Path, models: list[VQModel], names: list[str], ds: 
                 continue
             x0, y0, x1, y1 = boxes[row]
             part = image[y0:y1, x0:x1]
-            add(row, part, "" if word else Path(data.picture_name(ds, shown[row][1])).stem)
+            add(row, part, "" if word else Path(ds.name(shown[row][1])).stem)
             for x_hat in x_hats:
                 part_hat = x_hat[row][y0:y1, x0:x1]
                 dB = psnr(data.to_tensor(part_hat)[None], data.to_tensor(part)[None]).item()
@@ -1411,7 +1411,7 @@ def recon(args: argparse.Namespace) -> None:
 def write_recon(out: Path, job: Job, shortlist: Shortlist, report: dict, about: str) -> None:
     """recon.json, the report with the names of the pictures on show, and recon.png."""
     shown = [("typical", index) for index in shortlist.typical()] + [("worst", index) for index in shortlist.worst()]
-    report = report | {word: [data.picture_name(job.ds, index) for w, index in shown if w == word] for word, _ in shown}
+    report = report | {word: [job.ds.name(index) for w, index in shown if w == word] for word, _ in shown}
     (out / "recon.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     recon_figure(out / "recon.png", job.models, job.names, job.ds, shown,
                  f"{about}: around the median PSNR of {job.names[0]}, and the worst. Errors: black 0, white "

@@ -422,7 +422,7 @@ def read_pictures(args: argparse.Namespace) -> list[Image.Image]:
 def encode(ldm: checkpoint.LDM, images: list[Image.Image], size: int) -> Given:
     """The picture, and the mask if there is one, at the model's size; a latent cell is drawn anew where any of its
     pixels is white."""
-    squares = [data.augment(image, data.NO_POSE, size)[0] for image in images]
+    squares = [data.to_square(image, data.NO_POSE, size)[0] for image in images]
     with torch.no_grad():
         z = ldm.encode(data.to_tensor(squares[0])[None].to(ldm.mean.device))
     hole = squares[1].mean(axis=-1) >= 128 if len(squares) > 1 else None

@@ -143,7 +143,7 @@ def test_the_reader_that_ships_reads_any_number_of_figures_and_nothing_else(tmp_
     monkeypatch.setattr(data, "FIGURES_TRAIN", 6)
     torch.manual_seed(0)
     reader = evaluate.PoseReader(64).eval()
-    about = {"version": evaluate.READER_VERSION, "pictures": data.fingerprint(data.Figures(6, 64, seed=0)), "side": 64,
+    about = {"version": evaluate.READER_VERSION, "pictures": data.Figures(6, 64, seed=0).fingerprint(), "side": 64,
              "steps": 1}
     checkpoint.save(tmp_path / "shipped.pt", {"about": about, "reader": {
         name: value.half() if value.is_floating_point() else value for name, value in reader.state_dict().items()}})
