@@ -1673,11 +1673,12 @@ def curves_figure(rows: list[dict], found: dict, distances: dict[str, np.ndarray
     import matplotlib.pyplot as plt
     found_at, keys = evaluations(rows), bin_keys(evaluations(rows)[-1])
     steps = [row["step"] + 1 for row in found_at]
-    fig = plt.figure(figsize=(width / 100, 11), dpi=100, layout="constrained")
-    head, top, middle, bottom = fig.subfigures(4, 1, height_ratios=(0.5 + 0.22 * len(found["reasons"]), 3.2, 3.6, 2.6))
-    words = "\n".join(textwrap.fill(f"- {reason}", width // 8) for reason in found["reasons"])
-    head.text(0.01, 0.95, f"{headline(found)}\n", va="top", fontsize=14, weight="bold")
-    head.text(0.01, 0.6, words, va="top", fontsize=10)
+    lines = [line for reason in found["reasons"] for line in textwrap.wrap(f"- {reason}", width // 8)]
+    heights = 0.5 + 0.18 * len(lines), 3.2, 3.6, 2.6                        # inches
+    fig = plt.figure(figsize=(width / 100, sum(heights)), dpi=100, layout="constrained")
+    head, top, middle, bottom = fig.subfigures(4, 1, height_ratios=heights)
+    head.text(0.01, 1 - 0.05 / heights[0], headline(found), va="top", fontsize=14, weight="bold")
+    head.text(0.01, 1 - 0.4 / heights[0], "\n".join(lines), va="top", fontsize=10)
 
     def curves(ax: object, key: str, title: str) -> None:
         for name, words, colour in (("right", "held-out", "C1"), ("train", "training", "C0")):

@@ -1,8 +1,8 @@
 """Does the verdict of `evaluate.py overfit` hold where the answer is known? Three planted runs of the toy UNet.
 
-    python benchmarks/overfit.py few --vq runs/vq/last.pt --out DIR         200 figures, 120 epochs, "memorising"
-    python benchmarks/overfit.py many --vq runs/vq/last.pt --out DIR         20,000 figures, ten epochs, "good"
-    python benchmarks/overfit.py shuffled --vq runs/vq/last.pt --out DIR     poses permuted in training: "ignored"
+    python benchmarks/overfit.py few --vq assets/toy.pt --out DIR           200 figures, 800 epochs: "memorising"
+    python benchmarks/overfit.py many --vq assets/toy.pt --out DIR          20,000 figures, ten epochs: "good"
+    python benchmarks/overfit.py shuffled --vq assets/toy.pt --out DIR      poses permuted in training: "ignored"
 
 Each trains in DIR/CASE, which a second call resumes, and then prints the verdict beside the one that was planted; its
 exit status is 1 where they differ.
@@ -21,7 +21,7 @@ import train  # noqa: E402
 
 # figures, steps, batch size, learning rate, what the verdict must say
 CASES = {
-    "few": (200, 6000, 8, 1.5e-3, {"verdict": "memorising"}),
+    "few": (200, 20_000, 8, 1.5e-3, {"verdict": "memorising"}),
     "many": (20_000, 6000, 32, 4e-4, {"verdict": "good", "pose": "heeded"}),
     "shuffled": (2_000, 600, 16, 8e-4, {"pose": "ignored"}),
 }
