@@ -1146,6 +1146,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     run = kind(c, fresh)
     if run.is_complete():
         return True
+    c = run.c                       # a resumed run keeps its length, by which held-out pictures are chosen
     device, r = torch.device(c.device), c.recipe
 
     def encode(x: Tensor) -> Tensor:

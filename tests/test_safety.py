@@ -570,6 +570,28 @@ def test_pictures_that_changed_under_the_same_name_are_noticed(trained, tmp_path
     assert checkpoint.load(tmp_path / "run/last.pt", stage)["config"]["pictures"] == 31
 
 
+def test_a_resumed_run_is_judged_on_the_held_out_pictures_it_was_judged_on(trained, tmp_path, monkeypatch):
+    """A longer run looks at more of them, and the command that resumes may leave the length out."""
+    for name, value in {"EVAL_LATENTS": (2, 4), "EVAL_SHARE": 1.0, "SAVE_SECONDS": 0}.items():
+        monkeypatch.setattr(train, name, value)
+    forwards, begin, save = [], train.Run.begin, train.Run.save
+
+    def beginning(run, measure, payload, eval_forwards, panels):
+        forwards.append(eval_forwards)
+        begin(run, measure, payload, eval_forwards, panels)
+
+    def save_then_die(run, *args):
+        save(run, *args)
+        raise Killed
+    monkeypatch.setattr(train.Run, "begin", beginning)
+    monkeypatch.setattr(train.Run, "save", save_then_die)
+    flags = command_of("ldm", tmp_path / "run", "--vq", str(trained / "vq/last.pt"))
+    for length in (["--steps", "200"], []):
+        with pytest.raises(Killed):
+            train.main([*flags, *length])
+    assert forwards[0] == forwards[1] == train.EVAL_PASSES * 4 + 2 * train.PREVIEWS * train.PREVIEW_STEPS
+
+
 # --------------------------------------------------------------------------------------------- two runs into a folder
 
 def test_the_second_run_into_a_folder_is_refused_until_the_first_is_killed(trained, tmp_path, capsys):
