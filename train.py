@@ -694,7 +694,7 @@ class Run:
 
         These two lack the training state: they are for sampling. ValueError where the weights are no numbers.
         """
-        if name := not_finite(payload):
+        if name := checkpoint.not_finite(payload):
             raise self.diverged(f"{name} is not finite after step {step - 1}")
         better = score is not None and math.isfinite(score) and (self.best is None or score > self.best)
         best = score if better else self.best
@@ -737,13 +737,6 @@ class Run:
             say(f"{self.dir} is out of patience at step {self.start}: {alarm}; {self.go_on()}")
             return True
         return complete
-
-
-def not_finite(value: object, name: str = "") -> str | None:
-    """The name of the first tensor in nested dicts that holds a nan or an infinity."""
-    if isinstance(value, dict):
-        return next(filter(None, (not_finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items())), None)
-    return name if isinstance(value, Tensor) and not torch.isfinite(value).all() else None
 
 
 def is_picture(path: Path) -> bool:

@@ -222,14 +222,14 @@ def test_weights_that_are_no_numbers_never_replace_those_that_are(trained, tmp_p
     error = capsys.readouterr().err.splitlines()[-1]
     assert "is not finite after step 2" in error and "last.pt holds the last good checkpoint, of step 2" in error
     for name in ("last.pt", "best.pt"):
-        assert train.not_finite(checkpoint.load(tmp_path / "run" / name, stage)) is None
+        assert checkpoint.not_finite(checkpoint.load(tmp_path / "run" / name, stage)) is None
 
 
 def test_what_is_not_finite_is_named():
     fine = {"a": torch.ones(3), "b": {"c": torch.ones(2), "d": 1.0, "e": [1]}, "n": torch.arange(3)}
-    assert train.not_finite(fine) is None
+    assert checkpoint.not_finite(fine) is None
     for bad in (float("nan"), float("inf")):
-        assert train.not_finite(fine | {"b": {"c": torch.ones(2), "x": torch.tensor([1, bad])}}) == "b.x"
+        assert checkpoint.not_finite(fine | {"b": {"c": torch.ones(2), "x": torch.tensor([1, bad])}}) == "b.x"
 
 
 # ----------------------------------------------------------------------------------------------------------- kill -9
@@ -498,7 +498,9 @@ def begun(run: Path, stage: str, config: dict) -> Path:
     """A folder in which a run with that config has been begun, as far as resuming looks before it builds the model."""
     run.mkdir()
     checkpoint.save(run / "last.pt", {name: {} for name in checkpoint.NEEDED["ldm"]} | {
-        "format": 1, "stage": stage, "step": 3, "config": config, "train": {"best": None, "skipped": 0}})
+        "format": 1, "stage": stage, "step": 3, "config": config, "train": {"best": None, "skipped": 0},
+        "mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "knows_null": True,
+        "schedule": {"timesteps": 9, "linear_start": 0.1, "linear_end": 0.2}})
     return run
 
 
