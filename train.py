@@ -1457,15 +1457,19 @@ def dry_run(c: Config) -> None:
     print(describe_forecast(c), flush=True)
 
 
-def off_or_weight(text: str) -> float:
-    """off -> 0, else a weight of a loss term."""
+def number_from_0(text: str, lacks: str = "not a number from 0 up") -> float:
     try:
-        value = 0.0 if text == "off" else float(text)
+        value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither off nor a number from 0 up")
+        raise argparse.ArgumentTypeError(f"{text!r} is {lacks}")
     return value
+
+
+def off_or_weight(text: str) -> float:
+    """off -> 0, else a weight of a loss term."""
+    return 0.0 if text == "off" else number_from_0(text, "neither off nor a number from 0 up")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1489,7 +1493,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "LPIPS, or one file with both, such as a taming .ckpt")
     add("--download-lpips", action="store_true", help="stage 1: fetch those weights (528 MB) once, checked by hash")
     add("--disc-weight", type=off_or_weight, metavar="off|WEIGHT", help="stage 1: of the adversarial loss")
-    add("--disc-start", type=off_or_weight, metavar="STEP", help="stage 1: when the discriminator comes "
+    add("--disc-start", type=number_from_0, metavar="STEP", help="stage 1: when the discriminator comes "
         "in; below 1: share of the run")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")

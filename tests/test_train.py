@@ -491,6 +491,8 @@ def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_p
     (["--disc-start", "5"], ["--disc-start is 5", "--disc-weight 0.75"]),
     (["--lpips-weights", "x.pth"], ["--lpips-weights", "--perceptual 1"]),
     (["--disc-weight", "1", "--disc-start", "-5"], ["'-5'"]), (["--disc-start", "nan"], ["'nan'"]),
+    (["--disc-weight", "1", "--disc-start", "off"], ["--disc-start", "'off' is not a number from 0 up"]),
+    (["--perceptual", "none"], ["'none' is neither off nor a number from 0 up"]),
 ])
 def test_flags_of_a_loss_that_is_off_say_how_to_switch_it_on(tmp_path, capsys, flags, words):
     try:
