@@ -17,6 +17,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ import stat
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -1320,14 +1322,21 @@ class Forecast:
 def rehearse(c: Config, pictures: int) -> Forecast:
     """What a few steps on so many figures take, in a process of its own: one that runs out of memory takes only itself
     along, and one that came before leaves nothing in the peak."""
-    import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as executor:
         try:
             return executor.submit(_rehearse, c, pictures).result()
         except (BrokenProcessPool, torch.OutOfMemoryError):
             return Forecast(math.inf, math.inf)
+
+
+def end_with_parent() -> None:
+    """Called in a process of rehearse: its parent may be killed, and then it would wait for more to do for ever."""
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _rehearse(c: Config, pictures: int) -> Forecast:

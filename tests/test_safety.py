@@ -711,6 +711,32 @@ def test_a_process_for_pictures_that_dies_is_replaced(trained, long, tmp_path):
     same_runs(long["vq"], run, "vq")
 
 
+@pytest.mark.slow
+def test_a_dry_run_that_is_ended_leaves_no_process(tmp_path):
+    """Its rehearsal has one of its own, which would wait for more to do as long as the machine runs."""
+    flags = ["--stage", "vq", "--data", "figures:4", "--batch-size", "1", "--device", "cpu", "--dry-run"]
+    dry = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, env=os.environ | {"TMPDIR": str(tmp_path)})
+
+    def command_line(pid: str) -> str:                          # empty once it has ended
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/cmdline").read_text()
+        return ""
+    while not [*tmp_path.glob("*/run/samples")]:                # it is under way
+        assert dry.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{dry.pid}/task/{dry.pid}/children").read_text().split()
+    worker, = (pid for pid in children if "spawn_main" in command_line(pid))
+    dry.terminate()
+    dry.wait()
+    patience = time.monotonic() + 30
+    while (left := command_line(worker)) and time.monotonic() < patience:
+        time.sleep(0.1)
+    if left:
+        os.kill(int(worker), signal.SIGKILL)
+    assert not left
+
+
 # --------------------------------------------------------------------------------------------------- half precision
 
 @pytest.mark.slow
