@@ -1,4 +1,4 @@
-"""Pictures and poses in, batches out: image float [B,3,S,S] in [-1,1], pose float [B,17,3] = (x, y, visible) in [0,1].
+"""Pictures and poses in, batches out: images float [B, 3, S, S] in [-1, 1], poses float [B, 17, 3] = (x, y, visible).
 
 PoseFolder reads a person's own pictures, Figures draws people so that nothing has to be downloaded, LatentCache
 keeps what the autoencoder makes of them. Whatever crops, scales or flips a picture moves its joints too (upstream's
@@ -24,7 +24,7 @@ import textwrap
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -44,12 +44,13 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")     # not EPS, for which
 ZOOM = (0.8, 1.0)               # side of a training crop, as a share of the picture's short side
 NO_POSE = np.zeros((len(keypoints.JOINTS), 3))      # every joint missing
 BROKEN_LIMIT = 0.01             # share of pictures that may be unusable before we stop
+LOOKED_FOR = 100                # pictures of a COCO json, to find the folder that they are in
 FIGURES_VERSION = 1             # raise it when a figure's pixels change: cached latents are then made anew
-REMEMBER_BYTES = 2 << 30
-CACHE_VERSION = 2
+REMEMBER_BYTES = 2 << 30        # of decoded pictures in RAM
+CACHE_VERSION = 2               # raise it when the files of a latent cache change: they are then made anew
 RECORD_SECONDS = 10             # of filling a latent cache that a kill may cost
 FLOAT16_MAX = 65504.0
-ORDER, AUGMENT, MIRROR = 1, 2, 3    # first word of a random seed, so that the three streams never coincide
+ORDER_STREAM, AUGMENT_STREAM, MIRROR_STREAM = 1, 2, 3      # first word of a random seed, so that they never coincide
 
 
 class DataError(ValueError):
@@ -59,13 +60,13 @@ class DataError(ValueError):
 # ---------------------------------------------------------------------------------------------- pixels
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
-    """uint8 [H,W,3] or [B,H,W,3] -> float32 [3,H,W] or [B,3,H,W] in [-1,1]."""
+    """uint8 [H, W, 3] or [B, H, W, 3] -> float32 [3, H, W] or [B, 3, H, W] in [-1, 1]."""
     planes = torch.as_tensor(image).movedim(-1, -3).contiguous()    # while they are bytes: four times less to move
     return planes.float().div_(127.5).sub_(1)
 
 
 def to_uint8(x: torch.Tensor) -> np.ndarray:
-    """[3,H,W] or [B,3,H,W] in [-1,1] -> uint8 [H,W,3] or [B,H,W,3]; values outside are clipped."""
+    """[3, H, W] or [B, 3, H, W] in [-1, 1] -> uint8 [H, W, 3] or [B, H, W, 3]; values outside are clipped."""
     x = x.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
     return x.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 
@@ -75,6 +76,8 @@ def read_picture(path: str | Path, at_least: int | None = None) -> Image.Image:
 
     Raises DataError for whatever cannot be read whole: half a picture would be learnt as it is.
     """
+    if os.path.exists(path) and not os.path.isfile(path):               # to open a pipe would wait for its other end
+        raise DataError(f"{path}: a picture is a file, and this is none; replace it or take it out")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -105,9 +108,9 @@ def read_picture(path: str | Path, at_least: int | None = None) -> Image.Image:
     return image.convert("RGB")
 
 
-def augment(
+def to_square(
     image: Image.Image | np.ndarray,            # any size
-    pose: np.ndarray,                           # [17,3], normalised to that picture
+    pose: np.ndarray,                           # [17, 3], normalised to that picture
     size: int,                                  # side of the square that comes out
     rng: np.random.Generator | None = None,     # None: the centre crop of the whole short side
     zoom: tuple[float, float] = (1.0, 1.0),     # range of the crop's side as a share of the short side, but not so
@@ -116,7 +119,7 @@ def augment(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Crop, resize, mirror: the one place where a picture changes its geometry, and its pose with it.
 
-    Returns uint8 [size,size,3] and float32 [17,3]; joints that the crop leaves outside keep their values outside [0,1].
+    Returns uint8 [size, size, 3] and float32 [17, 3]; joints that the crop leaves outside keep values outside [0, 1].
     """
     if not isinstance(image, Image.Image):
         image = Image.fromarray(np.asarray(image))
@@ -140,12 +143,409 @@ def augment(
 # -------------------------------------------------------------------------------------------- datasets
 
 class Pictures(Dataset):
-    """What the rest of this file asks of a dataset: `size`, `len`, and source(i) -> whole picture and its pose."""
-    size: int
+    """What the rest of this file asks of a dataset. `size`, `len` and source(i) each has of its own; all else is here
+    as it is for pictures that are drawn, not read: none is broken, and those of one class, number, size and seed are
+    the same."""
+    size: int                       # side of the square that ds[i] is
+    seed: int = 0
+    limit = 1.0                     # share of pictures that may be broken
+    broken: dict[str, str] = {}     # file known to be unusable -> why
+    unlisted: int = 0               # how many of them len() does not count
+    skipped: Sequence[str] = ()     # files of pictures without a person
+
+    def source(self, i: int) -> tuple[Image.Image | np.ndarray, np.ndarray]:
+        """The whole picture i, before any crop, and its pose [17, 3]."""
+        raise NotImplementedError
+
+    @property
+    def base(self) -> "Pictures":
+        """What the parts and memories around it are made of."""
+        return self
+
+    @property
+    def total(self) -> int:
+        """How many pictures there are, broken ones too."""
+        return len(self) + self.unlisted
+
+    def name(self, i: int) -> str:
+        """The file of picture i, or the word figure and its number."""
+        return f"figure {i}"
+
+    def groups(self) -> list[str]:
+        """Of each picture the group: two of one group are never told apart into training and validation."""
+        return [self.name(i) for i in range(len(self))]
+
+    def fingerprint(self) -> str:
+        """Hex digest that is equal only where the pictures and poses are."""
+        words = type(self).__name__, FIGURES_VERSION, len(self), self.size, self.seed
+        return hashlib.sha256(repr(words).encode()).hexdigest()
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Picture i in centre geometry: uint8 [size,size,3], float32 [17,3]."""
-        return augment(*self.source(i), self.size)
+        """Picture i in centre geometry: uint8 [size, size, 3], float32 [17, 3]."""
+        return to_square(*self.source(i), self.size)
+
+
+class PoseFolder(Pictures):
+    """A person's own pictures. `root` is one of
+    - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json, the seed's files;
+    - a text file that lists pictures, one a line, absolute or relative to it; their keypoints are found the same way;
+    - a folder with pictures (in images/ or in itself) and one COCO json (in itself, annotations/ or coco/), or the
+      json itself: the largest person that has a joint is taken, `skipped` names the pictures without one;
+    - with `poseless`, also any folder of pictures, whatever json that is not COCO lies in it; a picture without
+      keypoints then has a pose without visible joints.
+
+    No picture is opened before it is asked for: ds[i] then raises DataError if it is damaged. `broken` maps each
+    file known to be unusable to the reason; more than 1 % of them is an error. names[i] is relative to the root.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: int,                          # side of the square pictures that come out
+        poseless: bool = False,             # take pictures without keypoints too, to measure stage 1 on them
+        limit: float = BROKEN_LIMIT,        # share of pictures that may be broken; 1: all, and a check goes on
+    ):
+        self.size, self.poseless, self.limit, self.broken, self.skipped = size, poseless, limit, {}, []
+        self.coco: tuple[Path, Path] | None = None      # the json and the folder its names start from, if it is COCO
+        self.list: Path | None = None                   # the list, if it is one
+        self.paths: list[str] = []          # picture i
+        self.poses: list = []               # its keypoint file, or its pose [17, 3]
+        root = Path(root)
+        if not root.exists():
+            raise DataError(f"{root}: there is no such file or folder")
+        if root.is_file() and root.suffix.lower() == ".json":
+            self._read_coco(root, [root.parent, root.parent.parent])
+        elif root.is_file():
+            self._read_list(root)
+        elif (root / "keypoints").is_dir():
+            self.root = root
+            self._pair(find_pictures(root / "images"))
+        elif poseless and not has_keypoints(root):
+            self.root = root
+            self._pair(find_pictures(root))
+        else:
+            self._read_coco(find_coco(root), [root])
+        self.names = [os.path.relpath(p, self.root).replace(os.sep, "/") for p in self.paths]
+        self.unlisted = len(self.broken)
+        self.note({})
+        if not self.total:
+            raise DataError(f"{root}: no picture{'' if poseless else ' with a pose'} in it")
+
+    def _pair(self, images: list[str]) -> None:
+        """Finds each picture's keypoint file from one listing a folder, however many pictures there are."""
+        listed = lister()
+        for path in images:
+            folder, name = os.path.split(path)
+            partner, wanted = keypoint_folder(folder), os.path.splitext(name)[0] + ".json"
+            if name not in listed(folder):
+                self.broken[path] = "there is no such file"
+            elif self.poseless and (partner is None or wanted not in listed(partner)):
+                self.paths.append(path)
+                self.poses.append(NO_POSE)
+            elif partner is None:
+                self.broken[path] = "no folder on its path is called images, so its keypoints cannot be found"
+            elif wanted not in listed(partner):
+                self.broken[path] = f"its keypoints {os.path.join(partner, wanted)} are missing"
+            else:
+                self.paths.append(path)
+                self.poses.append(os.path.join(partner, wanted))
+
+    def _read_list(self, path: Path) -> None:
+        self.root, self.list = path.parent, path
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: not a text file; give a folder, a list of pictures or a COCO json") from None
+        lines = [line for line in lines if line and not line.startswith("#")]
+        for line in lines:
+            if not os.path.isabs(line) and leaves_folder(line):
+                raise DataError(f"{path}: '{line}' climbs out of the list's folder; write its whole path")
+        if not lines:
+            raise DataError(f"{path}: lists no pictures; write one path a line")
+        self._pair([os.path.join(self.root, line) for line in lines])
+
+    def _read_coco(self, path: Path, near: list[Path]) -> None:
+        try:
+            people, refused = keypoints.read_coco(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        except keypoints.PoseError as error:
+            raise DataError(str(error)) from error
+        for name in people:
+            if leaves_folder(name):
+                raise DataError(f"{path}: file_name '{name}' leads out of the dataset's folder; use plain names")
+        split_name = path.stem.split("_")[-1]       # person_keypoints_val2017.json goes with val2017/
+        folders = [d / sub for d in near for sub in ("images", split_name, f"images/{split_name}", ".")]
+        names = list(people)
+        some = [names[i] for i in evenly(len(names), LOOKED_FOR)]
+        folder = next((d for d in folders if any((d / name).is_file() for name in some)), None)
+        if folder is None:
+            raise DataError(f"{path}: its pictures are not in {folders[0]} nor beside it (none of {len(some)} looked "
+                            "for); put them there")
+        self.root, self.coco = folder.parent if folder.name == "images" else folder, (path, folder)
+        listed = lister()
+        for name, poses in sorted(people.items()):
+            pose, image = keypoints.largest(poses), os.path.join(folder, name)
+            pose = NO_POSE if pose is None and self.poseless else pose
+            if name in refused:
+                self.broken[image] = refused[name]
+            elif pose is None:
+                self.skipped.append(image)
+            elif os.path.basename(image) not in listed(os.path.dirname(image)):
+                self.broken[image] = "there is no such file"
+            else:
+                self.paths.append(image)
+                self.poses.append(pose)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+    def pose(self, i: int) -> np.ndarray:
+        """[17, 3], normalised to the whole picture."""
+        if not isinstance(self.poses[i], str):
+            return self.poses[i]
+        try:
+            return keypoints.read_seed(self.poses[i])
+        except (keypoints.PoseError, OSError) as error:
+            text = str(error)
+            raise DataError(text if self.poses[i] in text else f"{self.poses[i]}: {text}") from error
+
+    def source(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        """A large JPEG comes reduced; DataError where the picture or its keypoints cannot be used."""
+        return read_picture(self.paths[i], at_least=2 * self.size), self.pose(i)
+
+    def note(self, broken: dict[str, str]) -> None:
+        """Adds what a loader found broken; raises DataError once that is more than 1 % of all."""
+        self.broken.update(broken)
+        if len(self.broken) > self.limit * self.total:
+            path, reason = next(iter(self.broken.items()))
+            where = "" if path in reason else f"{path}: "
+            raise DataError(f"{self.root}: {len(self.broken)} of {self.total} pictures cannot be used, "
+                            f"more than {self.limit:.0%}; the first is {where}{reason}")
+
+    def groups(self) -> list[str]:
+        """Pictures of one clip share a group: metadata.csv's word for it, else the name without its frame number."""
+        told = read_groups(self.root / "metadata.csv")
+        stems = [PurePosixPath(name.rpartition("images/")[2]).with_suffix("").as_posix() for name in self.names]
+        groups = [told.get(name) or re.sub(r"[-_ ./]*\d+$", "", stem) or stem
+                  for name, stem in zip(self.names, stems, strict=True)]
+        return groups if len(set(groups)) > 1 else stems
+
+    def fingerprint(self) -> str:
+        """Changes when a picture, a pose or the size does; reads no file, only their sizes and times."""
+        digest = hashlib.sha256(f"PoseFolder {self.size}".encode())
+        for name, path, pose in zip(self.names, self.paths, self.poses, strict=True):
+            digest.update(name.encode("utf-8", "surrogateescape"))
+            for file in (path, pose):
+                if not isinstance(file, str):
+                    digest.update(file.tobytes())
+                elif os.path.exists(file):              # else it has gone since it was listed, and will count as broken
+                    stat = os.stat(file)
+                    digest.update(f"|{stat.st_size} {stat.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+class Part(Pictures):
+    """The pictures `indices` of ds, in that order."""
+
+    def __init__(self, ds: Pictures, indices: Iterable[int]):
+        self.ds, self.indices, self.size = ds, list(indices), ds.size
+
+    @property
+    def base(self) -> Pictures:
+        return self.ds.base
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def source(self, i: int) -> tuple[Image.Image | np.ndarray, np.ndarray]:
+        return self.ds.source(self.indices[i])
+
+    def name(self, i: int) -> str:
+        return self.ds.name(self.indices[i])
+
+    def groups(self) -> list[str]:
+        groups = self.ds.groups()
+        return [groups[i] for i in self.indices]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"Part {self.ds.fingerprint()} {self.indices}".encode()).hexdigest()
+
+
+class InMemory(Part):
+    """All of ds, each decoded or drawn picture remembered until `budget` bytes are full. One memory a process: for
+    loading without workers. Changes no pixel."""
+
+    def __init__(self, ds: Pictures, budget: int = REMEMBER_BYTES):
+        super().__init__(ds, range(len(ds)))
+        self.free, self.memory = budget, {}
+
+    def source(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        if i not in self.memory:
+            image, pose = super().source(i)
+            image = np.asarray(image)
+            if image.nbytes > self.free:
+                return image, pose
+            self.free -= image.nbytes
+            self.memory[i] = image, pose
+        return self.memory[i]
+
+    def fingerprint(self) -> str:
+        return self.ds.fingerprint()
+
+
+def note_broken(ds: Pictures, broken: dict[str, str]) -> None:
+    """Counts, and names on the terminal, those of `broken` that are new."""
+    ds = ds.base
+    new = {file: reason for file, reason in broken.items() if file not in ds.broken}
+    if new:
+        ds.note(new)
+    for file, reason in new.items():
+        tqdm.write(f"left out: {reason if file in reason else f'{file}: {reason}'}", file=sys.stderr)
+
+
+@contextmanager
+def naming_broken(path: str | Path, *datasets: Pictures) -> Iterator[None]:
+    """However the block ends, the file `path` then names the pictures found unusable in it, if there are any."""
+    try:
+        yield
+    finally:
+        lines = {f"{name}\t{reason}": None for ds in datasets for name, reason in ds.base.broken.items()}
+        if lines:
+            how = {"encoding": "utf-8", "errors": "surrogateescape"}            # file names may be any bytes
+            before = Path(path).read_text(**how).splitlines() if Path(path).exists() else []
+            lines = dict.fromkeys(before) | lines
+            Path(path).write_text("".join(line + "\n" for line in lines), **how)
+            print(f"{len(lines)} unusable pictures were left out; {path} names them", file=sys.stderr)
+
+
+def split(ds: Pictures, fraction: float = 0.1) -> tuple[Part, Part]:
+    """(train, validation) by group, never by frame: neighbouring frames of a clip would leak.
+
+    Groups are taken in the order of their names' crc32, so the split is the same on every machine, and a dataset
+    that grows keeps nearly all of it. A group with more than half of the pictures always trains.
+    """
+    names, members = ds.groups(), {}
+    for i, name in enumerate(names):
+        members.setdefault(name, []).append(i)
+    if len(members) < 2:
+        raise DataError(f"{len(names)} picture(s) in {len(members)} group(s) cannot be split; two groups are needed")
+    held = []
+    for name in sorted(members, key=lambda name: (zlib.crc32(name.encode("utf-8", "surrogateescape")), name)):
+        if len(held) >= max(1, fraction * len(names)):
+            break
+        if 2 * len(members[name]) <= len(names) and len(held) + len(members[name]) < len(names):
+            held += members[name]
+    rest = set(range(len(names))) - set(held)
+    return Part(ds, sorted(rest)), Part(ds, sorted(held))
+
+
+def lister() -> Callable[[str], set[str]]:
+    """Folder -> the names in it, none if there is no such folder; each is looked at once."""
+    return lru_cache(None)(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
+
+
+def find_pictures(folder: Path) -> list[str]:
+    """The pictures in a folder and those below it, by name; DataError where there are none."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; pictures go there")
+    found = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names
+                   if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."))
+    if not found:
+        raise DataError(f"{folder}: no pictures in it ({' '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def json_files(root: Path, pattern: str = "*.json") -> list[Path]:
+    """Where the COCO json of a folder may be."""
+    return sorted(p for d in (root, root / "annotations", root / "coco") for p in d.glob(pattern) if p.is_file())
+
+
+COCO_LISTS = [re.compile(rb'"%s"\s*:\s*\[' % name) for name in (b"images", b"annotations")]
+
+
+def is_coco(path: Path) -> bool:
+    """Is a json an object with the lists "images" and "annotations"? Captions, settings and reports are not.
+
+    Told by its bytes, which are not parsed: a file of any size costs no memory, and a COCO json that was cut short is
+    still one, for its reader to complain of. DataError where it cannot be opened.
+    """
+    try:
+        if path.stat().st_size == 0:                # which cannot be mapped
+            return False
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as found:
+            return bool(re.match(rb"(\xef\xbb\xbf)?\s*\{", found)) and all(p.search(found) for p in COCO_LISTS)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def has_pictures(root: Path) -> bool:
+    """Is there a picture right in `root` or in its images/?"""
+    return any(p.suffix.lower() in SUFFIXES for folder in (root, root / "images") if folder.is_dir()
+               for p in folder.iterdir())
+
+
+def has_keypoints(root: str | Path) -> bool:
+    """Is `root` something that PoseFolder takes, rather than a folder of nothing but pictures?"""
+    root = Path(root)
+    return not root.is_dir() or (root / "keypoints").is_dir() or any(map(is_coco, json_files(root)))
+
+
+def is_among_pictures(path: str | Path, root: str | Path) -> bool:
+    """Might PoseFolder(root) take a picture that somebody writes into the folder `path` for one of its own?"""
+    path, root = Path(path).resolve(), Path(root)
+    if not root.is_dir():                           # a list, a COCO json: only what they name counts
+        return False
+    pictures = root / "images" if (root / "images").is_dir() and has_keypoints(root) else root
+    return path == root.resolve() or path.is_relative_to(pictures.resolve())
+
+
+def find_coco(root: Path) -> Path:
+    """The COCO json of a folder; person_keypoints*.json goes before any other json, and their content decides."""
+    for pattern in ("*person_keypoints*.json", "*.json"):
+        found = json_files(root, pattern)
+        if len(found) > 1:
+            found = [path for path in found if is_coco(path)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise DataError(f"{root}: {len(found)} json files, {found[0].name}, {found[1].name}, ...; name one of them")
+    raise DataError(f"{root} has pictures without poses: put them into {root}/images and their keypoints into "
+                    f"{root}/keypoints, or a COCO json beside them" if has_pictures(root) else
+                    f"{root}: there is neither a picture nor a pose in it")
+
+
+@lru_cache(maxsize=4096)
+def keypoint_folder(folder: str) -> str | None:
+    """The folder with its last component called images turned into keypoints; upstream replaced the text everywhere."""
+    parts = list(Path(folder).parts)
+    if "images" not in parts:
+        return None
+    parts[len(parts) - 1 - parts[::-1].index("images")] = "keypoints"
+    return str(Path(*parts))
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a name from a data file is absolute or climbs, on any system."""
+    return PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).anchor) or ".." in re.split(r"[/\\]", name)
+
+
+def read_groups(path: Path) -> dict[str, str]:
+    """metadata.csv -> {file: group}; empty if there is no such file or no such column."""
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            column = next((c for c in ("group", "animation", "clip", "video") if c in (rows.fieldnames or [])), None)
+            if column is None or "file" not in rows.fieldnames:
+                return {}
+            return {row["file"]: row[column] for row in rows}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a table ({error}); mend it or take it away") from error
 
 
 # -------------------------------------------------------------------------------------------- figures
@@ -323,8 +723,8 @@ SIDES = ("left", "right")
 FACE = {"nose": (0.0, 0.24, 0.97), "eye_left": (0.40, 0.04, 0.82), "eye_right": (-0.40, 0.04, 0.82),
         "ear_left": (0.98, 0.12, -0.06), "ear_right": (-0.98, 0.12, -0.06)}     # from the head's middle, in its radii
 # Joints from the body outwards, their radii in girths, and what is added to the depth, in body units.
-LIMBS = {"arm": (("shoulder", "elbow", "wrist"), (0.05, 0.043, 0.035), 0.02),
-         "leg": (("hip", "knee", "ankle"), (0.073, 0.056, 0.042), -0.09)}       # hems hang over standing legs
+LIMB_PARTS = {"arm": (("shoulder", "elbow", "wrist"), (0.05, 0.043, 0.035), 0.02),
+              "leg": (("hip", "knee", "ankle"), (0.073, 0.056, 0.042), -0.09)}  # hems hang over standing legs
 
 
 def _limb(frame: Mat, root: Vec, length: float, angles: list[float], side: int, bend: int, toe: float = 0) -> list[Vec]:
@@ -353,7 +753,7 @@ def _skeleton(person: _Person, pose: _Pose) -> tuple[dict[str, Vec], Mat, Mat, M
         hip = _apply(yaw, (sign * person.hip, 0, 0))
         joints = _limb(chest, shoulder, person.arm, arm, sign, 1)[:3]
         joints += _limb(yaw, hip, person.leg, leg, sign, -1, 0.12 * person.girth)
-        names = (*LIMBS["arm"][0], *LIMBS["leg"][0], "toe")
+        names = (*LIMB_PARTS["arm"][0], *LIMB_PARTS["leg"][0], "toe")
         points |= {f"{name}_{side}": point for name, point in zip(names, joints, strict=True)}
     return points, head, chest, yaw
 
@@ -389,12 +789,11 @@ EYE_SHOWS, EAR_SHOWS = 0.06, -0.35      # from so many head radii in front of it
 
 
 class _Canvas:
-    """Draws outlined shapes and remembers those that can hide a joint, as (rank of the part, polygon)."""
+    """Draws outlined shapes."""
 
     def __init__(self, pixels: int):
         self.image = Image.new("RGB", (pixels, pixels))
         self.pen, self.line = ImageDraw.Draw(self.image), 1.0                   # line: width of the outlines
-        self.part, self.covers = 0, []                                          # part: the rank of what is being drawn
 
     def polygon(self, points: list, colour: Colour) -> None:
         if len(points) > 2:
@@ -407,12 +806,10 @@ class _Canvas:
     def ball(self, p: Vec, r: float, colour: Colour) -> None:
         self.disc(p, r + self.line, _shade(colour, EDGE))
         self.disc(p, r, colour)
-        self.covers.append((self.part, [(p[0] + r * c, p[1] + r * s) for c, s in RING]))
 
     def shape(self, points: list, outline: list, colour: Colour) -> None:
         self.pen.line(outline, fill=_shade(colour, EDGE), width=round(2 * self.line))
         self.pen.polygon(points, fill=colour)
-        self.covers.append((self.part, points))
 
     def capsule(self, a: Vec, b: Vec, ra: float, rb: float, colour: Colour) -> None:
         """Tapered limb; the outline leaves out the start, where the limb grows out of its parent."""
@@ -469,7 +866,7 @@ class _Figure(_Canvas):
         self.points = {name: (left + scale * x, top + scale * y, scale * z) for name, (x, y, z) in points.items()}
 
     def limb(self, kind: str, side: str) -> list[Vec]:
-        return [self.points[f"{name}_{side}"] for name in LIMBS[kind][0]]
+        return [self.points[f"{name}_{side}"] for name in LIMB_PARTS[kind][0]]
 
     def on_head(self, x: float, y: float, z: float) -> Vec:
         """Place given in head radii from its middle, along its own axes."""
@@ -501,18 +898,16 @@ class _Figure(_Canvas):
         depth = {"torso": 0.0, "head": head_z + 0.4 * self.radius}
         if style in TRESSES:            # in front of the trunk when the back shows, else behind it
             depth["tresses"] = head_z - (0.5 if style in ("bun", "pigtails") else 1) * self.radius * self.head[2][2]
-        for kind, side in ((kind, side) for kind in LIMBS for side in SIDES):
+        for kind, side in ((kind, side) for kind in LIMB_PARTS for side in SIDES):
             a, b, c = self.limb(kind, side)
-            depth[f"{kind}_{side}"] = (a[2] + 2 * b[2] + c[2]) / 4 + LIMBS[kind][2] * unit
+            depth[f"{kind}_{side}"] = (a[2] + 2 * b[2] + c[2]) / 4 + LIMB_PARTS[kind][2] * unit
         if self.person.skirt:
             depth["skirt"] = max(depth["leg_left"], depth["leg_right"]) + 0.001 * unit
         if self.pose.box:
             depth["box"] = -0.08 * unit
-        self.order = sorted(depth, key=depth.get)
-        for rank, part in enumerate(self.order):
-            self.part = rank
+        for part in sorted(depth, key=depth.get):
             kind, *side = part.split("_")
-            if kind in LIMBS:
+            if kind in LIMB_PARTS:
                 is_far = depth[part] < -0.05 * unit and abs(self.chest[2][2]) < 0.75
                 self.draw_limb(kind, *side, 0.88 if is_far else 1.0)
             else:
@@ -521,7 +916,7 @@ class _Figure(_Canvas):
     def draw_limb(self, kind: str, side: str, light: float) -> None:
         """Two tapered capsules and a hand or shoe, the farther first; cloth reaches `cover` segments down the limb."""
         person, g = self.person, self.girth
-        (a, b, c), (ra, rb, rc) = self.limb(kind, side), (r * g for r in LIMBS[kind][1])
+        (a, b, c), (ra, rb, rc) = self.limb(kind, side), (r * g for r in LIMB_PARTS[kind][1])
         skin = _shade(person.skin, light)
         if kind == "arm":
             cloth, cover, hand = _shade(person.top, light * 0.95), person.sleeve, _lerp(b, c, 1.16)
@@ -535,11 +930,11 @@ class _Figure(_Canvas):
         if end_first:
             draw_end()
         segments = [(a, b, ra, rb, cover), (b, c, rb, rc, cover - 1)]
-        for start, end, r0, r1, share in segments[::-1] if c[2] < a[2] - 0.5 * ra else segments:
-            if share < 1:
+        for start, end, r0, r1, covered in segments[::-1] if c[2] < a[2] - 0.5 * ra else segments:
+            if covered < 1:
                 self.capsule(start, end, r0, r1, skin)
-            if share > 0:
-                t = min(share, 1.0)
+            if covered > 0:
+                t = min(covered, 1.0)
                 self.capsule(start, _lerp(start, end, t), 1.12 * r0, 1.14 * (r0 + (r1 - r0) * t), cloth)
         if not end_first:
             draw_end()
@@ -659,16 +1054,12 @@ class _Figure(_Canvas):
     def draw_hat(self) -> None:
         r, colour, hat = self.radius, self.person.accent, self.person.hat
         crown = self.on_head(0, -0.42, -0.06)
-        dome = self.cap(crown, 1.1 * r, -90, HAT)
-        shapes, over_face = [(dome, colour)], self.part + 0.5                   # which this same part has drawn
-        self.covers.append((over_face, dome))
+        shapes = [(self.cap(crown, 1.1 * r, -90, HAT), colour)]
         if hat in BRIMS:
             grow, forward, light = BRIMS[hat]
             brim = [_apply(self.head, (grow * s, 0, forward + grow * c), crown, r)[:2] for c, s in RING]
             under_dome = hat == "sunhat" or self.head[2][2] < 0                 # a visor seen from behind
             shapes.insert(0 if under_dome else 1, (brim, _shade(colour, light)))
-            if hat == "sunhat":
-                self.covers.append((over_face, brim))
         for points, fill in shapes:
             self.polygon(points, fill)
         if hat == "beanie":
@@ -681,24 +1072,6 @@ class _Figure(_Canvas):
                      for y in (0.075 * self.person.girth, self.ground))
         self.blob([(p, 1.0) for p in lid + base], _shade(self.person.crate, 0.82))
         self.polygon(lid, self.person.crate)
-
-    def is_hidden(self, joint: str) -> bool:
-        """Whether the joint lies under a part drawn later, or on the side of the head that faces away."""
-        point, (kind, _, side) = self.points[joint], joint.partition("_")
-        owners = ["head" if joint in FACE else f"arm_{side}" if kind in LIMBS["arm"][0] else f"leg_{side}"]
-        if kind in ("shoulder", "hip"):
-            owners += ["torso", "skirt"]                                        # clothes on the joint do not hide it
-        own = max(rank for rank, part in enumerate(self.order) if part in owners)
-        away = joint in FACE and self.facing(point) < (EAR_SHOWS if kind == "ear" else EYE_SHOWS)
-        away |= kind == "ear" and self.person.style in EARS_COVERED
-        return away or any(part > own and _inside(point, shape) for part, shape in self.covers)
-
-
-def _inside(point: Vec, polygon: list) -> bool:
-    """Whether a ray to the right crosses the outline an odd number of times."""
-    x, y, _ = point
-    return sum((ay > y) != (by > y) and x < ax + (y - ay) * (bx - ax) / (by - ay)
-               for (ax, ay), (bx, by) in zip(polygon, polygon[1:] + polygon[:1], strict=True)) % 2 == 1
 
 
 def _draw_backdrop(canvas: _Canvas, rng: random.Random, palette: list[list[Colour]], floor: float) -> None:
@@ -766,7 +1139,7 @@ def _draw_backdrop(canvas: _Canvas, rng: random.Random, palette: list[list[Colou
     rect(0, floor, 1, floor + 0.012, _mix(ground, near, 0.5))
 
 
-class Figures:
+class Figures(Pictures):
     """n pictures of little people; picture i depends on (seed, i) only, whatever the size and the order of access."""
 
     def __init__(self, n: int, size: int = 64, seed: int = 0):
@@ -784,13 +1157,6 @@ class Figures:
         pose = np.array([(x / pixels, y / pixels, 1) for x, y, _ in joints], np.float32)
         return np.array(figure.image.reduce(SUPERSAMPLE)), pose
 
-    __getitem__ = source
-
-    def occluded(self, i: int) -> np.ndarray:
-        """bool [17]: joints covered by a part drawn later, or facing away; their place in the pose stays exact."""
-        figure = self._draw(i)
-        return np.array([figure.is_hidden(name) for name in keypoints.JOINTS])
-
     def _draw(self, i: int) -> _Figure:
         rng, pixels = random.Random(f"{self.seed}/{i}"), SUPERSAMPLE * self.size
         palette = rng.choice(PALETTES)
@@ -804,394 +1170,15 @@ class Figures:
         return figure
 
 
-class PoseFolder(Pictures):
-    """A person's own pictures. `root` is one of
-    - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json, the seed's files;
-    - a text file that lists pictures, one a line, absolute or relative to it; their keypoints are found the same way;
-    - a folder with pictures (in images/ or in itself) and one COCO json (in itself, annotations/ or coco/), or the
-      json itself: the largest person that has a joint is taken, `skipped` names the pictures without one;
-    - with `poseless`, also any folder of pictures, whatever json that is not COCO lies in it; a picture without
-      keypoints then has a pose without visible joints.
-
-    No picture is opened before it is asked for: ds[i] then raises DataError if it is damaged. `broken` maps each
-    file known to be unusable to the reason; more than 1 % of them is an error. names[i] is relative to the root.
-    """
-
-    def __init__(
-        self,
-        root: str | Path,
-        size: int,                          # side of the square pictures that come out
-        poseless: bool = False,             # take pictures without keypoints too, to measure stage 1 on them
-        limit: float = BROKEN_LIMIT,        # share of pictures that may be broken; 1: all, and a check goes on
-    ):
-        self.size, self.poseless, self.limit, self.broken, self.skipped = size, poseless, limit, {}, []
-        self.coco: tuple[Path, Path] | None = None      # the json and the folder its names start from, if it is COCO
-        self.list: Path | None = None                   # the list, if it is one
-        self.paths: list[str] = []          # picture i
-        self.poses: list = []               # its keypoint file, or its pose [17,3]
-        root = Path(root)
-        if not root.exists():
-            raise DataError(f"{root}: there is no such file or folder")
-        if root.is_file() and root.suffix.lower() == ".json":
-            self._read_coco(root, [root.parent, root.parent.parent])
-        elif root.is_file():
-            self._read_list(root)
-        elif (root / "keypoints").is_dir():
-            self.root = root
-            self._pair(find_pictures(root / "images"))
-        elif poseless and not has_keypoints(root):
-            self.root = root
-            self._pair(find_pictures(root))
-        else:
-            self._read_coco(find_coco(root), [root])
-        self.names = [os.path.relpath(p, self.root).replace(os.sep, "/") for p in self.paths]
-        self.total = len(self.paths) + len(self.broken)
-        self.note({})
-        if not self.total:
-            raise DataError(f"{root}: no picture{'' if poseless else ' with a pose'} in it")
-
-    def _pair(self, images: list[str]) -> None:
-        """Finds each picture's keypoint file from one listing a folder, however many pictures there are."""
-        listed = lru_cache(None)(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
-        for path in images:
-            folder, name = os.path.split(path)
-            partner, wanted = keypoint_folder(folder), os.path.splitext(name)[0] + ".json"
-            if name not in listed(folder):
-                self.broken[path] = "there is no such file"
-            elif self.poseless and (partner is None or wanted not in listed(partner)):
-                self.paths.append(path)
-                self.poses.append(NO_POSE)
-            elif partner is None:
-                self.broken[path] = "no folder on its path is called images, so its keypoints cannot be found"
-            elif wanted not in listed(partner):
-                self.broken[path] = f"its keypoints {os.path.join(partner, wanted)} are missing"
-            else:
-                self.paths.append(path)
-                self.poses.append(os.path.join(partner, wanted))
-
-    def _read_list(self, path: Path) -> None:
-        self.root, self.list = path.parent, path
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        except UnicodeDecodeError:
-            raise DataError(f"{path}: not a text file; give a folder, a list of pictures or a COCO json") from None
-        lines = [line for line in lines if line and not line.startswith("#")]
-        for line in lines:
-            if not os.path.isabs(line) and leaves_folder(line):
-                raise DataError(f"{path}: '{line}' climbs out of the list's folder; write its whole path")
-        if not lines:
-            raise DataError(f"{path}: lists no pictures; write one path a line")
-        self._pair([os.path.join(self.root, line) for line in lines])
-
-    def _read_coco(self, path: Path, near: list[Path]) -> None:
-        try:
-            people = keypoints.read_coco(path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-        except keypoints.PoseError as error:
-            raise DataError(str(error)) from error
-        for name in people:
-            if leaves_folder(name):
-                raise DataError(f"{path}: file_name '{name}' leads out of the dataset's folder; use plain names")
-        split_name = path.stem.split("_")[-1]       # person_keypoints_val2017.json goes with val2017/
-        folders = [d / sub for d in near for sub in ("images", split_name, f"images/{split_name}", ".")]
-        some = list(people)[:100]
-        folder = next((d for d in folders if any((d / name).is_file() for name in some)), None)
-        if folder is None:
-            raise DataError(f"{path}: its pictures are not in {folders[0]} nor beside it; put them there")
-        self.root, self.coco = folder.parent if folder.name == "images" else folder, (path, folder)
-        listed = lru_cache(None)(lambda folder: set(os.listdir(folder)) if os.path.isdir(folder) else set())
-        for name, poses in sorted(people.items()):
-            pose, image = keypoints.largest(poses), os.path.join(folder, name)
-            pose = NO_POSE if pose is None and self.poseless else pose
-            if pose is None:
-                self.skipped.append(image)
-            elif os.path.basename(image) not in listed(os.path.dirname(image)):
-                self.broken[image] = "there is no such file"
-            else:
-                self.paths.append(image)
-                self.poses.append(pose)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def pose(self, i: int) -> np.ndarray:
-        """[17,3], normalised to the whole picture."""
-        if not isinstance(self.poses[i], str):
-            return self.poses[i]
-        try:
-            return keypoints.read_seed(self.poses[i])
-        except (keypoints.PoseError, OSError) as error:
-            text = str(error)
-            raise DataError(text if self.poses[i] in text else f"{self.poses[i]}: {text}") from error
-
-    def source(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        return read_picture(self.paths[i], at_least=2 * self.size), self.pose(i)
-
-    def note(self, broken: dict[str, str]) -> None:
-        """Adds what a loader found broken; raises DataError once that is more than 1 % of all."""
-        self.broken.update(broken)
-        if len(self.broken) > self.limit * self.total:
-            path, reason = next(iter(self.broken.items()))
-            where = "" if path in reason else f"{path}: "
-            raise DataError(f"{self.root}: {len(self.broken)} of {self.total} pictures cannot be used, "
-                            f"more than {self.limit:.0%}; the first is {where}{reason}")
-
-    def groups(self) -> list[str]:
-        """Pictures of one clip share a group: metadata.csv's word for it, else the name without its frame number."""
-        told = read_groups(self.root / "metadata.csv")
-        stems = [PurePosixPath(name.rpartition("images/")[2]).with_suffix("").as_posix() for name in self.names]
-        groups = [told.get(name) or re.sub(r"[-_ ./]*\d+$", "", stem) or stem
-                  for name, stem in zip(self.names, stems, strict=True)]
-        return groups if len(set(groups)) > 1 else stems
-
-    def fingerprint(self) -> str:
-        """Changes when a picture, a pose or the size does; reads no file, only their sizes and times."""
-        digest = hashlib.sha256(f"PoseFolder {self.size}".encode())
-        for name, path, pose in zip(self.names, self.paths, self.poses, strict=True):
-            digest.update(name.encode("utf-8", "surrogateescape"))
-            for file in (path, pose):
-                if not isinstance(file, str):
-                    digest.update(file.tobytes())
-                elif os.path.exists(file):              # else it has gone since it was listed, and will count as broken
-                    stat = os.stat(file)
-                    digest.update(f"|{stat.st_size} {stat.st_mtime_ns}".encode())
-        return digest.hexdigest()
-
-
-class Part(Pictures):
-    """The pictures `indices` of ds, in that order."""
-
-    def __init__(self, ds: Dataset, indices: list[int]):
-        self.ds, self.indices, self.size = ds, list(indices), ds.size
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def source(self, i: int):
-        return source(self.ds, self.indices[i])
-
-    def groups(self) -> list[str]:
-        groups = group_names(self.ds)
-        return [groups[i] for i in self.indices]
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(f"Part {fingerprint(self.ds)} {self.indices}".encode()).hexdigest()
-
-
-class InMemory(Pictures):
-    """ds, with each decoded or drawn picture remembered until `budget` bytes are full. One memory a process: for
-    loading without workers. Changes no pixel."""
-
-    def __init__(self, ds: Dataset, budget: int = REMEMBER_BYTES):
-        self.ds, self.size, self.free, self.memory = ds, ds.size, budget, {}
-
-    def __len__(self) -> int:
-        return len(self.ds)
-
-    def source(self, i: int):
-        if i not in self.memory:
-            image, pose = source(self.ds, i)
-            image = np.asarray(image)
-            if image.nbytes > self.free:
-                return image, pose
-            self.free -= image.nbytes
-            self.memory[i] = image, pose
-        return self.memory[i]
-
-    def groups(self) -> list[str]:
-        return group_names(self.ds)
-
-    def fingerprint(self) -> str:
-        return fingerprint(self.ds)
-
-
-def source(ds: Dataset, i: int):
-    """The whole picture i and its pose, before any crop; a dataset without such a thing gives ds[i]."""
-    return ds.source(i) if hasattr(ds, "source") else ds[i]
-
-
-def picture_name(ds: Dataset, i: int) -> str:
-    """The file of picture i, or the word figure and its number."""
-    while hasattr(ds, "ds"):
-        ds, i = ds.ds, ds.indices[i] if isinstance(ds, Part) else i
-    return ds.paths[i] if hasattr(ds, "paths") else f"figure {i}"
-
-
-def group_names(ds: Dataset) -> list[str]:
-    return ds.groups() if hasattr(ds, "groups") else [f"figure {i}" for i in range(len(ds))]
-
-
-def fingerprint(ds: Dataset) -> str:
-    """Hex digest that is equal only where the pictures and poses are."""
-    if hasattr(ds, "fingerprint"):
-        return ds.fingerprint()
-    words = type(ds).__name__, FIGURES_VERSION, len(ds), ds.size, ds.seed
-    return hashlib.sha256(repr(words).encode()).hexdigest()
-
-
-def innermost(ds: Dataset) -> Dataset:
-    """What the parts and memories around it are made of."""
-    while hasattr(ds, "ds"):
-        ds = ds.ds
-    return ds
-
-
-def note_broken(ds: Dataset, broken: dict[str, str]) -> None:
-    """Counts, and names on the terminal, those of `broken` that are new."""
-    ds = innermost(ds)
-    for file, reason in broken.items():
-        if file not in ds.broken:
-            tqdm.write(f"left out: {reason if file in reason else f'{file}: {reason}'}", file=sys.stderr)
-    if broken:
-        ds.note(broken)
-
-
-@contextmanager
-def naming_broken(path: str | Path, *datasets: Dataset) -> Iterator[None]:
-    """However the block ends, the file `path` then names the pictures found unusable in it, if there are any."""
-    try:
-        yield
-    finally:
-        bases = []
-        for ds in map(innermost, datasets):
-            bases += [ds] if getattr(ds, "broken", None) and ds not in bases else []
-        lines = {f"{name}\t{reason}": None for ds in bases for name, reason in ds.broken.items()}
-        if lines:
-            how = {"encoding": "utf-8", "errors": "surrogateescape"}            # file names may be any bytes
-            before = Path(path).read_text(**how).splitlines() if Path(path).exists() else []
-            lines = dict.fromkeys(before) | lines
-            Path(path).write_text("".join(line + "\n" for line in lines), **how)
-            print(f"{len(lines)} unusable pictures were left out; {path} names them", file=sys.stderr)
-
-
-def split(ds: Dataset, fraction: float = 0.1) -> tuple[Part, Part]:
-    """(train, validation) by group, never by frame: neighbouring frames of a clip would leak.
-
-    Groups are taken in the order of their names' crc32, so the split is the same on every machine, and a dataset
-    that grows keeps nearly all of it. A group with more than half of the pictures always trains.
-    """
-    names, members = group_names(ds), {}
-    for i, name in enumerate(names):
-        members.setdefault(name, []).append(i)
-    if len(members) < 2:
-        raise DataError(f"{len(names)} picture(s) in {len(members)} group(s) cannot be split; two groups are needed")
-    held = []
-    for name in sorted(members, key=lambda name: (zlib.crc32(name.encode("utf-8", "surrogateescape")), name)):
-        if len(held) >= max(1, fraction * len(names)):
-            break
-        if 2 * len(members[name]) <= len(names) and len(held) + len(members[name]) < len(names):
-            held += members[name]
-    rest = set(range(len(names))) - set(held)
-    return Part(ds, sorted(rest)), Part(ds, sorted(held))
-
-
-def find_pictures(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder; pictures go there")
-    found = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names
-                   if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."))
-    if not found:
-        raise DataError(f"{folder}: no pictures in it ({' '.join(sorted(SUFFIXES))})")
-    return found
-
-
-def json_files(root: Path, pattern: str = "*.json") -> list[Path]:
-    """Where the COCO json of a folder may be."""
-    return sorted(p for d in (root, root / "annotations", root / "coco") for p in d.glob(pattern) if p.is_file())
-
-
-COCO_LISTS = [re.compile(rb'"%s"\s*:\s*\[' % name) for name in (b"images", b"annotations")]
-
-
-def is_coco(path: Path) -> bool:
-    """Is a json an object with the lists "images" and "annotations"? Captions, settings and reports are not.
-
-    Told by its bytes, which are not parsed: a file of any size costs no memory, and a COCO json that was cut short is
-    still one, for its reader to complain of. DataError where it cannot be opened.
-    """
-    try:
-        if path.stat().st_size == 0:                # which cannot be mapped
-            return False
-        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as found:
-            return bool(re.match(rb"(\xef\xbb\xbf)?\s*\{", found)) and all(p.search(found) for p in COCO_LISTS)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def has_pictures(root: Path) -> bool:
-    return any(p.suffix.lower() in SUFFIXES for folder in (root, root / "images") if folder.is_dir()
-               for p in folder.iterdir())
-
-
-def has_keypoints(root: str | Path) -> bool:
-    """Is `root` something that PoseFolder takes, rather than a folder of nothing but pictures?"""
-    root = Path(root)
-    return not root.is_dir() or (root / "keypoints").is_dir() or any(map(is_coco, json_files(root)))
-
-
-def is_among_pictures(path: str | Path, root: str | Path) -> bool:
-    """Might PoseFolder(root) take a picture that somebody writes into the folder `path` for one of its own?"""
-    path, root = Path(path).resolve(), Path(root)
-    if not root.is_dir():                           # a list, a COCO json: only what they name counts
-        return False
-    pictures = root / "images" if (root / "images").is_dir() and has_keypoints(root) else root
-    return path == root.resolve() or path.is_relative_to(pictures.resolve())
-
-
-def find_coco(root: Path) -> Path:
-    """The COCO json of a folder; person_keypoints*.json goes before any other json, and their content decides."""
-    for pattern in ("*person_keypoints*.json", "*.json"):
-        found = json_files(root, pattern)
-        if len(found) > 1:
-            found = [path for path in found if is_coco(path)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise DataError(f"{root}: {len(found)} json files, {found[0].name}, {found[1].name}, ...; name one of them")
-    raise DataError(f"{root} has pictures without poses: put them into {root}/images and their keypoints into "
-                    f"{root}/keypoints, or a COCO json beside them" if has_pictures(root) else
-                    f"{root}: there is neither a picture nor a pose in it")
-
-
-@lru_cache(maxsize=4096)
-def keypoint_folder(folder: str) -> str | None:
-    """The folder with its last component called images turned into keypoints; upstream replaced the text everywhere."""
-    parts = list(Path(folder).parts)
-    if "images" not in parts:
-        return None
-    parts[len(parts) - 1 - parts[::-1].index("images")] = "keypoints"
-    return str(Path(*parts))
-
-
-def leaves_folder(name: str) -> bool:
-    """Whether a name from a data file is absolute or climbs, on any system."""
-    return PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).anchor) or ".." in re.split(r"[/\\]", name)
-
-
-def read_groups(path: Path) -> dict[str, str]:
-    """metadata.csv -> {file: group}; empty if there is no such file or no such column."""
-    if not path.is_file():
-        return {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            column = next((c for c in ("group", "animation", "clip", "video") if c in (rows.fieldnames or [])), None)
-            if column is None or "file" not in rows.fieldnames:
-                return {}
-            return {row["file"]: row[column] for row in rows}
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as a table ({error}); mend it or take it away") from error
-
-
 # --------------------------------------------------------------------------------------------- batches
 
 @lru_cache(maxsize=8)
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((ORDER, seed, epoch)).permutation(n)
+    """The numbers 0..n-1 in the order of this epoch."""
+    return np.random.default_rng((ORDER_STREAM, seed, epoch)).permutation(n)
 
 
-def order(n: int, batch_size: int, seed: int, k: int) -> np.ndarray:
+def step_indices(n: int, batch_size: int, seed: int, k: int) -> np.ndarray:
     """Indices [B] of step k: position p = k B + j of an endless row of shuffled epochs, a function of (seed, k)."""
     positions = k * batch_size + np.arange(batch_size)
     return np.array([permutation(n, seed, int(p // n))[p % n] for p in positions])
@@ -1201,37 +1188,43 @@ class Steps(Dataset):
     """Step k as one item: a DataLoader over range(start, stop) then has no state to save.
 
     With a seed: shuffled epochs, a broken picture gives way to the next one. Without: pictures in order, broken ones
-    dropped. An item is (images uint8 [B,S,S,3], poses [B,17,3], indices [B], {file: reason} of the broken).
+    dropped. An item is (images uint8 [B, S, S, 3], poses [B, 17, 3], indices [B], {file: reason} of the broken).
     """
 
-    def __init__(self, ds: Dataset, batch_size: int, seed: int | None = None, zoom: tuple | None = None,
+    def __init__(self, ds: Pictures, batch_size: int, seed: int | None = None, zoom: tuple | None = None,
                  places: slice = slice(None)):          # of the batch: those that this process makes
         self.ds, self.batch_size, self.seed, self.zoom, self.places = ds, batch_size, seed, zoom, places
 
-    def __getitem__(self, k: int):
+    def __getitem__(self, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, str]]:
         n, images, poses, indices, broken = len(self.ds), [], [], [], {}
         if self.seed is None:
             wanted, tries = range(k * self.batch_size, min(n, (k + 1) * self.batch_size)), 1
         else:
-            wanted, tries = order(n, self.batch_size, self.seed, k).tolist(), n
+            wanted, tries = step_indices(n, self.batch_size, self.seed, k).tolist(), n
+        most = self.ds.base.limit * self.ds.base.total
         for j, first in list(enumerate(wanted))[self.places]:
             for i in ((first + shift) % n for shift in range(tries)):
+                if len(broken) > most:          # note_broken will stop the run
+                    break
+                if self.ds.name(i) in broken:
+                    continue
                 try:
                     image, pose = self._load(i, k, j)
                 except DataError as error:
-                    broken[picture_name(self.ds, i)] = str(error)
+                    broken[self.ds.name(i)] = str(error)
                     continue
                 images.append(image), poses.append(pose), indices.append(i)
                 break
         S = self.ds.size
-        return (torch.from_numpy(np.array(images, np.uint8).reshape(-1, S, S, 3)),
-                torch.from_numpy(np.array(poses, np.float32).reshape(-1, 17, 3)), torch.tensor(indices), broken)
+        images = np.array(images, np.uint8).reshape(-1, S, S, 3)
+        poses = np.array(poses, np.float32).reshape(-1, *NO_POSE.shape)
+        return torch.from_numpy(images), torch.from_numpy(poses), torch.tensor(indices), broken
 
-    def _load(self, i: int, k: int, j: int):
+    def _load(self, i: int, k: int, j: int) -> tuple[np.ndarray, np.ndarray]:
         if self.zoom is None:
             return self.ds[i]
-        rng = np.random.default_rng((AUGMENT, self.seed, k, j))
-        return augment(*source(self.ds, i), self.ds.size, rng, self.zoom, flip=True)
+        rng = np.random.default_rng((AUGMENT_STREAM, self.seed, k, j))
+        return to_square(*self.ds.source(i), self.ds.size, rng, self.zoom, flip=True)
 
 
 SIGCHLD = getattr(signal, "SIGCHLD", None)          # Windows has none
@@ -1301,7 +1294,7 @@ def share(batch_size: int, rank: int, world: int) -> slice:
 
 
 def batches(
-    ds: Dataset,
+    ds: Pictures,
     batch_size: int,
     seed: int,
     start: int,                         # the first step; the steps before it cost nothing
@@ -1313,7 +1306,7 @@ def batches(
     rank: int = 0,                      # of several processes that share each batch, this one
     world: int = 1,                     # how many they are; it divides batch_size, which is that of all together
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields (images [B/world,3,S,S] in [-1,1], poses [B/world,17,3], indices [B/world]) for steps start..stop-1.
+    """Yields (images [B/world, 3, S, S] in [-1, 1], poses [B/world, 17, 3], indices [B/world]) for steps start..stop-1.
 
     Step k depends on (seed, k) alone: order, crop and mirror are drawn from it, so a resumed run repeats the
     uninterrupted one, and the shares of all ranks together are the batch that one process would make. Raises DataError
@@ -1340,7 +1333,7 @@ def open_all(spec: str, size: int, poseless: bool = False) -> Pictures:
         return PoseFolder(spec, size, poseless)
     count = spec.partition(":")[2] or str(FIGURES_TRAIN)
     if not count.isdecimal() or int(count) < 1:
-        raise DataError(f"--data {spec}: after figures: comes a number of pictures, such as figures:10000")
+        raise DataError(f"{spec}: after figures: comes a number of pictures, such as figures:10000")
     return Figures(int(count), size, seed=0)
 
 
@@ -1381,14 +1374,14 @@ def spread(ds: Pictures, limit: int) -> Pictures:
 
 
 def numbered(ds: Pictures, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Batches (images [B,3,S,S] in [-1,1], poses [B,17,3], indices [B]) of all pictures in order, but broken ones."""
+    """Batches (images [B, 3, S, S] in [-1, 1], poses [B, 17, 3], indices [B]) of all sound pictures, in order."""
     for images, poses, indices in load(Steps(ds, batch_size), range(-(-len(ds) // batch_size)), 0, "cpu"):
         if len(images):
             yield to_tensor(images), poses, indices
 
 
 def in_order(ds: Pictures, batch_size: int, limit: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches (images [B,3,S,S] in [-1,1], poses [B,17,3]) of at most `limit` pictures, spread evenly over ds."""
+    """Batches (images [B, 3, S, S] in [-1, 1], poses [B, 17, 3]) of at most `limit` pictures, spread evenly over ds."""
     for images, poses, _ in numbered(spread(ds, limit), batch_size):
         yield images, poses
 
@@ -1433,8 +1426,8 @@ class LatentCache:
     """Every picture and its mirror image as the encoder sees them, on disk: stage 2 then decodes and encodes nothing.
 
     Row 2i is picture i in centre geometry, row 2i+1 its mirror image with left and right joints swapped; broken
-    pictures have no rows. Three bare arrays, mapped and not loaded: `latents` float16 [2N,C,h,w], `poses` float32
-    [2N,17,3] and `crc` uint32 [2N], by which rows() knows damage; and a json. The files are named after `key` and the
+    pictures have no rows. Three bare arrays, mapped and not loaded: `latents` float16 [2N, C, h, w], `poses` float32
+    [2N, 17, 3] and `crc` uint32 [2N], by which rows() knows damage; and a json. The files are named after `key` and the
     dataset's fingerprint, so latents of another model or other pictures are never taken.
 
     While it is filled the json has .tmp at its end and tells what is safely on disk: after a kill, filling goes on from
@@ -1447,15 +1440,15 @@ class LatentCache:
         self,
         folder: str | Path,
         key: str,                           # whatever identifies the encoder, such as a hash of its weights
-        ds: Dataset,
-        encode: Callable,                   # images [B,3,S,S] in [-1,1] -> h [B,C,h,w]
+        ds: Pictures,
+        encode: Callable,                   # images [B, 3, S, S] in [-1, 1] -> h [B, C, h, w]
         batch_size: int = 32,
         device: str | torch.device = "cpu",
         workers: int = 0,
     ):
         folder, words = Path(folder), f"{CACHE_VERSION} {key}"
         model = hashlib.sha256(words.encode()).hexdigest()[:12]
-        stem = folder / f"latents-{model}-{fingerprint(ds)[:16]}"
+        stem = folder / f"latents-{model}-{ds.fingerprint()[:16]}"
         *self.files, self.json, self.record, lock = (
             Path(f"{stem}{end}") for end in (*self.ARRAYS, ".json", ".json.tmp", ".lock"))
         if self._open():
@@ -1470,21 +1463,23 @@ class LatentCache:
 
     def _open(self) -> bool:
         """Maps the files; False where they are not whole. Latents may be many gigabytes: rows() will look at them."""
-        try:
-            about = json.loads(self.json.read_text())
-            self.n, (_, h, w) = about["rows"], about["shape"]
-            self.mapped = [open(file, "rb") for file in self.files]
-            self.sizes = _sizes(about)
-            if self._is_cut() or [_crc_of(file) for file in self.mapped[1:]] != about["crc"]:
+        with ExitStack() as opened:
+            try:
+                about = json.loads(self.json.read_text())
+                self.n, (_, h, w) = about["rows"], about["shape"]
+                self.mapped = [opened.enter_context(open(file, "rb")) for file in self.files]
+                self.sizes = _file_sizes(about)
+                if self._is_cut() or [_crc_of(file) for file in self.mapped[1:]] != about["crc"]:
+                    return False
+                self.latents, self.poses, self.crc = (
+                    np.asarray(np.memmap(file, dtype, "r", shape=(self.n, *shape)))
+                    for file, dtype, shape in zip(self.mapped, self.ARRAYS.values(), _row_shapes(about), strict=True))
+                mean, squares = (np.array(about[k]) / (self.n * h * w) for k in ("sum", "squares"))
+                std = np.sqrt(np.maximum(squares - mean ** 2, 1e-12))           # a dead channel must not divide by 0
+                self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
+            except (OSError, ValueError, KeyError, TypeError):
                 return False
-            self.latents, self.poses, self.crc = (
-                np.asarray(np.memmap(file, dtype, "r", shape=(self.n, *shape)))
-                for file, dtype, shape in zip(self.mapped, self.ARRAYS.values(), _shapes(about), strict=True))
-            mean, squares = (np.array(about[k]) / (self.n * h * w) for k in ("sum", "squares"))
-            std = np.sqrt(np.maximum(squares - mean ** 2, 1e-12))               # a dead channel must not divide by 0
-            self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (mean, std))
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+            opened.pop_all()                        # of a sound cache they stay open
         return True
 
     def _is_cut(self) -> bool:
@@ -1494,7 +1489,7 @@ class LatentCache:
         """What the json holds: of the rows that an earlier process has left, or of none. No other byte is kept."""
         try:
             about = json.loads(self.record.read_text())
-            sizes = _sizes(about)
+            sizes = _file_sizes(about)
             if about["batch_size"] == batch_size and all(
                     file.stat().st_size >= size for file, size in zip(self.files, sizes, strict=True)):
                 for file, size in zip(self.files, sizes, strict=True):
@@ -1505,7 +1500,7 @@ class LatentCache:
         for file in (self.json, self.record, *self.files):      # not cut to nothing: some process may have them mapped
             file.unlink(missing_ok=True)
         return {"batch_size": batch_size, "batches": 0,         # of pictures looked at
-                "rows": 0, "shape": None,                       # on disk; [C,h,w] of each
+                "rows": 0, "shape": None,                       # on disk; [C, h, w] of each
                 "sum": 0.0, "squares": 0.0,                     # of the latents, by channel
                 "crc": [0, 0],                                  # CRC-32 of the other two files
                 "broken": {}}                                   # picture: reason
@@ -1526,7 +1521,7 @@ class LatentCache:
                     if len(images):
                         self._append(files, about, to_tensor(images), pose.cpu().numpy(), encode, len(ds))
                     about["batches"] += 1
-                    about["broken"] = getattr(innermost(ds), "broken", {})
+                    about["broken"] = ds.base.broken
                     bar.update(min(len(ds), about["batches"] * batch_size) - bar.n)
                     if time.monotonic() - saved > RECORD_SECONDS:
                         self._save(files, about)
@@ -1542,19 +1537,19 @@ class LatentCache:
         os.replace(self.record, self.json)
 
     def _append(self, files: list, about: dict, x: torch.Tensor, pose: np.ndarray, encode: Callable, n: int) -> None:
-        """Writes the rows of pictures x [B,3,S,S], of n in all, and counts them in `about`."""
+        """Writes the rows of pictures x [B, 3, S, S], of n in all, and counts them in `about`."""
         with torch.no_grad():
-            h = torch.stack([encode(x), encode(x.flip(-1))], 1).flatten(0, 1).float().cpu()     # [2B,C,h,w]
+            h = torch.stack([encode(x), encode(x.flip(-1))], 1).flatten(0, 1).float().cpu()     # [2B, C, h, w]
         if not h.abs().max() <= FLOAT16_MAX:
             raise ValueError(f"latents up to {h.abs().max()} do not fit float16; is the autoencoder trained?")
         if about["shape"] is None:
             about["shape"] = list(h.shape[1:])
-            need, free = 2 * n * _sizes(about | {"rows": 1})[0], shutil.disk_usage(self.json.parent).free
+            need, free = 2 * n * _file_sizes(about | {"rows": 1})[0], shutil.disk_usage(self.json.parent).free
             if need > free:
                 raise DataError(f"{self.json.parent}: the latents need {need / 2**30:.1f} GiB and "
                                 f"{free / 2**30:.1f} are free")
         h = h.half().contiguous().numpy()                   # an encoder may leave its channels last
-        pose = np.stack([pose, keypoints.flip(pose)], 1).reshape(-1, 17, 3).astype(np.float32)
+        pose = np.stack([pose, keypoints.flip(pose)], 1).reshape(-1, *NO_POSE.shape).astype(np.float32)
         crc = np.array([_crc_of_row(*row) for row in zip(h, pose, strict=True)], np.uint32)
         for file, part in zip(files, (h, pose, crc), strict=True):
             file.write(part)
@@ -1578,7 +1573,7 @@ class LatentCache:
         return self.n
 
     def rows(self, idx) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents float32 [B,C,h,w] as the encoder gave them (not normalised), and poses [B,17,3], of the rows [B].
+        """Latents float32 [B, C, h, w] as the encoder gave them (not normalised), and poses [B, 17, 3], of rows [B].
 
         DataError where they are not what was written: the cache is then given up, and made anew the next time.
         """
@@ -1601,15 +1596,15 @@ class LatentCache:
                          "it; the same command makes it anew and goes on")
 
 
-def _shapes(about: dict) -> list[tuple[int, ...]]:
+def _row_shapes(about: dict) -> list[tuple[int, ...]]:
     """Of one row in each file of a cache."""
-    return [tuple(about["shape"]), (17, 3), ()]
+    return [tuple(about["shape"]), NO_POSE.shape, ()]
 
 
-def _sizes(about: dict) -> list[int]:
+def _file_sizes(about: dict) -> list[int]:
     """Of each file of a cache, bytes."""
     return [about["rows"] * math.prod(shape) * np.dtype(dtype).itemsize
-            for shape, dtype in zip(_shapes(about), LatentCache.ARRAYS.values(), strict=True)]
+            for shape, dtype in zip(_row_shapes(about), LatentCache.ARRAYS.values(), strict=True)]
 
 
 def _crc_of_row(latent: np.ndarray, pose: np.ndarray) -> int:
@@ -1643,8 +1638,8 @@ def latent_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Step k's latents and poses, a function of (seed, k): every picture once an epoch, mirrored every other time.
     Of `world` processes that share a batch each takes its part of it (see batches)."""
-    mirror = np.random.default_rng((MIRROR, seed, k)).integers(0, 2, batch_size)
-    rows = 2 * order(len(cache) // 2, batch_size, seed, k) + mirror
+    mirror = np.random.default_rng((MIRROR_STREAM, seed, k)).integers(0, 2, batch_size)
+    rows = 2 * step_indices(len(cache) // 2, batch_size, seed, k) + mirror
     return cache.rows(rows[share(batch_size, rank, world)])
 
 
@@ -1652,7 +1647,7 @@ def latent_batch(
 
 def save_grid(
     path: str | Path,
-    rows: list[list[np.ndarray | None]],    # uint8 [H,W,3] each; None leaves the place empty
+    rows: list[list[np.ndarray | None]],    # uint8 [H, W, 3] each; None leaves the place empty
     columns: list[str] = (),                # a heading over each column
     labels: list[str] = (),                 # a label left of each row
     captions: list[list[str]] = (),         # a line under each picture
@@ -1662,9 +1657,9 @@ def save_grid(
 ) -> Image.Image:
     """Pictures in rows on white, with words. Writes `path` and returns the picture."""
     cells = [cell for row in rows for cell in row if cell is not None]
-    H, W = (max(cell.shape[axis] for cell in cells) for axis in (0, 1))
+    H, W = (max((cell.shape[axis] for cell in cells), default=1) for axis in (0, 1))
     scale = scale or grid_scale(max(H, W))
-    H, W, across, gap = H * scale, W * scale, max(len(row) for row in rows), 8
+    H, W, across, gap = H * scale, W * scale, max(map(len, rows), default=1), 8
     big, font = ImageFont.load_default(17), ImageFont.load_default(13)
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
 
@@ -1688,7 +1683,7 @@ def save_grid(
     left = max((int(ruler.multiline_textbbox((0, 0), t, font)[2]) + gap for t in labels if t), default=0)
     full = left + across * (W + gap) - gap
     title = wrap(title, full, big)
-    below = [height(line, font) for line in captions] or [0] * len(rows)
+    below = [height(captions[r], font) if r < len(captions) else 0 for r in range(len(rows))]
     head = height([title], big)
     top = head + height(columns, font)
     page = Image.new("RGB", (full + 4 * gap, top + sum(below) + len(rows) * (H + gap) - gap + 4 * gap), "white")
@@ -1732,7 +1727,7 @@ def save_picture(path: str | Path, picture: Image.Image | np.ndarray, words: dic
 
 
 def save_animation(path: str | Path, frames: list[np.ndarray], fps: float) -> None:
-    """Frames uint8 [H,W,3] as an endless .gif (256 colours a frame) or .webp (exact), small ones enlarged as in a grid.
+    """Frames uint8 [H, W, 3] as an endless .gif (256 colours a frame) or .webp (exact), enlarged as in a grid.
 
     A GIF counts in hundredths of a second: each frame ends at the one nearest to its time, so that none is gained.
     """
@@ -1774,7 +1769,8 @@ SHOW_LIMB = 50                  # people who do, before any is too long; of 16 f
 OUT_OF_DOUBT = 0.5              # of a usual width: less may be a body seen from the side
 FEWEST = 10                     # people, before anything is said about all of them
 FACING_LEAST = 0.35             # the share of people who face the viewer; figures 0.7, game renders 0.85
-CENTRE_LINES = {"eyes": (1, 2), "ears": (3, 4), "shoulders": (5, 6), "hips": (11, 12)}      # left, right
+CENTRE_LINES = {f"{name}s": [keypoints.JOINTS.index(f"{name}_{side}") for side in SIDES]
+                for name in ("eye", "ear", "shoulder", "hip")}
 KINDS = {                       # worst first: what is printed of each
     "broken": "cannot be used",
     "orphan": "keypoint files without a picture, or pictures that no COCO json names",
@@ -1793,6 +1789,7 @@ DENSITY = 10_000                # skeletons in it: more would look the same
 
 
 class Suspect(NamedTuple):
+    """Something to look at."""
     kind: str                   # one of KINDS
     score: float                # the higher the worse, within its kind
     file: str
@@ -1813,7 +1810,7 @@ class Checked(NamedTuple):
 # What is taken from one picture.
 
 def find_bars(pixels: np.ndarray) -> tuple[int, int, int, int]:
-    """uint8 [H,W,3] -> (x0, y0, x1, y1) between the letterbox bars, the whole picture where it has none.
+    """uint8 [H, W, 3] -> (x0, y0, x1, y1) between the letterbox bars, the whole picture where it has none.
 
     Bars are of one colour, come in pairs of about the same width and end in a straight line: right behind it, nearly
     all pixels differ. A flat background ends where somebody stands, one pixel here and another there.
@@ -1825,7 +1822,7 @@ def find_bars(pixels: np.ndarray) -> tuple[int, int, int, int]:
             break
     else:
         return 0, 0, W, H
-    ink = _differs(pixels, colour)                                                  # [H,W]
+    ink = _differs(pixels, colour)                                                  # [H, W]
     (x0, x1), (y0, y1) = (_pair_of_bars(ink.mean(axis) > BAR_STRAY) for axis in (0, 1))
     part = ink[y0:y1, x0:x1]
     edges = [_sharp_edge(lines, n) if at not in (0, n) else 0 for lines, at, n in (
@@ -1891,7 +1888,7 @@ def whole(ds: Pictures, i: int) -> tuple[Image.Image, np.ndarray]:
     """Picture i with all its pixels, a large JPEG too, and its pose."""
     if isinstance(ds, PoseFolder):
         return read_picture(ds.paths[i]), ds.pose(i)
-    image, pose = source(ds, i)
+    image, pose = ds.source(i)
     return Image.fromarray(image), pose
 
 
@@ -1916,7 +1913,7 @@ def examine(ds: Pictures, workers: int) -> tuple[np.ndarray, dict[int, str]]:
 # The same picture twice.
 
 def find_copies(hashes: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
-    """uint64 [N,2], uint8 [N,16,16] -> int [N]: the first picture of i's group, in which each has a copy.
+    """uint64 [N, 2], uint8 [N, 16, 16] -> int [N]: the first picture of i's group, in which each has a copy.
 
     A group may be a chain: the last frame of a fade is in the group of the first and looks nothing like it. The hash
     is cut into BANDS parts; copies agree in one at least. Pictures are sorted by a part and by brightness, and each is
@@ -1936,7 +1933,7 @@ def find_copies(hashes: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
     cells = thumbs[keep].reshape(M, THUMB, THUMB)
     cells = np.concatenate([cells, cells[..., ::-1]])
     ends = np.concatenate([f(axis=k) for f in (cells.min, cells.max) for k in (1, 2)], 1)   # apart no more than cells
-    bits = np.unpackbits(code[:, None].view(np.uint8), axis=1)      # [2M,64]
+    bits = np.unpackbits(code[:, None].view(np.uint8), axis=1)      # [2M, 64]
     bar = tqdm(total=BANDS * WINDOW, desc="comparing", unit="lag", dynamic_ncols=True, disable=None, delay=1)
     for band in range(BANDS):                                       # every 4th bit: a part sees all of the picture
         part = np.packbits(bits[:, band::BANDS], axis=1).view(np.uint16).ravel()
@@ -1966,7 +1963,7 @@ def find_copies(hashes: np.ndarray, thumbs: np.ndarray) -> np.ndarray:
 
 
 def _look_alike(a: np.ndarray, b: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
-    """bool [n] of thumbnails uint8 [n,256]: is a the same picture as b, or as its mirror image where `mirrored`?"""
+    """bool [n] of thumbnails uint8 [n, 256]: is a the same picture as b, or as its mirror image where `mirrored`?"""
     b = b.reshape(-1, THUMB, THUMB)
     b = np.where(mirrored[:, None, None], b[..., ::-1], b).reshape(a.shape)
     apart = np.maximum(a, b) - np.minimum(a, b)
@@ -2022,9 +2019,9 @@ def copies(checked: Checked) -> list[Suspect]:
 
 class Bodies(NamedTuple):
     """N poses in the person's own size, so that children, close-ups and chibis compare; NaN: joints are missing."""
-    limbs: np.ndarray           # [N,16] length of each of keypoints.LIMBS over its usual length
-    torso: np.ndarray           # [N,2] from the shoulders to the hips, in pixels
-    facing: np.ndarray          # [N,4] of CENTRE_LINES: signed width, 1 as wide as usual, negative seen from behind
+    limbs: np.ndarray           # [N, 16] length of each of keypoints.LIMBS over its usual length
+    torso: np.ndarray           # [N, 2] from the shoulders to the hips, in pixels
+    facing: np.ndarray          # [N, 4] of CENTRE_LINES: signed width, 1 as wide as usual, negative seen from behind
 
 
 def _quantile(x: np.ndarray, q: float, axis: int) -> np.ndarray:
@@ -2036,18 +2033,19 @@ def _quantile(x: np.ndarray, q: float, axis: int) -> np.ndarray:
 def measure(rows: np.ndarray) -> Bodies:
     """RECORD [N] -> Bodies. Foreshortening only ever shortens, so a person is as large as the longer limbs say."""
     pose = rows["pose"].astype(np.float64)
-    xy = np.where(pose[..., 2:] > 0, pose[..., :2] * rows["size"][:, None], np.nan)                 # [N,17,2] pixels
+    xy = np.where(pose[..., 2:] > 0, pose[..., :2] * rows["size"][:, None], np.nan)                 # [N, 17, 2] pixels
     a, b = np.array(keypoints.LIMBS).T
-    length = np.linalg.norm(xy[:, a] - xy[:, b], axis=-1)                                           # [N,16]
+    length = np.linalg.norm(xy[:, a] - xy[:, b], axis=-1)                                           # [N, 16]
     size = _positive(_quantile(length, 0.75, 1))                    # a first guess, by the long limbs
     usual = _positive(_quantile(length / size[:, None], 0.5, 0))
     size = _positive(_quantile(length / usual, 0.75, 1))
     size[np.isfinite(length).sum(1) < LEAST_LIMBS] = np.nan
-    torso = (xy[:, 11] + xy[:, 12] - xy[:, 5] - xy[:, 6]) / 2
-    neck = (xy[:, 5] + xy[:, 6]) / 2 - xy[:, 0]                     # where the hips are out of the picture
+    hips, shoulders = (xy[:, CENTRE_LINES[name]].mean(1) for name in ("hips", "shoulders"))
+    torso = hips - shoulders
+    neck = shoulders - xy[:, keypoints.JOINTS.index("nose")]        # where the hips are out of the picture
     down = np.where(np.isnan(torso), neck, torso)
     down = down / _positive(np.linalg.norm(down, axis=1, keepdims=True))
-    wide = np.stack([xy[:, left] - xy[:, right] for left, right in CENTRE_LINES.values()], 1)       # [N,4,2]
+    wide = np.stack([xy[:, left] - xy[:, right] for left, right in CENTRE_LINES.values()], 1)       # [N, 4, 2]
     facing = (wide[..., 0] * down[:, None, 1] - wide[..., 1] * down[:, None, 0]) / size[:, None]
     return Bodies(length / size[:, None] / usual, torso, facing / _positive(_quantile(np.abs(facing), 0.5, 0)))
 
@@ -2103,7 +2101,7 @@ def odd_poses(checked: Checked) -> tuple[list[Suspect], dict[str, str], dict]:
 
 
 def visible(poses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[N,17,3] -> bool [N,17] twice: the joints that are not missing, and those of them outside the picture."""
+    """[N, 17, 3] -> bool [N, 17] twice: the joints that are not missing, and those of them outside the picture."""
     seen = poses[..., 2] > 0
     return seen, seen & ~keypoints.on_canvas(poses)
 
@@ -2152,6 +2150,7 @@ def orphans(*datasets: Pictures | None) -> list[Suspect]:
 
 
 def barred(checked: Checked) -> list[Suspect]:
+    """Pictures with letterbox bars, those that lose the most to them being the worst."""
     found = []
     for i in np.flatnonzero(checked.rows["sound"]).tolist():
         (W, H), (x0, y0, x1, y1) = (checked.rows[key][i].tolist() for key in ("size", "inner"))
@@ -2239,7 +2238,7 @@ def _cut_seed_pose(path: str, to: Path, box: tuple[float, ...] | None) -> None:
     if not box:
         shutil.copyfile(path, to)
         return
-    pose = keypoints.crop(keypoints.read_seed(path), box)[:, 1::-1] * keypoints.SEED_CANVAS         # [17,2] row, col
+    pose = keypoints.crop(keypoints.read_seed(path), box)[:, 1::-1] * keypoints.SEED_CANVAS         # [17, 2] row, col
     joints = dict(zip(keypoints.JOINTS, pose.tolist(), strict=True))
     to.write_text(json.dumps(keypoints.read_json(path) | joints))
 
@@ -2295,11 +2294,10 @@ def _cut_annotation(told: dict, x0: float, y0: float, x1: float, y1: float) -> N
 # What is written and printed.
 
 def framed(checked: Checked, i: int, side: int) -> np.ndarray:
-    """Picture i of the datasets on a square, nothing cut off, its skeleton drawn over: uint8 [side,side,3]."""
+    """Picture i of the datasets on a square, nothing cut off, its skeleton drawn over: uint8 [side, side, 3]."""
     n = len(checked.train)
     ds, i = (checked.train, i) if i < n else (checked.val, i - n)
-    image, pose = ds.source(i)
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image, pose = whole(ds, i)
     return keypoints.draw(keypoints.fit(pose, image.size, "letterbox"), side,
                           np.asarray(ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, color="white")))
 
@@ -2364,12 +2362,12 @@ def _plain(text: str, most: int) -> str:
 
 
 def _draw_density(ax, poses: np.ndarray) -> None:
-    """Skeletons [N,17,3] as a 2-D histogram of points along their limbs, the picture's border drawn in."""
+    """Skeletons [N, 17, 3] as a 2-D histogram of points along their limbs, the picture's border drawn in."""
     poses = poses[evenly(len(poses), DENSITY)]
     seen, _ = visible(poses)
     along, counts = np.linspace(0, 1, 24)[:, None], np.zeros((96, 96))
     for a, b in keypoints.LIMBS:
-        ends = poses[seen[:, a] & seen[:, b]][:, [a, b], None, :2]                                      # [n,2,1,2]
+        ends = poses[seen[:, a] & seen[:, b]][:, [a, b], None, :2]                                      # [n, 2, 1, 2]
         x, y = (ends[:, 0] * (1 - along) + ends[:, 1] * along).reshape(-1, 2).T
         counts += np.histogram2d(y, x, bins=96, range=((-0.1, 1.1), (-0.1, 1.1)))[0]
     ax.imshow(np.sqrt(counts), cmap="magma", extent=(-0.1, 1.1, 1.1, -0.1), interpolation="bilinear")
@@ -2388,9 +2386,9 @@ def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: 
         if len(short) else {}
     return {
         "root": root, "verdicts": verdicts,
-        "pictures": {"found": sum(getattr(ds, "total", len(ds)) for ds in both),
+        "pictures": {"found": sum(ds.total for ds in both),
                      "sound": int(sound.sum()), "broken": len(checked.broken),
-                     "without_a_person": sum(len(getattr(ds, "skipped", ())) for ds in both),
+                     "without_a_person": sum(len(ds.skipped) for ds in both),
                      "held_out": int((checked.held & sound).sum()),
                      "not_square": int((size[:, 0] != size[:, 1]).sum())},
         "short_side": {"min": int(short[0]), "median": int(short[len(short) // 2]), "max": int(short[-1]),
@@ -2406,7 +2404,7 @@ def describe(report: dict) -> Iterator[str]:
     told, short, counts = report["pictures"], report["short_side"], report["suspects_by_kind"]
     n, joints = told["sound"], report["joints"].values()
 
-    def share(count: int, of: int) -> str:
+    def percent(count: int, of: int) -> str:
         return f"{count} ({count / max(of, 1):.1%})"
 
     more = f", {told['without_a_person']} more without a person" if told["without_a_person"] else ""
@@ -2415,15 +2413,15 @@ def describe(report: dict) -> Iterator[str]:
         yield (f"short side  {short['min']} min, {short['median']} median, {short['max']} max pixels; "
                f"{told['not_square']} not square")
         missing, outside = (sum(joint[key] for joint in joints) for key in ("missing", "outside"))
-        yield (f"joints      {n * len(joints)}, {share(missing, n * len(joints))} missing, "
-               f"{share(outside, n * len(joints))} outside the picture")
+        yield (f"joints      {n * len(joints)}, {percent(missing, n * len(joints))} missing, "
+               f"{percent(outside, n * len(joints))} outside the picture")
         yield f"groups      {report['groups']}; {n - told['held_out']} to train on, {told['held_out']} held out"
         people = {"torsos_lying": "lie", "torsos_head_down": "are head down", "facing_the_viewer": "face the viewer"}
         yield "people      " + ", ".join(f"{report[key]:.1%} {what}" for key, what in people.items()
                                          if report[key] is not None)
     for kind, what in KINDS.items():
         if counts[kind]:
-            yield f"{kind:<12}{share(counts[kind], told['found'] if kind == 'broken' else n)} {what}"
+            yield f"{kind:<12}{percent(counts[kind], told['found'] if kind == 'broken' else n)} {what}"
             for suspect in [s for s in report["suspects"] if s["kind"] == kind][:3]:
                 why = suspect["why"]
                 yield f"  {why if suspect['file'] in why else '{}: {}'.format(suspect['file'], why)}"
@@ -2450,13 +2448,13 @@ def write_files(out: Path, checked: Checked, suspects: list[Suspect], report: di
 
 def open_checked(args: argparse.Namespace) -> tuple[Pictures, Pictures | None]:
     """The datasets of the command line, or a sentence about what is wrong with a flag before any work is done."""
-    for flag, value, least in (("--workers", args.workers, 0), ("--size", args.size, 8), ("--n", args.n, 1)):
+    for flag, value, least in (("--workers", args.workers, 0), ("--size", args.size, 8)):
         if value < least:
             raise DataError(f"{flag} {value}: at least {least} is needed")
-    if args.root == "figures" and not Path("figures").exists():
+    if not is_folder(args.root):
         if args.val or args.trim:
             raise DataError("figures have no bars and held-out figures of their own; leave --val and --trim out")
-        return Figures(args.n, args.size), None
+        return open_all(args.root, args.size), None
     out, roots = Path(args.out), [Path(root) for root in (args.root, args.val) if root]
     train, *val = (PoseFolder(root, args.size, limit=1) for root in roots)
     for root in roots:
@@ -2481,8 +2479,8 @@ def gather(train: Pictures, val: Pictures | None, workers: int) -> Checked:
     for ds in (train, val):
         if ds is not None:
             rows, why = examine(ds, workers)
-            names = [picture_name(ds, i) for i in range(len(ds))]
-            broken |= getattr(ds, "broken", {}) | {names[i]: reason for i, reason in why.items()}
+            names = [ds.name(i) for i in range(len(ds))]
+            broken |= ds.broken | {names[i]: reason for i, reason in why.items()}
             files += names
             parts.append(rows)
     held = np.arange(len(files)) >= len(train)
@@ -2521,7 +2519,7 @@ def check(args: argparse.Namespace) -> int:
     suspects = [Suspect("broken", 0, file, why) for file, why in checked.broken.items()]
     suspects += orphans(train, val) + copies(checked) + odd + barred(checked)
     suspects.sort(key=lambda s: (list(KINDS).index(s.kind), -s.score, s.file))
-    about["groups"] = len(set(group_names(train)))
+    about["groups"] = len(set(train.groups()))
     report = make_report(args.root, checked, suspects, verdicts, about)
     write_files(out, checked, suspects, report, args.size)
     say("\n".join(describe(report)))
@@ -2537,18 +2535,18 @@ def check(args: argparse.Namespace) -> int:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="data.py", description="Checks a dataset and reports on it.")
-    parser.add_argument("root", help="folder, list of pictures or COCO json, or the word figures")
+    parser.add_argument("root", help="folder, list of pictures or COCO json; or figures:N")
     parser.add_argument("--out", default="check", metavar="DIR",
                         help="where report.json, suspects.txt and overview.png go (check)")
     parser.add_argument("--val", metavar="DIR", help="your own held-out set, for pictures that are in both")
     parser.add_argument("--trim", metavar="NEWDIR", help="write a copy of the dataset without letterbox bars there")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (one a core)")
     parser.add_argument("--size", type=int, default=256, help="side of the pictures in the overview (256)")
-    parser.add_argument("--n", type=int, default=16, help="how many figures (16)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Checks what the command line names; returns the exit status, after one sentence where something is wrong."""
     args = parse_args(argv)
     try:
         return check(args)

@@ -530,7 +530,8 @@ def widened(rows: list[dict]) -> list[float]:
     """At each evaluation, by what share training pictures have come to be cheaper, held against held-out ones, than at
     the first: what the two sets of pictures differ in by themselves falls out."""
     shares = [row.get("val_train", math.nan) / row["val_right"] for row in evaluations(rows)]
-    return [1 - share / shares[0] for share in shares]
+    first = next(filter(math.isfinite, shares), math.nan)       # a run of before had no training losses
+    return [1 - share / first for share in shares]
 
 
 def risen(row: dict) -> dict[str, float]:
@@ -605,7 +606,10 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
         word = "memorising"
     elif not loss < UNLEARNT:
         word, reasons = "underfit", [f"{still}; predicting nothing has 1"]
-    elif not early or not fell < STILL_FALLING:
+    elif not early:
+        word, reasons = "underfit", [f"{still}, and there is no evaluation from which to tell whether it still falls; "
+                                     "train longer"]
+    elif not fell < STILL_FALLING:
         word, reasons = "underfit", [f"{still}; it still falls, so train longer"]
     elif far > drawn / 2:
         word, reasons = "underfit", [f"{far} of {drawn} samples lie further from any training picture than "
@@ -781,7 +785,7 @@ def train_reader(pictures: data.Pictures, device: str = "cpu", steps: int = READ
         for step, (x, poses, _) in enumerate(bar):
             for group in opt.param_groups:                          # warm-up, then a cosine to nothing
                 group["lr"] = READER_LR * min((step + 1) / READER_WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            with checkpoint.autocast("bf16" if bf16 else "off", device):
                 logits, _ = reader(degraded(x, first + (last - first) * step / steps, generator))
             loss = reader_loss(logits, poses)
             opt.zero_grad(set_to_none=True)
@@ -807,14 +811,14 @@ def find_reader(spec: str, pictures: data.Pictures, device: str = "cpu",
     """The reader of the training `pictures` of --data `spec`: the cached one if it learnt from just these, or new; of
     toy figures the one that ships."""
     side = reader_side(pictures)
-    about = {"version": READER_VERSION, "pictures": data.fingerprint(pictures), "side": side, "steps": steps}
+    about = {"version": READER_VERSION, "pictures": pictures.fingerprint(), "side": side, "steps": steps}
     path = reader_path(spec, about)
     if path.is_file() and (reader := kept_reader(path, about)):
         print(f"pose reader {path}, trained before")
         return reader.to(device)
     if not data.is_folder(spec):
         first = data.Figures(data.FIGURES_TRAIN, pictures.size, seed=0)     # who learnt from these reads any number
-        if reader := kept_reader(SHIPPED_READER, about | {"pictures": data.fingerprint(first)}):
+        if reader := kept_reader(SHIPPED_READER, about | {"pictures": first.fingerprint()}):
             print(f"pose reader {os.path.relpath(SHIPPED_READER)}, which ships")
             return reader.to(device)
     reader = train_reader(pictures, device, steps)
@@ -937,28 +941,50 @@ def assess(reader: PoseReader, drawn: Drawn, **more: np.ndarray) -> tuple[dict[s
     return rows, found["samples"][0]
 
 
+def earlier_pictures(out: Path) -> list[Path]:
+    """The pictures that an earlier `write_pictures` left in `out`; ValueError where others are in their place."""
+    there = sorted((out / PICTURES).glob("[0-9]" * 6 + ".png"))
+    try:
+        found = json.loads((out / POSES_ASKED).read_text())
+        names = {image["file_name"] for image in found["images"] if found["info"]["checkpoint"]}
+    except FileNotFoundError:
+        names = set()
+    except (OSError, ValueError, KeyError, TypeError):
+        names, there = set(), [out / POSES_ASKED, *there]
+    if there and not names:
+        raise ValueError(f"{there[0]} would be written over, and evaluate.py did not write it; name another folder "
+                         "with --out")
+    return [path for path in there if path.name in names]
+
+
 def write_pictures(out: Path, drawn: Drawn) -> None:
     """`out`/pictures/000000.png ...: first the samples, then the real ones; poses.json says in COCO's words what was
     asked for, so that a detector can be run on them and --detected read its answer."""
+    earlier, side, pictures = earlier_pictures(out), drawn.samples.shape[1], [*drawn.samples, *drawn.real]
     data.make_folder(out / PICTURES, f"--out {out}")
-    (out / POSES_ASKED).unlink(missing_ok=True)             # first, and written last: it vouches for the pictures
-    images, annotations, side = [], [], drawn.samples.shape[1]
-    for old in (out / PICTURES).glob("[0-9]" * 6 + ".png"):
-        old.unlink()                                        # perhaps there were more
-    for i, picture in enumerate((*drawn.samples, *drawn.real)):
-        name, pose = f"{i:06d}.png", drawn.asked[i % len(drawn.asked)]
-        Image.fromarray(picture).save(out / PICTURES / name)
-        images.append({"id": i, "file_name": name, "width": side, "height": side})
+    images = [{"id": i, "file_name": f"{i:06d}.png", "width": side, "height": side} for i in range(len(pictures))]
+    write_json(out / POSES_ASKED, {"info": drawn.about | {"unfinished": True}, "images": images})
+    annotations = []
+    for path in earlier:                                    # perhaps there were more
+        path.unlink()
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(out / PICTURES / images[i]["file_name"])
+        pose = drawn.asked[i % len(drawn.asked)]
         flat = [v for x, y, seen in pose for v in (x * side, y * side, 2 * int(seen > 0))]
         seen = pose[pose[:, 2] > 0, :2] * side
         box = [*seen.min(0), *np.ptp(seen, axis=0)] if len(seen) else [0.0, 0.0, 0.0, 0.0]
         annotations.append({"id": i, "image_id": i, "category_id": 1, "keypoints": flat, "iscrowd": 0, "bbox": box,
                             "area": box[2] * box[3], "num_keypoints": len(seen)})
     categories = [{"id": 1, "name": "person", "keypoints": list(JOINTS)}]
-    partial = out / f"{POSES_ASKED}.partial"
-    partial.write_text(json.dumps({"info": drawn.about, "images": images, "annotations": annotations,
-                                   "categories": categories}))
-    partial.replace(out / POSES_ASKED)
+    write_json(out / POSES_ASKED, {"info": drawn.about, "images": images, "annotations": annotations,
+                                   "categories": categories})
+
+
+def write_json(path: Path, what: dict) -> None:
+    """In one go: a reader sees the file of before or the whole new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(what))
+    partial.replace(path)
 
 
 def read_pictures(out: Path, about: dict) -> Drawn:
@@ -967,6 +993,8 @@ def read_pictures(out: Path, about: dict) -> Drawn:
     try:
         found = json.loads((out / POSES_ASKED).read_text())
         info = dict(found["info"])
+        if info.get("unfinished"):
+            raise ValueError("the command that drew them was interrupted")
         pictures = np.stack([np.asarray(data.read_picture(out / PICTURES / f"{i:06d}.png"))
                              for i in range(len(found["annotations"]))])
         asked = np.array([a["keypoints"] for a in found["annotations"]], dtype=np.float64).reshape(-1, len(JOINTS), 3)
@@ -1131,7 +1159,7 @@ def recon_figure(path: str | Path, models: list[VQModel], names: list[str], ds: 
                 continue
             x0, y0, x1, y1 = boxes[row]
             part = image[y0:y1, x0:x1]
-            add(row, part, "" if word else Path(data.picture_name(ds, shown[row][1])).stem)
+            add(row, part, "" if word else Path(ds.name(shown[row][1])).stem)
             for x_hat in x_hats:
                 part_hat = x_hat[row][y0:y1, x0:x1]
                 dB = psnr(data.to_tensor(part_hat)[None], data.to_tensor(part)[None]).item()
@@ -1229,13 +1257,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     overfit.add_argument("--limit", type=picture_limit, default=512, metavar="N", help="held-out pictures, at most, "
                          "that tell how near to a training picture is usual (default %(default)s)")
     overfit.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    overfit.set_defaults(detected=None)
     for sub in (pose, overfit):
         sub.add_argument("--sampler", choices=("ddim", "dpm_solver"), help="default as in sample.py")
         sub.add_argument("--steps", type=int, help="default as in sample.py")
         sub.add_argument("--eta", type=float, help="noise that each step adds, 0 to 1 (default as in sample.py)")
         sub.add_argument("--guidance", type=float, metavar="W", help="default as in sample.py")
-        sub.set_defaults(spacing=None)                              # the model's own
+        sub.set_defaults(spacing=None)                              # the sampler's own, or the model's
         sub.add_argument("--seed", type=int, default=0, help="the i-th sample has seed --seed + i")
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
@@ -1335,9 +1362,13 @@ def notes(job: Job, n: int) -> list[str]:
     return out
 
 
-def without_nan(row: dict) -> dict:
-    """A row for JSON, which has no NaN and no infinity: None instead."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+def without_nan(value: object) -> object:
+    """For JSON, which has no NaN and no infinity: None instead, in dictionaries and lists too."""
+    if isinstance(value, dict):
+        return {key: without_nan(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report_of(args: argparse.Namespace, job: Job, n: int, rows: dict[str, dict], boxes: dict[str, dict]) -> dict:
@@ -1380,7 +1411,7 @@ def recon(args: argparse.Namespace) -> None:
 def write_recon(out: Path, job: Job, shortlist: Shortlist, report: dict, about: str) -> None:
     """recon.json, the report with the names of the pictures on show, and recon.png."""
     shown = [("typical", index) for index in shortlist.typical()] + [("worst", index) for index in shortlist.worst()]
-    report = report | {word: [data.picture_name(job.ds, index) for w, index in shown if w == word] for word, _ in shown}
+    report = report | {word: [job.ds.name(index) for w, index in shown if w == word] for word, _ in shown}
     (out / "recon.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     recon_figure(out / "recon.png", job.models, job.names, job.ds, shown,
                  f"{about}: around the median PSNR of {job.names[0]}, and the worst. Errors: black 0, white "
@@ -1423,12 +1454,9 @@ def check_pose_args(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
     """Fills in what the model samples with where nobody says; ValueError for what cannot be."""
     sample.ask_model(args, ldm)
     if not (math.isfinite(args.guidance) and 0 <= args.eta <= 1 and 1 <= args.steps <= ldm.schedule["timesteps"]
-            and 0 <= args.seed < 2 ** 31):
+            and 0 <= args.seed < sample.MOST_SEEDS // 2):
         raise ValueError(f"--guidance is {args.guidance}, --eta {args.eta}, --steps {args.steps}, --seed {args.seed}; "
                          f"they must be finite, 0 to 1, 1 to {ldm.schedule['timesteps']}, and 0 or more but below 2^31")
-    if args.detected and not args.out:
-        raise ValueError("--detected tells what was found in pictures that an earlier run wrote to --out; name that "
-                         "folder with --out")
 
 
 def pose(args: argparse.Namespace) -> None:
@@ -1436,6 +1464,11 @@ def pose(args: argparse.Namespace) -> None:
     ldm, step, spec, val, size = open_ldm(args)
     check_pose_args(args, ldm)
     make_out(args.out, spec, val)
+    if args.detected and not args.out:
+        raise ValueError("--detected tells what was found in pictures that an earlier run wrote to --out; name that "
+                         "folder with --out")
+    if args.out and not args.detected:
+        earlier_pictures(Path(args.out))                    # before anything is drawn: is the place free?
     train, held_out = data.open_data(spec, size, val)
     held_out = data.spread(held_out, args.limit)
     about = {"checkpoint": checkpoint.hash_of(ldm.unet.state_dict()), "data": spec, "val": val, "size": size,
@@ -1456,9 +1489,8 @@ def pose(args: argparse.Namespace) -> None:
         out = Path(args.out)
         if not args.detected:
             write_pictures(out, drawn)
-        figures = {name: without_nan(row | {"joints": without_nan(row["joints"])}) for name, row in rows.items()}
         report = {"command": shlex.join(["python", "evaluate.py", *args.argv]),
-                  "read_by": args.detected or "pose reader", **about, "rows": figures}
+                  "read_by": args.detected or "pose reader", **about, "rows": without_nan(rows)}
         (out / "pose.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         extremes_figure(out / "pose.png", drawn, read, f"{called}: PCK@0.1 {rows['samples']['pck@0.1']:.3f}"
                         + (f", real pictures {rows['real']['pck@0.1']:.3f}" if "real" in rows else ""))
@@ -1488,6 +1520,10 @@ def describe_pose(rows: dict[str, dict], reader: str) -> Iterator[str]:
     if ceiling < JUDGE:
         yield (f"the ceiling is low: {reader} finds only {ceiling:.0%} of the joints of real pictures, so its verdict "
                "on samples is weak; more pictures make a better reader, and --detected takes another one")
+
+
+CHUNK = 1024                        # rows of the cache compared at once: 50 MB where latents are 64x64x3
+FILM = 8                            # checkpoints in the film strip, at most
 
 
 @dataclass(frozen=True)
@@ -1584,7 +1620,7 @@ def overfit(args: argparse.Namespace) -> None:
         print(f"- {reason}")
     samples = {name: [{"distance": float(d), "nearest": int(row) // 2, "mirrored": bool(row % 2)}
                       for d, row in zip(near[name].distances, near[name].rows, strict=True)] for name in poses}
-    report = {"command": shlex.join(["python", "evaluate.py", *args.argv]), "run": str(run), **found,
+    report = {"command": shlex.join(["python", "evaluate.py", *args.argv]), "run": str(run), **without_nan(found),
               "samples": samples, **sample.settings_of(args), "seed": args.seed}
     (out / "overfit.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
     overfit_figure(out / "overfit.png", ldm, cache, rows, found, near, poses, strip)
@@ -1599,8 +1635,6 @@ def headline(found: dict) -> str:
 
 # ----------------------------------------------------------------------------------------- the picture of overfit
 
-CHUNK = 1024                        # rows of the cache compared at once: 50 MB where latents are 64x64x3
-FILM = 8                            # checkpoints in the film strip, at most
 PAGE_LEAST = 1400                   # pixels wide
 NEAR_SHOWN = 8                      # samples of each kind beside their nearest training pictures, the nearest first
 

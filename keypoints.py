@@ -265,15 +265,25 @@ def _ours(data: object, where: str) -> Iterator[Person]:
 def _coco(data: object, where: str) -> Iterator[Person]:
     """COCO annotations. Crowd regions and persons without a labelled joint are left out."""
     images, orders = _coco_images(data, where), _coco_orders(data, where)
-    for at, person in _objects(data["annotations"], _at(where, "annotations")):
-        if person.get("iscrowd") or not person.get("num_keypoints", 1) or "keypoints" not in person:
+    for at, told, image in _coco_people(data, images, where):
+        yield _coco_person(at, told, image, orders)
+
+
+def _coco_people(data: dict, images: dict, where: str) -> Iterator[tuple[str, dict, tuple]]:
+    """Each annotation that has joints: its place, itself and its image's (file name, size)."""
+    for at, told in _objects(data["annotations"], _at(where, "annotations")):
+        if told.get("iscrowd") or not told.get("num_keypoints", 1) or "keypoints" not in told:
             continue
-        image = _id(person.get("image_id"), _at(at, "image_id"))
+        image = _id(told.get("image_id"), _at(at, "image_id"))
         if image not in images:
             raise _refused(at, f"has image_id {SHORT.repr(image)}, which is not among the images")
-        n, order = orders.get(_id(person.get("category_id", 0), _at(at, "category_id")), (17, ORDERS[17]))
-        flat = _numbers(person["keypoints"], (3 * n,), _at(at, "keypoints"))
-        yield Person(at, np.array(flat).reshape(n, 3)[order], *images[image])
+        yield at, told, images[image]
+
+
+def _coco_person(at: str, told: dict, image: tuple, orders: dict) -> Person:
+    n, order = orders.get(_id(told.get("category_id", 0), _at(at, "category_id")), (17, ORDERS[17]))
+    flat = _numbers(told["keypoints"], (3 * n,), _at(at, "keypoints"))
+    return Person(at, np.array(flat).reshape(n, 3)[order], *image)
 
 
 def _coco_images(data: object, where: str) -> dict[int | str, tuple[str, tuple[float, float] | None]]:
@@ -588,17 +598,27 @@ def read_seed(path: str | Path) -> np.ndarray:
     return _place(person, pixels=True)
 
 
-def read_coco(path: str | Path) -> dict[str, list[np.ndarray]]:
-    """COCO person keypoints: file name -> poses [17, 3] float64, normalised by that image's width and height.
+def read_coco(path: str | Path) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
+    """COCO person keypoints: file name -> poses [17, 3] float64, normalised by that image's width and height; and
+    file name -> reason, of the images with a person that cannot be used.
 
     Crowd regions and persons without any labelled joint are left out (an image may keep an empty list).
     """
     data, where = read_json(path, limit=None), f"{path}: "      # a whole dataset: COCO's own file has 238 MB
-    poses: dict[str, list] = {name: [] for name, _ in _coco_images(data, where).values()}
-    for person in _coco(data, where):
-        if (pose := _place(person, pixels=True))[:, 2].any():
-            poses[person.picture].append(pose)
-    return poses
+    images, orders, refused = _coco_images(data, where), _coco_orders(data, where), {}
+    poses: dict[str, list] = {name: [] for name, _ in images.values()}
+    place = {image["file_name"]: at for at, image in _objects(data["images"], _at(where, "images"))}
+    for at, told, (name, size) in _coco_people(data, images, where):
+        try:
+            if size is None:
+                raise _refused(place[name], "has no width and height; a dataset needs them")
+            pose = _place(_coco_person(at, told, (name, size), orders), pixels=True)
+        except PoseError as error:
+            refused.setdefault(name, str(error))
+            continue
+        if pose[:, 2].any():
+            poses[name].append(pose)
+    return poses, refused
 
 
 # ----------------------------------------------------------------------------------------- moving and drawing

@@ -17,7 +17,8 @@
 
 A pose file (COCO, OpenPose, MediaPipe, YOLO, ...: README.md lists them) is told by its content, whatever its name;
 each picture or frame in it gives one pose, that of its largest person.
-Picture i of a row has seed --seed + i and depends on nothing else: not on the other poses, nor on how many there are.
+Picture i of a row has seed --seed + i and depends on nothing else: not on the other poses, nor on how many there are
+(but for the last bits of sums, which differ from one size of batch to another).
 """
 from __future__ import annotations
 
@@ -86,13 +87,13 @@ PICTURES = ("init", "inpaint", "mask", "noise_from")
 MAY_GO_WITH_REPEAT = {"repeat", "ckpt", "device", "out", "separate", "save_latents", *PICTURES}
 
 
-def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, sampler: str = "ddim",
-           steps: int = DEFAULT_STEPS["ddim"], eta: float = 0.0, guidance: float = 1.0,
-           spacing: str = "even", interval: tuple[int, int] | None = None, rescale: float = 0.0,
+def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, sampler: str, steps: int, eta: float,
+           guidance: float, spacing: str, interval: tuple[int, int] | None = None, rescale: float = 0.0,
            noise: Tensor | None = None, given: Tensor | None = None, known: Tensor | None = None,
            **more: int) -> Iterator[Step]:
     """Denoises one latent a pose, [B, 17, 3] with seeds [B], for pictures of size x size; yields every step.
 
+    `settings` has what sampler, steps, eta, guidance and spacing usually are.
     The last step's x [B, C, h, w] is the sample: `ldm.decode` makes the pictures [B, 3, size, size] of it. Sampling
     starts from `noise` [1, C, h, w], if there is any, instead of the seeds'; where `known` [1, 1, h, w] is true, the
     latent `given` [1, C, h, w] is kept. `more` are skip, which leaves steps out and starts from `given`, and rounds, as
@@ -128,6 +129,7 @@ def settings(ldm: checkpoint.LDM, sampler: str | None = None, steps: int | None 
 
 
 def settings_of(args: argparse.Namespace) -> dict:
+    """The same of a command's flags."""
     return {name: getattr(args, name) for name in ("sampler", "steps", "eta", "guidance", "spacing")}
 
 
@@ -172,13 +174,9 @@ def decode(ldm: checkpoint.LDM, z: Tensor) -> list[np.ndarray]:
             for picture in data.to_uint8(ldm.decode(z[b:b + BATCH].to(ldm.mean.device)).float().cpu())]
 
 
-def draw_pictures(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, kept: list[Step] | None = None,
-                  **how: object) -> list[np.ndarray]:
-    """Pictures uint8 [size, size, 3], one for each pose [B, 17, 3] and seed; `how` and what is `kept` as in denoise."""
-    steps = denoise(ldm, poses, seeds, size, **how)
-    if kept is not None:
-        kept += steps
-    return decode(ldm, steps[-1].x)
+def draw_pictures(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, **how: object) -> list[np.ndarray]:
+    """Pictures uint8 [size, size, 3], one for each pose [B, 17, 3] and seed; `how` as in denoise."""
+    return decode(ldm, denoise(ldm, poses, seeds, size, **how)[-1].x)
 
 
 # ------------------------------------------------------------------------------------------------------- poses
@@ -424,7 +422,7 @@ def read_pictures(args: argparse.Namespace) -> list[Image.Image]:
 def encode(ldm: checkpoint.LDM, images: list[Image.Image], size: int) -> Given:
     """The picture, and the mask if there is one, at the model's size; a latent cell is drawn anew where any of its
     pixels is white."""
-    squares = [data.augment(image, data.NO_POSE, size)[0] for image in images]
+    squares = [data.to_square(image, data.NO_POSE, size)[0] for image in images]
     with torch.no_grad():
         z = ldm.encode(data.to_tensor(squares[0])[None].to(ldm.mean.device))
     hole = squares[1].mean(axis=-1) >= 128 if len(squares) > 1 else None
@@ -587,7 +585,7 @@ def is_flag(item: tuple[str, object]) -> bool:
 
 def is_seed(seed: object) -> bool:
     whole = seed[:2] if isinstance(seed, tuple) else (seed,)
-    return all(type(s) is int and 0 <= s < 2 ** 64 for s in whole) and (
+    return all(type(s) is int and 0 <= s < MOST_SEEDS for s in whole) and (
         not isinstance(seed, tuple) or len(seed) == 3 and type(seed[2]) is float and 0 < seed[2] < 1)
 
 
@@ -769,7 +767,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"--guidance is {args.guidance}; it must be a finite number")
     args.ckpt = args.ckpt or default_ckpt()
     args.device = checkpoint.find_device(args.device)
-    if args.amp == "fp16" and args.device == "cpu":
+    if args.amp == "fp16" and args.device.startswith("cpu"):
         raise ValueError("--amp fp16 needs a CUDA GPU; use --amp bf16 or off")
     check_out(args)
 
@@ -799,7 +797,9 @@ def check_together(args: argparse.Namespace) -> None:
                       ("common", "motion", "common poses are no frames"),
                       ("common", "typical", "common poses are typical already"),
                       ("film", "motion", "a film shows the steps of a picture, a motion the last of them"),
-                      ("film", "morph", "a film shows the steps of a picture, a morph the last of them")):
+                      ("film", "morph", "a film shows the steps of a picture, a morph the last of them"),
+                      *(("common", name, "common poses come from no file")
+                        for name in ("canvas", "person", "frames", "format"))):
         if getattr(args, a) and getattr(args, b):
             raise ValueError(f"{flag(a)} and {flag(b)} do not go together: {why}; leave one of them out")
     for name, wanted in (("strength", ["init"]), ("mask", ["inpaint"]), ("rounds", ["inpaint"]),
@@ -808,6 +808,8 @@ def check_together(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag(name)} goes with {' or '.join(map(flag, wanted))}; without, leave it out")
     if not (args.grid or args.separate or args.motion or args.morph):
         raise ValueError("--no-grid leaves the sheet out, and then there is nothing to write; add --separate DIR")
+    if args.film and not args.grid:
+        raise ValueError("--film is a sheet, and --no-grid leaves that out; leave one of them out")
     if args.inpaint and not args.mask:
         raise ValueError(f"--inpaint {args.inpaint} needs --mask IMAGE, of the same size and white where to draw anew")
     if args.sampler not in (None, "ddim") and (args.inpaint or args.noise_from):
@@ -830,8 +832,12 @@ def check_out(args: argparse.Namespace) -> None:
     if args.save_latents and Path(args.save_latents).suffix != ".npz":
         raise ValueError(f"--save-latents is {args.save_latents}; its name must end in .npz")
     sheet, moving = sheet_and_animation(args)
+    files = (*args.poses, args.ckpt, *(getattr(args, name) for name in PICTURES))
+    read = {Path(path).resolve() for path in files if path}
     for name, path in (("out", args.grid and sheet), ("out", moving), ("save_latents", args.save_latents),
                        ("separate", args.separate and Path(args.separate) / "0001.png")):
+        if path and Path(path).resolve() in read:
+            raise ValueError(f"{flag(name)} is {path}, which is read here too and would be lost; give another name")
         if path:
             check_writable(Path(path), f"{flag(name)} {getattr(args, name)}")
 
@@ -848,12 +854,23 @@ def check_writable(path: Path, asked: str) -> None:
         path.unlink()
 
 
-def check_fits(path: Path, rows: int, size: int) -> None:
-    """ValueError where a sheet of so many rows would be longer than its format can be."""
-    height, most = 200 + rows * (size * data.grid_scale(size) + 30), LONGEST_SIDE.get(path.suffix.lower(), math.inf)
-    if height > most:
-        raise ValueError(f"--out is {path}, but {rows} rows would be about {height} pixels high and such a file can "
-                         f"have {most}; let its name end in .png, or draw fewer poses at a time")
+def check_fits(path: Path, rows: int, columns: int, size: int) -> None:
+    """ValueError where a sheet of so many pictures would be longer than its format can be."""
+    side = 200 + max(rows, columns) * (size * data.grid_scale(size) + 30)
+    most = LONGEST_SIDE.get(path.suffix.lower(), math.inf)
+    if side > most:
+        raise ValueError(f"--out is {path}, but {rows} rows of {columns} would be about {side} pixels long and such a "
+                         f"file can have {most}; let its name end in .png, or draw fewer at a time")
+
+
+def shape_of_sheet(args: argparse.Namespace, plan: Plan, given: bool) -> tuple[int, int]:
+    """Rows and columns of what grid_of, sheet_of or film_of lays out, a `given` picture included."""
+    P, n = len(plan.poses), plan.n
+    if args.film:
+        return 2 * P * n, FILM + 1
+    if args.motion or args.morph:
+        return (n + 1) * math.ceil((min(P, SHEET_MOST) + given) / SHEET_ACROSS), SHEET_ACROSS
+    return P, n + 1 + given
 
 
 def ask_model(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
@@ -863,6 +880,12 @@ def ask_model(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
     if args.guidance != 1 and not ldm.knows_null:
         raise ValueError(f"--guidance is {args.guidance:g}, but {args.ckpt} was trained without dropping poses, so it "
                          "has no picture of no pose; leave --guidance out")
+    if getattr(args, "interval", None) and args.interval[0] >= ldm.schedule["timesteps"]:
+        raise ValueError(f"--interval is {args.interval[0]} to {args.interval[1]}, but timesteps end at "
+                         f"{ldm.schedule['timesteps'] - 1}")
+    if args.guidance in (0, 1) and (getattr(args, "interval", None) or getattr(args, "rescale", 0)):
+        raise ValueError(f"--interval and --rescale change guidance, but --guidance is {args.guidance:g} and changes "
+                         "nothing; leave them out, or give more of it")
 
 
 def title_of(args: argparse.Namespace, called: dict, steps: int, step: int) -> str:
@@ -888,8 +911,10 @@ def run(args: argparse.Namespace, command: str) -> str:
     plan = plan or plan_of(args, poses, names, payload)
     ask_model(args, ldm)
     size, began, (out, moving) = payload["config"]["size"], time.monotonic(), sheet_and_animation(args)
-    if args.grid:
-        check_fits(out, len(plan.poses) * (2 * plan.n if args.film else 1), size)
+    if args.grid and plan.only is None:
+        check_fits(out, *shape_of_sheet(args, plan, bool(images)), size)
+    if moving:
+        check_fits(moving, 1, plan.n + 1, size)
     digest, given = checkpoint.hash_of(ldm.state_dict()), encode(ldm, images, size) if images else None
     if args.repeat:
         check_same(args, record, digest, given)
@@ -897,9 +922,9 @@ def run(args: argparse.Namespace, command: str) -> str:
 
     every = torch.from_numpy(plan.poses).repeat_interleave(plan.n, dim=0)               # [P n, 17, 3]
     start = start_from(ldm, given, args, every[:1]) if given else {}
-    kept: list[Step] = []
-    pictures = draw_pictures(ldm, every, plan.seeds, size, kept, film=FILM if args.film else 1,
-                             interval=args.interval, rescale=args.rescale, **settings_of(args), **start)
+    steps = denoise(ldm, every, plan.seeds, size, film=FILM if args.film else 1, interval=args.interval,
+                    rescale=args.rescale, **settings_of(args), **start)
+    pictures = decode(ldm, steps[-1].x)
     if args.inpaint:            # in pixels: a decoder looks beyond its cell, so kept latents alone keep no pixel
         pictures = [np.where(given.hole[..., None], picture, given.pixels) for picture in pictures]
 
@@ -909,19 +934,19 @@ def run(args: argparse.Namespace, command: str) -> str:
         data.save_picture(out, made, words(record, plan, command))
     elif args.grid:
         shown = given.shown() if given else None
-        grid = (film_of(plan, kept, ldm, shown) if args.film else sheet_of(plan, pictures, shown) if moving else
+        grid = (film_of(plan, steps, ldm, shown) if args.film else sheet_of(plan, pictures, shown) if moving else
                 grid_of(plan, pictures, shown))
         if args.noise_from and "columns" in grid and not args.film:
             grid["columns"][-1] = "from its noise"                      # and no seed's
-        steps = how_many_steps(ldm, args.sampler, args.steps, args.spacing)
-        made = data.save_grid(out, **grid, title=title_of(args, record["flags"], steps, payload["step"]),
+        n_steps = how_many_steps(ldm, args.sampler, args.steps, args.spacing)
+        made = data.save_grid(out, **grid, title=title_of(args, record["flags"], n_steps, payload["step"]),
                               words=words(record, plan, command))
     if moving:
         animate(moving, plan, pictures, args.fps)
     if args.separate:
         write_separate(Path(args.separate), plan, pictures, record, command)
     if args.save_latents:
-        save_latents(args.save_latents, kept[-1].x, plan)
+        save_latents(args.save_latents, steps[-1].x, plan)
     written = [str(path) for path in (args.grid and out, moving, args.separate, args.save_latents) if path]
     return (f"{' and '.join(written)}: {len(pictures)} pictures in {time.monotonic() - began:.1f} s"
             + (f"; {compare(args.repeat, record, made)}" if args.repeat else ""))
@@ -934,6 +959,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nsample.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -814,7 +814,7 @@ def differing(name: str, a: object, b: object) -> tuple[str, object, object]:
 
 def data_hash(c: Config, train: data.Pictures, val: data.Pictures) -> str:
     """Changes when a picture or pose does, held out or not; a copy with other file times counts as another."""
-    return "+".join(data.fingerprint(ds)[:16] for ds in ([train, val] if c.val else [train]))   # else split from one
+    return "+".join(ds.fingerprint()[:16] for ds in ([train, val] if c.val else [train]))   # else split from one
 
 
 def plain(c: object) -> dict:
@@ -1411,7 +1411,7 @@ def describe_forecast(c: Config) -> str:
         return (f"forecast for {c.device}: a step on {rehearsed} pictures at once does not fit its memory; try "
                 "--micro-batch 1, --checkpointing, or a smaller preset")
     n, step = len(train), f.seconds * c.recipe.batch_size / at_once(c)
-    each = np.asarray(data.source(train, 0)[0]).nbytes if c.stage == "vq" else 4 * math.prod(
+    each = np.asarray(train.source(0)[0]).nbytes if c.stage == "vq" else 4 * math.prod(
         (c.vq_config.embed_dim, c.size // c.vq_config.factor, c.size // c.vq_config.factor))
     on_cpu = c.device == "cpu" and c.workers == 0           # then pictures, or pages of the cache, are in it too
     held = min(n * each, data.REMEMBER_BYTES) / 2 ** 30 if on_cpu else 0

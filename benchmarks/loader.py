@@ -90,7 +90,7 @@ def latents(name: str, shape: tuple[int, int, int], folder: Path, n: int, steps:
         with open(cache.files[0], "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     first, again = (rate((data.latent_batch(cache, BATCH, 0, k) for k in range(steps)), BATCH) for _ in range(2))
-    wanted = [2 * data.order(n, BATCH, 0, k) for k in range(steps)]
+    wanted = [2 * data.step_indices(n, BATCH, 0, k) for k in range(steps)]
     floor = max(rate((torch.from_numpy(cache.latents[rows]).float() for rows in wanted), BATCH) for _ in range(2))
     return (f"latents {name}, {row} B: {first:,.0f}/s first, {again:,.0f}/s again (needed {NEEDED['latents']:,}); "
             f"copying alone {floor:,.0f}/s; filled at {len(cache) / took:,.0f} rows/s")

@@ -28,20 +28,18 @@ CASES = {
 KEPT = 8                        # checkpoints for the film strip
 
 
-class Shuffled(data.Pictures):
+class Shuffled(data.Part):
     """ds with the poses of other pictures: there is nothing to learn from them."""
 
     def __init__(self, ds: data.Pictures):
-        self.ds, self.size, self.wrong = ds, ds.size, evaluate.derangement(len(ds), 0)
-
-    def __len__(self) -> int:
-        return len(self.ds)
+        super().__init__(ds, range(len(ds)))
+        self.wrong = evaluate.derangement(len(ds), 0)
 
     def source(self, i: int):
-        return data.source(self.ds, i)[0], data.source(self.ds, int(self.wrong[i]))[1]
+        return self.ds.source(i)[0], self.ds.source(int(self.wrong[i]))[1]
 
     def fingerprint(self) -> str:
-        return f"shuffled-{data.fingerprint(self.ds)}"
+        return f"shuffled-{self.ds.fingerprint()}"
 
 
 def shuffle_training_poses() -> None:

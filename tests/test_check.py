@@ -92,14 +92,14 @@ def swap_sides(*parts: str):
 
 @pytest.mark.usefixtures("drawn")
 def test_clean_figures_have_next_to_no_suspects_and_no_verdict(tmp_path, capsys):
-    assert data.main(["figures", "--n", "200", "--size", "64", "--workers", "0", "--out", str(tmp_path)]) == 0
+    assert data.main(["figures:200", "--size", "64", "--workers", "0", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["verdicts"] and len(report["suspects"]) <= 2
     assert report["pictures"]["sound"] == 200 and report["torsos"] > 190
 
 
 def test_few_clean_figures_have_no_suspects(tmp_path, capsys):
-    assert data.main(["figures", "--workers", "0", "--out", str(tmp_path)]) == 0
+    assert data.main(["figures:16", "--workers", "0", "--out", str(tmp_path)]) == 0
     assert not json.loads((tmp_path / "report.json").read_text())["suspects"]
 
 
@@ -605,6 +605,18 @@ def coco_of(root, figures) -> int:
     return joint
 
 
+def test_a_bad_coco_annotation_is_reported_and_left_out_of_the_copy(figures, tmp_path, capsys):
+    coco_of(tmp_path / "set", figures)
+    file = tmp_path / "set/annotations/person_keypoints.json"
+    told = json.loads(file.read_text())
+    told["annotations"][0]["keypoints"][12] = 99999             # of a0.png
+    file.write_text(json.dumps(told))
+    report = run(tmp_path / "set", "--trim", str(tmp_path / "new"), status=2)
+    assert {s for s in suspects(report) if s[0] in ("broken", "orphan")} == {("broken", "a0.png")}
+    assert "broken      1 (12.5%) cannot be used" in capsys.readouterr().out
+    assert PoseFolder(tmp_path / "new", SIDE).names == [f"images/a{i}.png" for i in range(1, 8)]
+
+
 @pytest.mark.usefixtures("drawn")
 def test_coco_is_checked_and_trimmed(figures, tmp_path):
     joint = coco_of(tmp_path / "set", figures)
@@ -738,9 +750,10 @@ def test_a_wrong_flag_is_one_sentence(clean, tmp_path, flags, words, capsys):
 
 def test_figures_take_no_other_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert data.main(["figures", "--trim", "new"]) == 2 and data.main(["figures", "--n", "0"]) == 2
+    assert data.main(["figures", "--trim", "new"]) == 2 and data.main(["figures:0"]) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 2 and "--trim" in err and "--n 0" in err and not list(tmp_path.iterdir())
+    assert err.count("\n") == 2 and "--trim" in err and not list(tmp_path.iterdir())
+    assert "data.py: figures:0: after figures: comes a number" in err
 
 
 @pytest.mark.parametrize("where", ["find_bars", "draw_overview", "_cut_picture"])

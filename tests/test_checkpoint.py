@@ -197,7 +197,7 @@ def test_the_pose_arrives_as_the_seeds_ids(ckpt):
     pose = torch.from_numpy(np.random.default_rng(0).uniform(0, 1, (2, 17, 3)))
     seen = []
     ldm.cond.register_forward_hook(lambda module, args, out: seen.append(out[0]))
-    next(sample.sample(ldm, pose, [0, 1], 32, steps=1))
+    next(sample.sample(ldm, pose, [0, 1], 32, **sample.settings(ldm, steps=1)))
     col, row = (pose[..., 0] * 32).floor(), (pose[..., 1] * 32).floor()
     null, context = seen[0][:1], seen[0][1:]
     assert context.shape == (2, 1, 17) and torch.equal(context[:, 0].double(), col * 32 + row) and not null.any()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 import data
 import keypoints
-from data import DataError, InMemory, LatentCache, Part, PoseFolder, augment, batches, latent_batch, order, split
+from data import DataError, InMemory, LatentCache, Part, PoseFolder, batches, latent_batch, split, to_square
 
 
 def some_pose(seed: int) -> np.ndarray:
@@ -121,6 +122,13 @@ def test_truncated_picture_is_an_error_not_half_a_picture(tmp_path):
         data.read_picture(tmp_path / "empty.png")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path, make):
+    make(tmp_path / "x.png")
+    with pytest.raises(DataError, match=r"x\.png: a picture is a file, and this is none"):
+        data.read_picture(tmp_path / "x.png")
+
+
 def test_huge_picture_is_refused(tmp_path, monkeypatch):
     Image.new("L", (30, 30)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)         # PIL warns above 800 and raises above 1600
@@ -153,8 +161,8 @@ def test_picture_and_pose_move_together(W, H, size):
         picture = dotted(joint, W, H, pose)
         rngs = [np.random.default_rng(seed) if random else None for _ in range(2)]      # the same draw twice
         zoom = (0.6, 1.0) if random else (1, 1)
-        _, plain = augment(picture, pose, size, rngs[0], zoom)
-        image, moved = augment(picture, pose, size, rngs[1], zoom, flip=True)
+        _, plain = to_square(picture, pose, size, rngs[0], zoom)
+        image, moved = to_square(picture, pose, size, rngs[1], zoom, flip=True)
         assert image.shape == (size, size, 3) and moved.dtype == np.float32
         mirrored = not np.allclose(moved, plain)
         now = keypoints.MIRROR[joint] if mirrored else joint        # a mirror gives the dot to the other side's joint
@@ -166,7 +174,7 @@ def test_picture_and_pose_move_together(W, H, size):
 
 def test_same_draw_with_and_without_flip_is_the_mirror_image():
     image, pose = dotted(3, 300, 200, some_pose(1)), some_pose(1)
-    plain, mirrored = (augment(image, pose, 64, flip=flip) for flip in (False, True))
+    plain, mirrored = (to_square(image, pose, 64, flip=flip) for flip in (False, True))
     assert (mirrored[0] == plain[0][:, ::-1]).all()
     left, right = keypoints.JOINTS.index("wrist_left"), keypoints.JOINTS.index("wrist_right")
     assert mirrored[1][left, 0] == pytest.approx(1 - plain[1][right, 0])
@@ -177,7 +185,7 @@ def test_a_crop_that_needs_no_scaling_copies_pixels_and_keeps_joints_outside():
     image = np.random.default_rng(0).integers(0, 256, (20, 60, 3), dtype=np.uint8)
     pose = some_pose(0)
     pose[0], pose[1] = (0.95, 0.5, 1), (0, 0, 0)
-    out, moved = augment(image, pose, 20)
+    out, moved = to_square(image, pose, 20)
     assert (out == image[:, 20:40]).all()
     assert moved[0] == pytest.approx([(0.95 - 1 / 3) * 3, 0.5, 1]) and (moved[1] == 0).all()
 
@@ -225,12 +233,54 @@ def test_coco_takes_the_largest_person_that_has_joints(tmp_path, where):
         assert np.abs(ds[0][1][:, 0] - (some_pose(4)[:, 0] * 80 - 20) / 40).max() < 1e-5     # centre crop of 40
 
 
+def spoil_coco(path, **changes) -> None:
+    """Changes fields of the first image and the first annotation; None takes one away."""
+    told = json.loads(path.read_text())
+    for holder in (told["images"][0], told["annotations"][0]):
+        for key in holder.keys() & changes.keys():
+            holder[key] = changes[key]
+            if changes[key] is None:
+                del holder[key]
+    path.write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("changes, why", [
+    ({"keypoints": [9999, 5, 2] * 17}, r"annotations\[0\] has nose at \(9999, 5\), far outside a picture of 20 x 20"),
+    ({"keypoints": [1, 2, 3]}, r"annotations\[0\].keypoints has 3 values; 51 numbers are needed"),
+    ({"category_id": [1]}, r"annotations\[0\].category_id is \[1\]; a number or a string"),
+    ({"width": None, "height": None}, r"images\[0\] has no width and height; a dataset needs them$"),
+])
+def test_one_bad_coco_annotation_is_one_broken_picture(tmp_path, changes, why):
+    some = {f"{i:03d}.png": (20, 20, [some_pose(i) * (20, 20, 2)]) for i in range(120)}
+    write_coco(tmp_path / "k.json", some, tmp_path)
+    spoil_coco(tmp_path / "k.json", **changes)
+    ds = PoseFolder(tmp_path, 20)
+    assert len(ds) == 119 and ds.total == 120 and list(ds.broken) == [str(tmp_path / "000.png")]
+    assert re.search(why, ds.broken[str(tmp_path / "000.png")])
+    write_coco(tmp_path / "k.json", dict(list(some.items())[:90]))
+    spoil_coco(tmp_path / "k.json", **changes)
+    with pytest.raises(DataError, match=f"1 of 90 pictures cannot be used.*{why}"):
+        PoseFolder(tmp_path, 20)
+
+
 def test_pictures_beside_the_coco_json(tmp_path):
     write_coco(tmp_path / "k.json", {"a.png": (20, 20, [some_pose(0) * (20, 20, 2)])}, tmp_path)
     assert PoseFolder(tmp_path, 20).names == ["a.png"]
     write_coco(tmp_path / "other.json", {"a.png": (20, 20, [])})
     with pytest.raises(DataError, match="2 json files"):
         PoseFolder(tmp_path, 20)
+
+
+def test_coco_of_which_the_first_pictures_are_gone_is_found_by_the_others(tmp_path):
+    some = {f"{i:03d}.png": (9, 9, [some_pose(i) * (9, 9, 2)]) for i in range(300)}
+    write_coco(tmp_path / "k.json", some, tmp_path / "images")
+    for name in list(some)[:120]:
+        (tmp_path / "images" / name).unlink()
+    ds = PoseFolder(tmp_path, 9, limit=1)
+    assert len(ds) == 180 and len(ds.broken) == 120 and ds.root == tmp_path
+    os.rename(tmp_path / "images", tmp_path / "away")
+    with pytest.raises(DataError, match=r"not in .*images nor beside it \(none of 100 looked for\)"):
+        PoseFolder(tmp_path, 9)
 
 
 @pytest.mark.parametrize("text", [
@@ -394,15 +444,30 @@ def test_one_clip_alone_splits_by_picture(tmp_path):
         split(Part(PoseFolder(tmp_path, 12), [0]))
 
 
+def test_what_lies_around_a_dataset_tells_the_same_of_each_picture(tmp_path):
+    for ds, name in ((PoseFolder(folder(tmp_path, 3), 12), ".*clip0_002.png"), (data.Figures(3, 12), "figure 2")):
+        around = InMemory(Part(InMemory(ds), [2, 0]))
+        assert re.fullmatch(name, around.name(0)) and around.name(1) == ds.name(0) and around.base is ds
+        assert around.groups() == [ds.groups()[i] for i in (2, 0)]
+        assert around.fingerprint() == Part(ds, [2, 0]).fingerprint() != ds.fingerprint() == InMemory(ds).fingerprint()
+        assert (around[0][0] == ds[2][0]).all() and (around.source(1)[0] == np.asarray(ds.source(0)[0])).all()
+
+
+def test_caches_of_figures_are_found_by_later_versions_too():
+    figures = data.Figures(10, 32, seed=5)
+    assert figures.fingerprint()[:16] == "8a851cf292cb06fb"
+    assert Part(figures, [3, 1]).fingerprint()[:16] == "4bbd6effb013b1a7"
+
+
 # ---------------------------------------------------------------------------------------------- batches
 
 @pytest.mark.parametrize("n, batch_size", [(10, 4), (3, 8), (12, 4)])
 def test_every_picture_appears_once_an_epoch(n, batch_size):
-    row = np.concatenate([order(n, batch_size, 3, k) for k in range(30)])
+    row = np.concatenate([data.step_indices(n, batch_size, 3, k) for k in range(30)])
     epochs = row[:len(row) // n * n].reshape(-1, n)
     assert (np.sort(epochs, 1) == np.arange(n)).all()
     assert len({tuple(epoch) for epoch in epochs.tolist()}) > 1
-    assert (row != np.concatenate([order(n, batch_size, 4, k) for k in range(30)])).any()
+    assert (row != np.concatenate([data.step_indices(n, batch_size, 4, k) for k in range(30)])).any()
 
 
 def test_step_k_is_a_function_of_seed_and_k(tmp_path):
@@ -443,9 +508,9 @@ def test_augmentation_mirrors_half_and_crops_within_the_zoom():
 def test_a_small_picture_is_not_cropped_to_be_blown_up_again():
     picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     for seed in range(20):
-        image, pose = augment(picture, some_pose(1), 16, np.random.default_rng(seed), (0.5, 1.0))
+        image, pose = to_square(picture, some_pose(1), 16, np.random.default_rng(seed), (0.5, 1.0))
         assert np.array_equal(image, picture) and np.allclose(pose, some_pose(1))
-        image, pose = augment(picture, some_pose(1), 12, np.random.default_rng(seed), (0.5, 1.0))
+        image, pose = to_square(picture, some_pose(1), 12, np.random.default_rng(seed), (0.5, 1.0))
         grown = np.ptp(pose[:, 0]) / np.ptp(some_pose(1)[:, 0])
         assert 1 <= grown + 1e-5 and grown <= 16 / 12 + 1e-5
 
@@ -502,7 +567,7 @@ def test_rows_are_the_pictures_and_their_mirror_images(tmp_path):
     latents, poses = cache.rows(torch.arange(22))
     for i in range(11):
         for row, flip in ((2 * i, False), (2 * i + 1, True)):
-            image, pose = augment(*ds.source(i), 16, flip=flip)
+            image, pose = to_square(*ds.source(i), 16, flip=flip)
             with torch.no_grad():
                 truth = encode(data.to_tensor(image)[None])[0].half().float()
             assert torch.allclose(latents[row], truth, atol=2e-3) and np.allclose(poses[row], pose, atol=1e-6)
@@ -600,6 +665,15 @@ def test_grid_shows_the_pictures_enlarged_and_words_beside_them(tmp_path):
                and (read[y:y + 160, x:x + 160] == big).all()]
     assert len(windows) == 2
     assert (read[[0, -1]] == 255).all() and (read[:, [0, -1]] == 255).all()     # all words are inside the margins
+
+
+def test_grid_of_fewer_captions_than_rows_and_of_no_picture_at_all(tmp_path):
+    picture = np.zeros((160, 160, 3), np.uint8)
+    both, one = (data.save_grid(tmp_path / "a.png", [[picture], [picture]], captions=captions)
+                 for captions in ([["low"], []], [["low"]]))
+    assert np.array_equal(both, one)
+    for rows in ([], [[]], [[None]], [[None, None], [None]]):
+        assert min(data.save_grid(tmp_path / "a.png", rows, columns=["one"], title="Title").size) > 0
 
 
 def test_command_answers_a_mistake_with_one_sentence(tmp_path, capsys):

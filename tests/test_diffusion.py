@@ -521,7 +521,7 @@ def test_the_pose_is_looked_at_once_a_picture_and_not_once_a_step(doors):
     keys = [module for name, module in ldm.unet.named_modules() if name.endswith("attn2.to_k")]
     for module in keys:
         count(module, "keys")
-    last(sample.sample(ldm, random_poses(2), [0, 1], 32, steps=5, guidance=3.0))
+    last(sample.sample(ldm, random_poses(2), [0, 1], 32, **sample.settings(ldm, steps=5)))
     assert calls == {"cond": 1, "keys": len(keys), "unet": 5}
 
 
@@ -532,7 +532,7 @@ def test_a_picture_is_the_same_alone_and_among_eight(dtype, tolerance, sampler, 
     ldm, poses = random_ldm("tokens", "maps"), random_poses(8)
 
     def draw(which: list[int]) -> Tensor:
-        how = {"steps": 10, "guidance": 3.0, "sampler": sampler, "eta": eta, "spacing": "even"}
+        how = sample.settings(ldm, sampler, 10, eta, 3.0, "even")
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             return last(sample.sample(ldm, poses[which], [10 + i for i in which], 32, **how))
 
@@ -552,7 +552,7 @@ def test_the_flags_reach_the_sampler(tmp_path, monkeypatch):
     monkeypatch.setattr(ldm, "decode", lambda z: seen.append(z) or torch.zeros(len(z), 3, 32, 32))
     command = [str(pose), "-n", "1", "--steps", "4", "--out", str(tmp_path / "x.png"), "--device", "cpu"]
     poses = torch.from_numpy(np.stack(sample.read_poses([pose])[0])).float()
-    how = {"steps": 4, "guidance": ldm.guidance, "eta": 0.0}
+    how = sample.settings(ldm, "ddim", 4, eta=0.0)
     for flags, wanted in [
         (["--sampler", "dpm_solver"], {"sampler": "dpm_solver", "spacing": "lambda"}),
         (["--sampler", "dpm_solver", "--spacing", "even"], {"sampler": "dpm_solver"}),

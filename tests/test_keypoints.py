@@ -44,8 +44,9 @@ def test_coco_takes_pixels_and_skips_crowds_and_empty_persons(tmp_path):
             "annotations": [{"image_id": 5, "keypoints": flat, "num_keypoints": 16},
                             {"image_id": 5, "keypoints": flat, "num_keypoints": 16, "iscrowd": 1},
                             {"image_id": 5, "keypoints": [0] * 51, "num_keypoints": 0}]}
-    poses = K.read_coco(write(tmp_path / "c.json", data))["a.png"]
-    assert len(poses) == 1
+    found, refused = K.read_coco(write(tmp_path / "c.json", data))
+    poses = found["a.png"]
+    assert len(poses) == 1 and not refused
     np.testing.assert_allclose(poses[0][4], [14 / 100, 24 / 200, 1])
     assert (poses[0][1] == 0).all()
 

@@ -1,6 +1,5 @@
 """Loading and the latent cache against real faults: processes are killed, files are cut, a disk fills up."""
 
-import io
 import json
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ from PIL import Image
 from test_data import Numbered, centroid, dotted, folder, some_pose, watchful  # noqa: F401  (watchful is a fixture)
 
 import data
-from data import DataError, InMemory, LatentCache, PoseFolder, augment, batches, latent_batch
+from data import DataError, InMemory, LatentCache, PoseFolder, batches, latent_batch, to_square
 
 # ------------------------------------------------------------------------------------------- reduced JPEGs
 
@@ -29,32 +28,32 @@ TURNS = {1: (), 3: (Image.Transpose.ROTATE_180,), 6: (Image.Transpose.ROTATE_90,
 
 @pytest.mark.parametrize("W, H", [(1000, 1000), (1001, 1003), (1025, 1999), (2003, 1537)])
 @pytest.mark.parametrize("orientation", TURNS)
-def test_joints_stay_on_their_pixels_in_a_jpeg_that_is_decoded_reduced(W, H, orientation):
-    checked, exif = 0, Image.Exif()
+def test_joints_stay_on_their_pixels_in_a_jpeg_that_is_decoded_reduced(tmp_path, W, H, orientation):
+    checked, exif, file = 0, Image.Exif(), tmp_path / "a.jpg"
     exif[0x0112] = orientation
     for seed in range(6):
-        joint, pose, file = seed % 17, some_pose(seed), io.BytesIO()
+        joint, pose = seed % 17, some_pose(seed)
         picture = dotted(joint, W, H, pose)
         for turn in TURNS[orientation]:                     # as it is stored; a viewer turns it back
             picture = picture.transpose(turn)
         picture.save(file, "JPEG", quality=95, exif=exif)
         reduced = data.read_picture(file, at_least=128)
         assert 128 <= min(reduced.size) < 256 and abs(reduced.width * H / W - reduced.height) < 2
-        image, moved = augment(reduced, pose, 64)
+        image, moved = to_square(reduced, pose, 64)
         if (np.abs(moved[joint, :2] - 0.5) < 0.42).all():
             assert np.abs(moved[joint, :2] * 64 - centroid(image)).max() < 0.08     # without care 0.4 pixels
             checked += 1
     assert checked >= 3
 
 
-def test_a_jpeg_that_is_decoded_reduced_looks_as_if_it_had_been_decoded_whole():
-    rng, file = np.random.default_rng(0), io.BytesIO()
+def test_a_jpeg_that_is_decoded_reduced_looks_as_if_it_had_been_decoded_whole(tmp_path):
+    rng, file = np.random.default_rng(0), tmp_path / "a.jpg"
     coarse = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize((1024, 1024), Image.BICUBIC)
     grain = rng.normal(0, 8, (1024, 1024, 3))               # of a camera
     Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-    whole = augment(data.read_picture(file), some_pose(0), 128)[0].astype(int)
+    whole = to_square(data.read_picture(file), some_pose(0), 128)[0].astype(int)
     reduced = data.read_picture(file, at_least=256)
-    error = np.abs(augment(reduced, some_pose(0), 128)[0] - whole)
+    error = np.abs(to_square(reduced, some_pose(0), 128)[0] - whole)
     assert reduced.size == (256, 256) and error.mean() < 0.6 and error.max() <= 8       # of 255
 
 
@@ -62,7 +61,8 @@ def test_a_jpeg_that_is_decoded_reduced_looks_as_if_it_had_been_decoded_whole():
 
 def test_the_shares_of_all_ranks_are_the_batch_of_one_process(tmp_path):
     ds = PoseFolder(folder(tmp_path, 200, size=(30, 24)), 16)
-    Path(ds.paths[int(data.order(200, 12, 5, 3)[7])]).write_bytes(b"not a picture")    # one of them needs another
+    bad = data.step_indices(200, 12, 5, 3)[7]
+    Path(ds.paths[bad]).write_bytes(b"not a picture")           # one of them needs another
     for world, workers in ((2, 0), (3, 2), (4, 0)):
         how = {"seed": 5, "start": 1, "stop": 6, "augment": True}
         shares = [list(batches(ds, 12, **how, rank=r, world=world, workers=workers)) for r in range(world)]
@@ -105,7 +105,7 @@ def test_the_run_goes_on_where_a_worker_was_killed_and_says_so(capsys, pause):
 def test_pictures_that_vanish_or_are_cut_while_it_runs_are_named_and_left_out(tmp_path, capsys, workers):
     ds = PoseFolder(folder(tmp_path, 300), 12)
     sound = [data.to_tensor(ds[i][0]) for i in range(300)]
-    gone, cut = (int(data.order(300, 10, 0, k)[0]) for k in (25, 28))
+    gone, cut = (int(data.step_indices(300, 10, 0, k)[0]) for k in (25, 28))
     for k, (images, _, indices) in enumerate(batches(ds, 10, seed=0, start=0, stop=60, workers=workers)):   # 2 epochs
         assert torch.equal(images, torch.stack([sound[i] for i in indices.tolist()])) and len(images) == 10
         if k == 4:
@@ -133,6 +133,24 @@ def test_a_folder_that_goes_away_stops_the_run(tmp_path):
             assert len(images) == 10            # never less than a batch
             if k == 2:
                 os.rename(tmp_path / "set" / "images", tmp_path / "away")
+
+
+def test_of_a_lost_folder_only_so_many_pictures_are_sought_as_may_be_lost(tmp_path, monkeypatch, capsys):
+    ds, sought, read = PoseFolder(folder(tmp_path / "set", 400), 12), [], data.read_picture
+    monkeypatch.setattr(data, "read_picture", lambda path, **how: sought.append(path) or read(path, **how))
+    os.rename(tmp_path / "set" / "images", tmp_path / "away")
+    with pytest.raises(DataError, match="5 of 400 pictures cannot be used, more than 1%; the first is .*no such file"):
+        next(batches(ds, 32, seed=0, start=0, stop=1))
+    assert len(sought) == 5 and "left out" not in capsys.readouterr().err
+
+
+def test_a_picture_found_broken_is_not_tried_again_for_the_same_batch(tmp_path, monkeypatch):
+    ds, sought, read = PoseFolder(folder(tmp_path, 400), 12), [], data.read_picture
+    for i in range(3):
+        os.unlink(ds.paths[i])
+    monkeypatch.setattr(data, "read_picture", lambda path, **how: sought.append(path) or read(path, **how))
+    [(images, *_)] = batches(data.Part(ds, [0, 1, 2, 3]), 4, seed=0, start=0, stop=1)
+    assert len(images) == 4 and sorted(map(ds.paths.index, sought)) == [0, 1, 2, 3, 3, 3, 3]
 
 
 # ----------------------------------------------------------------------------------------------- the cache
@@ -215,7 +233,7 @@ def test_a_killed_filling_goes_on_to_the_same_bytes(tmp_path, whole):
 
 def test_of_two_processes_one_fills_and_when_it_is_killed_the_other_goes_on(tmp_path, whole):
     root, wanted = whole
-    first = start(root, str(tmp_path), "a", 0.1)
+    first = start(root, str(tmp_path), "a", 0.3)            # so slow that it has not ended before it is killed
     wait_for(lambda: batches_on_record(tmp_path) >= 1, first)
     second = start(root, str(tmp_path))
     assert "another run is filling this cache; waiting" in second.stderr.readline()
@@ -231,7 +249,7 @@ def test_of_two_processes_one_fills_and_when_it_is_killed_the_other_goes_on(tmp_
 
 def test_who_waited_for_a_cache_takes_it_as_it_is(tmp_path, whole):
     root, wanted = whole
-    first = start(root, str(tmp_path), "a", 0.02)
+    first = start(root, str(tmp_path), "a", 0.1)            # so slow that the others, once they started, have to wait
     wait_for(lambda: batches_on_record(tmp_path) >= 1, first)
     others = [start(root, str(tmp_path)) for _ in range(2)]
     assert all("waiting for it" in other.stderr.readline() for other in others)
@@ -311,6 +329,18 @@ def test_garbage_in_the_small_files_is_seen_when_they_are_opened(tmp_path, whole
         (tmp_path / name).write_bytes(spoilt)
     fill(root, str(tmp_path))
     assert contents(tmp_path) == wanted and re.search(r"json: .*damaged; it is made anew", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("end", [".pose.f32", ".crc.u32", ".h.f16"])
+def test_what_is_no_sound_cache_is_left_closed(tmp_path, whole, end):
+    for name, content in whole[1].items():
+        (tmp_path / name).write_bytes(content[:99] if name.endswith(end) else content)
+    cache = LatentCache.__new__(LatentCache)
+    *cache.files, cache.json = (next(tmp_path.glob(f"*{e}")) for e in (*LatentCache.ARRAYS, ".json"))
+    assert not cache._open() and len(cache.mapped) == 3 and all(file.closed for file in cache.mapped)
+    for name, content in whole[1].items():
+        (tmp_path / name).write_bytes(content)
+    assert cache._open() and not any(file.closed for file in cache.mapped)
 
 
 CUT = """
@@ -394,4 +424,4 @@ def test_poses_are_mapped_and_rows_are_copies(tmp_path):
 def test_one_memory_serves_all_ranks_alike():
     ds = InMemory(Numbered(10))
     parts = [next(batches(ds, 4, seed=0, start=0, stop=1, rank=r, world=2))[2] for r in (0, 1)]
-    assert torch.cat(parts).tolist() == data.order(10, 4, 0, 0).tolist()
+    assert torch.cat(parts).tolist() == data.step_indices(10, 4, 0, 0).tolist()

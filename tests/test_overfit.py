@@ -59,6 +59,20 @@ def rising(after: int, bins: set[int], by: float = 0.02):
 
 # --------------------------------------------------------------------------------------------------- the verdict
 
+def test_one_evaluation_tells_nothing_about_falling():
+    found = evaluate.verdict(planted(falling, falling, evals=1))
+    assert found["verdict"] == "underfit" and "no evaluation from which" in found["reasons"][0]
+    assert "it still falls, so" not in found["reasons"][0]
+
+
+def test_a_log_that_began_without_training_losses_makes_sound_json():
+    rows = planted(falling, falling)
+    del rows[1]["val_train"]
+    found = evaluate.verdict(rows)
+    assert found["numbers"]["widened"] == pytest.approx(0, abs=0.01)
+    json.dumps(evaluate.without_nan(found | {"more": [math.nan, {"deep": math.inf}]}), allow_nan=False)
+
+
 def test_a_run_that_levels_off_is_good():
     rows = planted(falling, falling, wander=0.02)
     found = evaluate.verdict(rows)

@@ -143,7 +143,7 @@ def test_the_reader_that_ships_reads_any_number_of_figures_and_nothing_else(tmp_
     monkeypatch.setattr(data, "FIGURES_TRAIN", 6)
     torch.manual_seed(0)
     reader = evaluate.PoseReader(64).eval()
-    about = {"version": evaluate.READER_VERSION, "pictures": data.fingerprint(data.Figures(6, 64, seed=0)), "side": 64,
+    about = {"version": evaluate.READER_VERSION, "pictures": data.Figures(6, 64, seed=0).fingerprint(), "side": 64,
              "steps": 1}
     checkpoint.save(tmp_path / "shipped.pt", {"about": about, "reader": {
         name: value.half() if value.is_floating_point() else value for name, value in reader.state_dict().items()}})
@@ -393,7 +393,7 @@ def test_pictures_that_an_interrupted_run_left_are_not_taken_for_another_runs(po
     assert pose("--out", "o") == 0
     asked = (tmp_path / "o/poses.json").read_text()
     changed = json.loads(asked)
-    for info in ([1], "words", None, changed["info"] | {"more": 1}, {}):
+    for info in ([1], "words", None, {}, changed["info"] | {"more": 1}):
         (tmp_path / "o/poses.json").write_text(json.dumps(changed | {"info": info}))
         capsys.readouterr()
         assert pose("--out", "o", "--detected", "o/poses.json") == 2
@@ -412,6 +412,19 @@ def test_pictures_that_an_interrupted_run_left_are_not_taken_for_another_runs(po
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert pose("--out", "o", "--limit", "4", "--detected", "o/poses.json") == 2
+    assert "interrupted" in capsys.readouterr().err
+    assert pose("--out", "o", "--limit", "4", "--seed", "1") == 0          # its place is ours to use again
+
+
+@pytest.mark.parametrize("name, words", [("poses.json", "{}"), ("poses.json", "no json"), ("pictures/000500.png", "")])
+def test_pictures_and_poses_of_somebody_else_are_left_alone(pose, tmp_path, capsys, monkeypatch, name, words):
+    (tmp_path / "o/pictures").mkdir(parents=True)
+    (tmp_path / "o" / name).write_text(words)
+    monkeypatch.setattr(evaluate, "draw_held_out", None)                    # not even asked for
+    assert pose("--out", "o") == 2
+    said = capsys.readouterr().err
+    assert f"o/{name}" in said and "--out" in said and said.count("\n") == 1
+    assert (tmp_path / "o" / name).read_text() == words
 
 
 @pytest.mark.parametrize("flags, words", [

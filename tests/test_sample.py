@@ -1,7 +1,11 @@
 """The tricks of sample.py: closed forms on Gaussian data, identities on a model trained for seconds, honest files."""
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,7 +170,7 @@ def test_noise_between_two_seeds_starts_and_ends_at_theirs_in_every_step():
     for x in (x_T, noise_fn(0, x_T), noise_fn(7, x_T)):
         assert torch.equal(x[0], x[1]) and torch.equal(x[2], x[4])
         assert torch.equal(x[3], slerp(x[0], x[4], 0.5)) and not torch.allclose(x[3], x[0], atol=0.1)
-    with pytest.raises(ValueError, match="0 or more"):
+    with pytest.raises(ValueError, match="0 to 4294967295"):
         per_image_noise([(3, -1, 0.5)], (2,))
 
 
@@ -258,7 +262,8 @@ def test_strength_is_as_much_noise_in_any_spacing(ckpt, picture, spacing):
 def test_init_puts_on_the_noise_of_the_first_step_that_is_made(ckpt, picture, spacing):
     ldm, _ = checkpoint.load_ldm(ckpt)
     z, diffusion, poses = torch.randn(1, 3, 8, 8), Diffusion(**ldm.schedule), torch.zeros(2, 17, 3)
-    got = list(sample.sample(ldm, poses, [3, 4], 32, steps=20, spacing=spacing, given=z, skip=13))
+    got = list(sample.sample(ldm, poses, [3, 4], 32, **sample.settings(ldm, "ddim", 20, 0.0, 1.0, spacing), given=z,
+                             skip=13))
     noise, _ = per_image_noise([3, 4], (3, 8, 8))
     timesteps = ddim_table(diffusion, 20, 0, spacing)[0][::-1]
     assert [step.t for step in got] == timesteps[13:].tolist()
@@ -702,6 +707,15 @@ def test_words_survive_in_a_png_and_no_other_format_is_troubled(tmp_path):
     (["--separate", "figure.png"], ["--separate figure.png", "is a file"]),
     (["--save-latents", "/proc/none/z.npz"], ["/proc/none"]), (["-n", "200", "--film", "--out", "x.webp"], ["16383"]),
     (["--common", "2", "--motion"], ["--common"]),
+    (["--film", "--no-grid", "--separate", "x"], ["--film", "--no-grid"]),
+    (["--amp", "fp16", "--device", "cpu:0"], ["--amp fp16", "CUDA"]),
+    (["--interval", "5000", "6000"], ["--interval is 5000", "999"]),
+    (["--rescale", "0.7", "--guidance", "1"], ["--rescale", "--guidance is 1"]),
+    (["--interval", "300", "700", "--guidance", "0"], ["--interval", "--guidance is 0"]),
+    (["-n", "140", "--out", "w.webp"], ["141 would be", "16383"]),
+    (["--morph", KICKING, "--frames", "3", "-n", "400", "--out", "m.webp", "--no-grid"], ["m.webp", "16383"]),
+    (["--init", "figure.png", "--out", "./figure.png"], ["--out is figure.png", "lost"]),
+    (["--noise-from", "figure.png", "--out", "figure.png"], ["--out is figure.png", "lost"]),
 ])
 def test_a_mistake_is_one_sentence_before_anything_is_drawn(go, ckpt, picture, monkeypatch, capsys, flags, words):
     Path("folder.png").mkdir()
@@ -710,8 +724,39 @@ def test_a_mistake_is_one_sentence_before_anything_is_drawn(go, ckpt, picture, m
 
     def never(*args, **how):
         raise AssertionError("something was drawn")
-    monkeypatch.setattr(sample, "draw_pictures", never)
+    monkeypatch.setattr(sample, "denoise", never)
     one_sentence(capsys, [WAVING, "--ckpt", ckpt, *flags], *words)
+
+
+@pytest.mark.parametrize("flag, value", [("--canvas", "640x480"), ("--person", "7"), ("--format", "yolo"),
+                                         ("--frames", "3")])
+def test_common_poses_come_from_no_file(ckpt, capsys, flag, value):
+    one_sentence(capsys, ["--ckpt", ckpt, "--common", "1", flag, value], "--common", flag)
+
+
+@pytest.mark.parametrize("P, n, given", [(1, 1, True), (3, 2, False), (16, 1, True), (700, 3, True)])
+def test_the_shape_of_a_sheet_is_known_before_it_is_drawn(P, n, given):
+    plan = sample.Plan(np.zeros((P, 17, 3)), ["a"] * P, list(range(P * n)), n)
+    pictures = [np.zeros((4, 4, 3), np.uint8)] * (P * n)
+    for layout, motion in ((sample.grid_of, False), (sample.sheet_of, True)):
+        rows = layout(plan, pictures, pictures[0] if given else None)["rows"]
+        args = SimpleNamespace(film=False, motion=motion, morph=False)
+        height, width = sample.shape_of_sheet(args, plan, given)
+        assert len(rows) == height and max(map(len, rows)) == min(width, P + given if motion else width)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT there")
+def test_ctrl_c_is_one_line(ckpt, tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), WAVING, "--ckpt", ckpt, "--sampler", "ddpm",
+                                "-n", "8", "--device", "cpu", "--out", str(tmp_path / "x.png")],
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    said = ""
+    while "step/s" not in said:
+        said += process.stderr.read(1)
+    process.send_signal(signal.SIGINT)
+    said += process.stderr.read()
+    assert process.wait(60) == 130 and "Traceback" not in said and said.endswith("sample.py: interrupted\n")
+    assert not (tmp_path / "x.png").exists()
 
 
 def test_a_check_of_the_place_to_write_leaves_nothing_and_spoils_nothing(tmp_path):

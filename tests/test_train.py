@@ -769,9 +769,9 @@ def rewritten(trained, tmp_path, **changes) -> str:
 
 def spy_on_poses(monkeypatch) -> list[torch.Tensor]:
     """What is drawn from now on: poses [B, 17, 3], a tensor for each call."""
-    drawn, draw_pictures = [], sample.draw_pictures
-    monkeypatch.setattr(sample, "draw_pictures",
-                        lambda ldm, poses, *args, **how: drawn.append(poses) or draw_pictures(ldm, poses, *args, **how))
+    drawn, denoise = [], sample.denoise
+    monkeypatch.setattr(sample, "denoise",
+                        lambda ldm, poses, *args, **how: drawn.append(poses) or denoise(ldm, poses, *args, **how))
     return drawn
 
 
@@ -873,7 +873,7 @@ def test_a_picture_depends_on_its_seed_and_pose_alone(trained):
     poses = torch.from_numpy(np.stack(sample.read_poses(POSES[:4])[0])).float()
 
     def run(which, seeds):
-        *_, last = sample.sample(ldm, poses[which], seeds, 32, steps=4, guidance=3.0, eta=0.5)
+        *_, last = sample.sample(ldm, poses[which], seeds, 32, **sample.settings(ldm, "ddim", 4, eta=0.5))
         return last.x
     together = run([0, 1, 2, 3], [5, 6, 7, 5])
     torch.testing.assert_close(together[2:3], run([2], [7]), rtol=1e-4, atol=1e-5)
