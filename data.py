@@ -503,6 +503,14 @@ def is_among_pictures(path: str | Path, root: str | Path) -> bool:
     return path == root.resolve() or path.is_relative_to(pictures.resolve())
 
 
+def check_out(out: str | Path, *specs: str | None) -> None:
+    """DataError where the folder --out lies among the pictures that `specs` name, as --data does."""
+    for spec in filter(None, specs):
+        if is_folder(spec) and is_among_pictures(out, spec):
+            raise DataError(f"--out {out} lies among the pictures of {spec}, where what is written there would count "
+                            "as one of them; name another folder")
+
+
 def find_coco(root: Path) -> Path:
     """The COCO json of a folder; person_keypoints*.json goes before any other json, and their content decides."""
     for pattern in ("*person_keypoints*.json", "*.json"):
@@ -2457,9 +2465,7 @@ def open_checked(args: argparse.Namespace) -> tuple[Pictures, Pictures | None]:
         return open_all(args.root, args.size), None
     out, roots = Path(args.out), [Path(root) for root in (args.root, args.val) if root]
     train, *val = (PoseFolder(root, args.size, limit=1) for root in roots)
-    for root in roots:
-        if is_among_pictures(out, root):
-            raise DataError(f"--out {out}: that is among the pictures of {root}; name a folder elsewhere")
+    check_out(out, args.root, args.val)
     if args.trim:
         target = Path(args.trim)
         inside = [root for root in (*roots, train.root) if target.resolve().is_relative_to(root.resolve())]

@@ -1299,11 +1299,8 @@ def check_size(size: int, multiple: int, least: int = 1) -> None:
 
 def make_out(out: str | None, *roots: str | None) -> None:
     """Makes the folder --out, if one is wanted and it does not lie among the pictures of `roots`."""
-    for root in filter(None, roots if out else ()):
-        if data.is_folder(root) and data.is_among_pictures(out, root):
-            raise ValueError(f"--out {out} lies among the pictures of {root}, where what is written there would count "
-                             "as one of them; name another folder")
     if out:
+        data.check_out(out, *roots)
         data.make_folder(out, f"--out {out}")
 
 

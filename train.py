@@ -19,7 +19,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -228,13 +227,14 @@ def make_config(args: argparse.Namespace) -> Config:
                         ("--patience", args.patience)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it must be a positive number")
-    device = checkpoint.find_device(args.device)
+    device, out = checkpoint.find_device(args.device), args.out or f"runs/{args.stage}"
+    data.check_out(out, args.data, args.val)
     latent, cond = preset.vq_config.embed_dim, preset.cond
     if args.condition:
         cond = replace(cond, doors=tuple(args.condition.split("+")))
     ldm = args.stage == "ldm"
     return Config(
-        stage=args.stage, preset=args.preset, data=args.data, val=args.val, out=args.out or f"runs/{args.stage}",
+        stage=args.stage, preset=args.preset, data=args.data, val=args.val, out=out,
         vq=args.vq if ldm else None, seed=args.seed, device=device, amp=find_amp(args.amp, device),
         compile=args.compile, workers=args.workers if args.workers is not None else data.find_workers(device),
         micro_batch=args.micro_batch, checkpointing=args.checkpointing, size=preset.size,
@@ -458,7 +458,7 @@ class Run:
         self.last, self.best_path, self.log_path = self.dir / "last.pt", self.dir / "best.pt", self.dir / "log.jsonl"
         if rank() == 0:
             (self.dir / "samples").mkdir(parents=True, exist_ok=True)
-            for path in self.dir.glob("*.partial"):     # of a process that was killed while it wrote
+            for path in self.ours(".partial"):          # of a process that was killed while it wrote
                 path.unlink()
         self.fresh, self.measuring, self.said = fresh, [], ""
         if self.last.exists():
@@ -471,6 +471,11 @@ class Run:
         self.held = self.start or None              # the step that last.pt holds
         self.alarm = None                           # what --patience has run out over, in words
         self.training, self.trained = 0.0, 0        # seconds and steps since the last line of the log, in this process
+
+    def ours(self, end: str = "") -> list[Path]:
+        """The files of a run that are in the folder, with `end` at their names; samples/ has its pictures besides."""
+        names = "last.pt", "best.pt", "log.jsonl", "config.json", "curves.png", "step-" + "[0-9]" * 7 + ".pt"
+        return [path for name in names for path in self.dir.glob(name + end)]
 
     def _look_at_last(self) -> None:
         """Sets `resumed` to what last.pt holds, unless --fresh; ValueError where it is not to be touched."""
@@ -502,11 +507,8 @@ class Run:
             self.resumed = None
             return
         if self.fresh:
-            for path in (self.last, self.best_path, self.log_path, self.dir / "curves.png",
-                         *self.dir.glob("step-*.pt")):
-                path.unlink(missing_ok=True)
-            shutil.rmtree(self.dir / "samples")
-            (self.dir / "samples").mkdir()
+            for path in (*self.ours(), *(self.dir / "samples").glob("[0-9]" * 7 + ".png")):
+                path.unlink()
         self.resumed = None                         # restored by now: gigabytes for a large model
         evaluate_again = self.start > 0 and self.due(self.start - 1) and not is_picture(self.picture(self.start))
         self._cut_log(evaluate_again)

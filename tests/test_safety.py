@@ -594,6 +594,32 @@ def test_a_resumed_run_is_judged_on_the_held_out_pictures_it_was_judged_on(train
     assert forwards[0] == forwards[1] == train.EVAL_PASSES * 4 + 2 * train.PREVIEWS * train.PREVIEW_STEPS
 
 
+# ------------------------------------------------------------------------------------------------ files of others
+
+def test_a_run_removes_no_file_but_its_own(trained, tmp_path):
+    run = tmp_path / "run"
+    foreign = ["movie.mkv.partial", "mine.pt.partial", "step-by-step.pt", "samples/my_photo.jpg", "samples/2.png",
+               "samples/album/0000001.png"]
+    ours = ["step-0000009.pt", "samples/0000009.png"]
+    partial = [f"{name}.partial" for name in ("last.pt", "best.pt", "log.jsonl", "config.json", "step-0000009.pt")]
+    for name in (*foreign, *ours, *partial):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("x")
+    for more, left in (([], [*foreign, *ours]), (["--fresh"], foreign)):
+        assert train.main(command_of("vq", run, "--steps", "1", *more)) == 0
+        assert [name for name in (*foreign, *ours, *partial) if (run / name).exists()] == left
+
+
+@pytest.mark.parametrize("out", [".", "images", "images/run"])
+def test_a_run_is_not_begun_among_the_pictures(trained, tmp_path, capsys, out):
+    """Else its own curves.png is a picture without a pose when the same command goes on with it."""
+    root = folder(tmp_path / "mine", 20)
+    before = sorted(root.rglob("*"))
+    for where in (["--data", str(root)], ["--val", str(root)]):
+        one_sentence(capsys, train.main(command_of("vq", root / out, *where)), f"--out {root / out} lies among")
+        assert sorted(root.rglob("*")) == before
+
+
 # --------------------------------------------------------------------------------------------- two runs into a folder
 
 def test_the_second_run_into_a_folder_is_refused_until_the_first_is_killed(trained, tmp_path, capsys):
