@@ -494,6 +494,12 @@ def has_keypoints(root: str | Path) -> bool:
     return not root.is_dir() or (root / "keypoints").is_dir() or any(map(is_coco, json_files(root)))
 
 
+def data_hash(train: Pictures, val: Pictures | None = None) -> str:
+    """Changes when a picture or pose does; a copy with other file times counts as another. `val` are held-out pictures
+    that --val names: others are split from the same ones."""
+    return "+".join(ds.fingerprint()[:16] for ds in filter(None, (train, val)))
+
+
 def is_among_pictures(path: str | Path, root: str | Path) -> bool:
     """Might PoseFolder(root) take a picture that somebody writes into the folder `path` for one of its own?"""
     path, root = Path(path).resolve(), Path(root)

@@ -1596,6 +1596,9 @@ def overfit(args: argparse.Namespace) -> None:
     size, device, run, out = config["size"], ldm.mean.device, Path(args.run), Path(args.out or args.run)
     make_out(str(out), config["data"], config["val"])
     train, held_out = data.open_data(config["data"], size, config["val"], remember=False)
+    if config.get("data_hash") not in (None, data.data_hash(train, config["val"] and held_out)):
+        raise ValueError(f"the pictures of {config['data']} are not those that {run} was trained on, so they cannot "
+                         "tell what it has learnt by heart; bring those back")
 
     @torch.no_grad()
     def encode(x: Tensor) -> Tensor:

@@ -814,11 +814,6 @@ def differing(name: str, a: object, b: object) -> tuple[str, object, object]:
     return name, a, b
 
 
-def data_hash(c: Config, train: data.Pictures, val: data.Pictures) -> str:
-    """Changes when a picture or pose does, held out or not; a copy with other file times counts as another."""
-    return "+".join(ds.fingerprint()[:16] for ds in ([train, val] if c.val else [train]))   # else split from one
-
-
 def plain(c: object) -> dict:
     """A Config, or what stands in one -> nested dicts and lists as JSON gives them back."""
     return json.loads(json.dumps(c, default=asdict))
@@ -964,7 +959,7 @@ SHARED_PANELS: Panels = {"gradient norm": {"": "grad_norm"}, "learning rate": {"
 def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     """Trains the autoencoder of config c; True when it is complete, False when it was stopped."""
     train, val = data.open_data(c.data, c.size, c.val, remember=c.workers == 0)
-    run = kind(replace(c, pictures=len(train), data_hash=data_hash(c, train, val)), fresh)
+    run = kind(replace(c, pictures=len(train), data_hash=data.data_hash(train, c.val and val)), fresh)
     if run.is_complete():
         return True
     device, r = torch.device(c.device), c.recipe
@@ -1138,7 +1133,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     vq = checkpoint.build_vq(stage1, c.vq).to(c.device)
     check_latents(c, vq.config, stage1["config"]["size"])
     train, val = data.open_data(c.data, c.size, c.val, remember=False)     # each picture is looked at once
-    c = replace(c, vq_config=vq.config, pictures=len(train), data_hash=data_hash(c, train, val),
+    c = replace(c, vq_config=vq.config, pictures=len(train), data_hash=data.data_hash(train, c.val and val),
                 vq_hash=checkpoint.hash_of(stage1["vq"]))
     run = kind(c, fresh)
     if run.is_complete():
