@@ -91,6 +91,11 @@ def autocast(amp: str, device: str | torch.device) -> AbstractContextManager:
     return torch.autocast(torch.device(device).type, dtype=AMP[amp], enabled=amp != "off")
 
 
+def out_of_memory(e: RuntimeError) -> bool:
+    """Is it that? torch has a class for a GPU's memory, but not for a CPU's."""
+    return isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(e)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write, under another name until it is whole and on the disk: `path` is at every moment, through a kill

@@ -1719,7 +1719,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not checkpoint.out_of_memory(e):
+            raise
         print(f"evaluate.py: the memory of {checkpoint.find_device(args.device)} is too small for this; give a smaller "
               "--size, or --device cpu", file=sys.stderr)
         return 2

@@ -1324,7 +1324,9 @@ def rehearse(c: Config, pictures: int) -> Forecast:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as executor:
         try:
             return executor.submit(_rehearse, c, pictures).result()
-        except (BrokenProcessPool, torch.OutOfMemoryError):
+        except RuntimeError as e:
+            if not isinstance(e, BrokenProcessPool) and not checkpoint.out_of_memory(e):
+                raise
             return Forecast(math.inf, math.inf)
 
 
@@ -1570,11 +1572,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         complain(str(e))
         return 2
-    except torch.OutOfMemoryError:
-        complain(f"the memory of {c.device} is too small for {at_once(c)} pictures at once; give a smaller "
-                 "--micro-batch, --checkpointing, or let --fit GIB choose both")
-        return 2
     except RuntimeError as e:
+        if checkpoint.out_of_memory(e):
+            complain(f"the memory of {c.device} is too small for {at_once(c)} pictures at once; give a smaller "
+                     "--micro-batch, --checkpointing, or let --fit GIB choose both")
+            return 2
         if args.compile and type(e).__module__.startswith("torch._"):           # of _dynamo or _inductor
             complain(f"torch.compile cannot compile this here ({type(e).__name__}); leave --compile out")
             return 2

@@ -495,10 +495,13 @@ def test_an_interrupt_ends_with_130(files, monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_too_little_memory_is_one_sentence(files, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore\nlines"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to")])
+def test_too_little_memory_is_one_sentence(files, monkeypatch, capsys, error):
     def full(models, batches, *_):
         next(batches)
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore\nlines")
+        raise error
     monkeypatch.setattr(evaluate, "compare", full)
     assert evaluate.main(["recon", "--vq", str(files / "a/last.pt"), "--device", "cpu"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1:]       # a line of its own, after the bar

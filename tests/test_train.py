@@ -397,6 +397,17 @@ def test_ten_in_a_row_stop_the_run_and_the_last_good_checkpoint_stays(trained, t
     assert all(v.abs().max() < 1e6 for v in best["vq" if stage == "vq" else "unet"].values())
 
 
+def test_a_cpu_without_memory_is_one_sentence(tmp_path, capsys, monkeypatch):
+    """torch's own error, which is a plain RuntimeError there; others are not taken for it."""
+    def full(c, fresh):
+        torch.empty(2 ** 60)
+    monkeypatch.setitem(train.TRAIN, "vq", full)
+    one_sentence(capsys, train.main(command("vq", tmp_path / "run")), "the memory of cpu is too small for 4 pictures")
+    monkeypatch.setitem(train.TRAIN, "vq", lambda c, fresh: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError):
+        train.main(command("vq", tmp_path / "run"))
+
+
 def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, monkeypatch):
     scores = iter([math.nan, 2.0, math.inf, 1.0])
     honest = evaluate.reconstruction
