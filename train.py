@@ -70,6 +70,7 @@ ENCODED = 16                    # pictures encoded at once for the cache: always
 POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py says by them how usual a pose is
 NO_SAY = 1e-30                  # the adversary's factor while --minutes measures: it takes its time and has no say
 SAME_SIGNAL = 1.0               # seconds in which another is the first, passed on by a shell that hangs up or torchrun
+STAGE_1 = "runs/vq/last.pt"     # the checkpoint that stage 2 takes where --vq does not say
 TOLERATED = 10                  # steps in a row without a finite loss that are skipped; then the run stops
 # What may differ from the resumed run (of stage 1 the hash of its weights decides, not the path), with --accept-data
 # too, and what the run finds out by itself.
@@ -235,7 +236,7 @@ def make_config(args: argparse.Namespace) -> Config:
     ldm = args.stage == "ldm"
     return Config(
         stage=args.stage, preset=args.preset, data=args.data, val=args.val, out=out,
-        vq=args.vq if ldm else None, seed=args.seed, device=device, amp=find_amp(args.amp, device),
+        vq=(args.vq or STAGE_1) if ldm else None, seed=args.seed, device=device, amp=find_amp(args.amp, device),
         compile=args.compile, workers=args.workers if args.workers is not None else data.find_workers(device),
         micro_batch=args.micro_batch, checkpointing=args.checkpointing, size=preset.size,
         minutes=None if steps else minutes, steps=steps, recipe=recipe, vq_config=preset.vq_config,
@@ -254,9 +255,10 @@ def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
     if args.disc_start is not None and not loss.disc_weight:
         raise ValueError(f"--disc-start is {args.disc_start:g}, but preset {args.preset} has no discriminator; add "
                          "--disc-weight 0.75 to have one")
-    if args.lpips_weights and not loss.perceptual:
-        raise ValueError(f"--lpips-weights is given, but the perceptual loss is off in preset {args.preset}; add "
-                         "--perceptual 1 to have it")
+    if (args.lpips_weights or args.download_lpips) and not loss.perceptual:
+        flag = "--lpips-weights" if args.lpips_weights else "--download-lpips"
+        raise ValueError(f"{flag} is given, but the perceptual loss is off in preset {args.preset}; add --perceptual 1 "
+                         "to have it")
     return loss
 
 
@@ -1489,7 +1491,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="figures", help="figures[:N], a folder with images/ and keypoints/, a list file, or COCO")
     add("--val", help="held-out pictures, in the same forms (default: a tenth of the groups of --data)")
     add("--out", help="run folder (default runs/vq or runs/ldm)")
-    add("--vq", default="runs/vq/last.pt", help="stage 2: the checkpoint of stage 1 (default %(default)s)")
+    add("--vq", help=f"stage 2: the checkpoint of stage 1 (default {STAGE_1})")
     add("--steps", type=int, help="length of the run, in steps")
     add("--minutes", type=float, help="length of the run, in minutes on this machine")
     add("--batch-size", type=int)
@@ -1533,10 +1535,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--fit chooses --micro-batch and --checkpointing itself; leave those out")
     of_stage_1 = given(perceptual=args.perceptual, disc_weight=args.disc_weight, disc_start=args.disc_start,
                        lpips_weights=args.lpips_weights, download_lpips=args.download_lpips or None)
-    if args.stage == "vq" and args.patience is not None:
-        parser.error("--patience is of stage 2, which can memorise its pictures; leave it out with --stage vq")
-    if args.stage == "ldm" and of_stage_1:
-        parser.error(f"--{next(iter(of_stage_1)).replace('_', '-')} is of stage 1; leave it out with --stage ldm")
+    of_stage_2 = given(vq=args.vq, condition=args.condition, patience=args.patience)
+    for stage, other, flags in (("ldm", 1, of_stage_1), ("vq", 2, of_stage_2)):
+        if args.stage == stage and flags:
+            name = next(iter(flags)).replace("_", "-")
+            parser.error(f"--{name} is of stage {other}; leave it out with --stage {stage}")
+    if args.lpips_weights and args.download_lpips:
+        parser.error("--lpips-weights and --download-lpips exclude each other")
     return args
 
 
@@ -1557,7 +1562,7 @@ def main(argv: list[str] | None = None) -> int:
                 dry_run(fit(c, args.fit) if args.fit else c)
             return 0
         c = make_config(args)
-        if args.download_lpips and c.recipe.loss.perceptual:
+        if args.download_lpips:
             c = replace(c, lpips=tuple(map(str, checkpoint.download_lpips())))
         if args.fit and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("--fit rehearses in one process; run it once without torchrun and give torchrun the "

@@ -64,6 +64,10 @@ def micro(monkeypatch):
 
 
 def command(stage: str, out: Path, *flags: str, preset: str = "micro") -> list[str]:
+    """Of `flags` for both stages --vq is left out where it means nothing."""
+    if stage == "vq" and "--vq" in flags:
+        at = flags.index("--vq")
+        flags = flags[:at] + flags[at + 2:]
     return ["--stage", stage, "--preset", preset, "--data", "figures:12", "--out", str(out), "--device", "cpu", *flags]
 
 
@@ -148,7 +152,8 @@ def test_a_real_kill_9_loses_nothing_but_time(tmp_path, stage):
     figures = ["--data", "figures:4", "--batch-size", "2"]      # 4 are evaluated on, in that process as in this one
     if stage == "ldm":
         assert train.main(["--stage", "vq", *figures, "--steps", "1", "--out", str(vq.parent)]) == 0
-    flags = ["--stage", stage, *figures, "--steps", "4", "--vq", str(vq), "--device", "cpu"]
+    flags = ["--stage", stage, *figures, "--steps", "4", "--device", "cpu"]
+    flags += ["--vq", str(vq)] if stage == "ldm" else []
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
     process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", str(tmp_path / "cut")], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -501,6 +506,8 @@ def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_p
 @pytest.mark.parametrize("flags, words", [
     (["--disc-start", "5"], ["--disc-start is 5", "--disc-weight 0.75"]),
     (["--lpips-weights", "x.pth"], ["--lpips-weights", "--perceptual 1"]),
+    (["--download-lpips"], ["--download-lpips is given", "--perceptual 1"]),
+    (["--perceptual", "1", "--lpips-weights", "x.pth", "--download-lpips"], ["exclude each other"]),
     (["--disc-weight", "1", "--disc-start", "-5"], ["'-5'"]), (["--disc-start", "nan"], ["'nan'"]),
     (["--disc-weight", "1", "--disc-start", "off"], ["--disc-start", "'off' is not a number from 0 up"]),
     (["--perceptual", "none"], ["'none' is neither off nor a number from 0 up"]),
@@ -512,6 +519,13 @@ def test_flags_of_a_loss_that_is_off_say_how_to_switch_it_on(tmp_path, capsys, f
         assert e.code == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words) and "Traceback" not in error
+
+
+@pytest.mark.parametrize("flag, value", [("--vq", "nonexist.pt"), ("--condition", "tokens"), ("--patience", "3")])
+def test_flags_of_stage_two_are_not_ignored_in_stage_one(capsys, flag, value):
+    with pytest.raises(SystemExit):
+        train.main(["--stage", "vq", flag, value])
+    assert f"{flag} is of stage 2" in capsys.readouterr().err
 
 
 def test_flags_of_stage_one_are_not_ignored_in_stage_two(tmp_path, capsys):
