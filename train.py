@@ -1390,14 +1390,15 @@ def fit(c: Config, gib: float) -> Config:
         tried = replace(c, checkpointing=checkpointing)
         one, two = rehearse(tried, 1), rehearse(tried, 2)
         slope = max(two.memory - one.memory, 1e-3)
-        most = math.floor((MARGIN * gib - one.memory) / slope) + 1 if one.memory < math.inf else 0
+        most = 0 if one.memory > MARGIN * gib else math.floor((MARGIN * gib - one.memory) / slope) + 1
         found[checkpointing] = max(0, min(batch, most))
         if found[checkpointing] >= min(batch, LEAST_MICRO_BATCH):
             break
     checkpointing = max(found, key=lambda k: (found[k], not k))
     if not found[checkpointing]:
-        raise ValueError(f"--fit is {gib:g} GiB, but preset {c.preset} needs {one.memory:.1f} with one picture at a "
-                         "time and --checkpointing; give more, or take a smaller preset")
+        needed = f"{one.memory:.1f}" if one.memory < math.inf else "more than this machine has"
+        raise ValueError(f"--fit is {gib:g} GiB, but preset {c.preset} needs {needed} with one picture at a time and "
+                         "--checkpointing; give more, or take a smaller preset")
     parts = math.ceil(batch / found[checkpointing])                             # of equal size, as far as that goes
     c = replace(c, micro_batch=math.ceil(batch / parts), checkpointing=checkpointing)
     print(f"--fit {gib:g}: --micro-batch {c.micro_batch}" + (" --checkpointing" if checkpointing else ""))
