@@ -1218,7 +1218,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
 
     def measure(step: int) -> tuple[dict, float, str]:
         how = {"batch_size": at_once(c), "autocast": lambda: autocast(c)}
-        each = evaluate.condition_each(averaged, diffusion, z_val, pose_val, **how)
+        each = evaluate.condition_each(averaged, diffusion, z_val, pose_val, null=ldm.knows_null, **how)
         seen = evaluate.loss_each(averaged, diffusion, z_train, pose_train, **how)
         ldm.unet.eval()
         raw, raw_seen = (evaluate.loss_each(ldm, diffusion, z, pose, **how)
@@ -1234,12 +1234,13 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
         run.alarm = warning if c.patience else None
         run.preview = lambda path: preview_ldm(averaged, diffusion, previewed, path, c, result)
         return result, -result["right"], (
-            f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} shuffled, "
-            f"{result['null']:.4f} without: ratio {result['ratio']:.3f}; {result['train']:.4f} on training pictures"
+            f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} shuffled"
+            + (f", {result['null']:.4f} without" if ldm.knows_null else "")
+            + f": ratio {result['ratio']:.3f}; {result['train']:.4f} on training pictures"
             + (f"\n{warning}" if warning else ""))
 
     # An evaluation: losses; guided samples.
-    run.begin(measure, payload, EVAL_PASSES * len(z_val) + 2 * PREVIEWS * PREVIEW_STEPS, LDM_PANELS)
+    run.begin(measure, payload, eval_passes(c) * len(z_val) + 2 * PREVIEWS * PREVIEW_STEPS, LDM_PANELS)
     with stop_signals() as stopped, steps_bar(run) as bar:
         for step in itertools.count(run.start):
             seed_step(c.seed, step)
@@ -1250,10 +1251,15 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     return run.finish(step + 1)
 
 
+def eval_passes(c: Config) -> int:
+    """How often a latent goes forward in an evaluation; without a pose it means something to who was trained so."""
+    return EVAL_PASSES - (c.recipe.p_drop == 0)
+
+
 def eval_latents(c: Config) -> int:
     """Held-out latents an evaluation looks at: in a long run more, for what they cost is little there."""
     least, most = EVAL_LATENTS
-    spare = 0 if c.minutes else EVAL_SHARE * c.steps * 3 * c.recipe.batch_size / (EVAL_PASSES * MOST_EVALS)
+    spare = 0 if c.minutes else EVAL_SHARE * c.steps * 3 * c.recipe.batch_size / (eval_passes(c) * MOST_EVALS)
     return max(least, min(most, int(spare)))
 
 

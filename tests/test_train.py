@@ -927,7 +927,12 @@ def test_sampling_mistakes_are_one_sentence(trained, tmp_path, monkeypatch, caps
 
 def test_guidance_needs_a_model_that_knows_no_pose(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(train.PRESETS, "micro", train.replace(MICRO, ldm=train.replace(MICRO.ldm, p_drop=0.0)))
+    forwards, begin = [], train.Run.begin
+    monkeypatch.setattr(train.Run, "begin", lambda run, *args: forwards.append(args[2]) or begin(run, *args))
     assert train.main(command("ldm", tmp_path / "ldm", "--steps", "1", "--vq", str(trained / "vq/last.pt"))) == 0
+    assert "without" not in capsys.readouterr().out             # its loss under no pose would mean nothing
+    assert "val_null" not in train.read_log(tmp_path / "ldm/log.jsonl")[-1]
+    assert forwards == [(train.EVAL_PASSES - 1) * 4 + 2 * train.PREVIEWS * train.PREVIEW_STEPS]
     ldm, _ = checkpoint.load_ldm(tmp_path / "ldm/last.pt")
     assert (ldm.guidance, ldm.eta) == (1, 0)
     flags = [POSES[0], "--ckpt", str(tmp_path / "ldm/last.pt"), "--steps", "2", "--out", str(tmp_path / "x.png")]
