@@ -316,13 +316,14 @@ def descend(loss: Tensor, params: list[Tensor], opt: torch.optim.Optimizer, scal
     """
     scaler.unscale_(opt)
     grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
-    fine = run.usable("loss", loss, step)
-    finite = math.isfinite(grad_norm.item())
+    # The one time in a step that the CPU waits for a GPU: the price of skipping steps that are not finite.
+    loss_, norm = torch.stack([loss.detach(), grad_norm]).tolist()
+    fine, finite = run.usable("loss", loss_, step), math.isfinite(norm)
     if fine and finite:
         scaler.step(opt)
     scaler.update()
     if fine and not finite and (not scaler.is_enabled() or scaler.get_scale() < 1):
-        run.usable("gradient norm", grad_norm, step)
+        run.usable("gradient norm", norm, step)
     return grad_norm if fine and finite else None
 
 
@@ -654,14 +655,14 @@ class Run:
             if rank() == 0:
                 self._write_config()
 
-    def usable(self, name: str, value: Tensor, step: int) -> bool:
+    def usable(self, name: str, value: float, step: int) -> bool:
         """Is it finite? Counts the steps where it is not; ValueError at the tenth in a row."""
-        if math.isfinite(value.item()):
+        if math.isfinite(value):
             return True
         self.in_a_row = self.in_a_row + 1 if self.skipped_at == step - 1 else 1
         self.skipped, self.skipped_at = self.skipped + 1, step
         if self.in_a_row >= TOLERATED:
-            raise self.diverged(f"the {name} was not finite in {TOLERATED} steps in a row and is {value.item()} at "
+            raise self.diverged(f"the {name} was not finite in {TOLERATED} steps in a row and is {value} at "
                                 f"step {step}")
         return False
 

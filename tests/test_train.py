@@ -427,9 +427,19 @@ class Counter:
     def __init__(self):
         self.bad = 0
 
-    def usable(self, name: str, value: torch.Tensor, step: int) -> bool:
-        self.bad += not math.isfinite(value.item())
-        return math.isfinite(value.item())
+    def usable(self, name: str, value: float, step: int) -> bool:
+        self.bad += not math.isfinite(value)
+        return math.isfinite(value)
+
+
+def test_a_step_waits_for_the_gpu_once(monkeypatch):
+    waits, p = [], torch.nn.Parameter(torch.ones(3))
+    for name in ("item", "tolist"):
+        call = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, call=call: waits.append(x.shape) or call(x))
+    (loss := p.sum()).backward()
+    norm = train.descend(loss, [p], torch.optim.SGD([p], lr=0.1), torch.amp.GradScaler(enabled=False), Counter(), 0)
+    assert norm is not None and waits == [(2,)]
 
 
 def test_in_fp16_an_overflow_is_forgiven_until_the_scale_is_no_excuse():
