@@ -91,6 +91,11 @@ def autocast(amp: str, device: str | torch.device) -> AbstractContextManager:
     return torch.autocast(torch.device(device).type, dtype=AMP[amp], enabled=amp != "off")
 
 
+def out_of_memory(e: RuntimeError) -> bool:
+    """Is it that? torch has a class for a GPU's memory, but not for a CPU's."""
+    return isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(e)
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write, under another name until it is whole and on the disk: `path` is at every moment, through a kill
@@ -151,23 +156,91 @@ def load(path: str | Path, stage: str, advice: str | None = None, preset: str | 
         raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is wrong; take another checkpoint")
     if not isinstance(payload, dict) or "format" not in payload:
         return published(payload, path, stage, advice, preset, ema)
-    if payload["format"] != FORMAT or not NEEDED["vq"] <= payload.keys():
+    if (type(payload["format"]), payload["format"]) != (int, FORMAT) or not NEEDED["vq"] <= payload.keys() or (
+            type(payload["stage"]) is not str):
         raise ValueError(f"{path} is no checkpoint of this project in format {FORMAT}")
     if payload["stage"] != stage:
         raise WrongStage(f"{path} is a checkpoint of stage {payload['stage']}, but one of stage {stage} is needed; "
                          + (advice or f"make it with: {HOW_TO_MAKE[stage]}"))
     if lacking := NEEDED[stage] - payload.keys():
         raise ValueError(f"{path} lacks {', '.join(sorted(lacking))}, so an older version made it; train it again")
-    for part_of in ("vq", "unet", "cond"):
-        check_bytes(payload.get(part_of, {}), path)
+    if stage == "ldm" and not ema:
+        raw = payload.get("train")
+        if not isinstance(raw, dict) or not {"unet", "cond"} <= raw.keys():
+            raise ValueError(f"{path} holds the EMA weights only; for the raw ones take the last.pt of its folder")
+        payload |= {name: raw[name] for name in ("unet", "cond")}
+    check_form(payload, stage, path)
     made_with = payload["config"].get("preset")
     if preset not in (None, made_with):
         raise ValueError(f"--preset is {preset}, but {path} was trained with preset {made_with} and needs no --preset")
-    if stage == "ldm" and not ema:
-        if not {"unet", "cond"} <= payload.get("train", {}).keys():
-            raise ValueError(f"{path} holds the EMA weights only; for the raw ones take the last.pt of its folder")
-        payload |= {name: payload["train"][name] for name in ("unet", "cond")}
     return payload
+
+
+PARTS = {"vq": ("vq",), "ldm": ("vq", "unet", "cond")}
+SIZES = range(8, 4097)                  # of pictures, pixels
+SCHEDULE = {"timesteps": int, "linear_start": float, "linear_end": float}
+MOST_TIMESTEPS = 10_000
+MOST = {"ch_mult": 8, "channel_mult": 8, "num_res_blocks": 64, "transformer_depth": 16}     # levels, blocks, depth
+
+
+def check_form(payload: dict, stage: str, path: Path) -> None:
+    """ValueError where a payload of ours holds other kinds of values than the top of this file says, or numbers that
+    are none. What the configurations mean is left to their classes."""
+    for name, value, sound, wanted in demands(payload, stage):
+        if not sound:
+            said = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else (
+                f"{type(value).__name__} {value!r:.60}")
+            raise ValueError(f"{path} has {said} for {name}, but {wanted} is needed; it is damaged, take another "
+                             "checkpoint")
+    statistics = {name: payload[name] for name in ("mean", "std") if stage == "ldm"}
+    tensors = {name: payload[name] for name in PARTS[stage]} | {"statistics": statistics}
+    for state in tensors.values():
+        check_bytes(state, path)
+    if name := not_finite(tensors):
+        raise ValueError(f"{path} has numbers in {name} that are not finite; it is damaged, take another checkpoint")
+
+
+def demands(payload: dict, stage: str) -> Iterator[tuple[str, object, bool, str]]:
+    """What check_form asks of each value: its name, it, is it sound, and what is. The first that is not ends it."""
+    for name in ("config", *PARTS[stage], *(f"{part}_config" for part in PARTS[stage])):
+        value = payload[name]
+        yield name, value, isinstance(value, dict) and all(isinstance(key, str) for key in value), "a dict by names"
+    for name in PARTS[stage]:
+        for key, value in payload[name].items():
+            yield f"{name}.{key}", value, is_array(value), "a plain tensor"
+        for key, value in payload[f"{name}_config"].items():
+            values = value if isinstance(value, list | tuple) else [value]
+            sound = all(isinstance(v, int | float | str | None) for v in values)
+            yield f"{name}_config.{key}", value, sound, "a plain value"
+            if key in MOST:
+                n = value if isinstance(value, int) else len(values)
+                yield f"{name}_config.{key}", value, n <= MOST[key], f"at most {MOST[key]}"
+    size, step = payload["config"].get("size"), payload["step"]
+    yield "config.size", size, type(size) is int and size in SIZES, f"{SIZES[0]} to {SIZES[-1]} pixels"
+    yield "step", step, type(step) is int, "a whole number"
+    if stage == "vq":
+        return
+    shape_ = payload["vq_config"].get("embed_dim", VQConfig.embed_dim), 1, 1
+    for name in ("mean", "std"):
+        yield name, payload[name], is_array(payload[name]) and payload[name].shape == shape_, f"a tensor {list(shape_)}"
+    null, schedule = payload["knows_null"], payload["schedule"]
+    yield "knows_null", null, type(null) is bool, "True or False"
+    yield "schedule", schedule, isinstance(schedule, dict) and (
+        {k: type(v) for k, v in schedule.items()} == SCHEDULE and schedule["timesteps"] <= MOST_TIMESTEPS), (
+        f"a dict of at most {MOST_TIMESTEPS} timesteps, linear_start and linear_end")
+
+
+def is_array(value: object) -> bool:
+    """Is it a tensor of a kind that networks have, in memory?"""
+    return (isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
+            and value.dtype in STORAGES.values())
+
+
+def not_finite(value: object, name: str = "") -> str | None:
+    """The name of the first tensor in nested dicts that holds a nan or an infinity."""
+    if isinstance(value, dict):
+        return next(filter(None, (not_finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items())), None)
+    return name if isinstance(value, Tensor) and not torch.isfinite(value).all() else None
 
 
 VQ_PART = ("config", "step", "vq", "vq_config", "source", "weights")
@@ -245,7 +318,12 @@ def build(make: Callable[[], nn.Module], state: dict[str, Tensor], what: str) ->
     network end in a sentence.
     """
     with torch.device("meta"):
-        check_fits(make(), state, what)
+        try:
+            empty = make()
+        except (ValueError, TypeError, RuntimeError, OverflowError) as e:       # torch raises all of them
+            reason = str(e).splitlines()[0]
+            raise ValueError(f"{what} has a configuration of which no network can be made: {reason}") from None
+        check_fits(empty, state, what)
     model = make()
     model.load_state_dict(state, strict=True)
     return model
@@ -255,7 +333,7 @@ def config_of(kind: type, payload: dict, name: str, what: str) -> object:
     """payload[name] as a configuration of that class; lists, as JSON gives them, become the tuples that it holds."""
     try:
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in payload[name].items()})
-    except (TypeError, AttributeError) as e:
+    except TypeError as e:
         raise ValueError(f"{what} has a {name} that this version does not know: {e}") from None
 
 

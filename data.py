@@ -494,6 +494,12 @@ def has_keypoints(root: str | Path) -> bool:
     return not root.is_dir() or (root / "keypoints").is_dir() or any(map(is_coco, json_files(root)))
 
 
+def data_hash(train: Pictures, val: Pictures | None = None) -> str:
+    """Changes when a picture or pose does; a copy with other file times counts as another. `val` are held-out pictures
+    that --val names: others are split from the same ones."""
+    return "+".join(ds.fingerprint()[:16] for ds in filter(None, (train, val)))
+
+
 def is_among_pictures(path: str | Path, root: str | Path) -> bool:
     """Might PoseFolder(root) take a picture that somebody writes into the folder `path` for one of its own?"""
     path, root = Path(path).resolve(), Path(root)
@@ -501,6 +507,14 @@ def is_among_pictures(path: str | Path, root: str | Path) -> bool:
         return False
     pictures = root / "images" if (root / "images").is_dir() and has_keypoints(root) else root
     return path == root.resolve() or path.is_relative_to(pictures.resolve())
+
+
+def check_out(out: str | Path, *specs: str | None) -> None:
+    """DataError where the folder --out lies among the pictures that `specs` name, as --data does."""
+    for spec in filter(None, specs):
+        if is_folder(spec) and is_among_pictures(out, spec):
+            raise DataError(f"--out {out} lies among the pictures of {spec}, where what is written there would count "
+                            "as one of them; name another folder")
 
 
 def find_coco(root: Path) -> Path:
@@ -2457,9 +2471,7 @@ def open_checked(args: argparse.Namespace) -> tuple[Pictures, Pictures | None]:
         return open_all(args.root, args.size), None
     out, roots = Path(args.out), [Path(root) for root in (args.root, args.val) if root]
     train, *val = (PoseFolder(root, args.size, limit=1) for root in roots)
-    for root in roots:
-        if is_among_pictures(out, root):
-            raise DataError(f"--out {out}: that is among the pictures of {root}; name a folder elsewhere")
+    check_out(out, args.root, args.val)
     if args.trim:
         target = Path(args.trim)
         inside = [root for root in (*roots, train.root) if target.resolve().is_relative_to(root.resolve())]

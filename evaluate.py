@@ -1299,11 +1299,8 @@ def check_size(size: int, multiple: int, least: int = 1) -> None:
 
 def make_out(out: str | None, *roots: str | None) -> None:
     """Makes the folder --out, if one is wanted and it does not lie among the pictures of `roots`."""
-    for root in filter(None, roots if out else ()):
-        if data.is_folder(root) and data.is_among_pictures(out, root):
-            raise ValueError(f"--out {out} lies among the pictures of {root}, where what is written there would count "
-                             "as one of them; name another folder")
     if out:
+        data.check_out(out, *roots)
         data.make_folder(out, f"--out {out}")
 
 
@@ -1599,6 +1596,9 @@ def overfit(args: argparse.Namespace) -> None:
     size, device, run, out = config["size"], ldm.mean.device, Path(args.run), Path(args.out or args.run)
     make_out(str(out), config["data"], config["val"])
     train, held_out = data.open_data(config["data"], size, config["val"], remember=False)
+    if config.get("data_hash") not in (None, data.data_hash(train, config["val"] and held_out)):
+        raise ValueError(f"the pictures of {config['data']} are not those that {run} was trained on, so they cannot "
+                         "tell what it has learnt by heart; bring those back")
 
     @torch.no_grad()
     def encode(x: Tensor) -> Tensor:
@@ -1720,7 +1720,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
+        if not checkpoint.out_of_memory(e):
+            raise
         print(f"evaluate.py: the memory of {checkpoint.find_device(args.device)} is too small for this; give a smaller "
               "--size, or --device cpu", file=sys.stderr)
         return 2

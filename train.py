@@ -17,14 +17,15 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import stat
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -69,6 +70,7 @@ ENCODED = 16                    # pictures encoded at once for the cache: always
 POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py says by them how usual a pose is
 NO_SAY = 1e-30                  # the adversary's factor while --minutes measures: it takes its time and has no say
 SAME_SIGNAL = 1.0               # seconds in which another is the first, passed on by a shell that hangs up or torchrun
+STAGE_1 = "runs/vq/last.pt"     # the checkpoint that stage 2 takes where --vq does not say
 TOLERATED = 10                  # steps in a row without a finite loss that are skipped; then the run stops
 # What may differ from the resumed run (of stage 1 the hash of its weights decides, not the path), with --accept-data
 # too, and what the run finds out by itself.
@@ -226,14 +228,15 @@ def make_config(args: argparse.Namespace) -> Config:
                         ("--patience", args.patience)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it must be a positive number")
-    device = checkpoint.find_device(args.device)
+    device, out = checkpoint.find_device(args.device), args.out or f"runs/{args.stage}"
+    data.check_out(out, args.data, args.val)
     latent, cond = preset.vq_config.embed_dim, preset.cond
     if args.condition:
         cond = replace(cond, doors=tuple(args.condition.split("+")))
     ldm = args.stage == "ldm"
     return Config(
-        stage=args.stage, preset=args.preset, data=args.data, val=args.val, out=args.out or f"runs/{args.stage}",
-        vq=args.vq if ldm else None, seed=args.seed, device=device, amp=find_amp(args.amp, device),
+        stage=args.stage, preset=args.preset, data=args.data, val=args.val, out=out,
+        vq=(args.vq or STAGE_1) if ldm else None, seed=args.seed, device=device, amp=find_amp(args.amp, device),
         compile=args.compile, workers=args.workers if args.workers is not None else data.find_workers(device),
         micro_batch=args.micro_batch, checkpointing=args.checkpointing, size=preset.size,
         minutes=None if steps else minutes, steps=steps, recipe=recipe, vq_config=preset.vq_config,
@@ -252,9 +255,10 @@ def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
     if args.disc_start is not None and not loss.disc_weight:
         raise ValueError(f"--disc-start is {args.disc_start:g}, but preset {args.preset} has no discriminator; add "
                          "--disc-weight 0.75 to have one")
-    if args.lpips_weights and not loss.perceptual:
-        raise ValueError(f"--lpips-weights is given, but the perceptual loss is off in preset {args.preset}; add "
-                         "--perceptual 1 to have it")
+    if (args.lpips_weights or args.download_lpips) and not loss.perceptual:
+        flag = "--lpips-weights" if args.lpips_weights else "--download-lpips"
+        raise ValueError(f"{flag} is given, but the perceptual loss is off in preset {args.preset}; add --perceptual 1 "
+                         "to have it")
     return loss
 
 
@@ -312,13 +316,14 @@ def descend(loss: Tensor, params: list[Tensor], opt: torch.optim.Optimizer, scal
     """
     scaler.unscale_(opt)
     grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
-    fine = run.usable("loss", loss, step)
-    finite = math.isfinite(grad_norm.item())
+    # The one time in a step that the CPU waits for a GPU: the price of skipping steps that are not finite.
+    loss_, norm = torch.stack([loss.detach(), grad_norm]).tolist()
+    fine, finite = run.usable("loss", loss_, step), math.isfinite(norm)
     if fine and finite:
         scaler.step(opt)
     scaler.update()
     if fine and not finite and (not scaler.is_enabled() or scaler.get_scale() < 1):
-        run.usable("gradient norm", grad_norm, step)
+        run.usable("gradient norm", norm, step)
     return grad_norm if fine and finite else None
 
 
@@ -456,7 +461,7 @@ class Run:
         self.last, self.best_path, self.log_path = self.dir / "last.pt", self.dir / "best.pt", self.dir / "log.jsonl"
         if rank() == 0:
             (self.dir / "samples").mkdir(parents=True, exist_ok=True)
-            for path in self.dir.glob("*.partial"):     # of a process that was killed while it wrote
+            for path in self.ours(".partial"):          # of a process that was killed while it wrote
                 path.unlink()
         self.fresh, self.measuring, self.said = fresh, [], ""
         if self.last.exists():
@@ -469,6 +474,11 @@ class Run:
         self.held = self.start or None              # the step that last.pt holds
         self.alarm = None                           # what --patience has run out over, in words
         self.training, self.trained = 0.0, 0        # seconds and steps since the last line of the log, in this process
+
+    def ours(self, end: str = "") -> list[Path]:
+        """The files of a run that are in the folder, with `end` at their names; samples/ has its pictures besides."""
+        names = "last.pt", "best.pt", "log.jsonl", "config.json", "curves.png", "step-" + "[0-9]" * 7 + ".pt"
+        return [path for name in names for path in self.dir.glob(name + end)]
 
     def _look_at_last(self) -> None:
         """Sets `resumed` to what last.pt holds, unless --fresh; ValueError where it is not to be touched."""
@@ -500,11 +510,8 @@ class Run:
             self.resumed = None
             return
         if self.fresh:
-            for path in (self.last, self.best_path, self.log_path, self.dir / "curves.png",
-                         *self.dir.glob("step-*.pt")):
-                path.unlink(missing_ok=True)
-            shutil.rmtree(self.dir / "samples")
-            (self.dir / "samples").mkdir()
+            for path in (*self.ours(), *(self.dir / "samples").glob("[0-9]" * 7 + ".png")):
+                path.unlink()
         self.resumed = None                         # restored by now: gigabytes for a large model
         evaluate_again = self.start > 0 and self.due(self.start - 1) and not is_picture(self.picture(self.start))
         self._cut_log(evaluate_again)
@@ -648,14 +655,14 @@ class Run:
             if rank() == 0:
                 self._write_config()
 
-    def usable(self, name: str, value: Tensor, step: int) -> bool:
+    def usable(self, name: str, value: float, step: int) -> bool:
         """Is it finite? Counts the steps where it is not; ValueError at the tenth in a row."""
-        if math.isfinite(value.item()):
+        if math.isfinite(value):
             return True
         self.in_a_row = self.in_a_row + 1 if self.skipped_at == step - 1 else 1
         self.skipped, self.skipped_at = self.skipped + 1, step
         if self.in_a_row >= TOLERATED:
-            raise self.diverged(f"the {name} was not finite in {TOLERATED} steps in a row and is {value.item()} at "
+            raise self.diverged(f"the {name} was not finite in {TOLERATED} steps in a row and is {value} at "
                                 f"step {step}")
         return False
 
@@ -694,7 +701,7 @@ class Run:
 
         These two lack the training state: they are for sampling. ValueError where the weights are no numbers.
         """
-        if name := not_finite(payload):
+        if name := checkpoint.not_finite(payload):
             raise self.diverged(f"{name} is not finite after step {step - 1}")
         better = score is not None and math.isfinite(score) and (self.best is None or score > self.best)
         best = score if better else self.best
@@ -737,13 +744,6 @@ class Run:
             say(f"{self.dir} is out of patience at step {self.start}: {alarm}; {self.go_on()}")
             return True
         return complete
-
-
-def not_finite(value: object, name: str = "") -> str | None:
-    """The name of the first tensor in nested dicts that holds a nan or an infinity."""
-    if isinstance(value, dict):
-        return next(filter(None, (not_finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items())), None)
-    return name if isinstance(value, Tensor) and not torch.isfinite(value).all() else None
 
 
 def is_picture(path: Path) -> bool:
@@ -815,11 +815,6 @@ def differing(name: str, a: object, b: object) -> tuple[str, object, object]:
         key = next(k for k in [*b, *a] if a.get(k) != b.get(k))
         name, a, b = f"{name}.{key}", a.get(key), b.get(key)
     return name, a, b
-
-
-def data_hash(c: Config, train: data.Pictures, val: data.Pictures) -> str:
-    """Changes when a picture or pose does, held out or not; a copy with other file times counts as another."""
-    return "+".join(ds.fingerprint()[:16] for ds in ([train, val] if c.val else [train]))   # else split from one
 
 
 def plain(c: object) -> dict:
@@ -967,7 +962,7 @@ SHARED_PANELS: Panels = {"gradient norm": {"": "grad_norm"}, "learning rate": {"
 def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     """Trains the autoencoder of config c; True when it is complete, False when it was stopped."""
     train, val = data.open_data(c.data, c.size, c.val, remember=c.workers == 0)
-    run = kind(replace(c, pictures=len(train), data_hash=data_hash(c, train, val)), fresh)
+    run = kind(replace(c, pictures=len(train), data_hash=data.data_hash(train, c.val and val)), fresh)
     if run.is_complete():
         return True
     device, r = torch.device(c.device), c.recipe
@@ -1141,11 +1136,12 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     vq = checkpoint.build_vq(stage1, c.vq).to(c.device)
     check_latents(c, vq.config, stage1["config"]["size"])
     train, val = data.open_data(c.data, c.size, c.val, remember=False)     # each picture is looked at once
-    c = replace(c, vq_config=vq.config, pictures=len(train), data_hash=data_hash(c, train, val),
+    c = replace(c, vq_config=vq.config, pictures=len(train), data_hash=data.data_hash(train, c.val and val),
                 vq_hash=checkpoint.hash_of(stage1["vq"]))
     run = kind(c, fresh)
     if run.is_complete():
         return True
+    c = run.c                       # a resumed run keeps its length, by which held-out pictures are chosen
     device, r = torch.device(c.device), c.recipe
 
     def encode(x: Tensor) -> Tensor:
@@ -1223,7 +1219,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
 
     def measure(step: int) -> tuple[dict, float, str]:
         how = {"batch_size": at_once(c), "autocast": lambda: autocast(c)}
-        each = evaluate.condition_each(averaged, diffusion, z_val, pose_val, **how)
+        each = evaluate.condition_each(averaged, diffusion, z_val, pose_val, null=ldm.knows_null, **how)
         seen = evaluate.loss_each(averaged, diffusion, z_train, pose_train, **how)
         ldm.unet.eval()
         raw, raw_seen = (evaluate.loss_each(ldm, diffusion, z, pose, **how)
@@ -1239,12 +1235,13 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
         run.alarm = warning if c.patience else None
         run.preview = lambda path: preview_ldm(averaged, diffusion, previewed, path, c, result)
         return result, -result["right"], (
-            f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} shuffled, "
-            f"{result['null']:.4f} without: ratio {result['ratio']:.3f}; {result['train']:.4f} on training pictures"
+            f"held-out eps loss {result['right']:.4f} under the right poses, {result['shuffled']:.4f} shuffled"
+            + (f", {result['null']:.4f} without" if ldm.knows_null else "")
+            + f": ratio {result['ratio']:.3f}; {result['train']:.4f} on training pictures"
             + (f"\n{warning}" if warning else ""))
 
     # An evaluation: losses; guided samples.
-    run.begin(measure, payload, EVAL_PASSES * len(z_val) + 2 * PREVIEWS * PREVIEW_STEPS, LDM_PANELS)
+    run.begin(measure, payload, eval_passes(c) * len(z_val) + 2 * PREVIEWS * PREVIEW_STEPS, LDM_PANELS)
     with stop_signals() as stopped, steps_bar(run) as bar:
         for step in itertools.count(run.start):
             seed_step(c.seed, step)
@@ -1255,10 +1252,15 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     return run.finish(step + 1)
 
 
+def eval_passes(c: Config) -> int:
+    """How often a latent goes forward in an evaluation; without a pose it means something to who was trained so."""
+    return EVAL_PASSES - (c.recipe.p_drop == 0)
+
+
 def eval_latents(c: Config) -> int:
     """Held-out latents an evaluation looks at: in a long run more, for what they cost is little there."""
     least, most = EVAL_LATENTS
-    spare = 0 if c.minutes else EVAL_SHARE * c.steps * 3 * c.recipe.batch_size / (EVAL_PASSES * MOST_EVALS)
+    spare = 0 if c.minutes else EVAL_SHARE * c.steps * 3 * c.recipe.batch_size / (eval_passes(c) * MOST_EVALS)
     return max(least, min(most, int(spare)))
 
 
@@ -1326,14 +1328,23 @@ class Forecast:
 def rehearse(c: Config, pictures: int) -> Forecast:
     """What a few steps on so many figures take, in a process of its own: one that runs out of memory takes only itself
     along, and one that came before leaves nothing in the peak."""
-    import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent) as executor:
         try:
             return executor.submit(_rehearse, c, pictures).result()
-        except (BrokenProcessPool, torch.OutOfMemoryError):
+        except RuntimeError as e:
+            if not isinstance(e, BrokenProcessPool) and not checkpoint.out_of_memory(e):
+                raise
             return Forecast(math.inf, math.inf)
+
+
+def end_with_parent() -> None:
+    """Called in a process of rehearse: its parent may be killed, and then it would wait for more to do for ever."""
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _rehearse(c: Config, pictures: int) -> Forecast:
@@ -1386,14 +1397,15 @@ def fit(c: Config, gib: float) -> Config:
         tried = replace(c, checkpointing=checkpointing)
         one, two = rehearse(tried, 1), rehearse(tried, 2)
         slope = max(two.memory - one.memory, 1e-3)
-        most = math.floor((MARGIN * gib - one.memory) / slope) + 1 if one.memory < math.inf else 0
+        most = 0 if one.memory > MARGIN * gib else math.floor((MARGIN * gib - one.memory) / slope) + 1
         found[checkpointing] = max(0, min(batch, most))
         if found[checkpointing] >= min(batch, LEAST_MICRO_BATCH):
             break
     checkpointing = max(found, key=lambda k: (found[k], not k))
     if not found[checkpointing]:
-        raise ValueError(f"--fit is {gib:g} GiB, but preset {c.preset} needs {one.memory:.1f} with one picture at a "
-                         "time and --checkpointing; give more, or take a smaller preset")
+        needed = f"{one.memory:.1f}" if one.memory < math.inf else "more than this machine has"
+        raise ValueError(f"--fit is {gib:g} GiB, but preset {c.preset} needs {needed} with one picture at a time and "
+                         "--checkpointing; give more, or take a smaller preset")
     parts = math.ceil(batch / found[checkpointing])                             # of equal size, as far as that goes
     c = replace(c, micro_batch=math.ceil(batch / parts), checkpointing=checkpointing)
     print(f"--fit {gib:g}: --micro-batch {c.micro_batch}" + (" --checkpointing" if checkpointing else ""))
@@ -1463,15 +1475,19 @@ def dry_run(c: Config) -> None:
     print(describe_forecast(c), flush=True)
 
 
-def off_or_weight(text: str) -> float:
-    """off -> 0, else a weight of a loss term."""
+def number_from_0(text: str, lacks: str = "not a number from 0 up") -> float:
     try:
-        value = 0.0 if text == "off" else float(text)
+        value = float(text)
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither off nor a number from 0 up")
+        raise argparse.ArgumentTypeError(f"{text!r} is {lacks}")
     return value
+
+
+def off_or_weight(text: str) -> float:
+    """off -> 0, else a weight of a loss term."""
+    return 0.0 if text == "off" else number_from_0(text, "neither off nor a number from 0 up")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1483,7 +1499,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="figures", help="figures[:N], a folder with images/ and keypoints/, a list file, or COCO")
     add("--val", help="held-out pictures, in the same forms (default: a tenth of the groups of --data)")
     add("--out", help="run folder (default runs/vq or runs/ldm)")
-    add("--vq", default="runs/vq/last.pt", help="stage 2: the checkpoint of stage 1 (default %(default)s)")
+    add("--vq", help=f"stage 2: the checkpoint of stage 1 (default {STAGE_1})")
     add("--steps", type=int, help="length of the run, in steps")
     add("--minutes", type=float, help="length of the run, in minutes on this machine")
     add("--batch-size", type=int)
@@ -1495,7 +1511,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "LPIPS, or one file with both, such as a taming .ckpt")
     add("--download-lpips", action="store_true", help="stage 1: fetch those weights (528 MB) once, checked by hash")
     add("--disc-weight", type=off_or_weight, metavar="off|WEIGHT", help="stage 1: of the adversarial loss")
-    add("--disc-start", type=off_or_weight, metavar="STEP", help="stage 1: when the discriminator comes "
+    add("--disc-start", type=number_from_0, metavar="STEP", help="stage 1: when the discriminator comes "
         "in; below 1: share of the run")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
@@ -1527,10 +1543,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--fit chooses --micro-batch and --checkpointing itself; leave those out")
     of_stage_1 = given(perceptual=args.perceptual, disc_weight=args.disc_weight, disc_start=args.disc_start,
                        lpips_weights=args.lpips_weights, download_lpips=args.download_lpips or None)
-    if args.stage == "vq" and args.patience is not None:
-        parser.error("--patience is of stage 2, which can memorise its pictures; leave it out with --stage vq")
-    if args.stage == "ldm" and of_stage_1:
-        parser.error(f"--{next(iter(of_stage_1)).replace('_', '-')} is of stage 1; leave it out with --stage ldm")
+    of_stage_2 = given(vq=args.vq, condition=args.condition, patience=args.patience)
+    for stage, other, flags in (("ldm", 1, of_stage_1), ("vq", 2, of_stage_2)):
+        if args.stage == stage and flags:
+            name = next(iter(flags)).replace("_", "-")
+            parser.error(f"--{name} is of stage {other}; leave it out with --stage {stage}")
+    if args.lpips_weights and args.download_lpips:
+        parser.error("--lpips-weights and --download-lpips exclude each other")
     return args
 
 
@@ -1551,7 +1570,7 @@ def main(argv: list[str] | None = None) -> int:
                 dry_run(fit(c, args.fit) if args.fit else c)
             return 0
         c = make_config(args)
-        if args.download_lpips and c.recipe.loss.perceptual:
+        if args.download_lpips:
             c = replace(c, lpips=tuple(map(str, checkpoint.download_lpips())))
         if args.fit and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("--fit rehearses in one process; run it once without torchrun and give torchrun the "
@@ -1566,11 +1585,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         complain(str(e))
         return 2
-    except torch.OutOfMemoryError:
-        complain(f"the memory of {c.device} is too small for {at_once(c)} pictures at once; give a smaller "
-                 "--micro-batch, --checkpointing, or let --fit GIB choose both")
-        return 2
     except RuntimeError as e:
+        if checkpoint.out_of_memory(e):
+            complain(f"the memory of {c.device} is too small for {at_once(c)} pictures at once; give a smaller "
+                     "--micro-batch, --checkpointing, or let --fit GIB choose both")
+            return 2
         if args.compile and type(e).__module__.startswith("torch._"):           # of _dynamo or _inductor
             complain(f"torch.compile cannot compile this here ({type(e).__name__}); leave --compile out")
             return 2

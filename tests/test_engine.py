@@ -1,5 +1,6 @@
 """The training engine: micro-batches, checkpointing, several processes, forecasts."""
 import json
+import math
 import os
 import re
 import signal
@@ -260,6 +261,18 @@ def test_fit_takes_the_largest_micro_batch_that_stays_within(tmp_path, monkeypat
                       10: (8, False), 9.9: (16, True), 4.1: (8, True), 2.25: (1, True)}
     with pytest.raises(ValueError, match="--fit is 2.2 GiB, but preset micro needs 2.2 with one"):
         train.fit(c, 2.2)
+
+
+def test_fit_where_two_pictures_are_too_many_for_the_machine(tmp_path, monkeypatch):
+    one = [20.0]
+    monkeypatch.setattr(train, "rehearse", lambda c, pictures: train.Forecast((*one, math.inf)[pictures - 1], 1.0))
+    c = train.make_config(train.parse_args(command("ldm", tmp_path)))
+    assert train.fit(c, 40).micro_batch == 1
+    with pytest.raises(ValueError, match="--fit is 1 GiB, but preset micro needs 20.0 with one"):
+        train.fit(c, 1)
+    one[:] = [math.inf]
+    with pytest.raises(ValueError, match="needs more than this machine has with one"):
+        train.fit(c, 40)
 
 
 def test_a_forecast_draws_on_straight_lines_where_the_whole_would_take_too_long(tmp_path, monkeypatch):

@@ -486,6 +486,14 @@ def test_overfit_says_and_draws_what_it_found(trained, tmp_path, capsys):
     assert Image.open(tmp_path / "overfit.png").height > 1000
 
 
+def test_overfit_does_not_judge_by_pictures_that_were_not_trained_on(trained, tmp_path, monkeypatch, capsys):
+    before = sorted((trained / "ldm").iterdir())
+    monkeypatch.setattr(data, "FIGURES_VERSION", "of people drawn in another way")
+    argv = ["overfit", "--run", str(trained / "ldm"), "--out", str(tmp_path), "-n", "2", "--steps", "2"]
+    one_sentence(capsys, evaluate.main(argv), "figures:12", f"are not those that {trained / 'ldm'} was trained on")
+    assert sorted((trained / "ldm").iterdir()) == before                        # nor is a cache made of them
+
+
 def test_overfit_finds_a_planted_copy_and_its_mirror_image(trained, tmp_path, monkeypatch):
     """Samples are replaced by training latents, as a network would give that has learnt them by heart."""
     def copying(ldm, poses, size, args):

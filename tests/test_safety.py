@@ -222,14 +222,14 @@ def test_weights_that_are_no_numbers_never_replace_those_that_are(trained, tmp_p
     error = capsys.readouterr().err.splitlines()[-1]
     assert "is not finite after step 2" in error and "last.pt holds the last good checkpoint, of step 2" in error
     for name in ("last.pt", "best.pt"):
-        assert train.not_finite(checkpoint.load(tmp_path / "run" / name, stage)) is None
+        assert checkpoint.not_finite(checkpoint.load(tmp_path / "run" / name, stage)) is None
 
 
 def test_what_is_not_finite_is_named():
     fine = {"a": torch.ones(3), "b": {"c": torch.ones(2), "d": 1.0, "e": [1]}, "n": torch.arange(3)}
-    assert train.not_finite(fine) is None
+    assert checkpoint.not_finite(fine) is None
     for bad in (float("nan"), float("inf")):
-        assert train.not_finite(fine | {"b": {"c": torch.ones(2), "x": torch.tensor([1, bad])}}) == "b.x"
+        assert checkpoint.not_finite(fine | {"b": {"c": torch.ones(2), "x": torch.tensor([1, bad])}}) == "b.x"
 
 
 # ----------------------------------------------------------------------------------------------------------- kill -9
@@ -498,7 +498,9 @@ def begun(run: Path, stage: str, config: dict) -> Path:
     """A folder in which a run with that config has been begun, as far as resuming looks before it builds the model."""
     run.mkdir()
     checkpoint.save(run / "last.pt", {name: {} for name in checkpoint.NEEDED["ldm"]} | {
-        "format": 1, "stage": stage, "step": 3, "config": config, "train": {"best": None, "skipped": 0}})
+        "format": 1, "stage": stage, "step": 3, "config": config, "train": {"best": None, "skipped": 0},
+        "mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "knows_null": True,
+        "schedule": {"timesteps": 9, "linear_start": 0.1, "linear_end": 0.2}})
     return run
 
 
@@ -568,6 +570,54 @@ def test_pictures_that_changed_under_the_same_name_are_noticed(trained, tmp_path
     one_sentence(capsys, train.main(flags), "pictures = 30", "pictures = 31", "--accept-data")
     assert train.main([*flags, "--accept-data"]) == 0
     assert checkpoint.load(tmp_path / "run/last.pt", stage)["config"]["pictures"] == 31
+
+
+def test_a_resumed_run_is_judged_on_the_held_out_pictures_it_was_judged_on(trained, tmp_path, monkeypatch):
+    """A longer run looks at more of them, and the command that resumes may leave the length out."""
+    for name, value in {"EVAL_LATENTS": (2, 4), "EVAL_SHARE": 1.0, "SAVE_SECONDS": 0}.items():
+        monkeypatch.setattr(train, name, value)
+    forwards, begin, save = [], train.Run.begin, train.Run.save
+
+    def beginning(run, measure, payload, eval_forwards, panels):
+        forwards.append(eval_forwards)
+        begin(run, measure, payload, eval_forwards, panels)
+
+    def save_then_die(run, *args):
+        save(run, *args)
+        raise Killed
+    monkeypatch.setattr(train.Run, "begin", beginning)
+    monkeypatch.setattr(train.Run, "save", save_then_die)
+    flags = command_of("ldm", tmp_path / "run", "--vq", str(trained / "vq/last.pt"))
+    for length in (["--steps", "200"], []):
+        with pytest.raises(Killed):
+            train.main([*flags, *length])
+    assert forwards[0] == forwards[1] == train.EVAL_PASSES * 4 + 2 * train.PREVIEWS * train.PREVIEW_STEPS
+
+
+# ------------------------------------------------------------------------------------------------ files of others
+
+def test_a_run_removes_no_file_but_its_own(trained, tmp_path):
+    run = tmp_path / "run"
+    foreign = ["movie.mkv.partial", "mine.pt.partial", "step-by-step.pt", "samples/my_photo.jpg", "samples/2.png",
+               "samples/album/0000001.png"]
+    ours = ["step-0000009.pt", "samples/0000009.png"]
+    partial = [f"{name}.partial" for name in ("last.pt", "best.pt", "log.jsonl", "config.json", "step-0000009.pt")]
+    for name in (*foreign, *ours, *partial):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("x")
+    for more, left in (([], [*foreign, *ours]), (["--fresh"], foreign)):
+        assert train.main(command_of("vq", run, "--steps", "1", *more)) == 0
+        assert [name for name in (*foreign, *ours, *partial) if (run / name).exists()] == left
+
+
+@pytest.mark.parametrize("out", [".", "images", "images/run"])
+def test_a_run_is_not_begun_among_the_pictures(trained, tmp_path, capsys, out):
+    """Else its own curves.png is a picture without a pose when the same command goes on with it."""
+    root = folder(tmp_path / "mine", 20)
+    before = sorted(root.rglob("*"))
+    for where in (["--data", str(root)], ["--val", str(root)]):
+        one_sentence(capsys, train.main(command_of("vq", root / out, *where)), f"--out {root / out} lies among")
+        assert sorted(root.rglob("*")) == before
 
 
 # --------------------------------------------------------------------------------------------- two runs into a folder
@@ -685,6 +735,32 @@ def test_a_process_for_pictures_that_dies_is_replaced(trained, long, tmp_path):
     assert process.returncode == 0 and "Traceback" not in err, out + err
     assert "new ones go on from batch" in err
     same_runs(long["vq"], run, "vq")
+
+
+@pytest.mark.slow
+def test_a_dry_run_that_is_ended_leaves_no_process(tmp_path):
+    """Its rehearsal has one of its own, which would wait for more to do as long as the machine runs."""
+    flags = ["--stage", "vq", "--data", "figures:4", "--batch-size", "1", "--device", "cpu", "--dry-run"]
+    dry = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, env=os.environ | {"TMPDIR": str(tmp_path)})
+
+    def command_line(pid: str) -> str:                          # empty once it has ended
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/cmdline").read_text()
+        return ""
+    while not [*tmp_path.glob("*/run/samples")]:                # it is under way
+        assert dry.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{dry.pid}/task/{dry.pid}/children").read_text().split()
+    worker, = (pid for pid in children if "spawn_main" in command_line(pid))
+    dry.terminate()
+    dry.wait()
+    patience = time.monotonic() + 30
+    while (left := command_line(worker)) and time.monotonic() < patience:
+        time.sleep(0.1)
+    if left:
+        os.kill(int(worker), signal.SIGKILL)
+    assert not left
 
 
 # --------------------------------------------------------------------------------------------------- half precision

@@ -64,6 +64,10 @@ def micro(monkeypatch):
 
 
 def command(stage: str, out: Path, *flags: str, preset: str = "micro") -> list[str]:
+    """Of `flags` for both stages --vq is left out where it means nothing."""
+    if stage == "vq" and "--vq" in flags:
+        at = flags.index("--vq")
+        flags = flags[:at] + flags[at + 2:]
     return ["--stage", stage, "--preset", preset, "--data", "figures:12", "--out", str(out), "--device", "cpu", *flags]
 
 
@@ -148,7 +152,8 @@ def test_a_real_kill_9_loses_nothing_but_time(tmp_path, stage):
     figures = ["--data", "figures:4", "--batch-size", "2"]      # 4 are evaluated on, in that process as in this one
     if stage == "ldm":
         assert train.main(["--stage", "vq", *figures, "--steps", "1", "--out", str(vq.parent)]) == 0
-    flags = ["--stage", stage, *figures, "--steps", "4", "--vq", str(vq), "--device", "cpu"]
+    flags = ["--stage", stage, *figures, "--steps", "4", "--device", "cpu"]
+    flags += ["--vq", str(vq)] if stage == "ldm" else []
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
     process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", str(tmp_path / "cut")], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -397,6 +402,17 @@ def test_ten_in_a_row_stop_the_run_and_the_last_good_checkpoint_stays(trained, t
     assert all(v.abs().max() < 1e6 for v in best["vq" if stage == "vq" else "unet"].values())
 
 
+def test_a_cpu_without_memory_is_one_sentence(tmp_path, capsys, monkeypatch):
+    """torch's own error, which is a plain RuntimeError there; others are not taken for it."""
+    def full(c, fresh):
+        torch.empty(2 ** 60)
+    monkeypatch.setitem(train.TRAIN, "vq", full)
+    one_sentence(capsys, train.main(command("vq", tmp_path / "run")), "the memory of cpu is too small for 4 pictures")
+    monkeypatch.setitem(train.TRAIN, "vq", lambda c, fresh: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError):
+        train.main(command("vq", tmp_path / "run"))
+
+
 def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, monkeypatch):
     scores = iter([math.nan, 2.0, math.inf, 1.0])
     honest = evaluate.reconstruction
@@ -411,9 +427,19 @@ class Counter:
     def __init__(self):
         self.bad = 0
 
-    def usable(self, name: str, value: torch.Tensor, step: int) -> bool:
-        self.bad += not math.isfinite(value.item())
-        return math.isfinite(value.item())
+    def usable(self, name: str, value: float, step: int) -> bool:
+        self.bad += not math.isfinite(value)
+        return math.isfinite(value)
+
+
+def test_a_step_waits_for_the_gpu_once(monkeypatch):
+    waits, p = [], torch.nn.Parameter(torch.ones(3))
+    for name in ("item", "tolist"):
+        call = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, call=call: waits.append(x.shape) or call(x))
+    (loss := p.sum()).backward()
+    norm = train.descend(loss, [p], torch.optim.SGD([p], lr=0.1), torch.amp.GradScaler(enabled=False), Counter(), 0)
+    assert norm is not None and waits == [(2,)]
 
 
 def test_in_fp16_an_overflow_is_forgiven_until_the_scale_is_no_excuse():
@@ -490,7 +516,11 @@ def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_p
 @pytest.mark.parametrize("flags, words", [
     (["--disc-start", "5"], ["--disc-start is 5", "--disc-weight 0.75"]),
     (["--lpips-weights", "x.pth"], ["--lpips-weights", "--perceptual 1"]),
+    (["--download-lpips"], ["--download-lpips is given", "--perceptual 1"]),
+    (["--perceptual", "1", "--lpips-weights", "x.pth", "--download-lpips"], ["exclude each other"]),
     (["--disc-weight", "1", "--disc-start", "-5"], ["'-5'"]), (["--disc-start", "nan"], ["'nan'"]),
+    (["--disc-weight", "1", "--disc-start", "off"], ["--disc-start", "'off' is not a number from 0 up"]),
+    (["--perceptual", "none"], ["'none' is neither off nor a number from 0 up"]),
 ])
 def test_flags_of_a_loss_that_is_off_say_how_to_switch_it_on(tmp_path, capsys, flags, words):
     try:
@@ -499,6 +529,13 @@ def test_flags_of_a_loss_that_is_off_say_how_to_switch_it_on(tmp_path, capsys, f
         assert e.code == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words) and "Traceback" not in error
+
+
+@pytest.mark.parametrize("flag, value", [("--vq", "nonexist.pt"), ("--condition", "tokens"), ("--patience", "3")])
+def test_flags_of_stage_two_are_not_ignored_in_stage_one(capsys, flag, value):
+    with pytest.raises(SystemExit):
+        train.main(["--stage", "vq", flag, value])
+    assert f"{flag} is of stage 2" in capsys.readouterr().err
 
 
 def test_flags_of_stage_one_are_not_ignored_in_stage_two(tmp_path, capsys):
@@ -900,7 +937,12 @@ def test_sampling_mistakes_are_one_sentence(trained, tmp_path, monkeypatch, caps
 
 def test_guidance_needs_a_model_that_knows_no_pose(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(train.PRESETS, "micro", train.replace(MICRO, ldm=train.replace(MICRO.ldm, p_drop=0.0)))
+    forwards, begin = [], train.Run.begin
+    monkeypatch.setattr(train.Run, "begin", lambda run, *args: forwards.append(args[2]) or begin(run, *args))
     assert train.main(command("ldm", tmp_path / "ldm", "--steps", "1", "--vq", str(trained / "vq/last.pt"))) == 0
+    assert "without" not in capsys.readouterr().out             # its loss under no pose would mean nothing
+    assert "val_null" not in train.read_log(tmp_path / "ldm/log.jsonl")[-1]
+    assert forwards == [(train.EVAL_PASSES - 1) * 4 + 2 * train.PREVIEWS * train.PREVIEW_STEPS]
     ldm, _ = checkpoint.load_ldm(tmp_path / "ldm/last.pt")
     assert (ldm.guidance, ldm.eta) == (1, 0)
     flags = [POSES[0], "--ckpt", str(tmp_path / "ldm/last.pt"), "--steps", "2", "--out", str(tmp_path / "x.png")]
