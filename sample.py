@@ -959,6 +959,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         return 2
+    except RuntimeError as e:
+        if not checkpoint.out_of_memory(e):
+            raise
+        print(f"sample.py: the memory of {args.device} is too small for this; draw fewer at a time, or give --device "
+              "cpu", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nsample.py: interrupted", file=sys.stderr)
         return 130

@@ -745,6 +745,13 @@ def test_the_shape_of_a_sheet_is_known_before_it_is_drawn(P, n, given):
         assert len(rows) == height and max(map(len, rows)) == min(width, P + given if motion else width)
 
 
+def test_too_little_memory_is_one_sentence(go, ckpt, monkeypatch, capsys):
+    def full(*args, **how):
+        torch.empty(1 << 60)
+    monkeypatch.setattr(sample, "denoise", full)
+    one_sentence(capsys, [WAVING, "--ckpt", ckpt, "--device", "cpu"], "memory of cpu", "fewer")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT there")
 def test_ctrl_c_is_one_line(ckpt, tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "sample.py"), WAVING, "--ckpt", ckpt, "--sampler", "ddpm",
