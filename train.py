@@ -471,7 +471,8 @@ class Run:
         self.skipped = self.resumed["train"]["skipped"] if self.resumed else 0
         self.overflows = self.resumed["train"].get("overflows", 0) if self.resumed else 0
         self.in_a_row, self.skipped_at, self.saved_at = 0, -1, time.monotonic()
-        self.held = self.start or None              # the step that last.pt holds
+        self.saved_step = self.start or None        # of last.pt
+        self.stopping = False                       # was this process told to stop?
         self.alarm = None                           # what --patience has run out over, in words
         self.training, self.trained = 0.0, 0        # seconds and steps since the last line of the log, in this process
 
@@ -563,12 +564,12 @@ class Run:
         try:
             yield
         except OSError as e:
-            raise OSError(f"cannot write {path} ({e.strerror or e}), so the run stops; {self.kept()}; mend that and "
-                          "give the same command again") from None
+            raise OSError(f"cannot write {path} ({e.strerror or e}), so the run stops; {self.what_is_saved()}; "
+                          "mend that and give the same command again") from None
 
-    def kept(self) -> str:
-        return "no checkpoint was made yet" if self.held is None else (
-            f"{self.last} holds the last good checkpoint, of step {self.held}")
+    def what_is_saved(self) -> str:
+        return "no checkpoint was made yet" if self.saved_step is None else (
+            f"{self.last} holds the last good checkpoint, of step {self.saved_step}")
 
     def after_step(self, step: int, numbers: dict[str, Tensor | int], bar: tqdm, stopped: list[int]) -> bool:
         """The clock, the bar, the log, evaluation, checkpoint; does the run end here?
@@ -667,8 +668,8 @@ class Run:
         return False
 
     def diverged(self, what: str) -> ValueError:
-        return ValueError(f"{what}, so the run stops; {self.kept()}; start anew, in another --out or with --fresh, "
-                          "with a lower --lr, or with --amp off")
+        return ValueError(f"{what}, so the run stops; {self.what_is_saved()}; start anew, in another --out "
+                          "or with --fresh, with a lower --lr, or with --amp off")
 
     def log(self, step: int, **values: float) -> None:
         with self.writing(self.log_path), open(self.log_path, "a") as f:
@@ -715,7 +716,7 @@ class Run:
             if wanted:              # last.pt last: it says that the others are there
                 with self.writing(path):
                     checkpoint.save(path, content)
-        self.best, self.held, self.saved_at = best, step, time.monotonic()
+        self.best, self.saved_step, self.saved_at = best, step, time.monotonic()
 
     def finish(self, step: int) -> bool:
         """Says how the run ended; is it complete?"""
