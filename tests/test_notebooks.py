@@ -1,15 +1,14 @@
 """The notebooks: each runs from top to bottom within its time, and what is committed is the outcome of such a run."""
 import ast
 import os
-import resource
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
-from nbconvert.preprocessors import ExecutePreprocessor
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -92,17 +91,39 @@ def test_the_first_cell_finds_the_files_from_the_root_too(path):
     assert Path(cwd) == ROOT and Path(file) == ROOT / "keypoints.py"
 
 
+RUN = """
+import resource, sys, nbformat
+from nbconvert.preprocessors import ExecutePreprocessor
+notebook = nbformat.read(sys.argv[1], as_version=4)
+ExecutePreprocessor(timeout=int(sys.argv[3])).preprocess(notebook, {"metadata": {"path": sys.argv[2]}})
+assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+kernel = resource.getrusage(resource.RUSAGE_CHILDREN)           # it has ended and counts
+print("seconds", kernel.ru_utime + kernel.ru_stime)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    """The notebooks whose turn comes, run two at a time, the longest first: by path, what will come of it."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}       # as it is for a newcomer
+    env["OMP_NUM_THREADS"] = "1"                                # threads that wait for each other count as time
+    wanted = {item.callspec.params["path"] for item in request.session.items if "runs" in item.fixturenames}
+
+    def run(path: Path) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", RUN, str(path), str(path.parent), str(PATIENCE)],
+                              capture_output=True, text=True, env=env)
+    files = tree_of_files()
+    with ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(run, path) for path in sorted(wanted, reverse=True)}
+    left = tree_of_files() - files - {ROOT / "__pycache__"}
+    assert not left, f"they left {sorted(left)}"
+
+
 @pytest.mark.slow
 @each
-def test_it_runs_in_its_time(path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")                  # threads that wait for each other count as time
-    monkeypatch.delenv("PYTHONPATH", raising=False)             # as it is for a newcomer
-    notebook, before, files = read(path), resource.getrusage(resource.RUSAGE_CHILDREN), tree_of_files()
-    ExecutePreprocessor(timeout=PATIENCE).preprocess(notebook, {"metadata": {"path": str(path.parent)}})
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)        # the kernel has ended and counts
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+def test_it_runs_in_its_time(path, runs):
+    run = runs[path].result()
+    assert run.returncode == 0, run.stderr[-3000:]
+    seconds = float(run.stdout.split()[-1])
     assert seconds > 0.5, f"{seconds} s are less than importing torch takes: the kernel was not counted"
     assert seconds < BUSY * SECONDS, f"{seconds:.0f} s of one core"
-    left = tree_of_files() - files - {ROOT / "__pycache__"}
-    assert not left, f"it left {sorted(left)}"
