@@ -407,10 +407,9 @@ def test_pictures_that_an_interrupted_run_left_are_not_taken_for_another_runs(po
             raise KeyboardInterrupt
         save(self, path, *args, **how)
 
-    monkeypatch.setattr(Image.Image, "save", fails)
-    pose("--out", "o", "--limit", "4", "--seed", "1")
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as m:
+        m.setattr(Image.Image, "save", fails)
+        pose("--out", "o", "--limit", "4", "--seed", "1")
     assert pose("--out", "o", "--limit", "4", "--detected", "o/poses.json") == 2
     assert "interrupted" in capsys.readouterr().err
     assert pose("--out", "o", "--limit", "4", "--seed", "1") == 0          # its place is ours to use again
