@@ -146,9 +146,11 @@ def load(path: str | Path, stage: str, advice: str | None = None, preset: str | 
     ends the sentence of a WrongStage.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the checkpoint in it, such as {path / 'last.pt'}")
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}; make one with: {HOW_TO_MAKE[stage]}" if not path.is_dir() else
-                         f"{path} is a folder; give the checkpoint in it, such as {path / 'last.pt'}")
+        raise ValueError(f"there is no checkpoint {path}; name yours, or make one with: {HOW_TO_MAKE[stage]} (and your "
+                         "--data and --preset)")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty, 0 bytes; make a checkpoint with: {HOW_TO_MAKE[stage]}")
     payload = read(path)

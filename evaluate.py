@@ -600,7 +600,7 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
                 f"{100 - COPY_PERCENTILE:g} % of held-out pictures are (by chance: {c['chance']:.0e})"
                 for name, c in sorted(copied.items()) if c["copies"] and c["chance"] < CHANCE]
     still = f"held-out loss is {loss:.4f}" + (
-        f", {fell:.1%} less than a quarter of the {steps:,} steps before" if early else "")
+        f" after a fall of {fell:.1%} over the last quarter of the {steps:,} steps" if early else "")
     far, drawn = (sum(c[key] for c in copied.values()) for key in ("far", "of"))
     if reasons:
         word = "memorising"
@@ -618,6 +618,11 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
     else:
         word, reasons = "good", [f"{still}; it is {last['val_train']:.4f} on training pictures, and rises in no bin of "
                                  "timesteps: nothing speaks against more steps but their time"]
+        if drawn:
+            near = sum(c["copies"] for c in copied.values())
+            reasons.append(f"of {drawn} samples {near or 'none'} {'are' if near > 1 else 'is'} nearer to a training "
+                           f"picture than {100 - COPY_PERCENTILE:g} % of held-out pictures are"
+                           + (": no more than chance makes" if near else ""))
     reasons.append(f"shuffled poses have {last['val_ratio']:.3f} times the loss of right ones: the pose is "
                    + ("heeded" if heeded else "ignored"))
     since = max(risen_for.values()) if warning else ahead

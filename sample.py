@@ -777,7 +777,7 @@ def default_ckpt() -> str:
     if Path(DEFAULT_CKPT).exists() or not SHIPPED.exists():
         return DEFAULT_CKPT
     shipped = os.path.relpath(SHIPPED)
-    print(f"there is no {DEFAULT_CKPT} yet, so the toy model that ships draws, {shipped}; --ckpt names another")
+    print(f"drawing with the toy model that ships, {shipped}, for there is no {DEFAULT_CKPT} yet; --ckpt names another")
     return shipped
 
 
@@ -894,7 +894,7 @@ def title_of(args: argparse.Namespace, called: dict, steps: int, step: int) -> s
     if args.sampler != "ddpm":
         how += f" {steps} steps {args.spacing}, eta {args.eta:g}"
     start = (f", from {Path(called['init']).name} at strength {args.strength:g}" if args.init else
-             f", {Path(called['inpaint']).name} but in the outline, rounds {args.rounds}" if args.inpaint else
+             f", {Path(called['inpaint']).name} drawn anew in the outline, rounds {args.rounds}" if args.inpaint else
              f", noise of {Path(called['noise_from']).name}" if args.noise_from else "")
     return f"{how}, guidance {args.guidance:g}{start}, {called['ckpt']} step {step}"
 

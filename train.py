@@ -12,6 +12,7 @@ uninterrupted one. A run folder holds config.json, log.jsonl, last.pt, best.pt, 
 from __future__ import annotations
 
 import argparse
+import bisect
 import copy
 import io
 import itertools
@@ -53,7 +54,7 @@ from unet import UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
 MEASURE_STEPS = 40              # steps, at most, whose rate decides the length of a --minutes run
-FEW_STEPS = 100                 # of a --minutes run: fewer are said to be few
+FEW_STEPS, FEW_WARMUPS = 100, 3         # a --minutes run of less is said to be short
 RESERVE = 0.05                  # share of --minutes left for checkpoints and a machine that gets slower
 SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
 INTERRUPTED = 130               # exit status after Ctrl-C, so that a script does not go on to the next stage
@@ -648,11 +649,19 @@ class Run:
         if n >= MEASURE_STEPS or (n >= 3 and measuring > budget / 8):       # not 40 times where a step takes a minute
             rate = statistics.median(np.diff(self.measuring[n // 4:]))
             left = (budget * (1 - RESERVE) - gone) / rate                                    # in steps
-            more = max(1, int(left - self.evaluations(step + 1 + left) * self.eval_steps()))
-            self.c = replace(self.c, steps=step + 1 + more, measured=step + 1)
-            if more < FEW_STEPS:
-                say(f"only {more} steps of {rate:.2g} s fit into {self.c.minutes:g} minutes; where other programs use "
-                    "the cores, OMP_NUM_THREADS=1 makes them faster, and --steps counts on no speed")
+            done = step + 1
+
+            def costs(more: int) -> float:                      # in steps, evaluations that are still to come included
+                between = max(1, (done + more) // self.evaluations(done + more))
+                return more + max(1, (done + more) // between - done // between) * self.eval_steps()
+            more = bisect.bisect_right(range(1, max(2, int(left) + 1)), left, key=costs)    # as many as fit
+            self.c = replace(self.c, steps=done + max(1, more), measured=done)
+            if self.c.steps < max(FEW_STEPS, FEW_WARMUPS * self.c.recipe.warmup):
+                spent = f"after {(gone - measuring) / 60:.1f} minutes of preparation"
+                say(f"{self.c.minutes:g} minutes are {self.c.steps} steps of {rate:.2g} s and evaluations, {spent}, "
+                    "too few to learn much; give more --minutes, or --steps, which counts on no speed" + (
+                        "" if os.environ.get("OMP_NUM_THREADS") else "; where other programs use the cores, "
+                        "OMP_NUM_THREADS=1 makes steps faster"))
             if rank() == 0:
                 self._write_config()
 
@@ -739,11 +748,14 @@ class Run:
         """Nothing left to do? Says so."""
         complete = self.c.steps is not None and self.start >= self.c.steps
         if complete:
-            say(f"{self.dir} is complete at step {self.start}; --fresh starts it over")
+            say(f"{self.dir} is complete at step {self.start}, the length it was started with; --fresh starts it over, "
+                "longer where --minutes or --steps say so")
         elif self.start and self.c.patience and self.log_path.exists() and (alarm := evaluate.overfitting(
                 [r for r in read_log(self.log_path) if r["step"] < self.start], self.c.patience)):
             say(f"{self.dir} is out of patience at step {self.start}: {alarm}; {self.go_on()}")
             return True
+        elif self.start:
+            say(f"{self.dir} goes on at step {self.start}" + (f" of {self.c.steps}" if self.c.steps else ""))
         return complete
 
 

@@ -302,18 +302,21 @@ def test_evaluations_take_their_share_of_the_time_and_no_more(tmp_path, steps):
 
 
 @pytest.mark.usefixtures("as_shipped")
-def test_minutes_leave_room_for_the_evaluations(tmp_path, monkeypatch):
-    """Steps of one second: the steps and the evaluations that were planned fill the time, but for the reserve."""
-    argv = command("ldm", tmp_path / "run", "--minutes", "60", "--batch-size", "32")
+@pytest.mark.parametrize("minutes, least", [(60, 0.97), (12, 0.97), (4, 0.9), (2, 0.7)])
+def test_minutes_leave_room_for_the_evaluations(tmp_path, monkeypatch, minutes, least):
+    """Steps of one second: the steps and the evaluations that are made fill the time, but for the reserve."""
+    argv = command("ldm", tmp_path / "run", "--minutes", str(minutes), "--batch-size", "32")
     run, now = make_run(argv), [0.0]
     monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    run.began, run.dir = 0.0, tmp_path
-    for step in range(40):
+    run.began, run.dir, due = 0.0, tmp_path, 0
+    for step in itertools.count():
         now[0] += 1.0
         run.clock(step)
-    evaluations = sum(run.due(step) for step in range(run.c.steps))
-    planned = run.c.steps + evaluations * run.eval_forwards / 96
-    assert 0.97 < planned / (3600 * (1 - train.RESERVE)) <= 1.01 and evaluations > train.EVALS
+        due += run.due(step)
+        if step + 1 == run.c.steps:
+            break
+    spent = run.c.steps + due * run.eval_forwards / 96
+    assert least < spent / (60 * minutes * (1 - train.RESERVE)) <= 1.01 and (due > train.EVALS or minutes < 60)
 
 
 def test_pictures_a_second_are_those_of_training_alone(trained, tmp_path, monkeypatch):

