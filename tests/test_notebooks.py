@@ -115,7 +115,7 @@ def runs(request):
     files = tree_of_files()
     with ThreadPoolExecutor(2) as pool:
         yield {path: pool.submit(run, path) for path in sorted(wanted, reverse=True)}
-    left = tree_of_files() - files - {ROOT / "__pycache__"}
+    left = tree_of_files() - files - {ROOT / "__pycache__", ROOT / ".pytest_cache"}
     assert not left, f"they left {sorted(left)}"
 
 
