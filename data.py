@@ -2441,8 +2441,10 @@ def describe(report: dict) -> Iterator[str]:
                 yield f"  {why if suspect['file'] in why else '{}: {}'.format(suspect['file'], why)}"
     for sentence in report["verdicts"].values():
         yield f"LOOK        {sentence}"
-    if not report["verdicts"] and not report["suspects"]:
-        yield "all is well: nothing to look at was found"
+    if not report["verdicts"]:
+        odd = len({suspect["file"] for suspect in report["suspects"]})
+        yield (f"{percent(odd, told['found'])} are to be looked at, in overview.png; nothing else was found" if odd else
+               "all is well: nothing to look at was found")
 
 
 def write_files(out: Path, checked: Checked, suspects: list[Suspect], report: dict, side: int) -> None:
