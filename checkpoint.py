@@ -332,9 +332,9 @@ def build(make: Callable[[], nn.Module], state: dict[str, Tensor], what: str) ->
 
 
 def config_of(kind: type, payload: dict, name: str, what: str) -> object:
-    """payload[name] as a configuration of that class; lists, as JSON gives them, become the tuples that it holds."""
+    """payload[name] as a configuration of that class."""
     try:
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in payload[name].items()})
+        return kind(**payload[name])
     except TypeError as e:
         raise ValueError(f"{what} has a {name} that this version does not know: {e}") from None
 

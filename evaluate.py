@@ -827,7 +827,7 @@ def find_reader(spec: str, pictures: data.Pictures, device: str = "cpu",
             print(f"pose reader {os.path.relpath(SHIPPED_READER)}, which ships")
             return reader.to(device)
     reader = train_reader(pictures, device, steps)
-    if not are_finite(reader):
+    if checkpoint.not_finite(reader.state_dict()):
         raise ValueError("the pose reader's weights are no numbers any more: learning to read these pictures failed; "
                          "look at them with data.py, or let a detector outside find the joints, with --detected")
     try:
@@ -844,13 +844,11 @@ def kept_reader(path: Path, about: dict) -> PoseReader | None:
     try:
         found = checkpoint.read(path)
         reader = checkpoint.build(lambda: PoseReader(about["side"]), found["reader"], str(path))
-        return reader.eval().requires_grad_(False) if found["about"] == about and are_finite(reader) else None
+        if found["about"] != about or checkpoint.not_finite(reader.state_dict()):
+            return None
+        return reader.eval().requires_grad_(False)
     except Exception:                                       # a dozen unrelated types
         return None
-
-
-def are_finite(reader: PoseReader) -> bool:
-    return all(bool(value.isfinite().all()) for value in reader.state_dict().values())
 
 
 def fidelity(read: np.ndarray, asked: np.ndarray) -> dict:
@@ -986,10 +984,8 @@ def write_pictures(out: Path, drawn: Drawn) -> None:
 
 
 def write_json(path: Path, what: dict) -> None:
-    """In one go: a reader sees the file of before or the whole new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(what))
-    partial.replace(path)
+    with checkpoint.replacing(path) as file:
+        file.write(json.dumps(what).encode())
 
 
 def read_pictures(out: Path, about: dict) -> Drawn:

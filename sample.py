@@ -880,10 +880,14 @@ def ask_model(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
     if args.guidance != 1 and not ldm.knows_null:
         raise ValueError(f"--guidance is {args.guidance:g}, but {args.ckpt} was trained without dropping poses, so it "
                          "has no picture of no pose; leave --guidance out")
-    if getattr(args, "interval", None) and args.interval[0] >= ldm.schedule["timesteps"]:
+
+
+def check_guidance(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
+    """ValueError for an --interval or --rescale that would do nothing."""
+    if args.interval and args.interval[0] >= ldm.schedule["timesteps"]:
         raise ValueError(f"--interval is {args.interval[0]} to {args.interval[1]}, but timesteps end at "
                          f"{ldm.schedule['timesteps'] - 1}")
-    if args.guidance in (0, 1) and (getattr(args, "interval", None) or getattr(args, "rescale", 0)):
+    if args.guidance in (0, 1) and (args.interval or args.rescale):
         raise ValueError(f"--interval and --rescale change guidance, but --guidance is {args.guidance:g} and changes "
                          "nothing; leave them out, or give more of it")
 
@@ -910,6 +914,7 @@ def run(args: argparse.Namespace, command: str) -> str:
         print(checkpoint.describe(payload, args.ckpt))
     plan = plan or plan_of(args, poses, names, payload)
     ask_model(args, ldm)
+    check_guidance(args, ldm)
     size, began, (out, moving) = payload["config"]["size"], time.monotonic(), sheet_and_animation(args)
     if args.grid and plan.only is None:
         check_fits(out, *shape_of_sheet(args, plan, bool(images)), size)

@@ -652,7 +652,7 @@ class Run:
             done = step + 1
 
             def costs(more: int) -> float:                      # in steps, evaluations that are still to come included
-                between = max(1, (done + more) // self.evaluations(done + more))
+                between = self.between(done + more)
                 return more + max(1, (done + more) // between - done // between) * self.eval_steps()
             more = bisect.bisect_right(range(1, max(2, int(left) + 1)), left, key=costs)    # as many as fit
             self.c = replace(self.c, steps=done + max(1, more), measured=done)
@@ -692,12 +692,16 @@ class Run:
         """How many evaluations a run of so many steps has."""
         return max(EVALS, min(MOST_EVALS, int(EVAL_SHARE * steps / self.eval_steps())))
 
+    def between(self, steps: int) -> int:
+        """How many steps a run of so many takes from one evaluation to the next."""
+        return max(1, steps // self.evaluations(steps))
+
     def due(self, step: int) -> bool:
         """Is an evaluation due after this step?"""
         if (n := self.c.steps) is None:
             return False
-        between = n // self.evaluations(n)
-        return step + 1 == n or (step + 1) % max(1, between) == 0 and n - step > between // 2
+        between = self.between(n)
+        return step + 1 == n or (step + 1) % between == 0 and n - step > between // 2
 
     def save_due(self, step: int) -> bool:
         """Is a checkpoint due after this step, evaluation or not?"""
