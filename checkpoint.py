@@ -35,6 +35,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+# Before torch is imported: idle threads sleep instead of spinning, so other programs cost no more than their share.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -180,7 +183,7 @@ def load(path: str | Path, stage: str, advice: str | None = None, preset: str | 
 
 PARTS = {"vq": ("vq",), "ldm": ("vq", "unet", "cond")}
 SIZES = range(8, 4097)                  # of pictures, pixels
-SCHEDULE = {"timesteps": int, "linear_start": float, "linear_end": float}
+SCHEDULE = {"timesteps": int, "linear_start": float, "linear_end": float}      # and "prediction", which files may lack
 MOST_TIMESTEPS = 10_000
 MOST = {"ch_mult": 8, "channel_mult": 8, "num_res_blocks": 64, "transformer_depth": 16}     # levels, blocks, depth
 
@@ -227,8 +230,9 @@ def demands(payload: dict, stage: str) -> Iterator[tuple[str, object, bool, str]
         yield name, payload[name], is_array(payload[name]) and payload[name].shape == shape_, f"a tensor {list(shape_)}"
     null, schedule = payload["knows_null"], payload["schedule"]
     yield "knows_null", null, type(null) is bool, "True or False"
-    yield "schedule", schedule, isinstance(schedule, dict) and (
-        {k: type(v) for k, v in schedule.items()} == SCHEDULE and schedule["timesteps"] <= MOST_TIMESTEPS), (
+    yield "schedule", schedule, isinstance(schedule, dict) and schedule.get("prediction", "eps") in ("eps", "v") and (
+        {k: type(v) for k, v in schedule.items() if k != "prediction"} == SCHEDULE
+        and schedule["timesteps"] <= MOST_TIMESTEPS), (
         f"a dict of at most {MOST_TIMESTEPS} timesteps, linear_start and linear_end")
 
 

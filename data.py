@@ -30,6 +30,9 @@ from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO, NamedTuple
 
+# Before torch is imported: idle threads sleep instead of spinning, so other programs cost no more than their share.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps

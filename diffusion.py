@@ -7,6 +7,9 @@ Forward. beta_t grows from linear_start to linear_end, linearly in its square ro
     x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,  eps ~ N(0, I)                        DDPM (4)
 Training. A network predicts eps from x_t, t and the pose; the loss is plain squared error.
     loss = || eps - eps_theta(x_t, t, pose) ||^2                                                  DDPM (14)
+With prediction "v" the network predicts a mixture instead, which says as much about x0 where x_t is nearly all noise:
+    v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0                                          arXiv:2202.00512
+    eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
 For a share p_drop of the samples the pose is replaced by the null pose, so that one network learns both
 eps_theta(x_t, t, pose) and eps_theta(x_t, t, null).
 Sampling. Every sampler turns eps into its estimate of x0, and steps to an earlier time:
@@ -52,18 +55,22 @@ from torch import Tensor
 EpsModel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]   # (x, t [B], cond [B, ...], drop [B] bool) -> eps
 EpsFn = Callable[[Tensor, Tensor], Tensor]                      # (x, t [B]) -> eps
 NoiseFn = Callable[[int, Tensor], Tensor]                       # (step i, x) -> noise like x
+PREDICTIONS = "eps", "v"
 
 
 class Diffusion:
     """The schedule and what follows from it. Holds no parameters and nothing that belongs in a checkpoint."""
 
-    def __init__(self, timesteps: int = 1000, linear_start: float = 0.0015, linear_end: float = 0.0195):
+    def __init__(self, timesteps: int = 1000, linear_start: float = 0.0015, linear_end: float = 0.0195,
+                 prediction: str = "eps"):
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction is {prediction!r}; it must be one of {', '.join(PREDICTIONS)}")
         if timesteps < 2:
             raise ValueError(f"timesteps is {timesteps}; a schedule needs at least 2")
         if not 0 < linear_start <= linear_end < 1:
             raise ValueError(f"linear_start is {linear_start} and linear_end {linear_end}; "
                              "they must satisfy 0 < linear_start <= linear_end < 1")
-        self.timesteps = timesteps
+        self.timesteps, self.prediction = timesteps, prediction
         # float64: 1 - alpha_bar loses its digits in float32 where alpha_bar is near 1
         self.betas = torch.linspace(linear_start ** 0.5, linear_end ** 0.5, timesteps, dtype=torch.float64) ** 2  # [T]
         self.alphas_bar = torch.cumprod(1 - self.betas, dim=0)
@@ -102,9 +109,26 @@ class Diffusion:
         mean = self._at("posterior_x0_coef", t, x_t) * x0 + self._at("posterior_x_t_coef", t, x_t) * x_t
         return mean, self._at("posterior_log_variance", t, x_t)
 
+    def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the network is to predict, float32 [B, ...]: eps or v."""
+        if self.prediction == "eps":
+            return noise.float()
+        return self._at("sqrt_alphas_bar", t, x0) * noise - self._at("sqrt_one_minus_alphas_bar", t, x0) * x0
+
+    def eps_model(self, model: EpsModel) -> EpsModel:
+        """A model that predicts this schedule's target -> one that predicts eps, as every sampler needs it."""
+        if self.prediction == "eps":
+            return model
+
+        def from_v(x: Tensor, t: Tensor, cond: Tensor, drop: Tensor) -> Tensor:
+            v = model(x, t, cond, drop).float()
+            return self._at("sqrt_alphas_bar", t, x) * v + self._at("sqrt_one_minus_alphas_bar", t, x) * x
+
+        return from_v
+
     def loss(
         self,
-        eps_model: EpsModel,            # called once: eps_model(x_t, t, cond, drop)
+        model: EpsModel,                # called once: model(x_t, t, cond, drop), which predicts eps or v
         x0: Tensor,                     # [B, ...]
         cond: Tensor,                   # [B, ...] the poses, handed through
         p_drop: float = 0.1,            # the chance that a sample sees the null condition
@@ -112,7 +136,7 @@ class Diffusion:
         noise: Tensor | None = None,    # like x0, drawn from N(0, I) if None
         drop: Tensor | None = None,     # [B] bool, drawn with p_drop if None
     ) -> Tensor:
-        """DDPM (14): mean squared error of each sample, [B], in float32 also under autocast."""
+        """DDPM (14): mean squared error of each sample, [B], in float32 also under autocast; of v where that is it."""
         if not 0 <= p_drop <= 1:
             raise ValueError(f"p_drop is {p_drop}; a probability lies in [0, 1]")
         B, device = x0.shape[0], x0.device
@@ -122,8 +146,8 @@ class Diffusion:
             noise = torch.randn_like(x0, dtype=torch.float32)
         if drop is None:
             drop = torch.rand(B, device=device) < p_drop
-        eps = eps_model(self.q_sample(x0, t, noise), t, cond, drop)
-        return (eps.float() - noise.float()).square().flatten(1).mean(1)     # [B]
+        predicted = model(self.q_sample(x0, t, noise), t, cond, drop)
+        return (predicted.float() - self.target(x0, t, noise)).square().flatten(1).mean(1)     # [B]
 
 
 def guided(

@@ -34,6 +34,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+# Before torch is imported: idle threads sleep instead of spinning, so other programs cost no more than their share.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -324,19 +327,21 @@ def derangement(n: int, seed: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def loss_each(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor, batch_size: int = 64,
+def loss_each(model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor, batch_size: int = 64,
               null: bool = False, autocast: Callable[[], AbstractContextManager] = nullcontext) -> Tensor:
     """The eps loss [N], float64 on the CPU, of each latent z [N, C, h, w] under poses [N, 17, 3], or none where `null`.
 
+    In eps whatever `model` predicts, so that 1 is always the loss of predicting nothing and runs compare.
     Latent i has the timestep and the noise that `fixed_noise` gives it, so that runs and steps compare.
     """
     t, noise = fixed_noise(diffusion, z)
-    losses = []
+    losses, eps_model = [], diffusion.eps_model(model)
     for i in range(0, len(z), batch_size):
         s = slice(i, i + batch_size)
         drop = torch.full((len(z[s]),), null, device=z.device)
         with autocast():
-            losses.append(diffusion.loss(eps_model, z[s], poses[s], t=t[s], noise=noise[s], drop=drop))
+            eps = eps_model(diffusion.q_sample(z[s], t[s], noise[s]), t[s], poses[s], drop)
+        losses.append((eps.float() - noise[s]).square().flatten(1).mean(1))
     return torch.cat(losses).double().cpu()
 
 

@@ -34,6 +34,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+# Before torch is imported: idle threads sleep instead of spinning, so other programs cost no more than their share.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import numpy as np
 import torch
 from PIL import Image
@@ -110,7 +113,8 @@ def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, sam
         if skip == len(timesteps):                          # nothing is left to do
             return iter([Step(skip, skip, 0, given.expand_as(x_T), given.expand_as(x_T))])
         x_T = diffusion.q_sample(given, torch.tensor([timesteps[-1 - skip]]), x_T.to(device))
-    eps_fn = guided(*ldm.prepared(poses.to(device), shape[1:]), guidance, interval, rescale)
+    model, rows = ldm.prepared(poses.to(device), shape[1:])
+    eps_fn = guided(diffusion.eps_model(model), rows, guidance, interval, rescale)
     if known is not None:
         eps_fn = held(diffusion, eps_fn, given, known)
     if sampler == "ddpm":
@@ -441,8 +445,9 @@ def start_from(ldm: checkpoint.LDM, given: Given, args: argparse.Namespace, pose
         cell = ldm.vq.config.factor
         hole = F.max_pool2d(torch.from_numpy(given.hole)[None, None].float(), cell) > 0     # [1, 1, h, w]
         return {"given": given.z, "known": ~hole.to(given.z.device), "rounds": args.rounds}
-    eps_fn = guided(ldm, pose.to(given.z.device), 0.0 if ldm.knows_null else 1.0)
-    *_, last = tqdm(invert(Diffusion(**ldm.schedule), eps_fn, given.z, args.steps, args.spacing),
+    diffusion = Diffusion(**ldm.schedule)
+    eps_fn = guided(diffusion.eps_model(ldm), pose.to(given.z.device), 0.0 if ldm.knows_null else 1.0)
+    *_, last = tqdm(invert(diffusion, eps_fn, given.z, args.steps, args.spacing),
                     desc="inverting", unit="step", total=how_many_steps(ldm, "ddim", args.steps, args.spacing))
     return {"noise": last.x}
 

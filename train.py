@@ -37,6 +37,9 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+# Before torch is imported: idle threads sleep instead of spinning, so other programs cost no more than their share.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -105,6 +108,10 @@ class Recipe:
     loss: VQLossConfig = VQLossConfig()             # stage 1: L1 and codebook alone, unless it says more
     p_drop: float = 0.1                             # stage 2: share of poses dropped, for guidance
     ema_decay: float = 0.9999                       # stage 2: with warm-up min(d, (1 + n) / (10 + n))
+    muon: float = 0.0                               # stage 2: Muon's lr for the matrices, over lr; 0: AdamW for all
+
+
+SCHEDULE = {"timesteps": 1000, "linear_start": 0.0015, "linear_end": 0.0195}      # the seed's
 
 
 @dataclass(frozen=True)
@@ -116,7 +123,7 @@ class Preset:
     vq: Recipe
     ldm: Recipe
     normalise: bool = True                          # latents to mean 0 and std 1 a channel, from the cache
-    schedule: dict = field(default_factory=lambda: {"timesteps": 1000, "linear_start": 0.0015, "linear_end": 0.0195})
+    schedule: dict = field(default_factory=lambda: SCHEDULE)
 
 
 # Small autoencoders are norm-free with branches that start at zero: GroupNorm costs them 4 dB (the picture's absolute
@@ -136,10 +143,10 @@ def _unet(ch: int, mult: tuple[int, ...], attn: tuple[int, ...], heads: int, blo
 
 # fmt: off
 PRESETS = {
-    "toy": Preset(64, VQConfig(ch=32, ch_mult=(1, 2, 2), n_embed=2048, resolution=64, **NORM_FREE),
+    "toy": Preset(64, VQConfig(ch=16, ch_mult=(1, 2, 4), n_embed=2048, resolution=64, shortcut=True, **NORM_FREE),
         _unet(64, (1, 2, 2), (2, 4), 4, blocks=1), ConditionConfig(MAPS, 64),
-        vq=Recipe(8, 1e-3, minutes=9.5, lr_final=0.03, free=0.15),
-        ldm=Recipe(32, 4e-4, minutes=24.0, lr_final=0.05, warmup=100)),
+        vq=Recipe(8, 1e-3, steps=600, lr_final=0.03, free=0.15),
+        ldm=Recipe(32, 4e-4, steps=600, lr_final=0.05, muon=2.5), schedule=SCHEDULE | {"prediction": "v"}),
     "small": Preset(128, VQConfig(ch=32, n_embed=4096, resolution=128, **NORM_FREE),
         _unet(64, (1, 2, 3, 4), (4, 8), 4), ConditionConfig(MAPS, 64),
         vq=Recipe(4, 5e-4, minutes=60, lr_final=0.03, free=0.15, warmup=100),        # 1e-3 diverges at 128 pixels
@@ -309,19 +316,21 @@ def seed_step(seed: int, step: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1))
 
 
-def descend(loss: Tensor, params: list[Tensor], opt: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Run,
-            step: int) -> Tensor | None:
+def descend(loss: Tensor, params: list[Tensor], optimizers: list[torch.optim.Optimizer],
+            scaler: torch.amp.GradScaler, run: Run, step: int) -> Tensor | None:
     """Clip and optimiser step, after the backward pass of `loss`. Returns the gradient's norm, or None where nothing
     moved: loss or gradient was not finite. In fp16 an infinite gradient is how the GradScaler finds its scale, so that
     is not held against the run until the scale is so small that overflow is no excuse.
     """
-    scaler.unscale_(opt)
+    for opt in optimizers:
+        scaler.unscale_(opt)
     grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
     # The one time in a step that the CPU waits for a GPU: the price of skipping steps that are not finite.
     loss_, norm = torch.stack([loss.detach(), grad_norm]).tolist()
     fine, finite = run.usable("loss", loss_, step), math.isfinite(norm)
     if fine and finite:
-        scaler.step(opt)
+        for opt in optimizers:
+            scaler.step(opt)
     scaler.update()
     if fine and not finite and (not scaler.is_enabled() or scaler.get_scale() < 1):
         run.usable("gradient norm", norm, step)
@@ -331,7 +340,59 @@ def descend(loss: Tensor, params: list[Tensor], opt: torch.optim.Optimizer, scal
 def set_lr(lr: float, *optimizers: torch.optim.Optimizer) -> None:
     for opt in optimizers:
         for group in opt.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5       # of the quintic iteration, as its author has them
+MUON_RMS = 0.2                  # size of Muon's update, about that of AdamW's (arXiv:2502.16982 section 2.2)
+
+
+def orthogonalised(G: Tensor) -> Tensor:
+    """A matrix [n, m] -> one with its singular vectors and all singular values near 1.
+
+    The Newton-Schulz iteration X <- (a + b XX' + c (XX')^2) X, in terms of the small XX' alone: filters are 9 times as
+    long as wide, so this halves the arithmetic.
+    """
+    a, b, c = NS_COEFFICIENTS
+    X = G.mT if len(G) > G.shape[1] else G                  # [n, m] with n <= m
+    X = X / (X.norm() + 1e-7)
+    A, P = X @ X.mT, torch.eye(len(X), device=X.device)     # XX' of this iteration; what has multiplied X so far
+    for _ in range(NS_STEPS):
+        B = b * A + c * A @ A
+        B.diagonal().add_(a)
+        A, P = B @ A @ B, B @ P
+    X = P @ X
+    return X.mT if len(G) > G.shape[1] else X
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is made orthogonal, for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon):
+    all directions of a layer move equally far, also those in which its gradient is small. Filters count as [out, rest].
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95, lr_scale: float = 1.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "lr_scale": lr_scale})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                step = orthogonalised(p.grad.lerp(average, group["momentum"]).flatten(1))      # Nesterov's look ahead
+                p.sub_(step.view_as(p), alpha=group["lr"] * MUON_RMS * max(step.shape) ** 0.5)
+
+
+def ldm_optimizers(ldm: checkpoint.LDM, r: Recipe) -> dict[str, torch.optim.Optimizer]:
+    """AdamW; with `muon` for what is no matrix and for the first and last layer alone, and Muon for the rest."""
+    params = {name: p for name, p in ldm.named_parameters() if p.requires_grad}
+    ends = "unet.input_blocks.0.", "unet.out."
+    matrices = [name for name, p in params.items() if r.muon and p.ndim > 1 and not name.startswith(ends)]
+    rest = [p for name, p in params.items() if name not in matrices]
+    optimizers = {"optimizer": torch.optim.AdamW(rest, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=True)}
+    if r.muon:
+        optimizers["muon"] = Muon([params[name] for name in matrices], r.lr, lr_scale=r.muon)
+    return optimizers
 
 
 class EMA:
@@ -1047,7 +1108,7 @@ def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
             numbers.add(share, parts | {"loss": loss})
             made.append((h.detach(), indices, x_hat.detach()))
         h, indices, x_hat = map(torch.cat, zip(*made, strict=True))
-        grad_norm = descend(averaged_over_ranks(numbers["loss"]), params, opt, scaler, run, step)
+        grad_norm = descend(averaged_over_ranks(numbers["loss"]), params, [opt], scaler, run, step)
         if grad_norm is None:
             return {}
         if step >= first:
@@ -1061,7 +1122,7 @@ def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
                 share = len(x[i]) / len(x)
                 (share * loss).backward()
                 numbers.add(share, logits | {"d_loss": loss})
-            descend(averaged_over_ranks(numbers["d_loss"]), disc_params, disc_opt, no_scaler, run, step)
+            descend(averaged_over_ranks(numbers["d_loss"]), disc_params, [disc_opt], no_scaler, run, step)
         return numbers | {"grad_norm": grad_norm}
 
     def measure(step: int) -> tuple[dict, float, str]:
@@ -1139,7 +1200,8 @@ def preview_vq(model: VQModel, val: data.Pictures, path: Path, c: Config, result
 # --------------------------------------------------------------------------------------------------- stage 2
 
 LDM_PANELS: Panels = {
-    "eps loss": {"batch": "loss", "held-out": "val_raw", "training": "val_train_raw", "held-out, EMA": "val_right",
+    "loss of the batch": {"": "loss"},
+    "eps loss": {"held-out": "val_raw", "training": "val_train_raw", "held-out, EMA": "val_right",
                  "training, EMA": "val_train"},
     "held-out eps loss, EMA": {"right pose": "val_right", "shuffled": "val_shuffled", "none": "val_null"},
     "gap by timestep: held-out above training, EMA": lambda ax, rows: evaluate.draw_bins(ax, rows, evaluate.gaps),
@@ -1182,13 +1244,14 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     averaged = copy.deepcopy(ldm).eval().requires_grad_(False)          # of use in rank 0 alone, as is the EMA
     averaged.vq = vq                                        # frozen: one copy serves both
     params = [p for p in ldm.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=True)
+    optimizers = ldm_optimizers(ldm, r)
     scaler = torch.amp.GradScaler(device.type, enabled=c.amp == "fp16")
     if run.resumed:
         for model, state in ((averaged, run.resumed), (ldm, run.resumed["train"])):
             checkpoint.fill(model.unet, state["unet"], f"{run.last}: unet")
             checkpoint.fill(model.cond, state["cond"], f"{run.last}: cond")
-        opt.load_state_dict(run.resumed["train"]["optimizer"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(run.resumed["train"][name])
         scaler.load_state_dict(run.resumed["train"]["scaler"])
     ema = EMA(ldm, averaged, r.ema_decay)
     diffusion = Diffusion(**c.schedule)
@@ -1211,8 +1274,8 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
 
     def payload() -> dict:
         return checkpoint.ldm_payload(averaged) | {"poses": poses, "train": {
-            "unet": ldm.unet.state_dict(), "cond": ldm.cond.state_dict(), "optimizer": opt.state_dict(),
-            "scaler": scaler.state_dict(), "watch": watch.best}}
+            "unet": ldm.unet.state_dict(), "cond": ldm.cond.state_dict(), "scaler": scaler.state_dict(),
+            "watch": watch.best, **{name: optimizer.state_dict() for name, optimizer in optimizers.items()}}}
 
     def train_step(step: int, h: Tensor, pose: Tensor) -> dict[str, Tensor]:
         """One step on this rank's latents h under poses: the mean loss of the whole batch goes down."""
@@ -1221,7 +1284,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
         t = torch.randint(diffusion.timesteps, (B,), device=device)[mine]
         noise = torch.randn(B, *z.shape[1:], device=device)[mine]
         drop = (torch.rand(B, device=device) < r.p_drop)[mine]
-        opt.zero_grad(set_to_none=True)
+        ldm.zero_grad(set_to_none=True)
         numbers = Sums()
         for i in micro_batches(len(z), c, net):
             with autocast(c):
@@ -1229,7 +1292,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
             share = len(z[i]) / len(z)
             scaler.scale(share * loss).backward()
             numbers.add(share, {"loss": loss})
-        grad_norm = descend(averaged_over_ranks(numbers["loss"]), params, opt, scaler, run, step)
+        grad_norm = descend(averaged_over_ranks(numbers["loss"]), params, list(optimizers.values()), scaler, run, step)
         if rank() == 0:
             ema.update(step + 1)
         return {} if grad_norm is None else numbers | {"grad_norm": grad_norm}
@@ -1262,7 +1325,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     with stop_signals() as stopped, steps_bar(run) as bar:
         for step in itertools.count(run.start):
             seed_step(c.seed, step)
-            set_lr(lr_at(step, run.c), opt)
+            set_lr(lr_at(step, run.c), *optimizers.values())
             numbers = train_step(step, *data.latent_batch(cache, r.batch_size, c.seed, step, rank(), world()))
             if run.after_step(step, numbers, bar, stopped):
                 break
@@ -1311,7 +1374,8 @@ def preview_ldm(ldm: checkpoint.LDM, diffusion: Diffusion, batch: tuple[Tensor, 
         z = ldm.encode(x)
         x_hat = ldm.decode(z).float()
         x_T, noise_fn = per_image_noise(list(range(len(x))), z.shape[1:])
-        *_, last = ddim(diffusion, guided(ldm, pose, ldm.guidance), x_T.to(c.device), PREVIEW_STEPS, ldm.eta, noise_fn)
+        eps_fn = guided(diffusion.eps_model(ldm), pose, ldm.guidance)
+        *_, last = ddim(diffusion, eps_fn, x_T.to(c.device), PREVIEW_STEPS, ldm.eta, noise_fn)
         sample = ldm.decode(last.x).float()
     rows = [[data.to_uint8(x_hat[i]), draw(pose[i].cpu(), c.size), data.to_uint8(sample[i])] for i in range(len(x))]
     data.save_grid(path, [list(row) for row in zip(*rows, strict=True)], labels=["reconstruction of the real picture",

@@ -28,6 +28,7 @@ DISTANCES_AT_ONCE = 2 ** 24                         # entries of the distance ma
 SMALL_MAP = 1024                                    # pixels below which bf16 GroupNorm on a CPU wants the other layout
 HALF = torch.bfloat16, torch.float16
 USAGE_DECAY = 0.98                                  # of the moving count of each code's use: a memory of 50 steps
+SHORTCUT_SCALE = 2.0                                # of the averaged image in the latent: its spread is then about 1
 DEAD_BELOW = 0.1                                    # use, relative to the mean code's, that counts as dead
 
 
@@ -51,6 +52,7 @@ class VQConfig:
     norm_groups: int = 32                           # 0: no norm at all
     zero_init: bool = False
     ema_codebook: bool = False                      # codes follow the mean of what they code, instead of a gradient
+    shortcut: bool = False                          # both networks learn only what is missing from scaling down and up
     beta: float = 0.25                              # weight of the commitment term
 
     def __post_init__(self) -> None:
@@ -68,6 +70,9 @@ class VQConfig:
         if not 0 <= self.dropout < 1 or self.norm_groups < 0 or self.beta < 0:
             raise ValueError(f"VQConfig dropout is {self.dropout}, norm_groups {self.norm_groups}, beta {self.beta}; "
                              "they must lie in [0, 1), and be 0 or more")
+        if self.shortcut and not self.in_channels == self.embed_dim == self.out_ch:
+            raise ValueError(f"VQConfig shortcut needs a latent with the channels of the image, but in_channels is "
+                             f"{self.in_channels}, embed_dim {self.embed_dim}, out_ch {self.out_ch}")
         if self.norm_groups and any(width % self.norm_groups for width in widths):
             raise ValueError(f"VQConfig: level widths {widths} must be multiples of norm_groups = {self.norm_groups}")
 
@@ -411,6 +416,10 @@ class VQModel(nn.Module):
         self.quantize = VectorQuantizer(config.n_embed, config.embed_dim, config.beta, config.ema_codebook)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+        if config.shortcut:                                 # starts as plain scaling: the networks add nothing yet
+            for last in (self.quant_conv, self.decoder.conv_out):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
 
     def encode(self, x: Tensor) -> Tensor:
         """x [B, 3, H, W] in [-1, 1] -> h [B, embed_dim, H/f, W/f]; ValueError where f does not divide H and W."""
@@ -418,11 +427,15 @@ class VQModel(nn.Module):
         if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % f or x.shape[3] % f:
             raise ValueError(f"the autoencoder got a picture batch of shape {tuple(x.shape)}; it takes "
                              f"[B, {self.config.in_channels}, H, W] with H and W multiples of {f}")
-        return self.quant_conv(self.encoder(x.contiguous(memory_format=torch.channels_last), self.checkpointing))
+        h = self.quant_conv(self.encoder(x.contiguous(memory_format=torch.channels_last), self.checkpointing))
+        return h + SHORTCUT_SCALE * F.avg_pool2d(x, f) if self.config.shortcut else h
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """z [B, embed_dim, h, w] -> x_hat [B, 3, H, W], without quantisation."""
-        return self.decoder(self.post_quant_conv(z.contiguous(memory_format=torch.channels_last)), self.checkpointing)
+        x_hat = self.decoder(self.post_quant_conv(z.contiguous(memory_format=torch.channels_last)), self.checkpointing)
+        if self.config.shortcut:
+            x_hat = x_hat + F.interpolate(z.float() / SHORTCUT_SCALE, scale_factor=self.config.factor, mode="bicubic")
+        return x_hat
 
     def decode(self, h: Tensor) -> Tensor:
         """h [B, embed_dim, h, w] -> x_hat [B, 3, H, W]; quantises first, as the reference's VQModelInterface."""
