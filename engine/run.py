@@ -1,0 +1,169 @@
+"""The folder of a training run: where it resumes, what it logs, when it evaluates and saves. Knows no model.
+
+    config.json  log.jsonl  last.pt  best.pt  samples/STEP.png  curves.png        with --keep-every: step-STEP.pt
+
+Log rows and pictures of a step are written before last.pt. What a kill leaves after the last checkpoint, the resumed
+run writes again, with the same content.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import checkpoint
+from engine.distributed import rank
+
+LOG_EVERY = 20                  # steps between lines of log.jsonl
+SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
+STATE_FILES = ("last.pt", "best.pt", "log.jsonl", "config.json", "curves.png")
+STEP = "[0-9]" * 7              # a step in the name of a file
+
+
+def read_log(path: Path) -> list[dict]:
+    """The rows of a log.jsonl; a line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, object, object] | None:
+    """The first place where two plain configs differ, however deeply nested, and both values: ("recipe.lr", a, b)."""
+    for key in new:
+        if key in ignored or old.get(key) == new[key]:
+            continue
+        name, a, b = key, old.get(key), new[key]
+        while isinstance(a, dict) and isinstance(b, dict):
+            key = next(k for k in [*b, *a] if a.get(k) != b.get(k))
+            name, a, b = f"{name}.{key}", a.get(key), b.get(key)
+        return name, a, b
+    return None
+
+
+class RunDir:
+    """One run in one folder. `start` is the first step to make, `resumed` the payload of last.pt, if there is one."""
+
+    def __init__(self, folder: str | Path, stage: str, fresh: bool = False):
+        self.dir, self.stage, self.fresh = Path(folder), stage, fresh
+        self.last, self.best_path, self.log_path = (self.dir / name for name in ("last.pt", "best.pt", "log.jsonl"))
+        self.resumed: dict | None = None
+        if self.last.exists():
+            self._resume()
+        self.start = self.resumed["step"] if self.resumed else 0
+        self.best = self.resumed["train"]["best"] if self.resumed else None         # the best score so far
+        self.saved_step, self.saved_at = self.start, time.monotonic()
+        self.timed_from: tuple[int, float] | None = None        # step and time since which nothing but steps was done
+
+    def _resume(self) -> None:
+        try:
+            found = checkpoint.load(self.last, self.stage, "give another --out")
+        except checkpoint.WrongStage:
+            raise
+        except ValueError as e:
+            if self.fresh:
+                return
+            raise ValueError(f"{e}; --fresh starts over") from None
+        if not self.fresh:
+            if "train" not in found:
+                raise ValueError(f"{self.last} holds no training state (a copy of best.pt?) and cannot be resumed; "
+                                 "--fresh starts over")
+            self.resumed = found
+
+    def begin(self, config: dict, steps: int, eval_every: int, keep_every: int | None = None) -> None:
+        """Call right before the first step: only now, when nothing can go wrong any more, is --fresh obeyed."""
+        self.config, self.steps, self.eval_every, self.keep_every = config, steps, eval_every, keep_every
+        self.resumed = None                                     # restored by now: gigabytes for a large model
+        if rank() > 0:
+            return
+        (self.dir / "samples").mkdir(parents=True, exist_ok=True)
+        names = [*STATE_FILES, f"step-{STEP}.pt"]
+        old = [path for name in names for path in self.dir.glob(f"{name}.partial")]     # of a killed write
+        if self.fresh:
+            old += [path for name in [*names, f"samples/{STEP}.png"] for path in self.dir.glob(name)]
+        for path in old:
+            path.unlink()
+        kept = [row for row in read_log(self.log_path) if row["step"] < self.start]
+        self._replace(self.log_path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._replace(self.dir / "config.json", json.dumps(config, indent=1))
+        self.saved_at = time.monotonic()
+
+    def _replace(self, path: Path, text: str) -> None:
+        with self.writing(path), checkpoint.replacing(path) as f:
+            f.write(text.encode())
+
+    # ------------------------------------------------------------------------------------------------- cadence
+
+    def log_due(self, step: int) -> bool:
+        return step % LOG_EVERY == 0 or step + 1 == self.steps
+
+    def eval_due(self, step: int) -> bool:
+        """After every `eval_every` steps and at the end, but not twice within half of that."""
+        left = self.steps - (step + 1)
+        return left == 0 or ((step + 1) % self.eval_every == 0 and left >= self.eval_every / 2)
+
+    def save_due(self, step: int) -> bool:
+        return (self.eval_due(step) or self._kept(step + 1) or time.monotonic() - self.saved_at >= SAVE_SECONDS)
+
+    def _kept(self, step: int) -> bool:
+        return self.keep_every is not None and step % self.keep_every == 0
+
+    # ------------------------------------------------------------------------------------------------- writing
+
+    def picture(self, step: int) -> Path:
+        return self.dir / "samples" / f"{step + 1:07d}.png"
+
+    def images_per_second(self, step: int, batch_size: int) -> dict[str, float]:
+        """Training alone, since the line of the log before this one; empty where an evaluation or a save lies between."""
+        since, self.timed_from = self.timed_from, (step, time.monotonic())
+        if since is None or step == since[0]:
+            return {}
+        return {"img_s": (step - since[0]) * batch_size / (time.monotonic() - since[1])}
+
+    def log(self, step: int, **values: float) -> None:
+        with self.writing(self.log_path), open(self.log_path, "a") as f:
+            f.write(json.dumps({"step": step, **values}) + "\n")
+
+    def save(self, step: int, payload: dict, score: float | None = None) -> None:
+        """After step `step`: step-*.pt every `keep_every` steps, best.pt where `score` (higher is better) is the best
+        so far, last.pt. The first two lack the training state. ValueError where the weights are not finite.
+        """
+        if name := checkpoint.not_finite(payload):
+            raise self.diverged(f"{name} is not finite after step {step}")
+        better = score is not None and math.isfinite(score) and (self.best is None or score > self.best)
+        self.best = score if better else self.best
+        payload = payload | {"format": checkpoint.FORMAT, "step": step + 1, "config": self.config}
+        payload["train"] = payload["train"] | {"best": self.best}
+        model = {key: value for key, value in payload.items() if key != "train"}
+        with self.writing(self.log_path), open(self.log_path, "a") as f:
+            os.fsync(f.fileno())            # a power cut must not leave a checkpoint whose steps were never logged
+        for path, due, content in ((self.dir / f"step-{step + 1:07d}.pt", self._kept(step + 1), model),
+                                   (self.best_path, better, model), (self.last, True, payload)):
+            if due:
+                with self.writing(path):
+                    checkpoint.save(path, content)
+        self.saved_step, self.saved_at, self.timed_from = step + 1, time.monotonic(), None
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """A full disk or a removed folder ends the run in one sentence."""
+        try:
+            yield
+        except OSError as e:
+            raise OSError(f"cannot write {path} ({e.strerror or e}), so the run stops; {self.what_is_saved()}; fix "
+                          "this, then rerun the same command to resume") from None
+
+    def what_is_saved(self) -> str:
+        return (f"{self.last} holds the checkpoint of step {self.saved_step}" if self.saved_step else
+                "there is no checkpoint yet")
+
+    def diverged(self, what: str) -> ValueError:
+        return ValueError(f"{what}, so the run stops; {self.what_is_saved()}; start over, in another --out or with "
+                          "--fresh, with a lower --lr or --amp off")
