@@ -46,6 +46,7 @@ import data
 import sample
 from diffusion import Diffusion
 from keypoints import JOINTS, MIRROR, NobodyFound, Poses, draw, heatmaps, load_poses, oks, on_canvas, pck
+from ldm import LDM
 from vq import VQModel
 
 BATCH = 8                           # one layer of the published autoencoders is 34 MB for a picture of 256 pixels
@@ -893,7 +894,7 @@ class Drawn:
 
 
 def draw_held_out(
-    ldm: checkpoint.LDM,
+    ldm: LDM,
     held_out: data.Pictures,
     seed: int = 0,
     about: dict | None = None,
@@ -912,7 +913,7 @@ def draw_held_out(
     return Drawn(poses.double().numpy(), np.stack(samples), np.concatenate([x for x, _ in pairs]), about or {})
 
 
-def round_trip(ldm: checkpoint.LDM, images: np.ndarray) -> np.ndarray:
+def round_trip(ldm: LDM, images: np.ndarray) -> np.ndarray:
     """Pictures uint8 [N, H, W, 3] through stage 1 and back: what a perfect stage 2 would draw."""
     device, out = ldm.mean.device, []
     with torch.no_grad():
@@ -1434,7 +1435,7 @@ def condition(args: argparse.Namespace) -> None:
         print("no loss without a pose: this model was trained without dropping poses")
 
 
-def open_ldm(args: argparse.Namespace) -> tuple[checkpoint.LDM, int, str, str | None, int]:
+def open_ldm(args: argparse.Namespace) -> tuple[LDM, int, str, str | None, int]:
     """The model of --ckpt, its training step, and (data, val, size) as `resolve`, for pictures that its UNet can take.
 
     Prints what a published file was taken for. The payload is gone: the optimiser's state is twice the model's size.
@@ -1448,7 +1449,7 @@ def open_ldm(args: argparse.Namespace) -> tuple[checkpoint.LDM, int, str, str | 
     return ldm, payload["step"], spec, val, size
 
 
-def check_pose_args(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
+def check_pose_args(args: argparse.Namespace, ldm: LDM) -> None:
     """Fills in what the model samples with where nobody says; ValueError for what cannot be."""
     sample.ask_model(args, ldm)
     if not (math.isfinite(args.guidance) and 0 <= args.eta <= 1 and 1 <= args.steps <= ldm.schedule["timesteps"]
@@ -1533,7 +1534,7 @@ class Near:
 
 
 @torch.no_grad()
-def nearest(ldm: checkpoint.LDM, cache: data.LatentCache, parts: dict[str, Tensor]) -> dict[str, Near]:
+def nearest(ldm: LDM, cache: data.LatentCache, parts: dict[str, Tensor]) -> dict[str, Near]:
     """The nearest training latent of each latent z [N, C, h, w] of `parts`, in one pass over all of the cache."""
     z, device = torch.cat(list(parts.values())).flatten(1), ldm.mean.device                     # [Q, D]
     least, rows = torch.full((len(z),), math.inf, device=device), torch.zeros(len(z), dtype=torch.long, device=device)
@@ -1550,12 +1551,12 @@ def nearest(ldm: checkpoint.LDM, cache: data.LatentCache, parts: dict[str, Tenso
                                                                  np.split(distances, ends), strict=True)}
 
 
-def training_latents(ldm: checkpoint.LDM, cache: data.LatentCache, rows: np.ndarray) -> Tensor:
+def training_latents(ldm: LDM, cache: data.LatentCache, rows: np.ndarray) -> Tensor:
     """Latents z [N, C, h, w] of those rows, as diffusion works on them."""
     return (cache.rows(rows)[0].to(ldm.mean.device) - ldm.mean) / ldm.std
 
 
-def draw_latents(ldm: checkpoint.LDM, poses: Tensor, size: int, args: argparse.Namespace) -> Tensor:
+def draw_latents(ldm: LDM, poses: Tensor, size: int, args: argparse.Namespace) -> Tensor:
     """A sample z [N, C, h, w] for each pose [N, 17, 3], the i-th with seed args.seed + i."""
     seeds = list(range(args.seed, args.seed + len(poses)))
     last, = sample.denoise(ldm, poses, seeds, size, **sample.settings_of(args))
@@ -1577,7 +1578,7 @@ def film(run: Path, poses: Tensor, size: int, args: argparse.Namespace) -> dict[
     return out
 
 
-def open_run(args: argparse.Namespace) -> tuple[checkpoint.LDM, dict, list[dict]]:
+def open_run(args: argparse.Namespace) -> tuple[LDM, dict, list[dict]]:
     """The model of the run folder's last checkpoint, its configuration, and the rows of the log up to there."""
     run, args.device = Path(args.run), checkpoint.find_device(args.device)
     args.ckpt = str(run / "last.pt")
@@ -1640,7 +1641,7 @@ PAGE_LEAST = 1400                   # pixels wide
 NEAR_SHOWN = 8                      # samples of each kind beside their nearest training pictures, the nearest first
 
 
-def overfit_figure(path: Path, ldm: checkpoint.LDM, cache: data.LatentCache, rows: list[dict], found: dict,
+def overfit_figure(path: Path, ldm: LDM, cache: data.LatentCache, rows: list[dict], found: dict,
                    near: dict[str, Near], poses: dict[str, Tensor], strip: dict[int, list[np.ndarray]]) -> None:
     """One page: verdict and curves, samples beside their nearest training pictures, one seed through checkpoints."""
     limit, tiles, labels, captions = found["numbers"]["limit"], [], [], []

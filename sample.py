@@ -58,6 +58,7 @@ from diffusion import (
     per_image_noise,
 )
 from keypoints import FAR, FORMATS, MIN_CONFIDENCE, NobodyFound, PoseDensity, PoseError, Poses, draw, fit, load_poses
+from ldm import DEFAULT_ETA, DEFAULT_GUIDANCE, LDM
 
 BATCH = 16                      # pictures in the network at once
 # Measured (benchmarks/convergence.py): 20 steps of DPM-Solver++ with eta 1 draw pose and picture as well as 50 of DDIM.
@@ -87,7 +88,7 @@ PICTURES = ("init", "inpaint", "mask", "noise_from")
 MAY_GO_WITH_REPEAT = {"repeat", "ckpt", "device", "out", "separate", "save_latents", *PICTURES}
 
 
-def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, sampler: str, steps: int, eta: float,
+def sample(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int, sampler: str, steps: int, eta: float,
            guidance: float, spacing: str, interval: tuple[int, int] | None = None, rescale: float = 0.0,
            noise: Tensor | None = None, given: Tensor | None = None, known: Tensor | None = None,
            **more: int) -> Iterator[Step]:
@@ -119,7 +120,7 @@ def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, sam
     return solver(diffusion, eps_fn, x_T.to(device), steps, eta, noise_fn, spacing, **more)
 
 
-def settings(ldm: checkpoint.LDM, sampler: str | None = None, steps: int | None = None, eta: float | None = None,
+def settings(ldm: LDM, sampler: str | None = None, steps: int | None = None, eta: float | None = None,
              guidance: float | None = None, spacing: str | None = None) -> dict:
     """These arguments of `sample`; for None, what the model wants."""
     sampler = sampler or (DEFAULT_SAMPLER if ldm.spacing == "even" else "ddim")     # published models know DDIM
@@ -133,19 +134,19 @@ def settings_of(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in ("sampler", "steps", "eta", "guidance", "spacing")}
 
 
-def visited(ldm: checkpoint.LDM, sampler: str, steps: int, spacing: str) -> np.ndarray:
+def visited(ldm: LDM, sampler: str, steps: int, spacing: str) -> np.ndarray:
     """The timesteps that a sampler goes through, ascending; ddpm takes all."""
     diffusion = Diffusion(**ldm.schedule)
     return np.arange(diffusion.timesteps) if sampler == "ddpm" else ddim_table(diffusion, steps, 0, spacing)[0]
 
 
-def how_many_steps(ldm: checkpoint.LDM, sampler: str, steps: int, spacing: str) -> int:
+def how_many_steps(ldm: LDM, sampler: str, steps: int, spacing: str) -> int:
     """Uniform spacing may take more steps than asked for (500 for 350), as the reference does; ddpm takes all."""
     return len(visited(ldm, sampler, steps, spacing))
 
 
 @torch.no_grad()
-def denoise(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, film: int = 1,
+def denoise(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int, film: int = 1,
             **how: object) -> list[Step]:
     """`film` of the steps, from the first to the last, each of all latents [B, C, h, w], on the CPU; 1 is the last.
 
@@ -168,13 +169,13 @@ def denoise(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, fi
 
 
 @torch.no_grad()
-def decode(ldm: checkpoint.LDM, z: Tensor) -> list[np.ndarray]:
+def decode(ldm: LDM, z: Tensor) -> list[np.ndarray]:
     """Latents [B, C, h, w], in batches -> pictures uint8 [H, W, 3]."""
     return [picture for b in range(0, len(z), BATCH)
             for picture in data.to_uint8(ldm.decode(z[b:b + BATCH].to(ldm.mean.device)).float().cpu())]
 
 
-def draw_pictures(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, **how: object) -> list[np.ndarray]:
+def draw_pictures(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int, **how: object) -> list[np.ndarray]:
     """Pictures uint8 [size, size, 3], one for each pose [B, 17, 3] and seed; `how` as in denoise."""
     return decode(ldm, denoise(ldm, poses, seeds, size, **how)[-1].x)
 
@@ -419,7 +420,7 @@ def read_pictures(args: argparse.Namespace) -> list[Image.Image]:
     return images
 
 
-def encode(ldm: checkpoint.LDM, images: list[Image.Image], size: int) -> Given:
+def encode(ldm: LDM, images: list[Image.Image], size: int) -> Given:
     """The picture, and the mask if there is one, at the model's size; a latent cell is drawn anew where any of its
     pixels is white."""
     squares = [data.to_square(image, data.NO_POSE, size)[0] for image in images]
@@ -432,7 +433,7 @@ def encode(ldm: checkpoint.LDM, images: list[Image.Image], size: int) -> Given:
     return Given(z, decode(ldm, z)[0], hole, checkpoint.hash_of(pixels))
 
 
-def start_from(ldm: checkpoint.LDM, given: Given, args: argparse.Namespace, pose: Tensor) -> dict[str, object]:
+def start_from(ldm: LDM, given: Given, args: argparse.Namespace, pose: Tensor) -> dict[str, object]:
     """What `sample` is told about it. `pose` [1, 17, 3] is that of --noise-from where the model knows no other way."""
     if args.init:
         timesteps = visited(ldm, args.sampler, args.steps, args.spacing)    # a share of T, so as noisy in any spacing
@@ -472,7 +473,7 @@ def sheet_of(plan: Plan, pictures: list[np.ndarray], given: np.ndarray | None) -
     return {"rows": rows, "labels": labels, "captions": captions}
 
 
-def film_of(plan: Plan, steps: list[Step], ldm: checkpoint.LDM, given: np.ndarray | None) -> dict[str, object]:
+def film_of(plan: Plan, steps: list[Step], ldm: LDM, given: np.ndarray | None) -> dict[str, object]:
     """Two rows a picture: x_t after the steps named above, and the x0 that the network predicted in them."""
     noisy, clean = (zip(*(decode(ldm, getattr(step, name)) for step in steps), strict=True) for name in ("x", "x0"))
     rows, labels = [], []
@@ -694,12 +695,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, help=f"1 to 1000 (default {DEFAULT_STEPS[DEFAULT_SAMPLER]}, with ddim "
         f"{DEFAULT_STEPS['ddim']}; ddpm takes all)")
     add("--eta", type=float, help="noise that each step adds, 0 to 1 (default "
-        f"{checkpoint.DEFAULT_ETA:g}, or 0 for a model that was trained without dropping poses)")
+        f"{DEFAULT_ETA:g}, or 0 for a model that was trained without dropping poses)")
     add("--spacing", choices=SPACINGS, help="of the timesteps: even in t, even in the logarithm of signal to noise, or "
         "the reference's, which not all --steps allow (default even, lambda for dpm_solver, uniform for a published "
         "checkpoint)")
     add("--guidance", type=float, metavar="W", help="1: as trained, 0: without the pose, above 1: more of the pose "
-        f"(default {checkpoint.DEFAULT_GUIDANCE:g}, or 1 for a model that was trained without dropping poses)")
+        f"(default {DEFAULT_GUIDANCE:g}, or 1 for a model that was trained without dropping poses)")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"), help="guide at the timesteps LO to HI alone, of 0, the "
         "cleanest, to 999 (default all)")
     add("--rescale", type=float, default=0.0, metavar="PHI", help="0 to 1: takes back how much larger "
@@ -873,7 +874,7 @@ def shape_of_sheet(args: argparse.Namespace, plan: Plan, given: bool) -> tuple[i
     return P, n + 1 + given
 
 
-def ask_model(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
+def ask_model(args: argparse.Namespace, ldm: LDM) -> None:
     """Sets --sampler, --steps, --eta, --guidance and --spacing to what the model wants, where nobody says; ValueError
     where it cannot be guided."""
     vars(args).update(settings(ldm, **settings_of(args)))
@@ -882,7 +883,7 @@ def ask_model(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
                          "has no picture of no pose; leave --guidance out")
 
 
-def check_guidance(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
+def check_guidance(args: argparse.Namespace, ldm: LDM) -> None:
     """ValueError for an --interval or --rescale that would do nothing."""
     if args.interval and args.interval[0] >= ldm.schedule["timesteps"]:
         raise ValueError(f"--interval is {args.interval[0]} to {args.interval[1]}, but timesteps end at "

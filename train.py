@@ -50,6 +50,7 @@ import evaluate
 from diffusion import Diffusion, ddim, guided, per_image_noise
 from evaluate import read_log
 from keypoints import ConditionConfig, draw
+from ldm import LDM
 from unet import UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
@@ -1177,7 +1178,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
         mean, std = run.resumed["mean"], run.resumed["std"]
 
     torch.manual_seed(c.seed)
-    ldm = checkpoint.LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule, knows_null=r.p_drop > 0)
+    ldm = LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule, knows_null=r.p_drop > 0)
     ldm = ldm.to(device, memory_format=torch.channels_last)
     averaged = copy.deepcopy(ldm).eval().requires_grad_(False)          # of use in rank 0 alone, as is the EMA
     averaged.vq = vq                                        # frozen: one copy serves both
@@ -1303,7 +1304,7 @@ def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
 
 
 @torch.no_grad()
-def preview_ldm(ldm: checkpoint.LDM, diffusion: Diffusion, batch: tuple[Tensor, Tensor], path: Path, c: Config,
+def preview_ldm(ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor, Tensor], path: Path, c: Config,
                 result: dict) -> None:
     """A labelled picture: for held-out poses the real picture's reconstruction | the skeleton | a sample."""
     x, pose = (t.to(c.device) for t in batch)
@@ -1470,7 +1471,7 @@ def dry_run(c: Config) -> None:
             parts["discriminator"] = PatchDiscriminator()
         if c.stage == "ldm":
             dummy = torch.zeros(c.vq_config.embed_dim, 1, 1)
-            ldm = checkpoint.LDM(VQModel(c.vq_config), c.unet_config, c.cond_config, dummy, dummy, c.schedule, True)
+            ldm = LDM(VQModel(c.vq_config), c.unet_config, c.cond_config, dummy, dummy, c.schedule, True)
             parts |= {"UNet": ldm.unet, "pose encoder": ldm.cond}
     length = f"{c.steps} steps" if c.steps else f"{c.minutes:g} minutes (the step rate decides how many steps)"
     print(f"stage {c.stage}, preset {c.preset}: {c.size}x{c.size} pictures, f{f} latents "

@@ -27,6 +27,7 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import sample  # noqa: E402
 from diffusion import Diffusion, EpsFn, ddim, dpm_solver, guided, per_image_noise  # noqa: E402
+from ldm import LDM  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 
 STEPS = 5, 10, 20, 50, 100, 250, 500
@@ -117,7 +118,7 @@ def random_eps() -> EpsFn:
     return eps_fn
 
 
-def quality(ldm: checkpoint.LDM, reader: evaluate.PoseReader, held_out: data.Pictures, n: int, S: int, sampler: str,
+def quality(ldm: LDM, reader: evaluate.PoseReader, held_out: data.Pictures, n: int, S: int, sampler: str,
             spacing: str, eta: float) -> dict:
     """Pose fidelity and Frechet distance of n held-out poses, each from the same x_T whatever the sampler."""
     images, poses = zip(*data.in_order(held_out, 64, n), strict=True)

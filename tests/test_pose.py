@@ -12,6 +12,7 @@ import checkpoint
 import data
 import evaluate
 from keypoints import JOINTS, ConditionConfig, PoseCondition, flip, heatmaps, load_poses
+from ldm import DEFAULT_GUIDANCE
 from unet import UNet, UNetConfig
 from vq import VQConfig, VQModel
 
@@ -255,7 +256,7 @@ def test_pose_end_to_end(pose, tmp_path, capsys):
     assert "6 held-out poses of figures:12" in printed and "the ceiling is low" in printed
     assert f"{rows['samples']['pck@0.1']:.3f}" in printed and "wrist right" in printed
     assert rows["samples"]["frechet"] > 0 and "frechet" not in rows["real"]
-    assert report["pictures"] == 6 and report["guidance"] == checkpoint.DEFAULT_GUIDANCE
+    assert report["pictures"] == 6 and report["guidance"] == DEFAULT_GUIDANCE
     assert len(list((tmp_path / "o/pictures").glob("*.png"))) == 12 and (tmp_path / "o/pose.png").stat().st_size > 1000
 
 

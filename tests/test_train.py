@@ -26,6 +26,7 @@ import sample
 import train
 from diffusion import Diffusion
 from keypoints import ConditionConfig
+from ldm import LDM
 from unet import UNet
 from vq import LPIPS, VQConfig, VQLoss, VQLossConfig, VQModel
 
@@ -319,7 +320,7 @@ def test_stage_one_learns_and_stage_two_lets_the_pose_in(tmp_path):
     vq = checkpoint.build_vq(checkpoint.load(tmp_path / "vq/last.pt", "vq"), "vq")
     c = train.make_config(train.parse_args(command("ldm", tmp_path / "x")))
     torch.manual_seed(0)                                        # as the run began
-    fresh = checkpoint.LDM(vq, c.unet_config, c.cond_config, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), {}, True)
+    fresh = LDM(vq, c.unet_config, c.cond_config, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), {}, True)
     assert torch.equal(raw["cond"]["encoder.missing"], fresh.cond.encoder.missing)      # figures miss no joint
     for name, start in fresh.cond.state_dict().items():         # every part of the pose encoder has been trained
         assert not torch.equal(raw["cond"][name], start) or name == "encoder.missing", name
@@ -709,7 +710,7 @@ def test_a_context_width_that_differs_is_refused():
     unet = train.UNetConfig(in_channels=3, model_channels=32, channel_mult=(1,), attention_resolutions=(1,),
                             num_heads=2, context_dim=None)
     with pytest.raises(ValueError, match="would not reach the UNet"):
-        checkpoint.LDM(VQModel(MICRO.vq_config), unet, ConditionConfig(("seed",)), torch.zeros(3, 1, 1),
+        LDM(VQModel(MICRO.vq_config), unet, ConditionConfig(("seed",)), torch.zeros(3, 1, 1),
                        torch.ones(3, 1, 1), {}, True)
 
 
