@@ -265,8 +265,9 @@ class PoseFolder(Pictures):
         self._pair([os.path.join(self.root, line) for line in lines])
 
     def _read_coco(self, path: Path, near: list[Path]) -> None:
+        from formats import pose_files
         try:
-            people, refused = keypoints.read_coco(path)
+            people, refused = pose_files.read_coco(path)
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from error
         except keypoints.PoseError as error:
@@ -285,7 +286,7 @@ class PoseFolder(Pictures):
         self.root, self.coco = folder.parent if folder.name == "images" else folder, (path, folder)
         listed = lister()
         for name, poses in sorted(people.items()):
-            pose, image = keypoints.largest(poses), os.path.join(folder, name)
+            pose, image = pose_files.largest(poses), os.path.join(folder, name)
             pose = NO_POSE if pose is None and self.poseless else pose
             if name in refused:
                 self.broken[image] = refused[name]
@@ -307,8 +308,9 @@ class PoseFolder(Pictures):
         """[17, 3], normalised to the whole picture."""
         if not isinstance(self.poses[i], str):
             return self.poses[i]
+        from formats import pose_files
         try:
-            return keypoints.read_seed(self.poses[i])
+            return pose_files.read_seed(self.poses[i])
         except (keypoints.PoseError, OSError) as error:
             text = str(error)
             raise DataError(text if self.poses[i] in text else f"{self.poses[i]}: {text}") from error
@@ -2252,15 +2254,17 @@ def _cut_seed_pose(path: str, to: Path, box: tuple[float, ...] | None) -> None:
     if not box:
         shutil.copyfile(path, to)
         return
-    pose = keypoints.crop(keypoints.read_seed(path), box)[:, 1::-1] * keypoints.SEED_CANVAS         # [17, 2] row, col
+    from formats import pose_files
+    pose = keypoints.crop(pose_files.read_seed(path), box)[:, 1::-1] * keypoints.SEED_CANVAS        # [17, 2] row, col
     joints = dict(zip(keypoints.JOINTS, pose.tolist(), strict=True))
-    to.write_text(json.dumps(keypoints.read_json(path) | joints))
+    to.write_text(json.dumps(pose_files.read_json(path) | joints))
 
 
 def _cut_coco(ds: PoseFolder, kept: set[str], cut: dict[str, tuple[float, ...]], made: Path) -> Path:
     """Writes the COCO json of the pictures kept, and returns where."""
     path, folder = ds.coco
-    told = keypoints.read_json(path, limit=None)
+    from formats import pose_files
+    told = pose_files.read_json(path, limit=None)
     files = {image["id"]: os.path.join(folder, image["file_name"]) for image in told["images"]}
     told["images"] = [image for image in told["images"] if files[image["id"]] in kept]
     told["annotations"] = [person for person in told["annotations"] if files.get(person.get("image_id")) in kept]

@@ -43,9 +43,12 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import formats.lpips
 import sample
 from diffusion import Diffusion
-from keypoints import JOINTS, MIRROR, NobodyFound, Poses, draw, heatmaps, load_poses, oks, on_canvas, pck
+from formats import compvis
+from formats.pose_files import NobodyFound, Poses, load_poses
+from keypoints import JOINTS, MIRROR, draw, heatmaps, oks, on_canvas, pck
 from ldm import LDM
 from vq import VQModel
 
@@ -1042,9 +1045,9 @@ def picture_numbers(path: str | Path, poses: Poses, n: int) -> list[int | None]:
 def read_detected(path: str | Path, drawn: Drawn) -> dict[str, np.ndarray]:
     """An external detector's poses in the pictures of write_pictures: "samples", and "real" where it saw those too.
 
-    `path` is a folder of files of any format in keypoints.FORMATS, one a picture, or one file of all: a picture is told
-    by the last number in its name or id; frames that a file only counts are the pictures in their order. A picture in
-    which nobody was found has no visible joint.
+    `path` is a folder of files of any format in pose_files.FORMATS, one a picture, or one file of all: a picture is
+    told by the last number in its name or id; frames that a file only counts are the pictures in their order. A picture
+    in which nobody was found has no visible joint.
     """
     n, side, folder = len(drawn.asked), drawn.samples.shape[1], Path(path).is_dir()
     files = sorted(file for file in Path(path).iterdir() if file.suffix in (".json", ".txt")) if folder else [path]
@@ -1230,7 +1233,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for sub in (condition, pose):
         sub.add_argument("--ckpt", default="runs/ldm/last.pt", metavar="FILE", help="default %(default)s")
         sub.add_argument("--preset", metavar="NAME", help="what the tensors of a published CompVis checkpoint do not "
-                         f"tell: {', '.join(checkpoint.PUBLISHED)}; ours need none")
+                         f"tell: {', '.join(compvis.PUBLISHED)}; ours need none")
     for sub in (recon, condition, pose):
         sub.add_argument("--data", help="as for train.py; its held-out part counts (default: as in training)")
         sub.add_argument("--val", help="held-out pictures, as for train.py (default: a tenth of the groups of --data)")
@@ -1341,7 +1344,7 @@ def prepare(args: argparse.Namespace) -> Job:
     make_out(args.out, spec, val, args.against)
     measures: dict[str, Measure] = {"l1": l1, "psnr": psnr, "ssim": ssim}
     if args.lpips_weights:
-        measures["lpips"] = checkpoint.load_lpips(args.lpips_weights).to(device)
+        measures["lpips"] = formats.lpips.load_lpips(args.lpips_weights).to(device)
     return Job(names, payloads, models, device, spec, called, data.spread(ds, args.limit),
                data.spread(other, args.limit) if other is not None else None, measures,
                inception(device) if args.rfid else None)
@@ -1443,7 +1446,7 @@ def open_ldm(args: argparse.Namespace) -> tuple[LDM, int, str, str | None, int]:
     ldm, payload = checkpoint.load_ldm(args.ckpt, checkpoint.find_device(args.device), preset=args.preset,
                                        ema=not args.no_ema)
     if "source" in payload:
-        print(checkpoint.describe(payload, args.ckpt))
+        print(compvis.describe(payload, args.ckpt))
     spec, val, size = resolve(args, [payload["config"]])
     check_size(size, ldm.vq.config.factor * 2 ** (len(ldm.unet.config.channel_mult) - 1))
     return ldm, payload["step"], spec, val, size

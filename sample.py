@@ -57,7 +57,9 @@ from diffusion import (
     invert,
     per_image_noise,
 )
-from keypoints import FAR, FORMATS, MIN_CONFIDENCE, NobodyFound, PoseDensity, PoseError, Poses, draw, fit, load_poses
+from formats import compvis
+from formats.pose_files import FAR, FORMATS, MIN_CONFIDENCE, NobodyFound, Poses, fitted, load_poses, name_of
+from keypoints import PoseDensity, PoseError, draw
 from ldm import DEFAULT_ETA, DEFAULT_GUIDANCE, LDM
 
 BATCH = 16                      # pictures in the network at once
@@ -206,16 +208,6 @@ def read_poses(paths: Iterable[str], fit_how: str = "letterbox", frames: int = D
         poses += [fitted(found, i, fit_how) for i in taken]
         names += [name_of(found.pictures[i], found.poses, path) for i in taken]
     return poses, names
-
-
-def fitted(found: Poses, i: int, fit_how: str) -> np.ndarray:
-    """The i-th pose on the square picture."""
-    return fit(found.poses[i], found.sizes[i] or (1, 1), fit_how)       # nothing said, nothing to correct
-
-
-def name_of(picture: str, of: list, path: str | Path) -> str:
-    """The file's, and where it has several pictures that of this one of them."""
-    return Path(path).stem + (f" {picture}" if len(of) > 1 else "")
 
 
 def read_motion(paths: Iterable[str], fit_how: str = "letterbox", frames: int | None = None,
@@ -681,7 +673,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ckpt", metavar="FILE", help=f"checkpoint of stage 2 (default {DEFAULT_CKPT}, or until it is "
         "there the toy model that ships)")
     add("--preset", metavar="NAME", help="what the tensors of a published CompVis checkpoint do not tell: "
-        f"{', '.join(checkpoint.PUBLISHED)}; ours need none")
+        f"{', '.join(compvis.PUBLISHED)}; ours need none")
     add("--no-ema", action="store_true", help="the raw weights instead of their moving average")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--amp", choices=checkpoint.AMP, default="off", help="compute the network in half precision, which is faster "
@@ -912,7 +904,7 @@ def run(args: argparse.Namespace, command: str) -> str:
     poses, names = ([], []) if plan else poses_of(args)
     ldm, payload = checkpoint.load_ldm(args.ckpt, args.device, args.preset, ema=not args.no_ema)
     if "source" in payload:
-        print(checkpoint.describe(payload, args.ckpt))
+        print(compvis.describe(payload, args.ckpt))
     plan = plan or plan_of(args, poses, names, payload)
     ask_model(args, ldm)
     check_guidance(args, ldm)

@@ -47,8 +47,10 @@ from tqdm import tqdm
 import checkpoint
 import data
 import evaluate
+import formats.lpips
 from diffusion import Diffusion, ddim, guided, per_image_noise
 from evaluate import read_log
+from formats import compvis
 from keypoints import ConditionConfig, draw
 from ldm import LDM
 from unet import UNetConfig
@@ -154,7 +156,7 @@ PRESETS = {
     # the seed's own: taming's objective and codebook start, batch 32 at 2e-6 a sample, one raw-id token, no condition
     # dropout, latents as they come; but ours mirrors pictures, clips gradients and has beta on the right term
     "danbooru": Preset(256, VQConfig(),
-        _unet(160, (1, 2, 3, 4), (8, 4, 2), 8), checkpoint.PUBLISHED["danbooru"].cond,
+        _unet(160, (1, 2, 3, 4), (8, 4, 2), 8), compvis.PUBLISHED["danbooru"].cond,
         vq=Recipe(4, 1.8e-5, steps=180_000, warmup=1, betas=(0.5, 0.9), draw_codes=False,
                   loss=VQLossConfig(perceptual=1.0, disc_weight=0.8, disc_start=10_000)),
         ldm=Recipe(32, 6.4e-5, steps=225_000, warmup=1, betas=(0.9, 0.999), weight_decay=0.01, p_drop=0.0),
@@ -1112,7 +1114,7 @@ def lpips_of(c: Config) -> LPIPS | None:
         raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, whose VGG16 needs weights: give "
                          "them with --lpips-weights FILE [FILE], fetch them with --download-lpips (528 MB), or go "
                          "without: --perceptual off")
-    return checkpoint.load_lpips(c.lpips)
+    return formats.lpips.load_lpips(c.lpips)
 
 
 def quantize_from(c: Config) -> int:
@@ -1589,7 +1591,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         c = make_config(args)
         if args.download_lpips:
-            c = replace(c, lpips=tuple(map(str, checkpoint.download_lpips())))
+            c = replace(c, lpips=tuple(map(str, formats.lpips.download_lpips())))
         if args.fit and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("--fit rehearses in one process; run it once without torchrun and give torchrun the "
                              "--micro-batch and --checkpointing that it chooses")

@@ -468,7 +468,7 @@ class LPIPS(nn.Module):
     """Perceptual distance (arXiv:1801.03924, version 0.1, VGG16): x, y [B, 3, H, W] in [-1, 1] -> [B].
 
     Unit-length features of five depths of VGG16, squared differences, weighed per channel, mean over places. New
-    instances have random weights; `checkpoint.load_lpips` fills them. Names are those of taming-transformers.
+    instances have random weights; `formats.lpips.load_lpips` fills them. Names are those of taming-transformers.
     """
 
     def __init__(self):
@@ -529,7 +529,7 @@ class VQLoss(nn.Module):
         super().__init__()
         if config.perceptual and lpips is None:
             raise ValueError(f"VQLoss has perceptual = {config.perceptual:g} but was given no LPIPS; load its weights "
-                             "with checkpoint.load_lpips, or set perceptual to 0")
+                             "with formats.lpips.load_lpips, or set perceptual to 0")
         self.config = config
         self.perceptual_loss = lpips.eval().requires_grad_(False) if config.perceptual else None
         self.disc = PatchDiscriminator() if config.disc_weight else None

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 import data
 import keypoints
 from data import PoseFolder
+from formats import pose_files
 
 N, SIDE = 60, 64
 
@@ -75,7 +76,7 @@ def suspects(report: dict) -> set[tuple[str, str]]:
 def rewrite(root, name: str, change) -> None:
     """Passes the pose of a picture through `change`."""
     file = root / "keypoints" / f"{name}.json"
-    file.write_text(json.dumps(rows_of(change(keypoints.read_seed(file)))))
+    file.write_text(json.dumps(rows_of(change(pose_files.read_seed(file)))))
 
 
 def exchange(pose: np.ndarray) -> np.ndarray:
@@ -588,7 +589,7 @@ def coco_of(root, figures) -> int:
     images, people = [], []
     for i, path in enumerate(sorted((root / "images").iterdir())):
         W, H = Image.open(path).size
-        pose = keypoints.read_seed(root / "keypoints" / f"{path.stem}.json") * (W, H, 2)
+        pose = pose_files.read_seed(root / "keypoints" / f"{path.stem}.json") * (W, H, 2)
         pose[3] = 0
         images.append({"id": 10 + i, "file_name": path.name, "width": W, "height": H})
         small = pose * (0.5, 0.5, 1)

@@ -16,6 +16,7 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
+import formats.lpips
 from keypoints import JOINTS, ConditionConfig, PoseCondition
 from unet import UNet, UNetConfig
 from vq import VQConfig, VQModel
@@ -348,7 +349,7 @@ def test_lpips_where_weights_are_given(files, monkeypatch, capsys):
     class Distance(torch.nn.Module):
         def forward(self, x, y):
             return torch.full((len(x),), 0.125)
-    monkeypatch.setattr(checkpoint, "load_lpips", lambda paths: Distance() if paths == ["v", "w"] else None)
+    monkeypatch.setattr(formats.lpips, "load_lpips", lambda paths: Distance() if paths == ["v", "w"] else None)
     assert evaluate.main(["recon", "--vq", str(files / "a/last.pt"), "--lpips-weights", "v", "w", "--limit", "4"]) == 0
     printed = capsys.readouterr().out
     assert "0.1250" in printed and "4 pictures" in printed

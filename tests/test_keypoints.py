@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import keypoints as K
+from formats import pose_files
 from keypoints import JOINTS, PoseError
 
 RNG = np.random.default_rng(0)
@@ -26,14 +27,14 @@ def write(path, content):
 
 def test_the_seed_file_is_row_col_on_512(tmp_path):
     joints = {name: [10.0 * j, 512.0 - j] for j, name in enumerate(JOINTS)}            # [row, col]
-    pose = K.read_seed(write(tmp_path / "p.json", joints))
+    pose = pose_files.read_seed(write(tmp_path / "p.json", joints))
     assert pose[3, 0] * 512 == 512 - 3 and pose[3, 1] * 512 == 30                       # x is the column
     assert (pose[:, 2] == 1).all()
 
 
 def test_joints_outside_the_canvas_are_kept(tmp_path):
     joints = {name: [533.2, -4.0] for name in JOINTS}
-    pose = K.load_poses(write(tmp_path / "p.json", joints)).poses[0]
+    pose = pose_files.load_poses(write(tmp_path / "p.json", joints)).poses[0]
     assert pose[0, 1] == 533.2 / 512 and pose[0, 0] == -4 / 512
 
 
@@ -44,7 +45,7 @@ def test_coco_takes_pixels_and_skips_crowds_and_empty_persons(tmp_path):
             "annotations": [{"image_id": 5, "keypoints": flat, "num_keypoints": 16},
                             {"image_id": 5, "keypoints": flat, "num_keypoints": 16, "iscrowd": 1},
                             {"image_id": 5, "keypoints": [0] * 51, "num_keypoints": 0}]}
-    found, refused = K.read_coco(write(tmp_path / "c.json", data))
+    found, refused = pose_files.read_coco(write(tmp_path / "c.json", data))
     poses = found["a.png"]
     assert len(poses) == 1 and not refused
     np.testing.assert_allclose(poses[0][4], [14 / 100, 24 / 200, 1])
@@ -54,8 +55,8 @@ def test_coco_takes_pixels_and_skips_crowds_and_empty_persons(tmp_path):
 def test_our_own_layouts(tmp_path):
     pose = random_pose(missing=3)
     named = {name: [float(x), float(y), int(v)] for name, (x, y, v) in zip(JOINTS, pose, strict=True)}
-    np.testing.assert_array_equal(K.load_poses(write(tmp_path / "a.json", named)).poses[0], pose)
-    np.testing.assert_array_equal(K.load_poses(write(tmp_path / "b.json", pose.tolist())).poses[0], pose)
+    np.testing.assert_array_equal(pose_files.load_poses(write(tmp_path / "a.json", named)).poses[0], pose)
+    np.testing.assert_array_equal(pose_files.load_poses(write(tmp_path / "b.json", pose.tolist())).poses[0], pose)
 
 
 @pytest.mark.parametrize("content, word", [
@@ -69,7 +70,7 @@ def test_our_own_layouts(tmp_path):
 def test_a_bad_file_is_one_sentence_that_names_it(tmp_path, content, word):
     path = write(tmp_path / "bad.json", content)
     with pytest.raises(PoseError) as e:
-        K.load_poses(path)
+        pose_files.load_poses(path)
     assert "bad.json" in str(e.value) and word in str(e.value) and "\n" not in str(e.value)
 
 
@@ -137,7 +138,7 @@ def test_tokens_equal_the_seeds_arithmetic(dim):
 
 def test_the_faithful_context_takes_the_row_for_x(tmp_path):
     joints = {name: list(RNG.uniform(-20, 540, 2)) for name in JOINTS}
-    pose = K.read_seed(write(tmp_path / "p.json", joints))
+    pose = pose_files.read_seed(write(tmp_path / "p.json", joints))
     context = K.seed_context(pose[None], 32)
     assert context.shape == (1, 1, 17) and context.dtype == torch.float32
     assert context[0, 0].tolist() == [seed_token(*joints[name], 32) for name in JOINTS]

@@ -11,7 +11,8 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
-from keypoints import JOINTS, ConditionConfig, PoseCondition, flip, heatmaps, load_poses
+from formats.pose_files import load_poses
+from keypoints import JOINTS, ConditionConfig, PoseCondition, flip, heatmaps
 from ldm import DEFAULT_GUIDANCE
 from unet import UNet, UNetConfig
 from vq import VQConfig, VQModel

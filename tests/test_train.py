@@ -21,6 +21,7 @@ from test_data import folder
 import checkpoint
 import data
 import evaluate
+import formats.lpips
 import keypoints
 import sample
 import train
@@ -499,7 +500,7 @@ def test_a_preset_that_wants_lpips_says_how_to_get_it_or_do_without(tmp_path, ca
 def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_path, monkeypatch):
     torch.manual_seed(0)
     lpips, paths = LPIPS(), []
-    monkeypatch.setattr(checkpoint, "load_lpips", lambda files: paths.extend(files) or lpips, raising=False)
+    monkeypatch.setattr(formats.lpips, "load_lpips", lambda files: paths.extend(files) or lpips, raising=False)
     flags = ["--steps", "5", "--perceptual", "1", "--lpips-weights", "a.pth", "b.pth", "--disc-weight", "0.5",
              "--disc-start", "0.4"]
     monkeypatch.setattr(train, "LOG_EVERY", 1)
