@@ -19,7 +19,7 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import sample  # noqa: E402
-from keypoints import PoseDensity  # noqa: E402
+from extras.density import PoseDensity  # noqa: E402
 
 COLUMNS = {"distance": ("distance", "body sizes", ".3f"), "unusual": ("further out", "than", ".1%"),
            "asked": ("PCK@0.1", "asked", ".3f"), "wanted": ("PCK@0.1", "wanted", ".3f"), "oks": ("OKS", "asked", ".3f")}

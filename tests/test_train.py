@@ -21,8 +21,8 @@ from test_data import folder
 import checkpoint
 import data
 import evaluate
+import extras.density
 import formats.lpips
-import keypoints
 import sample
 import train
 from diffusion import Diffusion
@@ -848,7 +848,7 @@ def test_every_pose_is_told_how_unusual_it_is(trained, tmp_path, capsys, monkeyp
     assert sample.main([str(tmp_path / "absurd.json"), *flags, "--typical", "1"]) == 0
     assert "absurd: further out than 100 % of the training poses; with --typical 1 than 0 %" in capsys.readouterr().out
     (_, given), (pulled,) = drawn
-    density = keypoints.PoseDensity(poses.double().numpy())
+    density = extras.density.PoseDensity(poses.double().numpy())
     np.testing.assert_allclose(pulled, density.typical(given[None].numpy(), 1.0)[0], atol=1e-6)
     assert labels[2:] == ["absurd, further out than 0 %"]
 
@@ -857,7 +857,7 @@ def test_common_poses_need_no_file(trained, tmp_path, monkeypatch, capsys):
     drawn, ckpt = spy_on_poses(monkeypatch), str(trained / "ldm/last.pt")
     out = tmp_path / "common.png"
     assert sample.main(["--common", "3", "--ckpt", ckpt, "-n", "2", "--steps", "1", "--out", str(out)]) == 0
-    density = keypoints.PoseDensity(checkpoint.training_poses(checkpoint.load(ckpt, "ldm"), ckpt))
+    density = extras.density.PoseDensity(checkpoint.training_poses(checkpoint.load(ckpt, "ldm"), ckpt))
     assert len(set(density.common(3))) == 3
     np.testing.assert_array_equal(drawn[0][::2], density.poses[density.common(3)])
     assert "6 pictures" in capsys.readouterr().out and Image.open(out).size[1] > 3 * 100
