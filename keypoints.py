@@ -25,9 +25,6 @@ MIRROR = [JOINTS.index(name.replace("left", "LEFT").replace("right", "left").rep
           for name in JOINTS]                               # MIRROR[j] is the joint that j becomes in a mirror
 LIMBS = ((0, 1), (0, 2), (1, 3), (2, 4), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10),
          (5, 11), (6, 12), (11, 12), (11, 13), (13, 15), (12, 14), (14, 16))
-# How far annotators scatter around each joint, as a fraction of the person's size: COCO's published constants
-# (cocoapi, pycocotools/cocoeval.py), the kappa of OKS.
-SIGMAS = np.array([.26, .25, .25, .35, .35, .79, .79, .72, .72, .62, .62, 1.07, 1.07, .87, .87, .89, .89]) / 10
 SEED_CANVAS = 512                                           # the seed's files are [row, col] on 512 x 512
 LEFT_COLOR, RIGHT_COLOR, MIDDLE_COLOR = (255, 138, 60), (64, 150, 255), (120, 210, 120)
 
@@ -65,6 +62,11 @@ def fit(pose: np.ndarray, size: tuple[float, float], how: str) -> np.ndarray:
     if how == "crop" and len(seen):
         start = np.clip((seen.min(axis=0) + seen.max(axis=0) - span) / 2, 0, 1 - span)
     return crop(pose, (*start, *(start + span)))
+
+
+def on_canvas(pose: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """bool [..., 17] of poses [..., 17, 3]: visible and inside the picture, so that somebody can find it there."""
+    return (pose[..., 2] > 0) & (pose[..., :2] >= 0).all(-1) & (pose[..., :2] <= 1).all(-1)
 
 
 def side_colors() -> np.ndarray:
@@ -233,47 +235,3 @@ class PoseCondition(nn.Module):
             if drop is not None:
                 maps = maps * ~drop[:, None, None, None]
         return context, maps
-
-
-# ------------------------------------------------------------------------------------------------ measuring
-
-def _box(pose: np.ndarray) -> tuple[float, float]:
-    """Width and height of the box around the visible joints of one pose [17, 3]."""
-    xy = pose[pose[:, 2] > 0, :2]
-    return tuple(np.ptp(xy, axis=0)) if len(xy) else (0.0, 0.0)
-
-
-def on_canvas(pose: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    """bool [..., 17] of poses [..., 17, 3]: visible and inside the picture, so that somebody can find it there."""
-    return (pose[..., 2] > 0) & (pose[..., :2] >= 0).all(-1) & (pose[..., :2] <= 1).all(-1)
-
-
-def pck(predicted: np.ndarray, true: np.ndarray, fraction: float = 0.1,
-        counted: np.ndarray | None = None) -> np.ndarray:
-    """Per-joint share of correct keypoints, [17]: within `fraction` of the true person's box diagonal.
-
-    Both are [B, 17, 3]; the joints `counted`, bool [B, 17], count (None: those visible in `true`), a joint not visible
-    in `predicted` is wrong, and a joint that never counts gives NaN. A person of one joint has no size to measure by
-    and does not count. Percentage of correct keypoints after Yang and Ramanan (2013), box normalised.
-    """
-    diagonal = np.array([np.hypot(*_box(p)) for p in true])[:, None]
-    distance = np.linalg.norm(predicted[..., :2] - true[..., :2], axis=-1)              # [B, J]
-    right = (distance <= fraction * diagonal) & (predicted[..., 2] > 0)
-    counted = (true[..., 2] > 0 if counted is None else counted) & (diagonal > 0)
-    with np.errstate(invalid="ignore"):
-        return (right & counted).sum(0) / np.where(counted.sum(0), counted.sum(0), np.nan)
-
-
-def oks(predicted: np.ndarray, true: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
-    """Object keypoint similarity [B] of poses [B, 17, 3]: mean of exp(-d^2 / (2 s^2 k^2)) over the joints `counted`
-    (as in pck), k = 2 SIGMAS and s^2 the area of the box around the joints (cocodataset.org/#keypoints-eval); NaN where
-    none counts or that box has no area."""
-    out = np.full(len(true), np.nan)
-    for b, (p, t) in enumerate(zip(predicted, true, strict=True)):
-        seen = t[:, 2] > 0 if counted is None else counted[b]
-        area = float(np.prod(_box(t)))
-        if seen.any() and area > 0:
-            d2 = ((p[:, :2] - t[:, :2]) ** 2).sum(-1)
-            similarity = np.exp(-d2 / (2 * area * (2 * SIGMAS) ** 2)) * (p[:, 2] > 0)
-            out[b] = similarity[seen].mean()
-    return out

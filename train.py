@@ -48,11 +48,14 @@ import checkpoint
 import data
 import evaluate
 import formats.lpips
+import metrics.condition
+import metrics.images
+import metrics.overfit
 from diffusion import Diffusion, ddim, guided, per_image_noise
-from evaluate import read_log
 from formats import compvis
 from keypoints import ConditionConfig, draw
 from ldm import LDM
+from metrics.overfit import read_log
 from unet import UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
@@ -757,7 +760,7 @@ class Run:
         if complete:
             say(f"{self.dir} is complete at step {self.start}, the length it was started with; --fresh starts it over, "
                 "longer where --minutes or --steps say so")
-        elif self.start and self.c.patience and self.log_path.exists() and (alarm := evaluate.overfitting(
+        elif self.start and self.c.patience and self.log_path.exists() and (alarm := metrics.overfit.overfitting(
                 [r for r in read_log(self.log_path) if r["step"] < self.start], self.c.patience)):
             say(f"{self.dir} is out of patience at step {self.start}: {alarm}; {self.go_on()}")
             return True
@@ -1068,8 +1071,8 @@ def train_vq(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
         return numbers | {"grad_norm": grad_norm}
 
     def measure(step: int) -> tuple[dict, float, str]:
-        result = evaluate.reconstruction(model, (x for x, _ in data.in_order(val, at_once(c), EVAL_PICTURES)), device,
-                                         lambda: autocast(c))
+        result = metrics.images.reconstruction(
+            model, (x for x, _ in data.in_order(val, at_once(c), EVAL_PICTURES)), device, lambda: autocast(c))
         run.preview = lambda path: preview_vq(model, val, path, c, result)
         return result, result["psnr"], (
             f"held-out PSNR {result['psnr']:.2f} dB, averaging over boxes has {result['psnr_box']:.2f}"
@@ -1132,7 +1135,7 @@ def preview_vq(model: VQModel, val: data.Pictures, path: Path, c: Config, result
     with autocast(c):
         x_hat = model(x)[0].float().clamp(-1, 1)
     model.train()
-    box = evaluate.box_baseline(x, c.vq_config.factor)
+    box = metrics.images.box_baseline(x, c.vq_config.factor)
     error = (x_hat - x).abs().mean(1, keepdim=True).expand_as(x) * 2 - 1
     rows = [[data.to_uint8(b[i]) for b in (x, box, x_hat, error)] for i in range(len(x))]
     data.save_grid(path, rows, columns=["original", f"{c.vq_config.factor}x box", "reconstruction", "error"],
@@ -1145,8 +1148,10 @@ LDM_PANELS: Panels = {
     "eps loss": {"batch": "loss", "held-out": "val_raw", "training": "val_train_raw", "held-out, EMA": "val_right",
                  "training, EMA": "val_train"},
     "held-out eps loss, EMA": {"right pose": "val_right", "shuffled": "val_shuffled", "none": "val_null"},
-    "gap by timestep: held-out above training, EMA": lambda ax, rows: evaluate.draw_bins(ax, rows, evaluate.gaps),
-    "by timestep: held-out above its best, EMA": lambda ax, rows: evaluate.draw_bins(ax, rows, evaluate.risen),
+    "gap by timestep: held-out above training, EMA":
+        lambda ax, rows: evaluate.draw_bins(ax, rows, metrics.overfit.gaps),
+    "by timestep: held-out above its best, EMA":
+        lambda ax, rows: evaluate.draw_bins(ax, rows, metrics.overfit.risen),
     "shuffled / right": {"": "val_ratio"}, **SHARED_PANELS}
 
 
@@ -1206,7 +1211,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
     pose_val = torch.cat([pose for _, pose in held_out]).to(device)
     h, pose_train = cache.rows(2 * data.evenly(len(cache) // 2, len(z_val)))        # not mirrored, like held-out ones
     z_train, pose_train = (h.to(device) - mean) / std, pose_train.to(device)
-    watch = evaluate.Watch(diffusion, z_val, z_train)
+    watch = metrics.overfit.Watch(diffusion, z_val, z_train)
     if run.resumed:
         watch.load(run.resumed["train"].get("watch", {}))
 
@@ -1239,19 +1244,19 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
 
     def measure(step: int) -> tuple[dict, float, str]:
         how = {"batch_size": at_once(c), "autocast": lambda: autocast(c)}
-        each = evaluate.condition_each(averaged, diffusion, z_val, pose_val, null=ldm.knows_null, **how)
-        seen = evaluate.loss_each(averaged, diffusion, z_train, pose_train, **how)
+        each = metrics.condition.condition_each(averaged, diffusion, z_val, pose_val, null=ldm.knows_null, **how)
+        seen = metrics.condition.loss_each(averaged, diffusion, z_train, pose_train, **how)
         ldm.unet.eval()
-        raw, raw_seen = (evaluate.loss_each(ldm, diffusion, z, pose, **how)
+        raw, raw_seen = (metrics.condition.loss_each(ldm, diffusion, z, pose, **how)
                          for z, pose in ((z_val, pose_val), (z_train, pose_train)))
         ldm.unet.train()
-        result = evaluate.condition_means(each) | {
-            "shuffled_se": evaluate.standard_error(each["shuffled"] - each["right"]),
+        result = metrics.condition.condition_means(each) | {
+            "shuffled_se": metrics.overfit.standard_error(each["shuffled"] - each["right"]),
             **watch.means("right", each["right"], 0), **watch.means("train", seen, 1), **watch.means("raw", raw, 0),
             **watch.means("train_raw", raw_seen, 1), **watch.rises(each["right"], seen)}
         rows = [row for row in read_log(run.log_path) if row["step"] < step - 1]
         rows.append({"step": step - 1} | {f"val_{name}": value for name, value in result.items()})
-        warning = evaluate.overfitting(rows, c.patience or evaluate.ROW_OF)
+        warning = metrics.overfit.overfitting(rows, c.patience or metrics.overfit.ROW_OF)
         run.alarm = warning if c.patience else None
         run.preview = lambda path: preview_ldm(averaged, diffusion, previewed, path, c, result)
         return result, -result["right"], (
@@ -1547,7 +1552,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "from (default: the last and the best alone)")
     add("--patience", type=int, metavar="K", help="stage 2: end the run once the validation loss has risen for K "
         "evaluations in a row, for certain, in any bin of timesteps (default: say so after "
-        f"{evaluate.ROW_OF} and go on)")
+        f"{metrics.overfit.ROW_OF} and go on)")
     add("--dry-run", action="store_true", help="print the resolved recipe, parameter counts, and a "
         "forecast of memory and time; train nothing")
     add("--accept-data", action="store_true", help="resume although the pictures are not those of before")

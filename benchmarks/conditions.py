@@ -31,6 +31,7 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import keypoints  # noqa: E402
+import metrics.pose  # noqa: E402
 import train  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
 from keypoints import ConditionConfig  # noqa: E402
@@ -38,6 +39,7 @@ from ldm import (
     DEFAULT_GUIDANCE,  # noqa: E402
     LDM,  # noqa: E402
 )
+from metrics import keypoint_detector  # noqa: E402
 
 CELLS = 32                      # a side of the grid, the seed's own
 WAVES = 4                       # frequencies of a pixel's own place, pi, 2 pi, ...
@@ -172,10 +174,10 @@ def figures_of(args: argparse.Namespace, name: str, seed: int) -> dict:
             ldm, payload = checkpoint.load_ldm(run / "last.pt")
         size = payload["config"]["size"]
         train_part, held_out = data.open_data(args.data, size)
-        reader = evaluate.find_reader(args.data, train_part)
+        reader = keypoint_detector.find_reader(args.data, train_part)
         drawn = evaluate.draw_held_out(ldm, data.spread(held_out, args.pictures), sampler="ddim",
                                        steps=args.sampling_steps)
-        rows, _ = evaluate.assess(reader, drawn)
+        rows, _ = metrics.pose.assess(reader, drawn)
         last = [row for row in train.read_log(run / "log.jsonl") if "val_right" in row][-1]
         kept.write_text(json.dumps(rows | {"losses": last}, indent=1))
     found = json.loads(kept.read_text())

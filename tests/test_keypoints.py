@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import keypoints as K
+import metrics.pose
 from formats import pose_files
 from keypoints import JOINTS, PoseError
 
@@ -229,17 +230,18 @@ def test_pck_and_oks_against_hand_counts():
     near[0, 5, 0] = 0.049
     far = true.copy()
     far[0, 5, 0] = 0.051
-    assert K.pck(near, true)[[5, 16]].tolist() == [1, 1] and K.pck(far, true)[[5, 16]].tolist() == [0, 1]
-    assert np.isnan(K.pck(near, true)[0])
+    assert metrics.pose.pck(near, true)[[5, 16]].tolist() == [1, 1]
+    assert metrics.pose.pck(far, true)[[5, 16]].tolist() == [0, 1]
+    assert np.isnan(metrics.pose.pck(near, true)[0])
     unseen = true.copy()
     unseen[0, 5] = 0
-    assert K.pck(unseen, true)[5] == 0
+    assert metrics.pose.pck(unseen, true)[5] == 0
     k = 2 * 0.079                                                                       # shoulder
-    assert K.oks(near, true)[0] == pytest.approx((1 + np.exp(-0.049 ** 2 / (2 * 0.12 * k * k))) / 2)
-    assert K.oks(true, true)[0] == 1 and K.oks(unseen, true)[0] == 0.5
+    assert metrics.pose.oks(near, true)[0] == pytest.approx((1 + np.exp(-0.049 ** 2 / (2 * 0.12 * k * k))) / 2)
+    assert metrics.pose.oks(true, true)[0] == 1 and metrics.pose.oks(unseen, true)[0] == 0.5
     lone = np.zeros((1, 17, 3))
     lone[0, 5] = 0.5, 0.5, 1                                                            # a joint alone has no size
     off = lone + [1e-6, 0, 0]
-    assert np.isnan(K.oks(off, lone)[0]) and np.isnan(K.pck(off, lone)).all()
-    both = K.pck(np.concatenate([near, off]), np.concatenate([true, lone]))
+    assert np.isnan(metrics.pose.oks(off, lone)[0]) and np.isnan(metrics.pose.pck(off, lone)).all()
+    both = metrics.pose.pck(np.concatenate([near, off]), np.concatenate([true, lone]))
     assert both[[5, 16]].tolist() == [1, 1]

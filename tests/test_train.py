@@ -23,6 +23,8 @@ import data
 import evaluate
 import extras.density
 import formats.lpips
+import metrics.condition
+import metrics.images
 import sample
 import train
 from diffusion import Diffusion
@@ -417,8 +419,8 @@ def test_a_cpu_without_memory_is_one_sentence(tmp_path, capsys, monkeypatch):
 
 def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, monkeypatch):
     scores = iter([math.nan, 2.0, math.inf, 1.0])
-    honest = evaluate.reconstruction
-    monkeypatch.setattr(evaluate, "reconstruction", lambda *a, **k: honest(*a, **k) | {"psnr": next(scores)})
+    honest = metrics.images.reconstruction
+    monkeypatch.setattr(metrics.images, "reconstruction", lambda *a, **k: honest(*a, **k) | {"psnr": next(scores)})
     assert train.main(command("vq", tmp_path / "run", "--steps", "4")) == 0
     assert checkpoint.load(tmp_path / "run/best.pt", "vq")["step"] == 2
     assert checkpoint.load(tmp_path / "run/last.pt", "vq")["train"]["best"] == 2.0
@@ -969,8 +971,8 @@ def test_a_pose_file_that_is_not_there(trained, capsys):
 
 def test_psnr_is_the_closed_form():
     x = torch.zeros(1, 3, 4, 4)
-    assert evaluate.psnr(x + 0.2, x).item() == pytest.approx(20.0, abs=1e-4)            # an error of 0.1 on 0..1
-    assert evaluate.psnr(x + 5, x + 1).item() == pytest.approx(120, abs=1e-3)           # clamped first
+    assert metrics.images.psnr(x + 0.2, x).item() == pytest.approx(20.0, abs=1e-4)            # an error of 0.1 on 0..1
+    assert metrics.images.psnr(x + 5, x + 1).item() == pytest.approx(120, abs=1e-3)           # clamped first
 
 
 def test_reconstruction_counts_the_codes_of_the_whole_set():
@@ -978,19 +980,19 @@ def test_reconstruction_counts_the_codes_of_the_whole_set():
     model = VQModel(MICRO.vq_config)
     x = torch.rand(10, 3, 32, 32) * 2 - 1
     model.quantize.init_codes(model.encode(x))
-    result = evaluate.reconstruction(model, [x[:4], x[4:]])
+    result = metrics.images.reconstruction(model, [x[:4], x[4:]])
     x_hat, _, indices = model(x)
     p = np.bincount(indices.flatten().numpy(), minlength=32) / indices.numel()
     assert result["codes_used"] == (p > 0).mean() and result["pictures"] == 10
     assert result["perplexity"] == pytest.approx(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()), rel=1e-4)
-    assert result["psnr"] == pytest.approx(evaluate.psnr(x_hat, x).mean().item(), rel=1e-4)
+    assert result["psnr"] == pytest.approx(metrics.images.psnr(x_hat, x).mean().item(), rel=1e-4)
     box = x.view(10, 3, 8, 4, 8, 4).mean((3, 5)).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    assert result["psnr_box"] == pytest.approx(evaluate.psnr(box, x).mean().item(), rel=1e-4)
+    assert result["psnr_box"] == pytest.approx(metrics.images.psnr(box, x).mean().item(), rel=1e-4)
 
 
 def test_a_derangement_moves_everything():
     for n in (2, 3, 50):
-        order = evaluate.derangement(n, 0)
+        order = metrics.condition.derangement(n, 0)
         assert sorted(order) == list(range(n)) and (order != np.arange(n)).all()
 
 
@@ -1008,9 +1010,9 @@ def test_the_condition_ratio_is_one_without_the_pose_and_above_with_it():
         x0 = torch.where(drop[:, None, None, None], torch.tensor(0.5), pose[:, :1, :1, None])
         a = diffusion.alphas_bar[t].float()[:, None, None, None]
         return (x_t - a.sqrt() * x0) / (1 - a).sqrt()
-    result = evaluate.condition_losses(deaf, diffusion, z, poses, batch_size=16)
+    result = metrics.condition.condition_losses(deaf, diffusion, z, poses, batch_size=16)
     assert result["ratio"] == 1 and result["null"] == result["right"]
-    result = evaluate.condition_losses(listening, diffusion, z, poses, batch_size=16)
+    result = metrics.condition.condition_losses(listening, diffusion, z, poses, batch_size=16)
     assert result["right"] < 1e-6 < 1e-4 < result["null"] < result["shuffled"]
 
 
