@@ -32,8 +32,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -565,6 +564,7 @@ def read_groups(path: Path) -> dict[str, str]:
 
 
 # -------------------------------------------------------------------------------------------- figures
+
 # Little people with exact joints: colours, a person, a pose, the posed skeleton in 3D, its drawing, the place.
 # Axes: x right, y down, z towards the viewer; a body unit is the standing height; angles are in degrees.
 
@@ -1659,102 +1659,8 @@ def latent_batch(
     return cache.rows(rows[share(batch_size, rank, world)])
 
 
-# ----------------------------------------------------------------------------------------------- grids
-
-def save_grid(
-    path: str | Path,
-    rows: list[list[np.ndarray | None]],    # uint8 [H, W, 3] each; None leaves the place empty
-    columns: list[str] = (),                # a heading over each column
-    labels: list[str] = (),                 # a label left of each row
-    captions: list[list[str]] = (),         # a line under each picture
-    title: str = "",
-    scale: int | None = None,               # whole-number enlargement; None: small pictures grow to about 150 pixels
-    words: dict[str, str] | None = None,    # see save_picture
-) -> Image.Image:
-    """Pictures in rows on white, with words. Writes `path` and returns the picture."""
-    cells = [cell for row in rows for cell in row if cell is not None]
-    H, W = (max((cell.shape[axis] for cell in cells), default=1) for axis in (0, 1))
-    scale = scale or grid_scale(max(H, W))
-    H, W, across, gap = H * scale, W * scale, max(map(len, rows), default=1), 8
-    big, font = ImageFont.load_default(17), ImageFont.load_default(13)
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-
-    def wrap(text: str, width: int, font) -> str:
-        lines = [""]
-        for word in text.split():
-            longer = f"{lines[-1]} {word}".strip()
-            lines[-1:] = [longer] if ruler.textlength(longer, font) <= width or not lines[-1] else [lines[-1], word]
-        for i, line in enumerate(lines):
-            while len(line) > 1 and ruler.textlength(lines[i], font) > width:
-                line = line[:-1]
-                lines[i] = f"{line}…"
-        return "\n".join(lines)
-
-    def height(texts, font) -> int:
-        return max((int(ruler.multiline_textbbox((0, 0), t, font)[3]) + gap for t in texts if t), default=0)
-
-    labels = [wrap(text, 150, font) for text in labels]
-    columns = [wrap(text, W, font) for text in columns]
-    captions = [[wrap(text, W, font) for text in line] for line in captions]
-    left = max((int(ruler.multiline_textbbox((0, 0), t, font)[2]) + gap for t in labels if t), default=0)
-    full = left + across * (W + gap) - gap
-    title = wrap(title, full, big)
-    below = [height(captions[r], font) if r < len(captions) else 0 for r in range(len(rows))]
-    head = height([title], big)
-    top = head + height(columns, font)
-    page = Image.new("RGB", (full + 4 * gap, top + sum(below) + len(rows) * (H + gap) - gap + 4 * gap), "white")
-    draw = ImageDraw.Draw(page)
-    x0, y = 2 * gap + left, 2 * gap
-    draw.multiline_text((2 * gap, y), title, "black", big)
-    for c, text in enumerate(columns):
-        draw.multiline_text((x0 + c * (W + gap) + W / 2, y + head), text, "black", font, anchor="ma", align="center")
-    y += top
-    for r, row in enumerate(rows):
-        if r < len(labels):
-            draw.multiline_text((x0 - gap, y + H / 2), labels[r], "black", font, anchor="rm", align="right")
-        for c, cell in enumerate(row):
-            x = x0 + c * (W + gap)
-            if cell is not None:
-                page.paste(Image.fromarray(np.repeat(np.repeat(cell, scale, 0), scale, 1)), (x, y))
-            if r < len(captions) and c < len(captions[r]):
-                at = x + W / 2, y + H + 3
-                draw.multiline_text(at, captions[r][c], "dimgray", font, anchor="ma", align="center")
-        y += H + gap + below[r]
-    save_picture(path, page, words)
-    return page
-
-
-def grid_scale(side: int) -> int:
-    """How often each pixel of a picture of this side is repeated where people look at it."""
-    return max(1, 160 // side)
-
-
-def save_picture(path: str | Path, picture: Image.Image | np.ndarray, words: dict[str, str] | None = None) -> None:
-    """Writes a picture, and in a PNG these words (keyword -> ASCII text) besides; other formats carry none.
-
-    tEXt, not the compressed kind: of that PIL refuses to read back more than a mebibyte.
-    """
-    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    info = PngInfo()
-    for keyword, text in (words or {}).items():
-        info.add_text(keyword, text)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **({"pnginfo": info} if Path(path).suffix.lower() == ".png" else {}))
-
-
-def save_animation(path: str | Path, frames: list[np.ndarray], fps: float) -> None:
-    """Frames uint8 [H, W, 3] as an endless .gif (256 colours a frame) or .webp (exact), enlarged as in a grid.
-
-    A GIF counts in hundredths of a second: each frame ends at the one nearest to its time, so that none is gained.
-    """
-    scale = grid_scale(frames[0].shape[0])
-    images = [Image.fromarray(np.repeat(np.repeat(frame, scale, 0), scale, 1)) for frame in frames]
-    ends = [10 * round(100 * (i + 1) / fps) for i in range(len(images))]                # milliseconds
-    images[0].save(path, save_all=True, append_images=images[1:], loop=0, duration=np.diff([0, *ends]).tolist(),
-                   lossless=True)                                               # which means nothing to a GIF
-
-
 # ----------------------------------------------------------------------------------------------- check
+
 # a picture -> its row of RECORD, in worker processes -> finders, each over all rows -> Suspects and numbers -> files
 #
 # A suspect is something to look at, not an error: handstands exist, and people seen from behind. Limits are set so that

@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import io
 import json
 import math
 import re
 import shlex
 import sys
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,60 +41,27 @@ import sample
 from diffusion import Diffusion
 from formats import compvis
 from formats.pose_files import NobodyFound, Poses, load_poses
-from keypoints import JOINTS, draw, on_canvas
+from keypoints import JOINTS
 from ldm import LDM
 from metrics.codebook import code_counts, code_overlap
 from metrics.condition import condition_losses
 from metrics.images import SSIM_WINDOW, Features, Measure, Shortlist, compare, inception, l1, psnr, ssim
 from metrics.keypoint_detector import find_reader
 from metrics.overfit import (
-    BINS,
-    COPY_PERCENTILE,
     HELD_OUT,
     Near,
-    bin_keys,
-    evaluations,
-    gaps,
-    has_risen,
     headline,
     read_log,
-    risen,
     verdict,
 )
-from metrics.pose import Drawn, assess, judge, oks
+from metrics.pose import Drawn, assess, judge
+from plots import ERROR_WHITE, extremes_figure, overfit_figure, recon_figure
 from vq import VQModel
 
 BATCH = 8                           # one layer of the published autoencoders is 34 MB for a picture of 256 pixels
 FRECHET_PICTURES = 2048             # with fewer pictures than Inception features the covariance is singular
 DEFAULT_SIZE = 256                  # of pictures, where no checkpoint knows its own: the published ones'
-
-
-# ------------------------------------------------------------------------------------- the moment it overfits
-
-LEAST_COLOUR = 0.05                 # the share that has the strongest colour, at least: noise is to look pale
-
-
-def draw_bins(ax: object, rows: list[dict], share: Callable[[dict], dict[str, float]]) -> None:
-    """A heat map of `share`, over steps and timesteps, into matplotlib's `ax`; a dot marks what `has_risen`."""
-    found = [row for row in evaluations(rows) if bin_keys(row)]
-    if not found:
-        ax.text(0.5, 0.5, "no evaluation yet", ha="center", va="center", transform=ax.transAxes, color="gray")
-        return
-    keys = bin_keys(found[-1])
-    values = np.array([[share(row).get(key, math.nan) for row in found] for key in keys])      # [bins, evaluations]
-    steps = np.array([row["step"] + 1 for row in found])
-    edges = np.concatenate([[0], (steps[:-1] + steps[1:]) / 2, steps[-1:]]).astype(float)
-    first = [int(key[2:]) for key in keys]
-    most = max(LEAST_COLOUR, np.nanmax(np.abs(values), initial=0))
-    mesh = ax.pcolormesh(edges, [*first, first[-1] + (first[-1] / max(1, len(keys) - 1))], 100 * values, cmap="RdBu_r",
-                         vmin=-100 * most, vmax=100 * most)
-    for x, row in zip((edges[:-1] + edges[1:]) / 2, found, strict=True):
-        high = [t for t, key in zip(first, keys, strict=True) if has_risen(row, key)]
-        ax.plot([x] * len(high), np.array(high) + first[-1] / max(1, len(keys) - 1) / 2, "k.", markersize=4)
-    ax.set(ylim=(0, None), ylabel="t")
-    ax.figure.colorbar(mesh, ax=ax, format="%+g %%", pad=0.02).ax.tick_params(labelsize=8)
-
-
+SHOWN = 3                           # typical pictures, and as many of the worst
 JUDGE = 0.9                         # PCK@0.1 of the reader on real pictures; below, it is no good judge of drawn ones
 
 
@@ -103,7 +69,6 @@ JUDGE = 0.9                         # PCK@0.1 of the reader on real pictures; be
 
 FIDELITY = {"pck@0.1": ("PCK@0.1", "higher", ".3f"), "pck@0.2": ("PCK@0.2", "higher", ".3f"),
             "oks": ("OKS", "higher", ".3f"), "frechet": ("Frechet distance", "reader's features", ".3f")}
-EXTREMES = 5                        # pictures of the best and as many of the worst
 PICTURES, POSES_ASKED = "pictures", "poses.json"        # in --out, for a detector outside
 NAMING = "coco", "coco-results", "alphapose"            # formats that name the pictures; the others count frames,
 OWN_COUNT = "mmpose",                                   # of which these have a count of their own
@@ -261,108 +226,6 @@ def read_detected(path: str | Path, drawn: Drawn) -> dict[str, np.ndarray]:
     if not any(i < n for i in numbers):
         raise ValueError(f"--detected {path}: none of its pictures is one of 000000 to {n - 1:06d}, the samples")
     return {"samples": found[:n]} | ({"real": found[n:]} if any(i >= n for i in numbers) else {})
-
-
-def extremes_figure(path: Path, drawn: Drawn, read: np.ndarray, title: str) -> None:
-    """The best and the worst samples by OKS: skeleton asked for, sample, skeleton read in it, the real picture."""
-    side, scores = drawn.samples.shape[1], oks(read, drawn.asked, on_canvas(drawn.asked))
-    order = [i for i in np.argsort(scores)[::-1] if np.isfinite(scores[i])]
-    n = min(EXTREMES, len(order) // 2)
-    rows, captions = [[] for _ in range(4)], [[] for _ in range(4)]
-    for i in (*order[:n], *order[-n:]):
-        cells = (draw(drawn.asked[i], side), drawn.samples[i], draw(read[i], side, drawn.samples[i]), drawn.real[i])
-        for row, caption, cell, words in zip(rows, captions, cells, ("", "", f"OKS {scores[i]:.2f}", ""), strict=True):
-            row.append(cell)
-            caption.append(words)
-    data.save_grid(path, rows, ["best"] * n + ["worst"] * n, ["pose asked for", "sample", "pose read in it",
-                   "real picture of that pose"], captions, title)
-
-
-# ------------------------------------------------------------------------------------------- the picture of recon
-
-SHOWN = 3                           # typical pictures, and as many of the worst
-PAGE_WIDTH = 2300                   # pixels, if the tiles do not become smaller than
-TILES = 96, 256                     # sides of a tile, least and most
-ERROR_WHITE = 0.25                  # mean absolute error, of 0..1, that is white; fixed, so that figures compare
-CROP_LEAST = 1 / 8                  # side of a zoomed part, of the picture's
-FACE, HANDS = JOINTS[:5], (("wrist_left", "elbow_left"), ("wrist_right", "elbow_right"))
-Box = tuple[int, int, int, int]     # x0, y0, x1, y1 in pixels
-
-
-def square(centre: np.ndarray, side: float, size: int) -> Box:
-    """The square about `centre` (x, y on 0..1) with that side (of 1), moved into a picture of `size` pixels."""
-    pixels = min(size, max(round(max(side, CROP_LEAST) * size), 8))
-    x0, y0 = (int(np.clip(round(v * size - pixels / 2), 0, size - pixels)) for v in centre)
-    return x0, y0, x0 + pixels, y0 + pixels
-
-
-def eyes_box(pose: np.ndarray, size: int) -> Box | None:
-    """Where the face is, by its joints of a pose [17, 3] that lie inside; None where neither eye nor nose does."""
-    seen = {name: pose[JOINTS.index(name), :2] for name in FACE if on_canvas(pose[JOINTS.index(name)])}
-    if not {"nose", "eye_left", "eye_right"} & seen.keys():
-        return None
-    points = np.stack(list(seen.values()))
-    eyes = [seen[name] for name in ("eye_left", "eye_right") if name in seen] or [seen["nose"]]
-    return square(np.mean(eyes, axis=0), 1.6 * np.ptp(points, axis=0).max(), size)
-
-
-def hand_box(pose: np.ndarray, size: int) -> Box | None:
-    """Where a hand is: beyond a wrist inside the picture, away from the elbow where that is known."""
-    for wrist, elbow in HANDS:
-        w, e = pose[JOINTS.index(wrist)], pose[JOINTS.index(elbow)]
-        if on_canvas(w):
-            arm = (w - e)[:2] if e[2] > 0 else np.zeros(2)
-            return square(w[:2] + 0.25 * arm, 0.9 * np.hypot(*arm), size)
-    return None
-
-
-def error_map(x_hat: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] pictures -> their absolute difference, black, red, yellow, white at ERROR_WHITE and above."""
-    error = np.abs(x_hat.astype(float) - x).mean(-1, keepdims=True) / 255 / ERROR_WHITE
-    return (255 * (3 * error - np.arange(3)).clip(0, 1)).round().astype(np.uint8)
-
-
-@torch.no_grad()
-def recon_figure(path: str | Path, models: list[VQModel], names: list[str], ds: data.Pictures,
-                 shown: list[tuple[str, int]], title: str, device: str | torch.device = "cpu") -> None:
-    """A row for each of `shown`, (word, index in ds): original, reconstructions and error maps, then face and hand."""
-    rows = [([], []) for _ in shown]                                # tiles and captions
-    pictures = [ds[index] for _, index in shown]
-    x = data.to_tensor(np.stack([image for image, _ in pictures]))
-    x_hats = [data.to_uint8(torch.cat([model(part.to(device))[0] for part in x.split(1)])) for model in models]
-    parts = [("", [(0, 0, ds.size, ds.size)] * len(shown))]         # what is zoomed, and where in each picture
-    parts += [("eyes", [eyes_box(pose, ds.size) for _, pose in pictures]),
-              ("hand", [hand_box(pose, ds.size) for _, pose in pictures])]
-    parts = [(word, boxes) for word, boxes in parts if any(boxes)]
-    columns = ["original"] + [word for name in names for word in (name, f"{name}: error")]
-    columns += [f"{word}, {name}" for word, _ in parts[1:] for name in ("original", *names)]
-    least, most = TILES
-    tile = int(np.clip(PAGE_WIDTH // len(columns) - 8, least, most))
-
-    def add(row: int, image: np.ndarray | None, caption: str = "") -> None:
-        if image is not None:
-            how = Image.Resampling.BICUBIC if image.shape[0] < tile else Image.Resampling.BOX
-            image = np.asarray(Image.fromarray(image).resize((tile, tile), how))
-        rows[row][0].append(image)
-        rows[row][1].append(caption)
-
-    for row, (image, _) in enumerate(pictures):
-        for word, boxes in parts:
-            if boxes[row] is None:
-                for _ in range(1 + len(models)):
-                    add(row, None)
-                continue
-            x0, y0, x1, y1 = boxes[row]
-            part = image[y0:y1, x0:x1]
-            add(row, part, "" if word else Path(ds.name(shown[row][1])).stem)
-            for x_hat in x_hats:
-                part_hat = x_hat[row][y0:y1, x0:x1]
-                dB = psnr(data.to_tensor(part_hat)[None], data.to_tensor(part)[None]).item()
-                add(row, part_hat, f"{dB:.1f} dB")
-                if not word:
-                    add(row, error_map(part_hat, part))
-    data.save_grid(path, [tiles for tiles, _ in rows], columns, [word for word, _ in shown],
-                   [captions for _, captions in rows], title, scale=1)
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -810,88 +673,9 @@ def overfit(args: argparse.Namespace) -> None:
     report = {"command": shlex.join(["python", "evaluate.py", *args.argv]), "run": str(run), **without_nan(found),
               "samples": samples, **sample.settings_of(args), "seed": args.seed}
     (out / "overfit.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    overfit_figure(out / "overfit.png", ldm, cache, rows, found, near, poses, strip)
+    overfit_figure(out / "overfit.png", partial(sample.decode, ldm), partial(training_latents, ldm, cache), rows, found,
+                   near, poses, strip)
     print(f"wrote {out}/overfit.json and overfit.png")
-
-
-# ----------------------------------------------------------------------------------------- the picture of overfit
-
-PAGE_LEAST = 1400                   # pixels wide
-NEAR_SHOWN = 8                      # samples of each kind beside their nearest training pictures, the nearest first
-
-
-def overfit_figure(path: Path, ldm: LDM, cache: data.LatentCache, rows: list[dict], found: dict,
-                   near: dict[str, Near], poses: dict[str, Tensor], strip: dict[int, list[np.ndarray]]) -> None:
-    """One page: verdict and curves, samples beside their nearest training pictures, one seed through checkpoints."""
-    limit, tiles, labels, captions = found["numbers"]["limit"], [], [], []
-    for name in poses:
-        shown = np.argsort(near[name].distances)[:NEAR_SHOWN]
-        distances, at = near[name].distances[shown], near[name].rows[shown]
-        tiles += [sample.decode(ldm, near[name].z[shown]), sample.decode(ldm, training_latents(ldm, cache, at))]
-        labels += [f"samples under {name}, those nearest to a training picture first", "that training picture"]
-        captions += [[f"{d:.2f}" + (" COPY" if d < limit else "") for d in distances],
-                     ["mirrored" if row % 2 else "" for row in at]]
-    grid = data.save_grid(path, tiles, labels=labels, captions=captions, title="Root mean square distance in latent "
-                          f"space; {COPY_PERCENTILE:g} % of held-out pictures are nearer than {limit:.2f}")
-    size = tiles[0][0].shape[0]
-    strips = [[draw(poses[name][0].numpy(), size), *(strip[step][i] for step in strip)] for i, name in enumerate(poses)]
-    filmed = data.save_grid(path, strips, ["pose", *(f"step {step:,}" for step in strip)],
-                            [f"one of the {name}" for name in poses], title="One seed through the checkpoints")
-    width = max(PAGE_LEAST, grid.width, filmed.width)
-    parts = [curves_figure(rows, found, {name: n.distances for name, n in near.items()}, width), grid, filmed]
-    page = Image.new("RGB", (width, sum(part.height for part in parts)), "white")
-    top = 0
-    for part in parts:
-        page.paste(part, (0, top))
-        top += part.height
-    page.save(path)
-
-
-def curves_figure(rows: list[dict], found: dict, distances: dict[str, np.ndarray], width: int) -> Image.Image:
-    """The verdict over curves and heat maps, a small curve for each bin, and how distances lie; `width` pixels wide."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    found_at, keys = evaluations(rows), bin_keys(evaluations(rows)[-1])
-    steps = [row["step"] + 1 for row in found_at]
-    lines = [line for reason in found["reasons"] for line in textwrap.wrap(f"- {reason}", width // 8)]
-    heights = 0.5 + 0.18 * len(lines), 3.2, 3.6, 2.6                        # inches
-    fig = plt.figure(figsize=(width / 100, sum(heights)), dpi=100, layout="constrained")
-    head, top, middle, bottom = fig.subfigures(4, 1, height_ratios=heights)
-    head.text(0.01, 1 - 0.05 / heights[0], headline(found), va="top", fontsize=14, weight="bold")
-    head.text(0.01, 1 - 0.4 / heights[0], "\n".join(lines), va="top", fontsize=10)
-
-    def curves(ax: object, key: str, title: str) -> None:
-        for name, words, colour in (("right", "held-out", "C1"), ("train", "training", "C0")):
-            ax.plot(steps, [row.get(f"val_{name}{key}", math.nan) for row in found_at], colour, marker=".", label=words)
-        ax.axvline(found["best"], color="gray", linestyle=":")
-        ax.set_title(title, fontsize=10)
-        ax.tick_params(labelsize=7)
-        ax.grid(alpha=0.3)
-    axes = top.subplots(1, 3)
-    curves(axes[0], "", "eps loss, EMA; dotted: best.pt")
-    axes[0].legend(fontsize=8)
-    draw_bins(axes[1], rows, gaps)
-    draw_bins(axes[2], rows, risen)
-    axes[1].set_title("gap by timestep: held-out above training loss", fontsize=10)
-    axes[2].set_title("by timestep: held-out loss above its best; dots: for certain", fontsize=10)
-    small = middle.subplots(2, math.ceil(BINS / 2))
-    for ax in small.flat[len(keys):]:
-        ax.axis("off")
-    for ax, key in zip(small.flat, keys, strict=False):
-        curves(ax, key, f"t from {int(key[2:])}")
-    ax = bottom.subplots()
-    edges = np.linspace(0, 1.02 * max(max(d) for d in distances.values()), 60)
-    for name, d in distances.items():
-        what = "pictures held out" if name == HELD_OUT else f"samples under {name}"
-        ax.hist(d, edges, density=True, alpha=0.5, label=f"{len(d)} {what}")
-    ax.axvline(found["numbers"]["limit"], color="black", linestyle="--")
-    ax.set_title("distance to the nearest training picture; left of the line: copies", fontsize=10)
-    ax.legend(fontsize=8)
-    file = io.BytesIO()
-    fig.savefig(file, format="png")
-    plt.close(fig)
-    return Image.open(file).convert("RGB")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import plots
 from diffusion import (
     MOST_SEEDS,
     Diffusion,
@@ -331,7 +332,7 @@ def start_from(ldm: LDM, given: Given, args: argparse.Namespace, pose: Tensor) -
 # -------------------------------------------------------------------------------------------------- what is written
 
 def grid_of(plan: Plan, pictures: list[np.ndarray], given: np.ndarray | None) -> dict[str, object]:
-    """A row a pose: the skeleton, the picture given, the samples. Arguments of data.save_grid, as below."""
+    """A row a pose: the skeleton, the picture given, the samples. Arguments of plots.save_grid, as below."""
     size, n, extra = pictures[0].shape[0], plan.n, [] if given is None else [given]
     rows = [[draw(pose, size), *extra, *pictures[p * n:(p + 1) * n]] for p, pose in enumerate(plan.poses)]
     return {"rows": rows, "labels": plan.names,
@@ -367,7 +368,7 @@ def film_of(plan: Plan, steps: list[Step], ldm: LDM, given: np.ndarray | None) -
 def animate(path: Path, plan: Plan, pictures: list[np.ndarray], fps: float) -> None:
     """The skeleton and beside it the samples, frame after frame."""
     n, size = plan.n, pictures[0].shape[0]
-    data.save_animation(path, [np.concatenate([draw(pose, size), *pictures[p * n:(p + 1) * n]], axis=1)
+    plots.save_animation(path, [np.concatenate([draw(pose, size), *pictures[p * n:(p + 1) * n]], axis=1)
                                for p, pose in enumerate(plan.poses)], fps)
 
 
@@ -390,7 +391,7 @@ def write_separate(folder: Path, plan: Plan, pictures: list[np.ndarray], record:
         names = [plan.names[k // plan.n] for k in range(first, min(first + BATCH, len(pictures)))]
         batch = Plan(poses[first:first + BATCH], names, plan.seeds[first:first + BATCH], 1, i - first)
         name = re.sub(r"[^\w.-]+", "-", plan.names[i // plan.n].split(",")[0])[:80]
-        data.save_picture(folder / f"{i + 1:04d}-{name}.png", picture, words(record, batch, command))
+        plots.save_picture(folder / f"{i + 1:04d}-{name}.png", picture, words(record, batch, command))
 
 
 def save_latents(path: str, z: Tensor, plan: Plan) -> None:
@@ -737,7 +738,7 @@ def check_writable(path: Path, asked: str) -> None:
 
 def check_fits(path: Path, rows: int, columns: int, size: int) -> None:
     """ValueError where a sheet of so many pictures would be longer than its format can be."""
-    side = 200 + max(rows, columns) * (size * data.grid_scale(size) + 30)
+    side = 200 + max(rows, columns) * (size * plots.grid_scale(size) + 30)
     most = LONGEST_SIDE.get(path.suffix.lower(), math.inf)
     if side > most:
         raise ValueError(f"--out is {path}, but {rows} rows of {columns} would be about {side} pixels long and such a "
@@ -817,7 +818,7 @@ def run(args: argparse.Namespace, command: str) -> str:
     record = record or record_of(args, digest, given)
     if plan.only is not None:
         made = Image.fromarray(pictures[plan.only])
-        data.save_picture(out, made, words(record, plan, command))
+        plots.save_picture(out, made, words(record, plan, command))
     elif args.grid:
         shown = given.shown() if given else None
         grid = (film_of(plan, steps, ldm, shown) if args.film else sheet_of(plan, pictures, shown) if moving else
@@ -825,7 +826,7 @@ def run(args: argparse.Namespace, command: str) -> str:
         if args.noise_from and "columns" in grid and not args.film:
             grid["columns"][-1] = "from its noise"                      # and no seed's
         n_steps = how_many_steps(ldm, args.sampler, args.steps, args.spacing)
-        made = data.save_grid(out, **grid, title=title_of(args, record["flags"], n_steps, payload["step"]),
+        made = plots.save_grid(out, **grid, title=title_of(args, record["flags"], n_steps, payload["step"]),
                               words=words(record, plan, command))
     if moving:
         animate(moving, plan, pictures, args.fps)

@@ -46,11 +46,11 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-import evaluate
 import formats.lpips
 import metrics.condition
 import metrics.images
 import metrics.overfit
+import plots
 from diffusion import Diffusion, ddim, guided, per_image_noise
 from formats import compvis
 from keypoints import ConditionConfig, draw
@@ -1138,7 +1138,7 @@ def preview_vq(model: VQModel, val: data.Pictures, path: Path, c: Config, result
     box = metrics.images.box_baseline(x, c.vq_config.factor)
     error = (x_hat - x).abs().mean(1, keepdim=True).expand_as(x) * 2 - 1
     rows = [[data.to_uint8(b[i]) for b in (x, box, x_hat, error)] for i in range(len(x))]
-    data.save_grid(path, rows, columns=["original", f"{c.vq_config.factor}x box", "reconstruction", "error"],
+    plots.save_grid(path, rows, columns=["original", f"{c.vq_config.factor}x box", "reconstruction", "error"],
                    title=f"{path.stem}: {result['psnr']:.2f} dB, box {result['psnr_box']:.2f} dB")
 
 
@@ -1149,9 +1149,9 @@ LDM_PANELS: Panels = {
                  "training, EMA": "val_train"},
     "held-out eps loss, EMA": {"right pose": "val_right", "shuffled": "val_shuffled", "none": "val_null"},
     "gap by timestep: held-out above training, EMA":
-        lambda ax, rows: evaluate.draw_bins(ax, rows, metrics.overfit.gaps),
+        lambda ax, rows: plots.draw_bins(ax, rows, metrics.overfit.gaps),
     "by timestep: held-out above its best, EMA":
-        lambda ax, rows: evaluate.draw_bins(ax, rows, metrics.overfit.risen),
+        lambda ax, rows: plots.draw_bins(ax, rows, metrics.overfit.risen),
     "shuffled / right": {"": "val_ratio"}, **SHARED_PANELS}
 
 
@@ -1322,7 +1322,7 @@ def preview_ldm(ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor, Tensor], pa
         *_, last = ddim(diffusion, guided(ldm, pose, ldm.guidance), x_T.to(c.device), PREVIEW_STEPS, ldm.eta, noise_fn)
         sample = ldm.decode(last.x).float()
     rows = [[data.to_uint8(x_hat[i]), draw(pose[i].cpu(), c.size), data.to_uint8(sample[i])] for i in range(len(x))]
-    data.save_grid(path, [list(row) for row in zip(*rows, strict=True)], labels=["reconstruction of the real picture",
+    plots.save_grid(path, [list(row) for row in zip(*rows, strict=True)], labels=["reconstruction of the real picture",
                    "pose asked for", f"sample, DDIM {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"],
                    title=f"{path.stem}: held-out loss {result['right']:.4f}, shuffled / right {result['ratio']:.3f}")
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 import keypoints
+import plots
 from data import DataError, InMemory, LatentCache, Part, PoseFolder, batches, latent_batch, split, to_square
 
 
@@ -654,7 +655,7 @@ def test_latent_batches_take_each_picture_once_an_epoch_and_mirror_half(tmp_path
 def test_grid_shows_the_pictures_enlarged_and_words_beside_them(tmp_path):
     rng = np.random.default_rng(0)
     red, noise = np.full((40, 40, 3), (255, 0, 0), np.uint8), rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    page = data.save_grid(tmp_path / "new" / "a.png", [[red, noise], [noise, None]], columns=["one", "two"],
+    page = plots.save_grid(tmp_path / "new" / "a.png", [[red, noise], [noise, None]], columns=["one", "two"],
                           labels=["first", "second"], captions=[["a" * 99, ""], ["", ""]], title="Title")
     read = np.asarray(Image.open(tmp_path / "new" / "a.png"))
     assert (read == np.asarray(page)).all()
@@ -669,11 +670,11 @@ def test_grid_shows_the_pictures_enlarged_and_words_beside_them(tmp_path):
 
 def test_grid_of_fewer_captions_than_rows_and_of_no_picture_at_all(tmp_path):
     picture = np.zeros((160, 160, 3), np.uint8)
-    both, one = (data.save_grid(tmp_path / "a.png", [[picture], [picture]], captions=captions)
+    both, one = (plots.save_grid(tmp_path / "a.png", [[picture], [picture]], captions=captions)
                  for captions in ([["low"], []], [["low"]]))
     assert np.array_equal(both, one)
     for rows in ([], [[]], [[None]], [[None, None], [None]]):
-        assert min(data.save_grid(tmp_path / "a.png", rows, columns=["one"], title="Title").size) > 0
+        assert min(plots.save_grid(tmp_path / "a.png", rows, columns=["one"], title="Title").size) > 0
 
 
 def test_command_answers_a_mistake_with_one_sentence(tmp_path, capsys):

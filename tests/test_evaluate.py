@@ -19,6 +19,7 @@ import evaluate
 import formats.lpips
 import metrics.codebook
 import metrics.images
+import plots
 from keypoints import JOINTS, ConditionConfig, PoseCondition
 from unet import UNet, UNetConfig
 from vq import VQConfig, VQModel
@@ -300,15 +301,15 @@ def test_memory_does_not_grow_with_the_pictures():
 
 def test_zooms_lie_on_the_joints():
     pose = np.zeros((17, 3), np.float32)
-    assert evaluate.eyes_box(pose, 100) is None and evaluate.hand_box(pose, 100) is None
+    assert plots.eyes_box(pose, 100) is None and plots.hand_box(pose, 100) is None
     for name, xy in {"eye_left": (0.6, 0.2), "eye_right": (0.4, 0.2), "wrist_right": (0.99, 0.5)}.items():
         pose[JOINTS.index(name)] = *xy, 1
-    x0, y0, x1, y1 = evaluate.eyes_box(pose, 100)
+    x0, y0, x1, y1 = plots.eyes_box(pose, 100)
     assert x0 < 40 and x1 > 60 and (y0, y1) == (4, 36) and x1 - x0 == y1 - y0
-    x0, y0, x1, y1 = evaluate.hand_box(pose, 100)
+    x0, y0, x1, y1 = plots.hand_box(pose, 100)
     assert x1 == 100 and y0 < 50 < y1                                                   # moved into the picture
     pose[JOINTS.index("wrist_right"), 0] = 1.2
-    assert evaluate.hand_box(pose, 100) is None
+    assert plots.hand_box(pose, 100) is None
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -346,7 +347,7 @@ def test_recon_end_to_end(files, tmp_path, capsys):
     assert len({len(row) for row in rows[:2]}) == 1 and "dB, higher" in printed
     assert "--lpips-weights" in printed and "--rfid" in printed
     page = Image.open(tmp_path / "out/recon.png")
-    assert 1000 < page.width <= 2500 and page.height > 2 * evaluate.SHOWN * evaluate.TILES[0]
+    assert 1000 < page.width <= 2500 and page.height > 2 * evaluate.SHOWN * plots.TILES[0]
 
 
 def test_lpips_where_weights_are_given(files, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import data
 import evaluate
 import metrics.condition
 import metrics.pose
+import plots
 from formats.pose_files import load_poses
 from keypoints import JOINTS, ConditionConfig, PoseCondition, flip, heatmaps
 from ldm import DEFAULT_GUIDANCE
@@ -382,15 +383,15 @@ def test_each_picture_has_a_seed_of_its_own_and_what_is_read_back_is_what_was_dr
 
 
 def test_the_picture_shows_the_best_first_and_the_worst_last(tmp_path, monkeypatch):
-    asked, n = poses_of(1).repeat(12, axis=0), evaluate.EXTREMES
+    asked, n = poses_of(1).repeat(12, axis=0), plots.EXTREMES
     read = asked.copy()
     order = RNG.permutation(12)                             # order[0] is read best
     for rank, i in enumerate(order):
         read[i, :, 0] += 0.02 * rank
     pictures = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
     seen = []
-    monkeypatch.setattr(data, "save_grid", lambda path, rows, columns, *_: seen.append((rows, columns)))
-    evaluate.extremes_figure(tmp_path / "x.png", metrics.pose.Drawn(asked, pictures, pictures, {}), read, "")
+    monkeypatch.setattr(plots, "save_grid", lambda path, rows, columns, *_: seen.append((rows, columns)))
+    plots.extremes_figure(tmp_path / "x.png", metrics.pose.Drawn(asked, pictures, pictures, {}), read, "")
     (rows, columns), = seen
     assert [cell[0, 0, 0] for cell in rows[1]] == [*order[:n], *order[-n:]] and columns == ["best"] * n + ["worst"] * n
     assert [cell[0, 0, 0] for cell in rows[3]] == [*order[:n], *order[-n:]]

@@ -19,6 +19,7 @@ from test_train import MICRO, ROOT, as_micro, command
 import checkpoint
 import data
 import extras.motion
+import plots
 import sample
 import train
 from diffusion import Diffusion, ddim, ddim_table, ddpm, dpm_solver, held, invert, log_snr, per_image_noise, slerp
@@ -443,7 +444,7 @@ def test_a_motion_has_one_noise_and_becomes_a_sheet_and_a_moving_picture(go, tmp
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 def test_a_moving_picture_keeps_time(tmp_path, suffix):
     frames, ends, greys = [np.full((8, 8, 3), 9 * i, np.uint8) for i in range(25)], [], []
-    data.save_animation(tmp_path / f"a{suffix}", frames, fps=12)
+    plots.save_animation(tmp_path / f"a{suffix}", frames, fps=12)
     with Image.open(tmp_path / f"a{suffix}") as moving:
         assert moving.n_frames == 25 and moving.info["loop"] == 0 and moving.size == (160, 160)
         for i in range(25):
@@ -580,7 +581,7 @@ def rewritten(source: str, target: str, change) -> str:
         record = json.loads(image.info["record"])
         text = change(record)
         text = text if isinstance(text, str) else json.dumps(record)
-        data.save_picture(target, image.convert("RGB"), {"record": text})
+        plots.save_picture(target, image.convert("RGB"), {"record": text})
     return target
 
 
@@ -675,7 +676,7 @@ def test_repeat_takes_all_from_the_file_and_only_from_such_files(go, picture, ca
 
 def test_words_survive_in_a_png_and_no_other_format_is_troubled(tmp_path):
     for name in ("a.png", "a.PNG", "a.jpg", "a.webp"):
-        data.save_picture(tmp_path / name, np.zeros((4, 4, 3), np.uint8), {"record": "x" * (3 << 20)})
+        plots.save_picture(tmp_path / name, np.zeros((4, 4, 3), np.uint8), {"record": "x" * (3 << 20)})
         text = Image.open(tmp_path / name).info.get("record")
         assert text == ("x" * (3 << 20) if name.lower().endswith("png") else None)
 

@@ -25,6 +25,7 @@ import extras.density
 import formats.lpips
 import metrics.condition
 import metrics.images
+import plots
 import sample
 import train
 from diffusion import Diffusion
@@ -838,8 +839,9 @@ def test_every_pose_is_told_how_unusual_it_is(trained, tmp_path, capsys, monkeyp
     flags = ["--ckpt", rewritten(trained, tmp_path, poses=poses), "-n", "1", "--steps", "1",
              "--out", str(tmp_path / "x.png")]
     capsys.readouterr()
-    labels, save_grid = [], data.save_grid
-    monkeypatch.setattr(data, "save_grid", lambda *args, **how: labels.extend(how["labels"]) or save_grid(*args, **how))
+    labels, save_grid = [], plots.save_grid
+    monkeypatch.setattr(plots, "save_grid",
+                        lambda *args, **how: labels.extend(how["labels"]) or save_grid(*args, **how))
     assert sample.main([standing, str(tmp_path / "absurd.json"), *flags]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "standing: further out than 0 % of the training poses" in out
