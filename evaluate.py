@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import dataset.latents
 import formats.lpips
 import sample
 from diffusion import Diffusion
@@ -582,7 +583,7 @@ FILM = 8                            # checkpoints in the film strip, at most
 
 
 @torch.no_grad()
-def nearest(ldm: LDM, cache: data.LatentCache, parts: dict[str, Tensor]) -> dict[str, Near]:
+def nearest(ldm: LDM, cache: dataset.latents.LatentCache, parts: dict[str, Tensor]) -> dict[str, Near]:
     """The nearest training latent of each latent z [N, C, h, w] of `parts`, in one pass over all of the cache."""
     z, device = torch.cat(list(parts.values())).flatten(1), ldm.mean.device                     # [Q, D]
     least, rows = torch.full((len(z),), math.inf, device=device), torch.zeros(len(z), dtype=torch.long, device=device)
@@ -599,7 +600,7 @@ def nearest(ldm: LDM, cache: data.LatentCache, parts: dict[str, Tensor]) -> dict
                                                                  np.split(distances, ends), strict=True)}
 
 
-def training_latents(ldm: LDM, cache: data.LatentCache, rows: np.ndarray) -> Tensor:
+def training_latents(ldm: LDM, cache: dataset.latents.LatentCache, rows: np.ndarray) -> Tensor:
     """Latents z [N, C, h, w] of those rows, as diffusion works on them."""
     return (cache.rows(rows)[0].to(ldm.mean.device) - ldm.mean) / ldm.std
 
@@ -654,7 +655,7 @@ def overfit(args: argparse.Namespace) -> None:
     def encode(x: Tensor) -> Tensor:
         with checkpoint.autocast(config["amp"], device):                    # as train.py encoded the others
             return ldm.vq.encode(x.to(device)).float()
-    cache = data.LatentCache(run, f"{config['vq_hash']} {config['amp']}", train, encode, BATCH, device)
+    cache = dataset.latents.LatentCache(run, f"{config['vq_hash']} {config['amp']}", train, encode, BATCH, device)
     pairs = list(data.in_order(held_out, BATCH, args.limit))
     theirs = torch.cat([pose for _, pose in pairs])
     poses = {"training poses": cache.rows(2 * data.evenly(len(cache) // 2, args.n))[1],

@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import data
+import keypoints
+from data import evenly
 from keypoints import JOINTS, draw, on_canvas
 from metrics.images import psnr
 from metrics.overfit import (
@@ -31,7 +34,10 @@ from metrics.overfit import (
 from metrics.pose import Drawn, oks
 from vq import VQModel
 
-# ----------------------------------------------------------------------------------------------- grids
+if TYPE_CHECKING:                   # the check of a dataset draws its overview here
+    from dataset.check import Checked, Suspect
+
+# -------------------------------------------------------------------------------------------------------- grids
 
 def save_grid(
     path: str | Path,
@@ -126,7 +132,7 @@ def save_animation(path: str | Path, frames: list[np.ndarray], fps: float) -> No
                    lossless=True)                                               # which means nothing to a GIF
 
 
-# ----------------------------------------------------------------------------------- losses by steps and timesteps
+# -------------------------------------------------------------------------------- losses by steps and timesteps
 
 LEAST_COLOUR = 0.05                 # the share that has the strongest colour, at least: noise is to look pale
 
@@ -152,7 +158,7 @@ def draw_bins(ax: object, rows: list[dict], share: Callable[[dict], dict[str, fl
     ax.figure.colorbar(mesh, ax=ax, format="%+g %%", pad=0.02).ax.tick_params(labelsize=8)
 
 
-# --------------------------------------------------------------------------------------- the best and the worst samples
+# ------------------------------------------------------------------------------- the best and the worst samples
 
 EXTREMES = 5                        # pictures of the best and as many of the worst
 
@@ -172,7 +178,7 @@ def extremes_figure(path: Path, drawn: Drawn, read: np.ndarray, title: str) -> N
                    "real picture of that pose"], captions, title)
 
 
-# ------------------------------------------------------------------------------------------- the picture of recon
+# ----------------------------------------------------------------------------------------- the picture of recon
 
 PAGE_WIDTH = 2300                   # pixels, if the tiles do not become smaller than
 TILES = 96, 256                     # sides of a tile, least and most
@@ -258,7 +264,7 @@ def recon_figure(path: str | Path, models: list[VQModel], names: list[str], ds: 
                    [captions for _, captions in rows], title, scale=1)
 
 
-# ----------------------------------------------------------------------------------------- the picture of overfit
+# --------------------------------------------------------------------------------------- the picture of overfit
 
 PAGE_LEAST = 1400                   # pixels wide
 NEAR_SHOWN = 8                      # samples of each kind beside their nearest training pictures, the nearest first
@@ -340,3 +346,73 @@ def curves_figure(rows: list[dict], found: dict, distances: dict[str, np.ndarray
     fig.savefig(file, format="png")
     plt.close(fig)
     return Image.open(file).convert("RGB")
+
+
+# ------------------------------------------------------------------------------------ the overview of a dataset
+
+ACROSS = 6                      # pictures in one row of the overview
+DENSITY = 10_000                # skeletons in it: more would look the same
+
+
+def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: list[Suspect], report: dict, side: int,
+                  framed: Callable[[int], np.ndarray]) -> None:
+    """One picture: where the joints are, what is missing, the sizes; ordinary pictures; the worst suspects, `shown`.
+
+    `framed` gives picture i with its skeleton, uint8 [side, side, 3].
+    """
+    from matplotlib.figure import Figure  # without pyplot nothing is global, and no window can open
+
+    rows = checked.rows[checked.rows["sound"]]
+    ordinary = np.flatnonzero(checked.rows["sound"])[evenly(len(rows), ACROSS)]
+    cells = [(i, Path(checked.files[i]).name, "dimgray") for i in ordinary]
+    cells += [(None, "", "")] * (-len(cells) % ACROSS)
+    cells += [(s.index, f"{s.kind}: {s.why}\n{Path(s.file).name}", "firebrick") for s in shown]
+    lines = max(1, -(-len(cells) // ACROSS))
+    page = Figure(figsize=(16, 5.2 + 3.5 * lines), layout="constrained")
+    top, below = page.subfigures(2, 1, height_ratios=(5.2, 3.5 * lines))
+    verdicts = "".join(f"\n{_plain(sentence, 150)}" for sentence in report["verdicts"].values())
+    top.suptitle(f"{_plain(report['root'], 80)}: {len(rows)} pictures, {len(suspects)} suspects{verdicts}",
+                 color="firebrick" if report["verdicts"] else "black", parse_math=False)
+    where, joints, sizes = top.subplots(1, 3)
+    _draw_density(where, rows["pose"])
+    names, lacking = [name.replace("_", " ") for name in keypoints.JOINTS], list(report["joints"].values())
+    missing, outside = ([joint[key] for joint in lacking] for key in ("missing", "outside"))
+    if not any(missing + outside):
+        joints.text(0.5, 0.5, "none is missing, none outside the picture", ha="center", transform=joints.transAxes)
+    joints.barh(names, missing, color="silver")
+    joints.barh(names, outside, left=missing, color="indianred")
+    joints.set(title="joints missing (grey) and outside (red)", xlim=(0, max(1, *np.add(missing, outside))),
+               xlabel="pictures")
+    joints.invert_yaxis()
+    short = report["short_side"]["histogram"]
+    sizes.bar(list(short), list(short.values()), color="steelblue")
+    sizes.set(title="short side", xlabel="pixels", ylabel="pictures", xlim=(-1, max(2, len(short))))
+    axes = below.subplots(lines, ACROSS, squeeze=False).ravel()
+    for ax in axes:
+        ax.axis("off")
+    for ax, (i, words, colour) in zip(axes, cells, strict=False):
+        if i is not None:
+            ax.imshow(framed(i), interpolation="nearest" if side < 200 else None)
+            text = "\n".join(line for part in words.split("\n") for line in textwrap.wrap(_plain(part, 150), 38))
+            ax.set_title(text, fontsize=9, color=colour, parse_math=False, y=0, va="top", pad=-4)
+    page.savefig(path, format="png", dpi=80)
+
+
+def _plain(text: str, most: int) -> str:
+    """What every font has, and not too long."""
+    text = text.encode("ascii", "replace").decode()
+    return text if len(text) <= most else f"{text[:most // 2 - 2]}...{text[-most // 2 + 2:]}"
+
+
+def _draw_density(ax, poses: np.ndarray) -> None:
+    """Skeletons [N, 17, 3] as a 2-D histogram of points along their limbs, the picture's border drawn in."""
+    poses = poses[evenly(len(poses), DENSITY)]
+    seen = poses[..., 2] > 0
+    along, counts = np.linspace(0, 1, 24)[:, None], np.zeros((96, 96))
+    for a, b in keypoints.LIMBS:
+        ends = poses[seen[:, a] & seen[:, b]][:, [a, b], None, :2]                                      # [n, 2, 1, 2]
+        x, y = (ends[:, 0] * (1 - along) + ends[:, 1] * along).reshape(-1, 2).T
+        counts += np.histogram2d(y, x, bins=96, range=((-0.1, 1.1), (-0.1, 1.1)))[0]
+    ax.imshow(np.sqrt(counts), cmap="magma", extent=(-0.1, 1.1, 1.1, -0.1), interpolation="bilinear")
+    ax.plot((0, 1, 1, 0, 0), (0, 0, 1, 1, 0), color="white", lw=0.8)
+    ax.set(title="where people are", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))

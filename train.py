@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import dataset.latents
 import formats.lpips
 import metrics.condition
 import metrics.images
@@ -1174,7 +1175,7 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
             return vq.encode(x.to(device)).float()
 
     with data.naming_broken(run.dir / broken_list(), train, val):
-        cache = data.LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, ENCODED, device, c.workers)
+        cache = dataset.latents.LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, ENCODED, device, c.workers)
         held_out = list(data.in_order(val, at_once(c), eval_latents(c)))
     if sum(len(x) for x, _ in held_out) < 2:
         raise ValueError(f"{c.data} leaves fewer than 2 usable pictures to validate on: add pictures, or give a set of "
@@ -1271,7 +1272,8 @@ def train_ldm(c: Config, fresh: bool = False, kind: type[Run] = Run) -> bool:
         for step in itertools.count(run.start):
             seed_step(c.seed, step)
             set_lr(lr_at(step, run.c), opt)
-            numbers = train_step(step, *data.latent_batch(cache, r.batch_size, c.seed, step, rank(), world()))
+            numbers = train_step(
+                step, *dataset.latents.latent_batch(cache, r.batch_size, c.seed, step, rank(), world()))
             if run.after_step(step, numbers, bar, stopped):
                 break
     return run.finish(step + 1)
@@ -1289,7 +1291,7 @@ def eval_latents(c: Config) -> int:
     return max(least, min(most, int(spare)))
 
 
-def poses_kept(cache: data.LatentCache) -> Tensor:
+def poses_kept(cache: dataset.latents.LatentCache) -> Tensor:
     """Poses of training pictures that have a visible joint, float16 [N, 17, 3]: all, or POSES_KEPT spread evenly."""
     poses = cache.poses[:len(cache):2]                      # mapped; the odd rows are their mirror images
     seen = np.flatnonzero((poses[..., 2] > 0).any(axis=1))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+from dataset.figures import Figures
 from keypoints import JOINTS, MIRROR, heatmaps, on_canvas
 
 READER_VERSION = 2                  # raise it when what a reader learns changes: cached ones are then made anew
@@ -183,7 +184,7 @@ def find_reader(spec: str, pictures: data.Pictures, device: str = "cpu",
         print(f"pose reader {path}, trained before")
         return reader.to(device)
     if not data.is_folder(spec):
-        first = data.Figures(data.FIGURES_TRAIN, pictures.size, seed=0)     # who learnt from these reads any number
+        first = Figures(data.FIGURES_TRAIN, pictures.size, seed=0)     # who learnt from these reads any number
         if reader := kept_reader(SHIPPED_READER, about | {"pictures": first.fingerprint()}):
             print(f"pose reader {os.path.relpath(SHIPPED_READER)}, which ships")
             return reader.to(device)

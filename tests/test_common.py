@@ -2,12 +2,12 @@
 import numpy as np
 import pytest
 
-import data
 import extras.density
 import keypoints as K
+from dataset.figures import Figures
 from extras.density import PoseDensity
 
-FIGURES = np.stack([data.Figures(700, 16).source(i)[1] for i in range(700)]).astype(np.float64)
+FIGURES = np.stack([Figures(700, 16).source(i)[1] for i in range(700)]).astype(np.float64)
 TRAIN, HELD_OUT = FIGURES[:500], FIGURES[500:]
 
 

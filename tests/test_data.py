@@ -12,7 +12,9 @@ from PIL import Image
 import data
 import keypoints
 import plots
-from data import DataError, InMemory, LatentCache, Part, PoseFolder, batches, latent_batch, split, to_square
+from data import DataError, InMemory, Part, PoseFolder, batches, split, to_square
+from dataset.figures import Figures
+from dataset.latents import LatentCache, latent_batch
 
 
 def some_pose(seed: int) -> np.ndarray:
@@ -446,7 +448,7 @@ def test_one_clip_alone_splits_by_picture(tmp_path):
 
 
 def test_what_lies_around_a_dataset_tells_the_same_of_each_picture(tmp_path):
-    for ds, name in ((PoseFolder(folder(tmp_path, 3), 12), ".*clip0_002.png"), (data.Figures(3, 12), "figure 2")):
+    for ds, name in ((PoseFolder(folder(tmp_path, 3), 12), ".*clip0_002.png"), (Figures(3, 12), "figure 2")):
         around = InMemory(Part(InMemory(ds), [2, 0]))
         assert re.fullmatch(name, around.name(0)) and around.name(1) == ds.name(0) and around.base is ds
         assert around.groups() == [ds.groups()[i] for i in (2, 0)]
@@ -455,7 +457,7 @@ def test_what_lies_around_a_dataset_tells_the_same_of_each_picture(tmp_path):
 
 
 def test_caches_of_figures_are_found_by_later_versions_too():
-    figures = data.Figures(10, 32, seed=5)
+    figures = Figures(10, 32, seed=5)
     assert figures.fingerprint()[:16] == "8a851cf292cb06fb"
     assert Part(figures, [3, 1]).fingerprint()[:16] == "4bbd6effb013b1a7"
 

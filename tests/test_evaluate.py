@@ -20,6 +20,7 @@ import formats.lpips
 import metrics.codebook
 import metrics.images
 import plots
+from dataset.figures import Figures
 from keypoints import JOINTS, ConditionConfig, PoseCondition
 from unet import UNet, UNetConfig
 from vq import VQConfig, VQModel
@@ -37,7 +38,7 @@ def vq_payload(model: VQModel) -> dict:
 def files(tmp_path_factory):
     """Two tiny autoencoders a/last.pt and b/last.pt, as train.py writes them."""
     root = tmp_path_factory.mktemp("models")
-    x = torch.stack([data.to_tensor(data.Figures(8, 16)[i][0]) for i in range(8)])
+    x = torch.stack([data.to_tensor(Figures(8, 16)[i][0]) for i in range(8)])
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
         model = VQModel(TINY).eval()
@@ -361,7 +362,7 @@ def test_lpips_where_weights_are_given(files, monkeypatch, capsys):
 
 
 def test_pictures_without_keypoints_count(files, tmp_path, capsys):
-    ds = data.Figures(3, 20)
+    ds = Figures(3, 20)
     (tmp_path / "mine").mkdir()
     for i in range(3):
         Image.fromarray(ds[i][0]).save(tmp_path / f"mine/{i}.png")

@@ -14,6 +14,7 @@ import evaluate
 import metrics.condition
 import metrics.pose
 import plots
+from dataset.figures import Figures
 from formats.pose_files import load_poses
 from keypoints import JOINTS, ConditionConfig, PoseCondition, flip, heatmaps
 from ldm import DEFAULT_GUIDANCE
@@ -80,17 +81,17 @@ def test_a_picture_is_read_alike_in_any_batch():
 
 
 def test_training_learns():
-    pictures = [data.Figures(4, 64)[i] for i in range(4)]
+    pictures = [Figures(4, 64)[i] for i in range(4)]
     x, poses = (torch.from_numpy(np.stack(part)) for part in zip(*pictures, strict=True))
-    reader = keypoint_detector.train_reader(data.Figures(4, 64), steps=25)
-    fresh = keypoint_detector.train_reader(data.Figures(4, 64), steps=0)
+    reader = keypoint_detector.train_reader(Figures(4, 64), steps=25)
+    fresh = keypoint_detector.train_reader(Figures(4, 64), steps=0)
     learnt, before = (keypoint_detector.reader_loss(r.train()(data.to_tensor(x.numpy()))[0], poses)
                       for r in (reader, fresh))
     assert learnt < before - 1
 
 
 def test_training_moves_no_generator_and_repeats_itself():
-    pictures = data.Figures(32, 64)
+    pictures = Figures(32, 64)
     torch.manual_seed(5)
     first = keypoint_detector.train_reader(pictures, steps=3)
     after = torch.rand(1)
@@ -102,7 +103,7 @@ def test_training_moves_no_generator_and_repeats_itself():
 
 
 def test_a_share_of_the_pictures_is_degraded_and_keeps_its_colours():
-    x = torch.stack([data.to_tensor(data.Figures(1, 64)[0][0])] * 100)
+    x = torch.stack([data.to_tensor(Figures(1, 64)[0][0])] * 100)
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(keypoint_detector.degraded(x, 0.0, generator), x)
     y = torch.cat([keypoint_detector.degraded(x, 0.3, generator)[:30] for _ in range(10)]) - x[0]
@@ -121,8 +122,8 @@ def test_a_picture_and_its_mirror_image_have_mirrored_poses():
 
 @pytest.mark.slow
 def test_it_learns_to_read_pictures_it_has_not_seen():
-    reader = keypoint_detector.train_reader(data.Figures(4000, 64), steps=150)
-    held_out = [data.Figures(64, 64, seed=1)[i] for i in range(64)]
+    reader = keypoint_detector.train_reader(Figures(4000, 64), steps=150)
+    held_out = [Figures(64, 64, seed=1)[i] for i in range(64)]
     read, _ = metrics.pose.read_all(reader, np.stack([image for image, _ in held_out]))
     asked = np.stack([pose for _, pose in held_out])
     assert metrics.pose.fidelity(read, asked)["pck@0.1"] > 0.6
@@ -134,7 +135,7 @@ def test_the_reader_is_cached_beside_the_dataset_and_made_anew_for_other_picture
     trained = []
     train = keypoint_detector.train_reader
     monkeypatch.setattr(keypoint_detector, "train_reader", lambda *args: trained.append(args[0]) or train(*args))
-    few, more = data.Figures(4, 64), data.Figures(5, 64)
+    few, more = Figures(4, 64), Figures(5, 64)
     reader = keypoint_detector.find_reader("figures:4", few, steps=1)
     again = keypoint_detector.find_reader("figures:4", few, steps=1)
     path, = (tmp_path / "runs").glob("figures-4-pose-reader-64-*.pt")
@@ -152,24 +153,24 @@ def test_the_reader_that_ships_reads_any_number_of_figures_and_nothing_else(tmp_
     torch.manual_seed(0)
     reader = keypoint_detector.PoseReader(64).eval()
     about = {"version": keypoint_detector.READER_VERSION, "side": 64, "steps": 1,
-             "pictures": data.Figures(6, 64, seed=0).fingerprint()}
+             "pictures": Figures(6, 64, seed=0).fingerprint()}
     checkpoint.save(tmp_path / "shipped.pt", {"about": about, "reader": {
         name: value.half() if value.is_floating_point() else value for name, value in reader.state_dict().items()}})
     monkeypatch.setattr(keypoint_detector, "SHIPPED_READER", tmp_path / "shipped.pt")
     monkeypatch.setattr(keypoint_detector, "train_reader", lambda pictures, *args: reader)
-    found = keypoint_detector.find_reader("figures:3", data.Figures(3, 64), steps=1)
+    found = keypoint_detector.find_reader("figures:3", Figures(3, 64), steps=1)
     assert "shipped.pt, which ships" in capsys.readouterr().out and not (tmp_path / "runs").exists()
     for name, value in reader.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-3, atol=1e-6)
-    for spec, pictures, steps in (("mine", data.Figures(3, 64), 1), ("figures:3", data.Figures(3, 32), 1),
-                                  ("figures:3", data.Figures(3, 64), 2)):           # other ones are taught
+    for spec, pictures, steps in (("mine", Figures(3, 64), 1), ("figures:3", Figures(3, 32), 1),
+                                  ("figures:3", Figures(3, 64), 2)):           # other ones are taught
         keypoint_detector.find_reader(spec, pictures, steps=steps)
         assert "which ships" not in capsys.readouterr().out
 
 
 def test_whatever_lies_where_the_reader_is_kept_a_good_one_takes_its_place(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    pictures = data.Figures(2, 64)
+    pictures = Figures(2, 64)
     reader = keypoint_detector.find_reader("figures:2", pictures, steps=0)
     path, = (tmp_path / "runs").iterdir()
     good = checkpoint.read(path)

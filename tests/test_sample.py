@@ -22,6 +22,7 @@ import extras.motion
 import plots
 import sample
 import train
+from dataset.figures import Figures
 from diffusion import Diffusion, ddim, ddim_table, ddpm, dpm_solver, held, invert, log_snr, per_image_noise, slerp
 from vq import VQModel
 
@@ -191,7 +192,7 @@ def ckpt(tmp_path_factory) -> str:
         payload = torch.load(root / "vq/last.pt", weights_only=True)
         torch.manual_seed(0)
         vq = VQModel(MICRO.vq_config).eval()
-        figures = np.stack([np.asarray(data.Figures(16, 32).source(i)[0]) for i in range(16)])
+        figures = np.stack([np.asarray(Figures(16, 32).source(i)[0]) for i in range(16)])
         with torch.no_grad():
             h = vq.encode(data.to_tensor(figures)).permute(0, 2, 3, 1).reshape(-1, 3)
             vq.quantize.embedding.weight.copy_(h[torch.randperm(len(h))[:32]])
@@ -203,7 +204,7 @@ def ckpt(tmp_path_factory) -> str:
 
 @pytest.fixture
 def picture(tmp_path) -> str:
-    Image.fromarray(np.asarray(data.Figures(3, 32).source(1)[0])).save(tmp_path / "figure.png")
+    Image.fromarray(np.asarray(Figures(3, 32).source(1)[0])).save(tmp_path / "figure.png")
     return str(tmp_path / "figure.png")
 
 

@@ -28,6 +28,7 @@ import metrics.images
 import plots
 import sample
 import train
+from dataset.figures import Figures
 from diffusion import Diffusion
 from keypoints import ConditionConfig
 from ldm import LDM
@@ -816,7 +817,7 @@ def spy_on_poses(monkeypatch) -> list[torch.Tensor]:
 
 
 def test_a_checkpoint_carries_training_poses_spread_over_all(trained, monkeypatch):
-    wanted = np.stack([data.Figures(12, 32).source(i)[1] for i in range(12)])
+    wanted = np.stack([Figures(12, 32).source(i)[1] for i in range(12)])
     for name in ("last.pt", "best.pt"):
         _, payload = checkpoint.load_ldm(path := trained / "ldm" / name)
         assert payload["poses"].dtype == torch.float16
