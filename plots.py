@@ -175,7 +175,7 @@ def extremes_figure(path: Path, drawn: Drawn, read: np.ndarray, title: str) -> N
             row.append(cell)
             caption.append(words)
     save_grid(path, rows, ["best"] * n + ["worst"] * n, ["pose asked for", "sample", "pose read in it",
-                   "real picture of that pose"], captions, title)
+              "real picture of that pose"], captions, title)
 
 
 # ----------------------------------------------------------------------------------------- the picture of recon
@@ -261,7 +261,7 @@ def recon_figure(path: str | Path, models: list[VQModel], names: list[str], ds: 
                 if not word:
                     add(row, error_map(part_hat, part))
     save_grid(path, [tiles for tiles, _ in rows], columns, [word for word, _ in shown],
-                   [captions for _, captions in rows], title, scale=1)
+              [captions for _, captions in rows], title, scale=1)
 
 
 # --------------------------------------------------------------------------------------- the picture of overfit
@@ -286,11 +286,11 @@ def overfit_figure(path: Path, decode: Callable[[Tensor], list[np.ndarray]], tra
         captions += [[f"{d:.2f}" + (" COPY" if d < limit else "") for d in distances],
                      ["mirrored" if row % 2 else "" for row in at]]
     grid = save_grid(path, tiles, labels=labels, captions=captions, title="Root mean square distance in latent "
-                          f"space; {COPY_PERCENTILE:g} % of held-out pictures are nearer than {limit:.2f}")
+                     f"space; {COPY_PERCENTILE:g} % of held-out pictures are nearer than {limit:.2f}")
     size = tiles[0][0].shape[0]
     strips = [[draw(poses[name][0].numpy(), size), *(strip[step][i] for step in strip)] for i, name in enumerate(poses)]
     filmed = save_grid(path, strips, ["pose", *(f"step {step:,}" for step in strip)],
-                            [f"one of the {name}" for name in poses], title="One seed through the checkpoints")
+                       [f"one of the {name}" for name in poses], title="One seed through the checkpoints")
     width = max(PAGE_LEAST, grid.width, filmed.width)
     parts = [curves_figure(rows, found, {name: n.distances for name, n in near.items()}, width), grid, filmed]
     page = Image.new("RGB", (width, sum(part.height for part in parts)), "white")

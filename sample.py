@@ -369,7 +369,7 @@ def animate(path: Path, plan: Plan, pictures: list[np.ndarray], fps: float) -> N
     """The skeleton and beside it the samples, frame after frame."""
     n, size = plan.n, pictures[0].shape[0]
     plots.save_animation(path, [np.concatenate([draw(pose, size), *pictures[p * n:(p + 1) * n]], axis=1)
-                               for p, pose in enumerate(plan.poses)], fps)
+                                for p, pose in enumerate(plan.poses)], fps)
 
 
 def sheet_and_animation(args: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -827,7 +827,7 @@ def run(args: argparse.Namespace, command: str) -> str:
             grid["columns"][-1] = "from its noise"                      # and no seed's
         n_steps = how_many_steps(ldm, args.sampler, args.steps, args.spacing)
         made = plots.save_grid(out, **grid, title=title_of(args, record["flags"], n_steps, payload["step"]),
-                              words=words(record, plan, command))
+                               words=words(record, plan, command))
     if moving:
         animate(moving, plan, pictures, args.fps)
     if args.separate:

@@ -1140,7 +1140,7 @@ def preview_vq(model: VQModel, val: data.Pictures, path: Path, c: Config, result
     error = (x_hat - x).abs().mean(1, keepdim=True).expand_as(x) * 2 - 1
     rows = [[data.to_uint8(b[i]) for b in (x, box, x_hat, error)] for i in range(len(x))]
     plots.save_grid(path, rows, columns=["original", f"{c.vq_config.factor}x box", "reconstruction", "error"],
-                   title=f"{path.stem}: {result['psnr']:.2f} dB, box {result['psnr_box']:.2f} dB")
+                    title=f"{path.stem}: {result['psnr']:.2f} dB, box {result['psnr_box']:.2f} dB")
 
 
 # --------------------------------------------------------------------------------------------------- stage 2
@@ -1325,8 +1325,8 @@ def preview_ldm(ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor, Tensor], pa
         sample = ldm.decode(last.x).float()
     rows = [[data.to_uint8(x_hat[i]), draw(pose[i].cpu(), c.size), data.to_uint8(sample[i])] for i in range(len(x))]
     plots.save_grid(path, [list(row) for row in zip(*rows, strict=True)], labels=["reconstruction of the real picture",
-                   "pose asked for", f"sample, DDIM {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"],
-                   title=f"{path.stem}: held-out loss {result['right']:.4f}, shuffled / right {result['ratio']:.3f}")
+                    "pose asked for", f"sample, DDIM {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"],
+                    title=f"{path.stem}: held-out loss {result['right']:.4f}, shuffled / right {result['ratio']:.3f}")
 
 
 # ------------------------------------------------------------------------------ memory and time, before they are spent

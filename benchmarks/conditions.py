@@ -130,7 +130,7 @@ def step_times(args: argparse.Namespace) -> dict[str, float]:
             c = config(args, name, 0, 1)
             C, side = vq.config.embed_dim, c.size // vq.config.factor
             ldm = LDM(vq, c.unet_config, c.cond_config, torch.zeros(C, 1, 1), torch.ones(C, 1, 1),
-                                 c.schedule, True).to(memory_format=torch.channels_last)
+                      c.schedule, True).to(memory_format=torch.channels_last)
         steps[name] = stepper(ldm, c, torch.randn(c.recipe.batch_size, C, side, side))
     for i in range(ROUNDS + 1):
         for name, step in steps.items():

@@ -660,7 +660,7 @@ def downloads(tmp_path, monkeypatch):
     for i, content in enumerate(contents):
         (tmp_path / f"source{i}").write_bytes(content)
         files.append(formats.lpips.Download(f"file{i}.pth", (tmp_path / f"source{i}").as_uri(),
-                                         hashlib.sha256(content).hexdigest(), "x"))
+                                            hashlib.sha256(content).hexdigest(), "x"))
     monkeypatch.setattr(formats.lpips, "LPIPS_FILES", tuple(files))
     return contents
 

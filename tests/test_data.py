@@ -658,7 +658,7 @@ def test_grid_shows_the_pictures_enlarged_and_words_beside_them(tmp_path):
     rng = np.random.default_rng(0)
     red, noise = np.full((40, 40, 3), (255, 0, 0), np.uint8), rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
     page = plots.save_grid(tmp_path / "new" / "a.png", [[red, noise], [noise, None]], columns=["one", "two"],
-                          labels=["first", "second"], captions=[["a" * 99, ""], ["", ""]], title="Title")
+                           labels=["first", "second"], captions=[["a" * 99, ""], ["", ""]], title="Title")
     read = np.asarray(Image.open(tmp_path / "new" / "a.png"))
     assert (read == np.asarray(page)).all()
     assert ((read == (255, 0, 0)).all(-1)).sum() == 160 * 160           # 40 pixels at x4, nothing drawn over them

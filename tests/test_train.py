@@ -716,7 +716,7 @@ def test_a_context_width_that_differs_is_refused():
                             num_heads=2, context_dim=None)
     with pytest.raises(ValueError, match="would not reach the UNet"):
         LDM(VQModel(MICRO.vq_config), unet, ConditionConfig(("seed",)), torch.zeros(3, 1, 1),
-                       torch.ones(3, 1, 1), {}, True)
+            torch.ones(3, 1, 1), {}, True)
 
 
 # ------------------------------------------------------------------------------------------------------- mistakes
