@@ -17,21 +17,16 @@ Letters: B batch, H W picture, K codes, D features, J = 17 joints, n cells a sid
 from __future__ import annotations
 
 import argparse
-import heapq
 import importlib.util
-import io
-import itertools
 import json
 import math
 import os
-import random
 import re
 import shlex
 import sys
-import textwrap
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # Before torch is imported: idle threads sleep instead of spinning, so other programs cost no more than their share.
@@ -39,866 +34,53 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 import data
+import dataset.latents
+import formats.lpips
 import sample
 from diffusion import Diffusion
-from keypoints import JOINTS, MIRROR, NobodyFound, Poses, draw, heatmaps, load_poses, oks, on_canvas, pck
+from engine.run import read_log
+from formats import compvis
+from formats.pose_files import NobodyFound, Poses, load_poses
+from keypoints import JOINTS
+from ldm import LDM
+from metrics.codebook import code_counts, code_overlap
+from metrics.condition import condition_losses
+from metrics.images import SSIM_WINDOW, Features, Measure, Shortlist, compare, inception, l1, psnr, ssim
+from metrics.keypoint_detector import find_reader
+from metrics.overfit import (
+    HELD_OUT,
+    Near,
+    headline,
+    verdict,
+)
+from metrics.pose import Drawn, assess, judge
+from plots import ERROR_WHITE, extremes_figure, overfit_figure, recon_figure
 from vq import VQModel
 
 BATCH = 8                           # one layer of the published autoencoders is 34 MB for a picture of 256 pixels
-SHUFFLE_SEED = 1234                 # of the fixed noise and the fixed wrong poses: one number, so runs compare
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5   # of the Gaussian window, and the constants K1 and K2: Wang et al. 2004
-SSIM_K1, SSIM_K2 = 0.01, 0.03
 FRECHET_PICTURES = 2048             # with fewer pictures than Inception features the covariance is singular
 DEFAULT_SIZE = 256                  # of pictures, where no checkpoint knows its own: the published ones'
-Measure = Callable[[Tensor, Tensor], Tensor]                # (x_hat, x), each [B, 3, H, W] in [-1, 1] -> [B]
-Features = Callable[[Tensor], Tensor]                       # pictures [B, 3, H, W] in [-1, 1] -> [B, D]
-
-
-# ------------------------------------------------------------------------------------------ measures of pictures
-
-def l1(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Mean absolute difference of each picture, [B], of values in [-1, 1]."""
-    return (x_hat.clamp(-1, 1) - x).abs().mean(dim=(1, 2, 3))
-
-
-def psnr(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture, [B], for x_hat and x [B, 3, H, W] in [-1, 1]."""
-    mse = ((x_hat.clamp(-1, 1) - x) / 2).square().mean(dim=(1, 2, 3))
-    return -10 * torch.log10(mse.clamp(min=1e-12))
-
-
-def ssim(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Structural similarity of each picture, [B]; 1 where both are the same (Wang et al. 2004, eq. 13).
-
-    Per channel, over the places where the Gaussian window lies inside the picture, weighed variances: the numbers of
-    scikit-image with gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.
-    """
-    at = torch.arange(SSIM_WINDOW, device=x.device, dtype=torch.float64) - SSIM_WINDOW // 2
-    g = torch.exp(-at ** 2 / (2 * SSIM_SIGMA ** 2))
-    g = g / g.sum()
-    C = x.shape[1]
-    across = g.view(1, 1, 1, -1).expand(C, 1, 1, -1)
-    down = g.view(1, 1, -1, 1).expand(C, 1, -1, 1)
-
-    def mean(p: Tensor) -> Tensor:
-        return F.conv2d(F.conv2d(p, across, groups=C), down, groups=C)
-    # In float64: a variance is the difference of two nearly equal numbers where the picture is flat.
-    a, b = (x_hat.double().clamp(-1, 1) + 1) / 2, (x.double() + 1) / 2
-    m_a, m_b = mean(a), mean(b)
-    v_a, v_b, v_ab = mean(a * a) - m_a ** 2, mean(b * b) - m_b ** 2, mean(a * b) - m_a * m_b
-    c1, c2 = SSIM_K1 ** 2, SSIM_K2 ** 2
-    s = (2 * m_a * m_b + c1) * (2 * v_ab + c2) / ((m_a ** 2 + m_b ** 2 + c1) * (v_a + v_b + c2))
-    return s.mean(dim=(1, 2, 3)).float()
-
-
-def box_baseline(x: Tensor, factor: int) -> Tensor:
-    """x [B, 3, H, W] averaged over factor x factor boxes and blown up again: what an autoencoder has to beat."""
-    return F.interpolate(F.avg_pool2d(x, factor), scale_factor=float(factor), mode="nearest")
-
-
-# --------------------------------------------------------------------------------- measures of a set of pictures
-
-def code_use(counts: Tensor) -> dict[str, float]:
-    """Of the uses [K] of each code: the share of codes used at all, and exp of the entropy, K at most."""
-    p = counts.double() / counts.sum()
-    return {"codes_used": (counts > 0).double().mean().item(),
-            "perplexity": torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item()}
-
-
-def code_overlap(ours: Tensor, theirs: Tensor) -> dict[str, float]:
-    """How far two sets of pictures use the same codes, from the uses [K] of each code in one and in the other.
-
-    common is |A and B| / |A or B| over codes; ours_known is the share of our uses that fall on codes which they use at
-    all, theirs_known the reverse; histogram is sum min(p_A, p_B), 1 where every code has the same share in both.
-    """
-    a, b = ours > 0, theirs > 0
-    p_a, p_b = ours.double() / ours.sum(), theirs.double() / theirs.sum()
-    return {"both": (a & b).sum().item(), "only_ours": (a & ~b).sum().item(), "only_theirs": (b & ~a).sum().item(),
-            "common": ((a & b).sum() / (a | b).sum()).item(),
-            "ours_known": p_a[b].sum().item(), "theirs_known": p_b[a].sum().item(),
-            "histogram": torch.minimum(p_a, p_b).sum().item()}
-
-
-class Moments:
-    """Mean [D] and covariance [D, D] of features, from running sums in float64."""
-
-    def __init__(self):
-        self.n, self.total, self.outer = 0, 0.0, 0.0
-
-    def add(self, features: Tensor) -> None:
-        """features [B, D]"""
-        f = features.double()
-        self.n, self.total, self.outer = self.n + len(f), self.total + f.sum(0), self.outer + f.T @ f
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        if self.n < 2:
-            raise ValueError(f"a covariance needs at least 2 pictures, but there is {self.n}")
-        mean = self.total / self.n
-        return mean, (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
-
-
-def frechet(a: Moments, b: Moments) -> float:
-    """Squared Frechet distance of the Gaussians with these moments (arXiv:1706.08500 eq. 6): FID of Inception features.
-
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The last trace is the sum of the square roots of the eigenvalues
-    of C_a^(1/2) C_b C_a^(1/2), which is symmetric where C_a C_b is not. NaN where a feature is not finite.
-    """
-    (m_a, c_a), (m_b, c_b) = a.result(), b.result()
-    if not (c_a.isfinite().all() and c_b.isfinite().all()):     # on which eigh would raise
-        return math.nan
-    values, vectors = torch.linalg.eigh(c_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ c_b @ root).clamp(min=0).sqrt().sum()
-    return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * cross).clamp(min=0).item()
-
-
-# ----------------------------------------------------------------------------------------- one pass over pictures
-
-class Tally:
-    """Running figures of one kind of reconstruction; its memory does not grow with the pictures."""
-
-    def __init__(
-        self,
-        measures: dict[str, Measure],
-        n_embed: int = 0,                       # codes to count
-        features: Features | None = None,       # whose moments over the reconstructions rFID needs
-    ):
-        self.measures, self.sums, self.n = measures, dict.fromkeys(measures, 0.0), 0
-        self.counts = torch.zeros(n_embed, dtype=torch.long)        # uses of each code
-        self.features, self.moments = features, Moments()
-
-    def add(self, x_hat: Tensor, x: Tensor, indices: Tensor | None = None) -> dict[str, Tensor]:
-        """Counts reconstructions x_hat of x [B, 3, H, W] and their codes [B, h, w]; gives each picture's values [B]."""
-        values = {name: measure(x_hat, x) for name, measure in self.measures.items()}
-        for name, value in values.items():
-            self.sums[name] += value.sum().item()
-        if indices is not None:
-            self.counts += count_codes(indices, len(self.counts))
-        if self.features is not None:
-            self.moments.add(self.features(x_hat))
-        self.n += len(x)
-        return values
-
-    def result(self, originals: Moments | None = None) -> dict[str, float]:
-        """Means, code use, and with the `originals`' features the Frechet distance to them, "rfid"."""
-        if self.n == 0:
-            raise ValueError("there are no pictures to evaluate on")
-        out = {k: v / self.n for k, v in self.sums.items()} | (code_use(self.counts) if len(self.counts) else {})
-        return out | ({"rfid": frechet(originals, self.moments)} if originals is not None else {})
-
-
-def count_codes(indices: Tensor, n_embed: int) -> Tensor:
-    """Uses [K] of each code among indices of any shape, on the CPU."""
-    return torch.bincount(indices.flatten().cpu(), minlength=n_embed)
-
-
-@torch.no_grad()
-def reconstruction(model: VQModel, images: Iterable[Tensor], device: str | torch.device = "cpu",
-                   autocast: Callable[[], AbstractContextManager] = nullcontext) -> dict[str, float]:
-    """Means over all pictures, each batch [B, 3, H, W] in [-1, 1]; usage and perplexity count every code of the set.
-
-    psnr is of the quantised reconstruction, psnr_box of `box_baseline`; perplexity is exp of the entropy of the
-    codes, K at most.
-    """
-    was_training = model.training
-    model.eval()
-    tally, box = Tally({"psnr": psnr, "l1": l1}, model.config.n_embed), Tally({"psnr": psnr})
-    for x in images:
-        x = x.to(device)
-        with autocast():
-            x_hat, _, indices = model(x)
-        tally.add(x_hat.float(), x, indices)
-        box.add(box_baseline(x, model.config.factor), x)
-    model.train(was_training)
-    return tally.result() | {"psnr_box": box.result()["psnr"], "pictures": tally.n}
-
-
-class Shortlist:
-    """Which pictures to show: the worst of all, and some around the median, chosen in memory that does not grow.
-
-    A heap keeps the `n` lowest values, a reservoir (Vitter 1985, algorithm R, seeded) a fair draw of all others too.
-    NaN, which has no order, counts as the lowest: a picture that broke the model is the first to look at.
-    """
-    RESERVOIR = 1024
-
-    def __init__(self, n: int, seed: int = 0):
-        self.n, self.seen, self.heap, self.reservoir = n, 0, [], []
-        self.rng = random.Random(seed)
-
-    def add(self, value: float, index: int) -> None:
-        value = -math.inf if math.isnan(value) else value
-        heapq.heappush(self.heap, (-value, index))          # the best of the worst lies on top, and leaves
-        if len(self.heap) > self.n:
-            heapq.heappop(self.heap)
-        self.seen += 1
-        if len(self.reservoir) < self.RESERVOIR:
-            self.reservoir.append((value, index))
-        elif (place := self.rng.randrange(self.seen)) < self.RESERVOIR:
-            self.reservoir[place] = value, index
-
-    def worst(self) -> list[int]:
-        """Indices, the worst first."""
-        return [index for _, index in sorted(self.heap, reverse=True)]
-
-    def typical(self) -> list[int]:
-        """Indices of the n values about the median that are not among the worst, from low to high."""
-        worst = set(self.worst())
-        rest = sorted(self.reservoir)
-        middle = (len(rest) - 1) / 2
-        nearest = sorted((abs(rank - middle), rank) for rank, (_, index) in enumerate(rest) if index not in worst)
-        return [rest[rank][1] for rank in sorted(rank for _, rank in nearest[:self.n])]
-
-
-@dataclass
-class Comparison:
-    """What `compare` found."""
-    tallies: list[Tally]                # of each model
-    boxes: dict[int, Tally]             # of `box_baseline`, by its factor
-    originals: Moments | None           # of the pictures' own features
-    shortlist: Shortlist                # by the first model's psnr
-
-
-@torch.no_grad()
-def compare(models: list[VQModel], batches: Iterable[tuple[Tensor, Tensor]], measures: dict[str, Measure],
-            features: Features | None = None, show: int = 3, device: str | torch.device = "cpu") -> Comparison:
-    """Every model on the same batches (pictures [B, 3, H, W] in [-1, 1], indices [B]), in one pass.
-
-    `measures` have psnr among them; the shortlist holds 2 * `show` pictures.
-    """
-    found = Comparison([Tally(measures, model.config.n_embed, features) for model in models],
-                       {f: Tally(measures, 0, features) for f in sorted({model.config.factor for model in models})},
-                       Moments() if features is not None else None, Shortlist(show))
-    for x, indices in batches:
-        x = x.to(device)
-        if features is not None:
-            found.originals.add(features(x))
-        for i, (model, tally) in enumerate(zip(models, found.tallies, strict=True)):
-            x_hat, _, codes = model(x)
-            values = tally.add(x_hat.float().clamp(-1, 1), x, codes)
-            if i == 0:
-                for value, index in zip(values["psnr"].tolist(), indices.tolist(), strict=True):
-                    found.shortlist.add(value, index)
-        for factor, tally in found.boxes.items():
-            tally.add(box_baseline(x, factor), x)
-    return found
-
-
-@torch.no_grad()
-def code_counts(models: list[VQModel], images: Iterable[Tensor],
-                device: str | torch.device = "cpu") -> tuple[list[Tensor], int]:
-    """Uses [K] of each code of each model over all pictures, and how many pictures that were."""
-    counts, n = [torch.zeros(model.config.n_embed, dtype=torch.long) for model in models], 0
-    for x in images:
-        n += len(x)
-        for model, count in zip(models, counts, strict=True):
-            count += count_codes(model.quantize(model.encode(x.to(device)))[2], len(count))
-    return counts, n
-
-
-def inception(device: str | torch.device) -> Features:
-    """FID's features, D = 2048; ValueError without pytorch-fid, or where Inception's weights cannot be had."""
-    try:
-        from pytorch_fid.inception import InceptionV3
-        model = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]])
-    except ImportError as e:
-        raise ValueError(f"--rfid needs pytorch-fid ({e}): pip install pytorch-fid, or leave --rfid out") from None
-    except OSError as e:                        # URLError is one
-        raise ValueError(f"--rfid: Inception's weights cannot be fetched ({e}); leave --rfid out, or run it once with "
-                         "a network") from None
-    model = model.eval().requires_grad_(False).to(device)
-    return lambda x: model((x + 1) / 2)[0].flatten(1)
-
-
-# ------------------------------------------------------------------------------------------- the pose in stage 2
-
-def derangement(n: int, seed: int) -> np.ndarray:
-    """A permutation of range(n) that leaves nothing in its place (n >= 2)."""
-    order = np.random.default_rng(seed).permutation(n)
-    wrong = np.empty(n, dtype=np.int64)
-    wrong[order] = np.roll(order, 1)                        # each element gets its neighbour in a random ring
-    return wrong
-
-
-@torch.no_grad()
-def loss_each(model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor, batch_size: int = 64,
-              null: bool = False, autocast: Callable[[], AbstractContextManager] = nullcontext) -> Tensor:
-    """The eps loss [N], float64 on the CPU, of each latent z [N, C, h, w] under poses [N, 17, 3], or none where `null`.
-
-    In eps whatever `model` predicts, so that 1 is always the loss of predicting nothing and runs compare.
-    Latent i has the timestep and the noise that `fixed_noise` gives it, so that runs and steps compare.
-    """
-    t, noise = fixed_noise(diffusion, z)
-    losses, eps_model = [], diffusion.eps_model(model)
-    for i in range(0, len(z), batch_size):
-        s = slice(i, i + batch_size)
-        drop = torch.full((len(z[s]),), null, device=z.device)
-        with autocast():
-            eps = eps_model(diffusion.q_sample(z[s], t[s], noise[s]), t[s], poses[s], drop)
-        losses.append((eps.float() - noise[s]).square().flatten(1).mean(1))
-    return torch.cat(losses).double().cpu()
-
-
-def fixed_noise(diffusion: Diffusion, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Timesteps [N], spread evenly over the schedule, and noise like z [N, C, h, w]: the same in every call."""
-    generator = torch.Generator().manual_seed(SHUFFLE_SEED)
-    noise = torch.randn(z.shape, generator=generator).to(z.device)
-    # Spread by a random order: neighbouring pictures (frames of one film) should not share a timestep.
-    t = torch.linspace(0, diffusion.timesteps - 1, len(z)).round().long()
-    return t[torch.randperm(len(z), generator=generator)].to(z.device), noise
-
-
-def condition_each(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor,
-                   batch_size: int = 64, null: bool = True,
-                   autocast: Callable[[], AbstractContextManager] = nullcontext) -> dict[str, Tensor]:
-    """`loss_each` [N] of latents z [N, C, h, w] under their own poses [N, 17, 3], "right", under other pictures',
-    "shuffled", and under none, "null"; all three see the same noise. `null` False leaves out the loss under no pose,
-    which means nothing for a model that never saw one.
-    """
-    if len(z) < 2:
-        raise ValueError(f"shuffled poses need at least 2 pictures, but there is {len(z)}")
-    wrong = poses[torch.as_tensor(derangement(len(z), SHUFFLE_SEED), device=poses.device)]
-    kinds = {"right": (poses, False), "shuffled": (wrong, False)} | ({"null": (poses, True)} if null else {})
-    return {name: loss_each(eps_model, diffusion, z, p, batch_size, dropped, autocast)
-            for name, (p, dropped) in kinds.items()}
-
-
-def condition_losses(*args: object, **how: object) -> dict[str, float]:
-    """The means of `condition_each`, and shuffled / right, "ratio", which is 1 where the model ignores the pose."""
-    return condition_means(condition_each(*args, **how))
-
-
-def condition_means(each: dict[str, Tensor]) -> dict[str, float]:
-    out = {name: losses.mean().item() for name, losses in each.items()}
-    return out | {"ratio": out["shuffled"] / out["right"]}
-
-
-# ------------------------------------------------------------------------------------- the moment it overfits
-
-# Training and held-out latents keep their noise and timesteps through a run. So two evaluations of it are compared
-# latent by latent, and what their difference is worth is told by its own standard error, not by that of either loss.
-
-BINS = 10                           # of timesteps, of equal width
-LEAST_IN_BIN = 8                    # latents; of fewer a standard error says nothing, and the bin stays without a say
-# Student's t with 24 degrees of freedom, those of 25 latents a bin, is beyond 4 in 3 of 10,000 cases: with 11 places to
-# look at in each of up to 100 evaluations 3 would be beaten by chance. That it holds ROW_OF times and of the gap too
-# is asked for besides.
-SIGNIFICANT = 4.0                   # standard errors
-RISEN = 0.01                        # of the loss: less is no harm, however certain
-ROW_OF = 3                          # evaluations in a row, before anything is said
-HEEDED = 1.02                       # shuffled / right: the seed's token, which cannot place a joint, reaches 1.016
-UNLEARNT = 0.5                      # of the loss of predicting nothing, which is 1, for the noise is N(0, I)
-STILL_FALLING = 0.05                # of the loss, in the last quarter of the steps: more, and twice the steps would pay
-WIDENED = 0.1                       # of the loss, that training pictures gained on held-out ones: more is no accident
-COPY_PERCENTILE = 1.0               # of the distances of held-out pictures to their nearest training picture
-CHANCE = 1e-3                       # copies are evidence where so many come by chance in less than this share of cases
-
-
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl; a line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-class Watch:
-    """Held-out and training losses of one run, against those at the evaluation where the held-out ones were lowest.
-
-    Over all timesteps, key "", and in bins of them, keys "_t000", "_t100", ...: each has its own best evaluation.
-    """
-
-    def __init__(self, diffusion: Diffusion, val: Tensor, train: Tensor):
-        """val [N, C, h, w] and train [M, C, h, w] are the latents whose losses will come."""
-        self.members = {"": (torch.arange(len(val)), torch.arange(len(train)))}
-        val_bin, train_bin = (fixed_noise(diffusion, z)[0].cpu() * BINS // diffusion.timesteps for z in (val, train))
-        for b in range(BINS):
-            first = math.ceil(b * diffusion.timesteps / BINS)
-            self.members[f"_t{first:03d}"] = (val_bin == b).nonzero()[:, 0], (train_bin == b).nonzero()[:, 0]
-        self.best: dict[str, dict[str, Tensor]] = {}        # key: "val" and "train" losses of its best evaluation
-
-    def load(self, best: dict[str, dict[str, Tensor]]) -> None:
-        """`best` of a checkpoint, where it is of as many latents; else the watch begins anew."""
-        if all(key in self.members and [len(b["val"]), len(b["train"])] == [len(of) for of in self.members[key]]
-               for key, b in best.items()):
-            self.best = best
-
-    def means(self, name: str, losses: Tensor, part: int) -> dict[str, float]:
-        """Of losses [N] of the held-out latents, `part` 0, or of the training ones, 1: figures for the log."""
-        return {f"{name}{key}": losses[of[part]].mean().item() for key, of in self.members.items() if len(of[part])}
-
-    def rises(self, val: Tensor, train: Tensor) -> dict[str, float]:
-        """Losses [N] and [M] of an evaluation -> figures for the log, of each key where that can be said:
-        "rise", held-out loss above its best, "grown", the same less what the training loss did meanwhile: how much the
-        gap between them has grown; and the standard errors of both."""
-        out = {}
-        for key, (of_val, of_train) in self.members.items():
-            v, u = val[of_val], train[of_train]
-            if min(len(v), len(u)) < LEAST_IN_BIN or not (v.isfinite().all() and u.isfinite().all()):
-                continue
-            if key not in self.best or v.mean() < self.best[key]["val"].mean():
-                self.best[key] = {"val": v, "train": u}
-            rise, moved = v - self.best[key]["val"], u - self.best[key]["train"]
-            out |= {f"rise{key}": rise.mean().item(), f"rise_se{key}": standard_error(rise),
-                    f"grown{key}": (rise.mean() - moved.mean()).item(),
-                    f"grown_se{key}": math.hypot(standard_error(rise), standard_error(moved))}
-        return out
-
-
-def standard_error(x: Tensor) -> float:
-    """Of the mean of x [N]."""
-    return (x.std() / math.sqrt(len(x))).item()
-
-
-def evaluations(rows: list[dict]) -> list[dict]:
-    """Those rows of a log of stage 2 that are evaluations."""
-    return [row for row in rows if "val_right" in row]
-
-
-def has_risen(row: dict, key: str) -> bool:
-    """Is the held-out loss of `key` for certain above its best, and not because all losses are?"""
-    rise, loss = row.get(f"val_rise{key}", 0.0), row[f"val_right{key}"]
-    return (rise > RISEN * loss and rise > SIGNIFICANT * row[f"val_rise_se{key}"]
-            and row[f"val_grown{key}"] > SIGNIFICANT * row[f"val_grown_se{key}"])
-
-
-def bin_keys(row: dict) -> list[str]:
-    """"_t000", "_t100", ... of an evaluation."""
-    return sorted((name[9:] for name in row if re.fullmatch(r"val_right_t\d+", name)), key=lambda key: int(key[2:]))
-
-
-def in_a_row(flags: Iterable[bool]) -> int:
-    """How many are true before the first that is not."""
-    return sum(1 for _ in itertools.takewhile(bool, flags))
-
-
-def streaks(rows: list[dict]) -> dict[str, int]:
-    """For how many evaluations in a row, up to the last one, `has_risen` holds, of each key for which it does."""
-    found, out = evaluations(rows), {}
-    for key in ["", *bin_keys(found[-1])] if found else []:
-        n = in_a_row(has_risen(row, key) for row in reversed(found))
-        if n:
-            out[key] = n
-    return out
-
-
-def best_step(rows: list[dict]) -> int:
-    """After how many steps the held-out loss was lowest: the step of best.pt."""
-    return 1 + min((row for row in evaluations(rows)), key=lambda row: row["val_right"])["step"]
-
-
-# what the network decides in the first, the middle and the last third of the timesteps
-MEMORISED = "the last steps' details", "shapes", "whole pictures, from their first outlines on,"
-
-
-def overfitting(rows: list[dict], row_of: int = ROW_OF) -> str | None:
-    """In words, since when and where held-out losses rise, from the rows of a log; None unless they have for `row_of`
-    evaluations in a row."""
-    risen = {key: n for key, n in streaks(rows).items() if n >= row_of}
-    if not risen:
-        return None
-    keys = bin_keys(evaluations(rows)[-1])
-    places = [i for i, key in enumerate(keys) if key in risen]
-    thirds = sorted({3 * i // len(keys) for i in places})
-    what = " and ".join(MEMORISED[third] for third in thirds) or "training pictures"
-    return (f"validation loss has risen for {max(risen.values())} evaluations {in_bins(keys, places)}: {what} are "
-            f"being memorised; best was step {best_step(rows):,}")
-
-
-def in_bins(keys: list[str], places: list[int]) -> str:
-    """The bins with the numbers `places` among all `keys`, in words: "in bins t<300", "in bins 100<=t<300, t>=900"."""
-    if len(places) in (0, len(keys)):
-        return "in all bins" if places else "over all timesteps"
-    words, first = [], [key[2:].lstrip("0") or "0" for key in keys]
-    for run in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
-        low, high = run[0], run[-1] + 1
-        words.append(f"t<{first[high]}" if low == 0 else f"t>={first[low]}" if high == len(keys)
-                     else f"{first[low]}<=t<{first[high]}")
-    return f"in bin{'s' * (len(places) > 1)} {', '.join(words)}"
-
-
-def gaps(row: dict) -> dict[str, float]:
-    """The held-out less the training loss of an evaluation, as a share of the held-out one, by the keys of its bins."""
-    return {key: 1 - row.get(f"val_train{key}", math.nan) / row[f"val_right{key}"] for key in bin_keys(row)}
-
-
-def widened(rows: list[dict]) -> list[float]:
-    """At each evaluation, by what share training pictures have come to be cheaper, held against held-out ones, than at
-    the first: what the two sets of pictures differ in by themselves falls out."""
-    shares = [row.get("val_train", math.nan) / row["val_right"] for row in evaluations(rows)]
-    first = next(filter(math.isfinite, shares), math.nan)       # a run of before had no training losses
-    return [1 - share / first for share in shares]
-
-
-def risen(row: dict) -> dict[str, float]:
-    """How far the held-out loss of an evaluation is above its best, as a share of it, by the keys of its bins."""
-    return {key: row.get(f"val_rise{key}", math.nan) / row[f"val_right{key}"] for key in bin_keys(row)}
-
-
-HELD_OUT = "held out"
-
-
-def copies(distances: dict[str, list[float]]) -> tuple[float, dict[str, dict]]:
-    """Which samples are copies, by the distances to the nearest training picture: of held-out pictures, under HELD_OUT,
-    and of kinds of samples, by their names.
-
-    The limit, COPY_PERCENTILE of the first; and of each kind how many are nearer than that, "copies", "of" how many,
-    how often chance makes as many, "chance", and how many lie further away than all but COPY_PERCENTILE, "far".
-    """
-    held_out, out = np.array(distances[HELD_OUT]), {}
-    limit, furthest = (float(np.percentile(held_out, share)) for share in (COPY_PERCENTILE, 100 - COPY_PERCENTILE))
-    for name in distances.keys() - {HELD_OUT}:
-        found = np.array(distances[name])
-        near, n = int((found < limit).sum()), len(found)
-        chance = chance_of(near, n, int((held_out < limit).sum()), len(held_out))
-        out[name] = {"copies": near, "of": n, "chance": chance, "far": int((found > furthest).sum())}
-    return limit, out
-
-
-def chance_of(near: int, n: int, below: int, of: int) -> float:
-    """How often at least `near` of n values come before the one of `of` others that has `below` of its own before it,
-    if all are of one kind: any order is then as likely, and the first near + below are a hypergeometric draw."""
-    first = near + below
-    ways = (math.comb(n, j) * math.comb(of, first - j) for j in range(near, min(n, first) + 1))
-    return sum(ways) / math.comb(n + of, first)
-
-
-def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -> dict:
-    """Is a run of stage 2 underfit, good or memorising? From the rows of its log, and `distances` as `copies` has them.
-
-    "verdict"; "since", the step from which on held-out losses rise, or else training ones run ahead, if so; "best", the
-    step of best.pt; "pose", heeded or ignored; "reasons" in words, and the "numbers" behind them. ValueError for a log
-    that does not tell.
-    """
-    found = evaluations(rows)
-    if not found or "val_train" not in found[-1]:
-        raise ValueError("the log has no evaluation that tells held-out from training loss: the run is too young, or "
-                         "older than this measure; train it on, or anew with --fresh")
-    last, warning, risen_for = found[-1], overfitting(rows), streaks(rows)
-    steps, loss = last["step"] + 1, last["val_right"]
-    early = found[0]["step"] + 1 <= 0.75 * steps                # or there is nothing to compare with
-    fell = 1 - loss / np.interp(0.75 * steps, [row["step"] + 1 for row in found],
-                                [row["val_right"] for row in found]).item() if early else None
-    gap, ahead = widened(rows), 0                               # for how many evaluations training has been ahead
-    if early and fell < STILL_FALLING:                          # while held-out losses fall, no harm is done
-        ahead = in_a_row(share > WIDENED for share in reversed(gap))
-    limit, copied = copies(distances) if distances else (None, {})
-    heeded = last["val_ratio"] >= HEEDED and last["val_shuffled"] - loss > SIGNIFICANT * last["val_shuffled_se"]
-    numbers = {"step": steps, "evaluations": len(found), "loss": loss, "training": last["val_train"], "fell": fell,
-               "ratio": last["val_ratio"], "risen_for": risen_for, "widened": gap[-1], "limit": limit, "copies": copied,
-               "rise": {key: share for key, share in risen(last).items() if math.isfinite(share)}}
-    reasons = [f"{warning}; it is {loss:.4f} now, and {last['val_train']:.4f} on training pictures"] if warning else []
-    if ahead:
-        reasons.append(f"the loss of training pictures has run ahead by {gap[-1]:.0%} since the first evaluation, to "
-                       f"{last['val_train']:.4f}, while that of held-out ones, {loss:.4f}, no longer falls: what is "
-                       "learnt now holds for the training pictures alone")
-    reasons += [f"{c['copies']} of {c['of']} samples under {name} are nearer to a training picture than "
-                f"{100 - COPY_PERCENTILE:g} % of held-out pictures are (by chance: {c['chance']:.0e})"
-                for name, c in sorted(copied.items()) if c["copies"] and c["chance"] < CHANCE]
-    still = f"held-out loss is {loss:.4f}" + (
-        f" after a fall of {fell:.1%} over the last quarter of the {steps:,} steps" if early else "")
-    far, drawn = (sum(c[key] for c in copied.values()) for key in ("far", "of"))
-    if reasons:
-        word = "memorising"
-    elif not loss < UNLEARNT:
-        word, reasons = "underfit", [f"{still}; predicting nothing has 1"]
-    elif not early:
-        word, reasons = "underfit", [f"{still}, and there is no evaluation from which to tell whether it still falls; "
-                                     "train longer"]
-    elif not fell < STILL_FALLING:
-        word, reasons = "underfit", [f"{still}; it still falls, so train longer"]
-    elif far > drawn / 2:
-        word, reasons = "underfit", [f"{far} of {drawn} samples lie further from any training picture than "
-                                     f"{100 - COPY_PERCENTILE:g} % of held-out pictures do: they do not look like such "
-                                     f"pictures yet, so train longer; {still}"]
-    else:
-        word, reasons = "good", [f"{still}; it is {last['val_train']:.4f} on training pictures, and rises in no bin of "
-                                 "timesteps: nothing speaks against more steps but their time"]
-        if drawn:
-            near = sum(c["copies"] for c in copied.values())
-            reasons.append(f"of {drawn} samples {near or 'none'} {'are' if near > 1 else 'is'} nearer to a training "
-                           f"picture than {100 - COPY_PERCENTILE:g} % of held-out pictures are"
-                           + (": no more than chance makes" if near else ""))
-    reasons.append(f"shuffled poses have {last['val_ratio']:.3f} times the loss of right ones: the pose is "
-                   + ("heeded" if heeded else "ignored"))
-    since = max(risen_for.values()) if warning else ahead
-    return {"verdict": word, "since": found[-since]["step"] + 1 if since else None,
-            "best": best_step(rows), "pose": "heeded" if heeded else "ignored", "reasons": reasons, "numbers": numbers}
-
-
-LEAST_COLOUR = 0.05                 # the share that has the strongest colour, at least: noise is to look pale
-
-
-def draw_bins(ax: object, rows: list[dict], share: Callable[[dict], dict[str, float]]) -> None:
-    """A heat map of `share`, over steps and timesteps, into matplotlib's `ax`; a dot marks what `has_risen`."""
-    found = [row for row in evaluations(rows) if bin_keys(row)]
-    if not found:
-        ax.text(0.5, 0.5, "no evaluation yet", ha="center", va="center", transform=ax.transAxes, color="gray")
-        return
-    keys = bin_keys(found[-1])
-    values = np.array([[share(row).get(key, math.nan) for row in found] for key in keys])      # [bins, evaluations]
-    steps = np.array([row["step"] + 1 for row in found])
-    edges = np.concatenate([[0], (steps[:-1] + steps[1:]) / 2, steps[-1:]]).astype(float)
-    first = [int(key[2:]) for key in keys]
-    most = max(LEAST_COLOUR, np.nanmax(np.abs(values), initial=0))
-    mesh = ax.pcolormesh(edges, [*first, first[-1] + (first[-1] / max(1, len(keys) - 1))], 100 * values, cmap="RdBu_r",
-                         vmin=-100 * most, vmax=100 * most)
-    for x, row in zip((edges[:-1] + edges[1:]) / 2, found, strict=True):
-        high = [t for t, key in zip(first, keys, strict=True) if has_risen(row, key)]
-        ax.plot([x] * len(high), np.array(high) + first[-1] / max(1, len(keys) - 1) / 2, "k.", markersize=4)
-    ax.set(ylim=(0, None), ylabel="t")
-    ax.figure.colorbar(mesh, ax=ax, format="%+g %%", pad=0.02).ax.tick_params(labelsize=8)
-
-
-# ------------------------------------------------------------------------------------------- the pose in a picture
-
-READER_VERSION = 2                  # raise it when what a reader learns changes: cached ones are then made anew
-READER_SIDES = 64, 128              # pixels a side that it looks at: the second where pictures have more than the first
-READER_WIDTHS = 32, 64, 128, 192    # channels at 1/2, 1/4, 1/8 and 1/16 of that
-READER_BATCH, READER_STEPS, READER_LR, READER_WARMUP = 32, 2450, 4e-3, 50
-READER_SIGMA = 0.025                # of the Gaussian that a joint's map is to be, in pictures
-# What it learns to look through, in a share of the pictures, first and last:
-READER_SHARE = 0.5, 0.2
-READER_BLUR, READER_BLOTCH = (0.35, 0.8), (1 / 16, 1 / 4)       # down to so much of the side; blotches across
-READER_NOISE = 0.15                 # most noise and blotches, pictures being in [-1, 1]
-READER_WINDOW = 3                   # cells about the highest whose mean is the joint's place
-SHIPPED_READER = Path(__file__).parent / "assets/pose-reader.pt"        # of figures of 64 pixels, in half precision
+SHOWN = 3                           # typical pictures, and as many of the worst
 JUDGE = 0.9                         # PCK@0.1 of the reader on real pictures; below, it is no good judge of drawn ones
-
-
-class ReaderBlock(nn.Module):
-    """[B, in, h, w] -> [B, out, h/stride, w/stride]: two convolutions beside a shortcut (arXiv:1512.03385)."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(out_channels)
-        same = in_channels == out_channels and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2(F.relu(self.norm1(self.conv1(x))))
-        return F.relu(self.shortcut(x) + self.norm2(y))
-
-
-class PoseReader(nn.Module):
-    """Pictures [B, 3, H, W] in [-1, 1] -> a map for each joint [B, J, n, n], before softmax, and features [B, D].
-
-    One hourglass (arXiv:1603.06937): down to 1/16 of `side`, and up again with what was there on the way. n is half of
-    `side`; the features, D = 192, are the mean over the lowest level.
-    """
-
-    def __init__(self, side: int):
-        super().__init__()
-        self.side, first, steps = side, READER_WIDTHS[0], list(zip(READER_WIDTHS, READER_WIDTHS[1:], strict=False))
-        self.stem = nn.Sequential(nn.Conv2d(3, first, 5, 2, 2, bias=False), nn.BatchNorm2d(first), nn.ReLU())
-        self.down = nn.ModuleList([ReaderBlock(first, first)] + [
-            nn.Sequential(ReaderBlock(a, b, stride=2), ReaderBlock(b, b)) for a, b in steps])
-        self.narrow = nn.ModuleList([nn.Conv2d(b, a, 1) for a, b in steps])
-        self.up = nn.ModuleList([ReaderBlock(a, a) for a, _ in steps])
-        self.head = nn.Conv2d(first, len(JOINTS), 1)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.shape[-2:] != (self.side, self.side):
-            x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
-        h, passed = self.stem(x.contiguous(memory_format=torch.channels_last)), []
-        for down in self.down:
-            h = down(h)
-            passed.append(h)
-        features = h.float().mean((2, 3))                                               # [B, D]
-        for i in reversed(range(len(self.up))):
-            h = self.up[i](passed[i] + F.interpolate(self.narrow[i](h), scale_factor=2.0, mode="bilinear"))
-        return self.head(h).float(), features
-
-    @torch.no_grad()
-    def read(self, x: Tensor) -> tuple[np.ndarray, Tensor]:
-        """The poses [B, J, 3] in pictures x, every joint visible, and the features [B, D].
-
-        The mirror image is asked too, and the mean of both answers taken: 7 % of the errors are gone.
-        """
-        x = x.to(self.head.weight.device)
-        (logits, features), (mirrored, _) = self(x), self(x.flip(-1))
-        xy = peaks((logits + mirrored[:, MIRROR].flip(-1)) / 2).cpu().numpy().astype(np.float64)
-        return np.concatenate([xy, np.ones((*xy.shape[:2], 1))], axis=2), features.cpu()
-
-
-def peaks(logits: Tensor) -> Tensor:
-    """The place [B, J, 2] = (x, y), in 0..1, of each map [B, J, n, n]: its mean within READER_WINDOW of the top cell.
-
-    The mean over the whole map would lie between both hands where it is not clear which is which.
-    """
-    n = logits.shape[-1]
-    p = logits.flatten(2).softmax(-1)                                                   # [B, J, n^2]
-    cell, top = torch.arange(n, device=p.device), p.argmax(-1)
-    near_x, near_y = ((cell - at[..., None]).abs() <= READER_WINDOW for at in (top % n, top // n))      # [B, J, n]
-    p = p.unflatten(2, (n, n)) * near_y[..., :, None] * near_x[..., None, :]
-    p = p / p.sum((2, 3), keepdim=True)
-    centres = (cell + 0.5) / n
-    return torch.stack([(p.sum(2) * centres).sum(-1), (p.sum(3) * centres).sum(-1)], dim=-1)
-
-
-def reader_loss(logits: Tensor, poses: Tensor) -> Tensor:
-    """Cross entropy of the maps [B, J, n, n] and Gaussians about those joints of poses [B, J, 3] that are on canvas."""
-    counted = on_canvas(poses)                                                          # [B, J]
-    wanted = heatmaps(poses, logits.shape[-1], READER_SIGMA).flatten(2)
-    wanted = wanted / wanted.sum(-1, keepdim=True).clamp(min=1e-9)
-    loss = -(wanted * logits.flatten(2).log_softmax(-1)).sum(-1)
-    return (loss * counted).sum() / counted.sum().clamp(min=1)
-
-
-def degraded(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Pictures [B, 3, S, S], the first `share` of them as an autoencoder might leave them: soft, with noise, and
-    blotches of colour.
-
-    A reader of sharp pictures alone finds half of the joints in reconstructions in which a person sees them all.
-    """
-    S, y = x.shape[-1], x[:round(share * len(x))]
-    if not len(y):
-        return x
-    low, blotch = (int(torch.randint(round(a * S), round(b * S) + 1, (), generator=generator))
-                   for a, b in (READER_BLUR, READER_BLOTCH))
-    soft = F.interpolate(F.interpolate(y, (low, low), mode="area"), (S, S), mode="bilinear")
-    spots = torch.randn(len(y), 3, blotch, blotch, generator=generator)
-    spots = F.interpolate(spots, (S, S), mode="bilinear") + torch.randn(y.shape, generator=generator)
-    amount = READER_NOISE * torch.rand(len(y), 1, 1, 1, generator=generator)
-    return torch.cat([soft + (amount * spots).to(x.device), x[len(y):]])
-
-
-def reader_side(pictures: data.Pictures) -> int:
-    return READER_SIDES[pictures.size > READER_SIDES[0]]
-
-
-def train_reader(pictures: data.Pictures, device: str = "cpu", steps: int = READER_STEPS) -> PoseReader:
-    """A PoseReader of these pictures and their poses, mirrored ones too; three minutes of two cores for toy figures."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        reader = PoseReader(reader_side(pictures))
-    reader = reader.to(device)
-    opt = torch.optim.AdamW(reader.parameters(), lr=READER_LR, betas=(0.9, 0.99), fused=True)
-    data.remember_all(pictures)
-    batches = data.batches(pictures, READER_BATCH, 0, 0, steps, data.find_workers(device), augment=True,
-                           zoom=(1.0, 1.0), device=device)
-    bf16, generator, (first, last) = checkpoint.has_bf16(device), torch.Generator().manual_seed(0), READER_SHARE
-    with tqdm(batches, "learning to read poses", steps, unit="step", dynamic_ncols=True, mininterval=1) as bar:
-        for step, (x, poses, _) in enumerate(bar):
-            for group in opt.param_groups:                          # warm-up, then a cosine to nothing
-                group["lr"] = READER_LR * min((step + 1) / READER_WARMUP, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-            with checkpoint.autocast("bf16" if bf16 else "off", device):
-                logits, _ = reader(degraded(x, first + (last - first) * step / steps, generator))
-            loss = reader_loss(logits, poses)
-            opt.zero_grad(set_to_none=True)
-            loss.backward()
-            opt.step()
-            if step % 20 == 0:
-                bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-    return reader.eval().requires_grad_(False)
-
-
-def reader_path(spec: str, about: dict) -> Path:
-    """Where the reader `about` --data `spec` is kept: beside the dataset, or in runs/ where nothing can be written."""
-    name, runs = f"pose-reader-{about['side']}-{about['pictures'][:8]}.pt", Path("runs")
-    if not data.is_folder(spec):
-        return runs / f"{spec.replace(':', '-')}-{name}"
-    root = Path(spec)
-    folder, name = (root, name) if root.is_dir() else (root.parent, f"{root.stem}-{name}")
-    return folder / name if os.access(folder, os.W_OK) else runs / f"{root.stem}-{name}"
-
-
-def find_reader(spec: str, pictures: data.Pictures, device: str = "cpu",
-                steps: int = READER_STEPS) -> PoseReader:
-    """The reader of the training `pictures` of --data `spec`: the cached one if it learnt from just these, or new; of
-    toy figures the one that ships."""
-    side = reader_side(pictures)
-    about = {"version": READER_VERSION, "pictures": pictures.fingerprint(), "side": side, "steps": steps}
-    path = reader_path(spec, about)
-    if path.is_file() and (reader := kept_reader(path, about)):
-        print(f"pose reader {path}, trained before")
-        return reader.to(device)
-    if not data.is_folder(spec):
-        first = data.Figures(data.FIGURES_TRAIN, pictures.size, seed=0)     # who learnt from these reads any number
-        if reader := kept_reader(SHIPPED_READER, about | {"pictures": first.fingerprint()}):
-            print(f"pose reader {os.path.relpath(SHIPPED_READER)}, which ships")
-            return reader.to(device)
-    reader = train_reader(pictures, device, steps)
-    if checkpoint.not_finite(reader.state_dict()):
-        raise ValueError("the pose reader's weights are no numbers any more: learning to read these pictures failed; "
-                         "look at them with data.py, or let a detector outside find the joints, with --detected")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(path, {"about": about, "reader": reader.state_dict()})
-        print(f"pose reader kept in {path}")
-    except OSError as e:                                    # it can judge all the same
-        print(f"the pose reader is not kept, so the next command trains it again: {e}")
-    return reader
-
-
-def kept_reader(path: Path, about: dict) -> PoseReader | None:
-    """The reader in the file `path` if it is the one `about`; None for whatever else that is, it came with the data."""
-    try:
-        found = checkpoint.read(path)
-        reader = checkpoint.build(lambda: PoseReader(about["side"]), found["reader"], str(path))
-        if found["about"] != about or checkpoint.not_finite(reader.state_dict()):
-            return None
-        return reader.eval().requires_grad_(False)
-    except Exception:                                       # a dozen unrelated types
-        return None
-
-
-def fidelity(read: np.ndarray, asked: np.ndarray) -> dict:
-    """How well poses read [B, J, 3] fit those asked for: pck@0.1, pck@0.2, oks, and of each joint its PCK@0.1.
-
-    Joints that were asked for outside the picture do not count, for nobody can see them.
-    """
-    counted = on_canvas(asked)
-    joints = pck(read, asked, 0.1, counted)
-    return {"pck@0.1": float(np.nanmean(joints)), "pck@0.2": float(np.nanmean(pck(read, asked, 0.2, counted))),
-            "oks": float(np.nanmean(oks(read, asked, counted))),
-            "joints": dict(zip(JOINTS, joints.tolist(), strict=True))}
-
-
-def read_all(reader: PoseReader, images: np.ndarray) -> tuple[np.ndarray, Moments]:
-    """The poses [N, J, 3] in pictures uint8 [N, H, W, 3], and the moments of their features."""
-    moments, poses = Moments(), []
-    for i in range(0, len(images), READER_BATCH):
-        pose, features = reader.read(data.to_tensor(images[i:i + READER_BATCH]))
-        moments.add(features)
-        poses.append(pose)
-    return np.concatenate(poses), moments
 
 
 # ------------------------------------------------------------------------------------------- the pose in samples
 
 FIDELITY = {"pck@0.1": ("PCK@0.1", "higher", ".3f"), "pck@0.2": ("PCK@0.2", "higher", ".3f"),
             "oks": ("OKS", "higher", ".3f"), "frechet": ("Frechet distance", "reader's features", ".3f")}
-EXTREMES = 5                        # pictures of the best and as many of the worst
 PICTURES, POSES_ASKED = "pictures", "poses.json"        # in --out, for a detector outside
 NAMING = "coco", "coco-results", "alphapose"            # formats that name the pictures; the others count frames,
 OWN_COUNT = "mmpose",                                   # of which these have a count of their own
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Held-out poses, what the model drew for them, and the pictures that they were taken from."""
-    asked: np.ndarray               # [N, J, 3]
-    samples: np.ndarray             # uint8 [N, S, S, 3]
-    real: np.ndarray                # uint8 [N, S, S, 3]
-    about: dict                     # what they depend on; another checkpoint or seed makes others
-
-
 def draw_held_out(
-    ldm: checkpoint.LDM,
+    ldm: LDM,
     held_out: data.Pictures,
     seed: int = 0,
     about: dict | None = None,
@@ -917,36 +99,13 @@ def draw_held_out(
     return Drawn(poses.double().numpy(), np.stack(samples), np.concatenate([x for x, _ in pairs]), about or {})
 
 
-def round_trip(ldm: checkpoint.LDM, images: np.ndarray) -> np.ndarray:
+def round_trip(ldm: LDM, images: np.ndarray) -> np.ndarray:
     """Pictures uint8 [N, H, W, 3] through stage 1 and back: what a perfect stage 2 would draw."""
     device, out = ldm.mean.device, []
     with torch.no_grad():
         for i in range(0, len(images), BATCH):
             out.append(data.to_uint8(ldm.vq(data.to_tensor(images[i:i + BATCH]).to(device))[0].float()))
     return np.concatenate(out)
-
-
-def judge(drawn: Drawn, read: dict[str, np.ndarray]) -> dict[str, dict]:
-    """The rows of the table: `fidelity` of each kind of picture in `read`, and of the samples to other pictures' poses.
-
-    `read` are the poses [N, J, 3] found in "samples" and perhaps in "decoded" and "real" pictures.
-    """
-    rows = {name: fidelity(poses, drawn.asked) for name, poses in read.items()}
-    return rows | {"shuffled": fidelity(read["samples"], drawn.asked[derangement(len(drawn.asked), SHUFFLE_SEED)])}
-
-
-def assess(reader: PoseReader, drawn: Drawn, **more: np.ndarray) -> tuple[dict[str, dict], np.ndarray]:
-    """The rows of `judge` with Frechet distances to the real pictures, and the poses [N, J, 3] read in the samples.
-
-    `more` are other kinds of picture, uint8 [N, S, S, 3] by name. A distance is in this reader's features: it compares
-    with those of the same reader and of as many pictures.
-    """
-    kinds = {"samples": drawn.samples, **more, "real": drawn.real}
-    found = {name: read_all(reader, images) for name, images in kinds.items()}
-    rows = judge(drawn, {name: poses for name, (poses, _) in found.items()})
-    for name in kinds.keys() - {"real"}:
-        rows[name]["frechet"] = frechet(found["real"][1], found[name][1])
-    return rows, found["samples"][0]
 
 
 def earlier_pictures(out: Path) -> list[Path]:
@@ -1046,9 +205,9 @@ def picture_numbers(path: str | Path, poses: Poses, n: int) -> list[int | None]:
 def read_detected(path: str | Path, drawn: Drawn) -> dict[str, np.ndarray]:
     """An external detector's poses in the pictures of write_pictures: "samples", and "real" where it saw those too.
 
-    `path` is a folder of files of any format in keypoints.FORMATS, one a picture, or one file of all: a picture is told
-    by the last number in its name or id; frames that a file only counts are the pictures in their order. A picture in
-    which nobody was found has no visible joint.
+    `path` is a folder of files of any format in pose_files.FORMATS, one a picture, or one file of all: a picture is
+    told by the last number in its name or id; frames that a file only counts are the pictures in their order. A picture
+    in which nobody was found has no visible joint.
     """
     n, side, folder = len(drawn.asked), drawn.samples.shape[1], Path(path).is_dir()
     files = sorted(file for file in Path(path).iterdir() if file.suffix in (".json", ".txt")) if folder else [path]
@@ -1072,108 +231,6 @@ def read_detected(path: str | Path, drawn: Drawn) -> dict[str, np.ndarray]:
     if not any(i < n for i in numbers):
         raise ValueError(f"--detected {path}: none of its pictures is one of 000000 to {n - 1:06d}, the samples")
     return {"samples": found[:n]} | ({"real": found[n:]} if any(i >= n for i in numbers) else {})
-
-
-def extremes_figure(path: Path, drawn: Drawn, read: np.ndarray, title: str) -> None:
-    """The best and the worst samples by OKS: skeleton asked for, sample, skeleton read in it, the real picture."""
-    side, scores = drawn.samples.shape[1], oks(read, drawn.asked, on_canvas(drawn.asked))
-    order = [i for i in np.argsort(scores)[::-1] if np.isfinite(scores[i])]
-    n = min(EXTREMES, len(order) // 2)
-    rows, captions = [[] for _ in range(4)], [[] for _ in range(4)]
-    for i in (*order[:n], *order[-n:]):
-        cells = (draw(drawn.asked[i], side), drawn.samples[i], draw(read[i], side, drawn.samples[i]), drawn.real[i])
-        for row, caption, cell, words in zip(rows, captions, cells, ("", "", f"OKS {scores[i]:.2f}", ""), strict=True):
-            row.append(cell)
-            caption.append(words)
-    data.save_grid(path, rows, ["best"] * n + ["worst"] * n, ["pose asked for", "sample", "pose read in it",
-                   "real picture of that pose"], captions, title)
-
-
-# ------------------------------------------------------------------------------------------- the picture of recon
-
-SHOWN = 3                           # typical pictures, and as many of the worst
-PAGE_WIDTH = 2300                   # pixels, if the tiles do not become smaller than
-TILES = 96, 256                     # sides of a tile, least and most
-ERROR_WHITE = 0.25                  # mean absolute error, of 0..1, that is white; fixed, so that figures compare
-CROP_LEAST = 1 / 8                  # side of a zoomed part, of the picture's
-FACE, HANDS = JOINTS[:5], (("wrist_left", "elbow_left"), ("wrist_right", "elbow_right"))
-Box = tuple[int, int, int, int]     # x0, y0, x1, y1 in pixels
-
-
-def square(centre: np.ndarray, side: float, size: int) -> Box:
-    """The square about `centre` (x, y on 0..1) with that side (of 1), moved into a picture of `size` pixels."""
-    pixels = min(size, max(round(max(side, CROP_LEAST) * size), 8))
-    x0, y0 = (int(np.clip(round(v * size - pixels / 2), 0, size - pixels)) for v in centre)
-    return x0, y0, x0 + pixels, y0 + pixels
-
-
-def eyes_box(pose: np.ndarray, size: int) -> Box | None:
-    """Where the face is, by its joints of a pose [17, 3] that lie inside; None where neither eye nor nose does."""
-    seen = {name: pose[JOINTS.index(name), :2] for name in FACE if on_canvas(pose[JOINTS.index(name)])}
-    if not {"nose", "eye_left", "eye_right"} & seen.keys():
-        return None
-    points = np.stack(list(seen.values()))
-    eyes = [seen[name] for name in ("eye_left", "eye_right") if name in seen] or [seen["nose"]]
-    return square(np.mean(eyes, axis=0), 1.6 * np.ptp(points, axis=0).max(), size)
-
-
-def hand_box(pose: np.ndarray, size: int) -> Box | None:
-    """Where a hand is: beyond a wrist inside the picture, away from the elbow where that is known."""
-    for wrist, elbow in HANDS:
-        w, e = pose[JOINTS.index(wrist)], pose[JOINTS.index(elbow)]
-        if on_canvas(w):
-            arm = (w - e)[:2] if e[2] > 0 else np.zeros(2)
-            return square(w[:2] + 0.25 * arm, 0.9 * np.hypot(*arm), size)
-    return None
-
-
-def error_map(x_hat: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] pictures -> their absolute difference, black, red, yellow, white at ERROR_WHITE and above."""
-    error = np.abs(x_hat.astype(float) - x).mean(-1, keepdims=True) / 255 / ERROR_WHITE
-    return (255 * (3 * error - np.arange(3)).clip(0, 1)).round().astype(np.uint8)
-
-
-@torch.no_grad()
-def recon_figure(path: str | Path, models: list[VQModel], names: list[str], ds: data.Pictures,
-                 shown: list[tuple[str, int]], title: str, device: str | torch.device = "cpu") -> None:
-    """A row for each of `shown`, (word, index in ds): original, reconstructions and error maps, then face and hand."""
-    rows = [([], []) for _ in shown]                                # tiles and captions
-    pictures = [ds[index] for _, index in shown]
-    x = data.to_tensor(np.stack([image for image, _ in pictures]))
-    x_hats = [data.to_uint8(torch.cat([model(part.to(device))[0] for part in x.split(1)])) for model in models]
-    parts = [("", [(0, 0, ds.size, ds.size)] * len(shown))]         # what is zoomed, and where in each picture
-    parts += [("eyes", [eyes_box(pose, ds.size) for _, pose in pictures]),
-              ("hand", [hand_box(pose, ds.size) for _, pose in pictures])]
-    parts = [(word, boxes) for word, boxes in parts if any(boxes)]
-    columns = ["original"] + [word for name in names for word in (name, f"{name}: error")]
-    columns += [f"{word}, {name}" for word, _ in parts[1:] for name in ("original", *names)]
-    least, most = TILES
-    tile = int(np.clip(PAGE_WIDTH // len(columns) - 8, least, most))
-
-    def add(row: int, image: np.ndarray | None, caption: str = "") -> None:
-        if image is not None:
-            how = Image.Resampling.BICUBIC if image.shape[0] < tile else Image.Resampling.BOX
-            image = np.asarray(Image.fromarray(image).resize((tile, tile), how))
-        rows[row][0].append(image)
-        rows[row][1].append(caption)
-
-    for row, (image, _) in enumerate(pictures):
-        for word, boxes in parts:
-            if boxes[row] is None:
-                for _ in range(1 + len(models)):
-                    add(row, None)
-                continue
-            x0, y0, x1, y1 = boxes[row]
-            part = image[y0:y1, x0:x1]
-            add(row, part, "" if word else Path(ds.name(shown[row][1])).stem)
-            for x_hat in x_hats:
-                part_hat = x_hat[row][y0:y1, x0:x1]
-                dB = psnr(data.to_tensor(part_hat)[None], data.to_tensor(part)[None]).item()
-                add(row, part_hat, f"{dB:.1f} dB")
-                if not word:
-                    add(row, error_map(part_hat, part))
-    data.save_grid(path, [tiles for tiles, _ in rows], columns, [word for word, _ in shown],
-                   [captions for _, captions in rows], title, scale=1)
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -1234,7 +291,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for sub in (condition, pose):
         sub.add_argument("--ckpt", default="runs/ldm/last.pt", metavar="FILE", help="default %(default)s")
         sub.add_argument("--preset", metavar="NAME", help="what the tensors of a published CompVis checkpoint do not "
-                         f"tell: {', '.join(checkpoint.PUBLISHED)}; ours need none")
+                         f"tell: {', '.join(compvis.PUBLISHED)}; ours need none")
     for sub in (recon, condition, pose):
         sub.add_argument("--data", help="as for train.py; its held-out part counts (default: as in training)")
         sub.add_argument("--val", help="held-out pictures, as for train.py (default: a tenth of the groups of --data)")
@@ -1345,7 +402,7 @@ def prepare(args: argparse.Namespace) -> Job:
     make_out(args.out, spec, val, args.against)
     measures: dict[str, Measure] = {"l1": l1, "psnr": psnr, "ssim": ssim}
     if args.lpips_weights:
-        measures["lpips"] = checkpoint.load_lpips(args.lpips_weights).to(device)
+        measures["lpips"] = formats.lpips.load_lpips(args.lpips_weights).to(device)
     return Job(names, payloads, models, device, spec, called, data.spread(ds, args.limit),
                data.spread(other, args.limit) if other is not None else None, measures,
                inception(device) if args.rfid else None)
@@ -1439,7 +496,7 @@ def condition(args: argparse.Namespace) -> None:
         print("no loss without a pose: this model was trained without dropping poses")
 
 
-def open_ldm(args: argparse.Namespace) -> tuple[checkpoint.LDM, int, str, str | None, int]:
+def open_ldm(args: argparse.Namespace) -> tuple[LDM, int, str, str | None, int]:
     """The model of --ckpt, its training step, and (data, val, size) as `resolve`, for pictures that its UNet can take.
 
     Prints what a published file was taken for. The payload is gone: the optimiser's state is twice the model's size.
@@ -1447,13 +504,13 @@ def open_ldm(args: argparse.Namespace) -> tuple[checkpoint.LDM, int, str, str | 
     ldm, payload = checkpoint.load_ldm(args.ckpt, checkpoint.find_device(args.device), preset=args.preset,
                                        ema=not args.no_ema)
     if "source" in payload:
-        print(checkpoint.describe(payload, args.ckpt))
+        print(compvis.describe(payload, args.ckpt))
     spec, val, size = resolve(args, [payload["config"]])
     check_size(size, ldm.vq.config.factor * 2 ** (len(ldm.unet.config.channel_mult) - 1))
     return ldm, payload["step"], spec, val, size
 
 
-def check_pose_args(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
+def check_pose_args(args: argparse.Namespace, ldm: LDM) -> None:
     """Fills in what the model samples with where nobody says; ValueError for what cannot be."""
     sample.ask_model(args, ldm)
     if not (math.isfinite(args.guidance) and 0 <= args.eta <= 1 and 1 <= args.steps <= ldm.schedule["timesteps"]
@@ -1529,16 +586,8 @@ CHUNK = 1024                        # rows of the cache compared at once: 50 MB 
 FILM = 8                            # checkpoints in the film strip, at most
 
 
-@dataclass(frozen=True)
-class Near:
-    """Latents z [N, C, h, w], and of each the nearest row of the training latents and how far that is."""
-    z: Tensor
-    rows: np.ndarray                # [N] of the cache: odd ones are mirror images
-    distances: np.ndarray           # [N] root mean square over channels and places
-
-
 @torch.no_grad()
-def nearest(ldm: checkpoint.LDM, cache: data.LatentCache, parts: dict[str, Tensor]) -> dict[str, Near]:
+def nearest(ldm: LDM, cache: dataset.latents.LatentCache, parts: dict[str, Tensor]) -> dict[str, Near]:
     """The nearest training latent of each latent z [N, C, h, w] of `parts`, in one pass over all of the cache."""
     z, device = torch.cat(list(parts.values())).flatten(1), ldm.mean.device                     # [Q, D]
     least, rows = torch.full((len(z),), math.inf, device=device), torch.zeros(len(z), dtype=torch.long, device=device)
@@ -1555,12 +604,12 @@ def nearest(ldm: checkpoint.LDM, cache: data.LatentCache, parts: dict[str, Tenso
                                                                  np.split(distances, ends), strict=True)}
 
 
-def training_latents(ldm: checkpoint.LDM, cache: data.LatentCache, rows: np.ndarray) -> Tensor:
+def training_latents(ldm: LDM, cache: dataset.latents.LatentCache, rows: np.ndarray) -> Tensor:
     """Latents z [N, C, h, w] of those rows, as diffusion works on them."""
     return (cache.rows(rows)[0].to(ldm.mean.device) - ldm.mean) / ldm.std
 
 
-def draw_latents(ldm: checkpoint.LDM, poses: Tensor, size: int, args: argparse.Namespace) -> Tensor:
+def draw_latents(ldm: LDM, poses: Tensor, size: int, args: argparse.Namespace) -> Tensor:
     """A sample z [N, C, h, w] for each pose [N, 17, 3], the i-th with seed args.seed + i."""
     seeds = list(range(args.seed, args.seed + len(poses)))
     last, = sample.denoise(ldm, poses, seeds, size, **sample.settings_of(args))
@@ -1582,7 +631,7 @@ def film(run: Path, poses: Tensor, size: int, args: argparse.Namespace) -> dict[
     return out
 
 
-def open_run(args: argparse.Namespace) -> tuple[checkpoint.LDM, dict, list[dict]]:
+def open_run(args: argparse.Namespace) -> tuple[LDM, dict, list[dict]]:
     """The model of the run folder's last checkpoint, its configuration, and the rows of the log up to there."""
     run, args.device = Path(args.run), checkpoint.find_device(args.device)
     args.ckpt = str(run / "last.pt")
@@ -1610,7 +659,7 @@ def overfit(args: argparse.Namespace) -> None:
     def encode(x: Tensor) -> Tensor:
         with checkpoint.autocast(config["amp"], device):                    # as train.py encoded the others
             return ldm.vq.encode(x.to(device)).float()
-    cache = data.LatentCache(run, f"{config['vq_hash']} {config['amp']}", train, encode, BATCH, device)
+    cache = dataset.latents.LatentCache(run, f"{config['vq_hash']} {config['amp']}", train, encode, BATCH, device)
     pairs = list(data.in_order(held_out, BATCH, args.limit))
     theirs = torch.cat([pose for _, pose in pairs])
     poses = {"training poses": cache.rows(2 * data.evenly(len(cache) // 2, args.n))[1],
@@ -1629,94 +678,9 @@ def overfit(args: argparse.Namespace) -> None:
     report = {"command": shlex.join(["python", "evaluate.py", *args.argv]), "run": str(run), **without_nan(found),
               "samples": samples, **sample.settings_of(args), "seed": args.seed}
     (out / "overfit.json").write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    overfit_figure(out / "overfit.png", ldm, cache, rows, found, near, poses, strip)
+    overfit_figure(out / "overfit.png", partial(sample.decode, ldm), partial(training_latents, ldm, cache), rows, found,
+                   near, poses, strip)
     print(f"wrote {out}/overfit.json and overfit.png")
-
-
-def headline(found: dict) -> str:
-    """What `verdict` found, in a few words."""
-    return (found["verdict"].upper() + (f" since step {found['since']:,}" if found["since"] else "")
-            + f"; best was step {found['best']:,}; the pose is " + found["pose"])
-
-
-# ----------------------------------------------------------------------------------------- the picture of overfit
-
-PAGE_LEAST = 1400                   # pixels wide
-NEAR_SHOWN = 8                      # samples of each kind beside their nearest training pictures, the nearest first
-
-
-def overfit_figure(path: Path, ldm: checkpoint.LDM, cache: data.LatentCache, rows: list[dict], found: dict,
-                   near: dict[str, Near], poses: dict[str, Tensor], strip: dict[int, list[np.ndarray]]) -> None:
-    """One page: verdict and curves, samples beside their nearest training pictures, one seed through checkpoints."""
-    limit, tiles, labels, captions = found["numbers"]["limit"], [], [], []
-    for name in poses:
-        shown = np.argsort(near[name].distances)[:NEAR_SHOWN]
-        distances, at = near[name].distances[shown], near[name].rows[shown]
-        tiles += [sample.decode(ldm, near[name].z[shown]), sample.decode(ldm, training_latents(ldm, cache, at))]
-        labels += [f"samples under {name}, those nearest to a training picture first", "that training picture"]
-        captions += [[f"{d:.2f}" + (" COPY" if d < limit else "") for d in distances],
-                     ["mirrored" if row % 2 else "" for row in at]]
-    grid = data.save_grid(path, tiles, labels=labels, captions=captions, title="Root mean square distance in latent "
-                          f"space; {COPY_PERCENTILE:g} % of held-out pictures are nearer than {limit:.2f}")
-    size = tiles[0][0].shape[0]
-    strips = [[draw(poses[name][0].numpy(), size), *(strip[step][i] for step in strip)] for i, name in enumerate(poses)]
-    filmed = data.save_grid(path, strips, ["pose", *(f"step {step:,}" for step in strip)],
-                            [f"one of the {name}" for name in poses], title="One seed through the checkpoints")
-    width = max(PAGE_LEAST, grid.width, filmed.width)
-    parts = [curves_figure(rows, found, {name: n.distances for name, n in near.items()}, width), grid, filmed]
-    page = Image.new("RGB", (width, sum(part.height for part in parts)), "white")
-    top = 0
-    for part in parts:
-        page.paste(part, (0, top))
-        top += part.height
-    page.save(path)
-
-
-def curves_figure(rows: list[dict], found: dict, distances: dict[str, np.ndarray], width: int) -> Image.Image:
-    """The verdict over curves and heat maps, a small curve for each bin, and how distances lie; `width` pixels wide."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    found_at, keys = evaluations(rows), bin_keys(evaluations(rows)[-1])
-    steps = [row["step"] + 1 for row in found_at]
-    lines = [line for reason in found["reasons"] for line in textwrap.wrap(f"- {reason}", width // 8)]
-    heights = 0.5 + 0.18 * len(lines), 3.2, 3.6, 2.6                        # inches
-    fig = plt.figure(figsize=(width / 100, sum(heights)), dpi=100, layout="constrained")
-    head, top, middle, bottom = fig.subfigures(4, 1, height_ratios=heights)
-    head.text(0.01, 1 - 0.05 / heights[0], headline(found), va="top", fontsize=14, weight="bold")
-    head.text(0.01, 1 - 0.4 / heights[0], "\n".join(lines), va="top", fontsize=10)
-
-    def curves(ax: object, key: str, title: str) -> None:
-        for name, words, colour in (("right", "held-out", "C1"), ("train", "training", "C0")):
-            ax.plot(steps, [row.get(f"val_{name}{key}", math.nan) for row in found_at], colour, marker=".", label=words)
-        ax.axvline(found["best"], color="gray", linestyle=":")
-        ax.set_title(title, fontsize=10)
-        ax.tick_params(labelsize=7)
-        ax.grid(alpha=0.3)
-    axes = top.subplots(1, 3)
-    curves(axes[0], "", "eps loss, EMA; dotted: best.pt")
-    axes[0].legend(fontsize=8)
-    draw_bins(axes[1], rows, gaps)
-    draw_bins(axes[2], rows, risen)
-    axes[1].set_title("gap by timestep: held-out above training loss", fontsize=10)
-    axes[2].set_title("by timestep: held-out loss above its best; dots: for certain", fontsize=10)
-    small = middle.subplots(2, math.ceil(BINS / 2))
-    for ax in small.flat[len(keys):]:
-        ax.axis("off")
-    for ax, key in zip(small.flat, keys, strict=False):
-        curves(ax, key, f"t from {int(key[2:])}")
-    ax = bottom.subplots()
-    edges = np.linspace(0, 1.02 * max(max(d) for d in distances.values()), 60)
-    for name, d in distances.items():
-        what = "pictures held out" if name == HELD_OUT else f"samples under {name}"
-        ax.hist(d, edges, density=True, alpha=0.5, label=f"{len(d)} {what}")
-    ax.axvline(found["numbers"]["limit"], color="black", linestyle="--")
-    ax.set_title("distance to the nearest training picture; left of the line: copies", fontsize=10)
-    ax.legend(fontsize=8)
-    file = io.BytesIO()
-    fig.savefig(file, format="png")
-    plt.close(fig)
-    return Image.open(file).convert("RGB")
 
 
 def main(argv: list[str] | None = None) -> int:

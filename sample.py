@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import plots
 from diffusion import (
     MOST_SEEDS,
     Diffusion,
@@ -60,7 +61,12 @@ from diffusion import (
     invert,
     per_image_noise,
 )
-from keypoints import FAR, FORMATS, MIN_CONFIDENCE, NobodyFound, PoseDensity, PoseError, Poses, draw, fit, load_poses
+from extras.density import PoseDensity
+from extras.motion import Plan, morph, read_motion
+from formats import compvis
+from formats.pose_files import FAR, FORMATS, MIN_CONFIDENCE, fitted, load_poses, name_of
+from keypoints import draw
+from ldm import DEFAULT_ETA, DEFAULT_GUIDANCE, LDM
 
 BATCH = 16                      # pictures in the network at once
 # Measured (benchmarks/convergence.py): 20 steps of DPM-Solver++ with eta 1 draw pose and picture as well as 50 of DDIM.
@@ -75,7 +81,6 @@ DEFAULT_FPS = 12.0
 SAMPLERS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver++(2M)", "ddpm": "DDPM"}
 SPACINGS = ("even", "lambda", "uniform")
 VERY_UNUSUAL = 0.99             # further out than this share of the training poses: --typical is suggested
-LONGEST_GAP = 25                # frames without anybody that are filled in, about a second
 SHEET_ACROSS, SHEET_MOST = 8, 48    # frames side by side and in all on the contact sheet of a motion
 FILM = 8                        # steps that --film shows
 OUTLINE = (255, 0, 160)         # around what --inpaint draws anew
@@ -90,7 +95,7 @@ PICTURES = ("init", "inpaint", "mask", "noise_from")
 MAY_GO_WITH_REPEAT = {"repeat", "ckpt", "device", "out", "separate", "save_latents", *PICTURES}
 
 
-def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, sampler: str, steps: int, eta: float,
+def sample(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int, sampler: str, steps: int, eta: float,
            guidance: float, spacing: str, interval: tuple[int, int] | None = None, rescale: float = 0.0,
            noise: Tensor | None = None, given: Tensor | None = None, known: Tensor | None = None,
            **more: int) -> Iterator[Step]:
@@ -123,7 +128,7 @@ def sample(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, sam
     return solver(diffusion, eps_fn, x_T.to(device), steps, eta, noise_fn, spacing, **more)
 
 
-def settings(ldm: checkpoint.LDM, sampler: str | None = None, steps: int | None = None, eta: float | None = None,
+def settings(ldm: LDM, sampler: str | None = None, steps: int | None = None, eta: float | None = None,
              guidance: float | None = None, spacing: str | None = None) -> dict:
     """These arguments of `sample`; for None, what the model wants."""
     sampler = sampler or (DEFAULT_SAMPLER if ldm.spacing == "even" else "ddim")     # published models know DDIM
@@ -137,19 +142,19 @@ def settings_of(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in ("sampler", "steps", "eta", "guidance", "spacing")}
 
 
-def visited(ldm: checkpoint.LDM, sampler: str, steps: int, spacing: str) -> np.ndarray:
+def visited(ldm: LDM, sampler: str, steps: int, spacing: str) -> np.ndarray:
     """The timesteps that a sampler goes through, ascending; ddpm takes all."""
     diffusion = Diffusion(**ldm.schedule)
     return np.arange(diffusion.timesteps) if sampler == "ddpm" else ddim_table(diffusion, steps, 0, spacing)[0]
 
 
-def how_many_steps(ldm: checkpoint.LDM, sampler: str, steps: int, spacing: str) -> int:
+def how_many_steps(ldm: LDM, sampler: str, steps: int, spacing: str) -> int:
     """Uniform spacing may take more steps than asked for (500 for 350), as the reference does; ddpm takes all."""
     return len(visited(ldm, sampler, steps, spacing))
 
 
 @torch.no_grad()
-def denoise(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, film: int = 1,
+def denoise(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int, film: int = 1,
             **how: object) -> list[Step]:
     """`film` of the steps, from the first to the last, each of all latents [B, C, h, w], on the CPU; 1 is the last.
 
@@ -172,27 +177,18 @@ def denoise(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, fi
 
 
 @torch.no_grad()
-def decode(ldm: checkpoint.LDM, z: Tensor) -> list[np.ndarray]:
+def decode(ldm: LDM, z: Tensor) -> list[np.ndarray]:
     """Latents [B, C, h, w], in batches -> pictures uint8 [H, W, 3]."""
     return [picture for b in range(0, len(z), BATCH)
             for picture in data.to_uint8(ldm.decode(z[b:b + BATCH].to(ldm.mean.device)).float().cpu())]
 
 
-def draw_pictures(ldm: checkpoint.LDM, poses: Tensor, seeds: list[Seed], size: int, **how: object) -> list[np.ndarray]:
+def draw_pictures(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int, **how: object) -> list[np.ndarray]:
     """Pictures uint8 [size, size, 3], one for each pose [B, 17, 3] and seed; `how` as in denoise."""
     return decode(ldm, denoise(ldm, poses, seeds, size, **how)[-1].x)
 
 
 # ------------------------------------------------------------------------------------------------------- poses
-
-class Plan(NamedTuple):
-    """What is drawn: for each pose n pictures."""
-    poses: np.ndarray               # [P, 17, 3] float64: the seed's cell ids are floors of these very numbers
-    names: list[str]                # [P]
-    seeds: list[Seed]               # [P n]
-    n: int
-    only: int | None = None         # the one of these pictures that is wanted, from 0
-
 
 def read_poses(paths: Iterable[str], fit_how: str = "letterbox", frames: int = DEFAULT_FRAMES,
                **how: object) -> tuple[list[np.ndarray], list[str]]:
@@ -209,120 +205,6 @@ def read_poses(paths: Iterable[str], fit_how: str = "letterbox", frames: int = D
         poses += [fitted(found, i, fit_how) for i in taken]
         names += [name_of(found.pictures[i], found.poses, path) for i in taken]
     return poses, names
-
-
-def fitted(found: Poses, i: int, fit_how: str) -> np.ndarray:
-    """The i-th pose on the square picture."""
-    return fit(found.poses[i], found.sizes[i] or (1, 1), fit_how)       # nothing said, nothing to correct
-
-
-def name_of(picture: str, of: list, path: str | Path) -> str:
-    """The file's, and where it has several pictures that of this one of them."""
-    return Path(path).stem + (f" {picture}" if len(of) > 1 else "")
-
-
-def read_motion(paths: Iterable[str], fit_how: str = "letterbox", frames: int | None = None,
-                **how: object) -> tuple[list[np.ndarray], list[str]]:
-    """The frames of a motion as `read_poses` gives poses: all of all files, those of a folder in the natural order of
-    their names. A frame in which nobody was found lies between its neighbours; of more than `frames` so many are taken.
-    """
-    files = [file for path in paths for file in (frame_files(Path(path)) if Path(path).is_dir() else [Path(path)])]
-    poses, names, taken_for = [], [], ""                    # None for a frame without anybody
-    for file in files:
-        found = load_frames(file, **how)
-        if found is None:
-            poses.append(None)
-            names.append(file.stem)
-            continue
-        taken_for = taken_for or found.taken_for
-        place = {picture: i for i, picture in enumerate(found.pictures)}
-        for frame in sorted(found.frames, key=natural):
-            poses.append(fitted(found, place[frame], fit_how) if frame in place else None)
-            names.append(name_of(frame, found.frames, file))
-    seen, where = sum(pose is not None for pose in poses), ", ".join(paths)
-    if seen < 2:
-        raise ValueError(f"--motion needs at least two frames with somebody in them, and {where} has {seen}")
-    poses, names = fill_gaps(frame_numbers(names), poses, names)
-    taken = data.evenly(len(poses), frames or len(poses))
-    print(f"{where}: {taken_for}; {seen} frames"
-          + (f" and {len(poses) - seen} without anybody, filled in from their neighbours" if len(poses) > seen else "")
-          + (f", {len(taken)} of them drawn" if len(taken) < len(poses) else ""))
-    return [poses[i] for i in taken], [names[i] for i in taken]
-
-
-def natural(name: str) -> list:
-    """A key that sorts frame2 before frame10."""
-    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"(\d+)", name)]
-
-
-def frame_files(folder: Path) -> list[Path]:
-    """The pose files in a folder, in natural order: all but pictures and what is hidden."""
-    files = sorted((file for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")
-                    and file.suffix.lower() not in data.SUFFIXES), key=lambda file: natural(file.name))
-    if not files:
-        raise ValueError(f"{folder} has no pose files in it; --motion takes a folder of one file a frame, or a file of "
-                         "several frames")
-    return files
-
-
-def load_frames(file: Path, **how: object) -> Poses | None:
-    """load_poses; None where nobody was found, or fewer than the --person asked for."""
-    try:
-        return load_poses(file, **how)
-    except NobodyFound:
-        return None
-    except PoseError:
-        if how.get("person") in (None, 1):
-            raise
-        load_frames(file, **how | {"person": 1})            # raises for a file that nobody can be read from
-        return None
-
-
-def frame_numbers(names: list[str]) -> list[int]:
-    """Which frame each is, from 0: by the last number in names that differ in numbers alone and rise, in its stride."""
-    numbers = [[int(n) for n in re.findall(r"\d+", name)][-1:] for name in names]
-    gaps = [b[0] - a[0] for a, b in zip(numbers[:-1], numbers[1:], strict=True) if a and b]
-    if len({re.sub(r"\d+", "", name) for name in names}) > 1 or len(gaps) < len(names) - 1 or min(gaps) < 1:
-        return list(range(len(names)))
-    return [(n - numbers[0][0]) // math.gcd(*gaps) for n, in numbers]
-
-
-def fill_gaps(numbers: list[int], poses: list[np.ndarray | None],
-              names: list[str]) -> tuple[list[np.ndarray], list[str]]:
-    """A pose for every frame from the first with one to the last; over gaps longer than LONGEST_GAP it jumps."""
-    there = [i for i, pose in enumerate(poses) if pose is not None]
-    filled, called = [poses[there[0]]], [names[there[0]]]
-    for i, j in zip(there[:-1], there[1:], strict=True):
-        gap = numbers[j] - numbers[i]
-        for k in range(1, gap) if gap - 1 <= LONGEST_GAP else ():
-            filled.append(between(poses[i], poses[j], k / gap))
-            called.append(f"{names[i]} + {k}")
-        filled.append(poses[j])
-        called.append(names[j])
-    return filled, called
-
-
-def between(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
-    """The pose [17, 3] so far on the way from a to b, joint by joint; in between, only joints that both have."""
-    if share in (0, 1):
-        return b if share else a
-    seen = (a[:, 2:] > 0) & (b[:, 2:] > 0)
-    return np.concatenate([((1 - share) * a + share * b)[:, :2], np.ones((len(a), 1))], axis=1) * seen
-
-
-def morph(poses: np.ndarray, names: list[str], frames: int, seed: int, n: int) -> Plan:
-    """`frames` poses on the way through all of [P, 17, 3], and the noise of each on the way through P seeds."""
-    P = len(poses)
-    plan = Plan([], [], [], n)
-    for at in np.linspace(0, P - 1, frames).tolist():
-        k = min(int(at), P - 2)
-        share = at - k
-        plan.poses.append(between(poses[k], poses[k + 1], share))
-        plan.names.append(names[k + round(share)] if share in (0, 1) else f"{share:.0%} to {names[k + 1]}")
-        for i in range(n):
-            a, b = seed + i * P + k, seed + i * P + k + 1
-            plan.seeds.append((a, b, share) if 0 < share < 1 else b if share else a)
-    return plan._replace(poses=np.stack(plan.poses))
 
 
 def density_of(payload: dict, path: str, needed_by: str | None = None) -> PoseDensity | None:
@@ -423,7 +305,7 @@ def read_pictures(args: argparse.Namespace) -> list[Image.Image]:
     return images
 
 
-def encode(ldm: checkpoint.LDM, images: list[Image.Image], size: int) -> Given:
+def encode(ldm: LDM, images: list[Image.Image], size: int) -> Given:
     """The picture, and the mask if there is one, at the model's size; a latent cell is drawn anew where any of its
     pixels is white."""
     squares = [data.to_square(image, data.NO_POSE, size)[0] for image in images]
@@ -436,7 +318,7 @@ def encode(ldm: checkpoint.LDM, images: list[Image.Image], size: int) -> Given:
     return Given(z, decode(ldm, z)[0], hole, checkpoint.hash_of(pixels))
 
 
-def start_from(ldm: checkpoint.LDM, given: Given, args: argparse.Namespace, pose: Tensor) -> dict[str, object]:
+def start_from(ldm: LDM, given: Given, args: argparse.Namespace, pose: Tensor) -> dict[str, object]:
     """What `sample` is told about it. `pose` [1, 17, 3] is that of --noise-from where the model knows no other way."""
     if args.init:
         timesteps = visited(ldm, args.sampler, args.steps, args.spacing)    # a share of T, so as noisy in any spacing
@@ -455,7 +337,7 @@ def start_from(ldm: checkpoint.LDM, given: Given, args: argparse.Namespace, pose
 # -------------------------------------------------------------------------------------------------- what is written
 
 def grid_of(plan: Plan, pictures: list[np.ndarray], given: np.ndarray | None) -> dict[str, object]:
-    """A row a pose: the skeleton, the picture given, the samples. Arguments of data.save_grid, as below."""
+    """A row a pose: the skeleton, the picture given, the samples. Arguments of plots.save_grid, as below."""
     size, n, extra = pictures[0].shape[0], plan.n, [] if given is None else [given]
     rows = [[draw(pose, size), *extra, *pictures[p * n:(p + 1) * n]] for p, pose in enumerate(plan.poses)]
     return {"rows": rows, "labels": plan.names,
@@ -477,7 +359,7 @@ def sheet_of(plan: Plan, pictures: list[np.ndarray], given: np.ndarray | None) -
     return {"rows": rows, "labels": labels, "captions": captions}
 
 
-def film_of(plan: Plan, steps: list[Step], ldm: checkpoint.LDM, given: np.ndarray | None) -> dict[str, object]:
+def film_of(plan: Plan, steps: list[Step], ldm: LDM, given: np.ndarray | None) -> dict[str, object]:
     """Two rows a picture: x_t after the steps named above, and the x0 that the network predicted in them."""
     noisy, clean = (zip(*(decode(ldm, getattr(step, name)) for step in steps), strict=True) for name in ("x", "x0"))
     rows, labels = [], []
@@ -491,8 +373,8 @@ def film_of(plan: Plan, steps: list[Step], ldm: checkpoint.LDM, given: np.ndarra
 def animate(path: Path, plan: Plan, pictures: list[np.ndarray], fps: float) -> None:
     """The skeleton and beside it the samples, frame after frame."""
     n, size = plan.n, pictures[0].shape[0]
-    data.save_animation(path, [np.concatenate([draw(pose, size), *pictures[p * n:(p + 1) * n]], axis=1)
-                               for p, pose in enumerate(plan.poses)], fps)
+    plots.save_animation(path, [np.concatenate([draw(pose, size), *pictures[p * n:(p + 1) * n]], axis=1)
+                                for p, pose in enumerate(plan.poses)], fps)
 
 
 def sheet_and_animation(args: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -514,7 +396,7 @@ def write_separate(folder: Path, plan: Plan, pictures: list[np.ndarray], record:
         names = [plan.names[k // plan.n] for k in range(first, min(first + BATCH, len(pictures)))]
         batch = Plan(poses[first:first + BATCH], names, plan.seeds[first:first + BATCH], 1, i - first)
         name = re.sub(r"[^\w.-]+", "-", plan.names[i // plan.n].split(",")[0])[:80]
-        data.save_picture(folder / f"{i + 1:04d}-{name}.png", picture, words(record, batch, command))
+        plots.save_picture(folder / f"{i + 1:04d}-{name}.png", picture, words(record, batch, command))
 
 
 def save_latents(path: str, z: Tensor, plan: Plan) -> None:
@@ -685,7 +567,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--ckpt", metavar="FILE", help=f"checkpoint of stage 2 (default {DEFAULT_CKPT}, or until it is "
         "there the toy model that ships)")
     add("--preset", metavar="NAME", help="what the tensors of a published CompVis checkpoint do not tell: "
-        f"{', '.join(checkpoint.PUBLISHED)}; ours need none")
+        f"{', '.join(compvis.PUBLISHED)}; ours need none")
     add("--no-ema", action="store_true", help="the raw weights instead of their moving average")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--amp", choices=checkpoint.AMP, default="off", help="compute the network in half precision, which is faster "
@@ -699,12 +581,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, help=f"1 to 1000 (default {DEFAULT_STEPS[DEFAULT_SAMPLER]}, with ddim "
         f"{DEFAULT_STEPS['ddim']}; ddpm takes all)")
     add("--eta", type=float, help="noise that each step adds, 0 to 1 (default "
-        f"{checkpoint.DEFAULT_ETA:g}, or 0 for a model that was trained without dropping poses)")
+        f"{DEFAULT_ETA:g}, or 0 for a model that was trained without dropping poses)")
     add("--spacing", choices=SPACINGS, help="of the timesteps: even in t, even in the logarithm of signal to noise, or "
         "the reference's, which not all --steps allow (default even, lambda for dpm_solver, uniform for a published "
         "checkpoint)")
     add("--guidance", type=float, metavar="W", help="1: as trained, 0: without the pose, above 1: more of the pose "
-        f"(default {checkpoint.DEFAULT_GUIDANCE:g}, or 1 for a model that was trained without dropping poses)")
+        f"(default {DEFAULT_GUIDANCE:g}, or 1 for a model that was trained without dropping poses)")
     add("--interval", type=int, nargs=2, metavar=("LO", "HI"), help="guide at the timesteps LO to HI alone, of 0, the "
         "cleanest, to 999 (default all)")
     add("--rescale", type=float, default=0.0, metavar="PHI", help="0 to 1: takes back how much larger "
@@ -861,7 +743,7 @@ def check_writable(path: Path, asked: str) -> None:
 
 def check_fits(path: Path, rows: int, columns: int, size: int) -> None:
     """ValueError where a sheet of so many pictures would be longer than its format can be."""
-    side = 200 + max(rows, columns) * (size * data.grid_scale(size) + 30)
+    side = 200 + max(rows, columns) * (size * plots.grid_scale(size) + 30)
     most = LONGEST_SIDE.get(path.suffix.lower(), math.inf)
     if side > most:
         raise ValueError(f"--out is {path}, but {rows} rows of {columns} would be about {side} pixels long and such a "
@@ -878,7 +760,7 @@ def shape_of_sheet(args: argparse.Namespace, plan: Plan, given: bool) -> tuple[i
     return P, n + 1 + given
 
 
-def ask_model(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
+def ask_model(args: argparse.Namespace, ldm: LDM) -> None:
     """Sets --sampler, --steps, --eta, --guidance and --spacing to what the model wants, where nobody says; ValueError
     where it cannot be guided."""
     vars(args).update(settings(ldm, **settings_of(args)))
@@ -887,7 +769,7 @@ def ask_model(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
                          "has no picture of no pose; leave --guidance out")
 
 
-def check_guidance(args: argparse.Namespace, ldm: checkpoint.LDM) -> None:
+def check_guidance(args: argparse.Namespace, ldm: LDM) -> None:
     """ValueError for an --interval or --rescale that would do nothing."""
     if args.interval and args.interval[0] >= ldm.schedule["timesteps"]:
         raise ValueError(f"--interval is {args.interval[0]} to {args.interval[1]}, but timesteps end at "
@@ -916,7 +798,7 @@ def run(args: argparse.Namespace, command: str) -> str:
     poses, names = ([], []) if plan else poses_of(args)
     ldm, payload = checkpoint.load_ldm(args.ckpt, args.device, args.preset, ema=not args.no_ema)
     if "source" in payload:
-        print(checkpoint.describe(payload, args.ckpt))
+        print(compvis.describe(payload, args.ckpt))
     plan = plan or plan_of(args, poses, names, payload)
     ask_model(args, ldm)
     check_guidance(args, ldm)
@@ -941,7 +823,7 @@ def run(args: argparse.Namespace, command: str) -> str:
     record = record or record_of(args, digest, given)
     if plan.only is not None:
         made = Image.fromarray(pictures[plan.only])
-        data.save_picture(out, made, words(record, plan, command))
+        plots.save_picture(out, made, words(record, plan, command))
     elif args.grid:
         shown = given.shown() if given else None
         grid = (film_of(plan, steps, ldm, shown) if args.film else sheet_of(plan, pictures, shown) if moving else
@@ -949,8 +831,8 @@ def run(args: argparse.Namespace, command: str) -> str:
         if args.noise_from and "columns" in grid and not args.film:
             grid["columns"][-1] = "from its noise"                      # and no seed's
         n_steps = how_many_steps(ldm, args.sampler, args.steps, args.spacing)
-        made = data.save_grid(out, **grid, title=title_of(args, record["flags"], n_steps, payload["step"]),
-                              words=words(record, plan, command))
+        made = plots.save_grid(out, **grid, title=title_of(args, record["flags"], n_steps, payload["step"]),
+                               words=words(record, plan, command))
     if moving:
         animate(moving, plan, pictures, args.fps)
     if args.separate:

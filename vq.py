@@ -380,6 +380,7 @@ class VectorQuantizer(nn.Module):
         if self.ema:                                        # the moving sum of vectors is usage * code, by definition
             sums = share * torch.zeros_like(codes).index_add_(0, indices.flatten(), flat)       # [K, C]
             drift = sums - counts[:, None] * codes          # 0 for a code nobody uses, however long: it stays
+            drift.nan_to_num_(0.0, 0.0, 0.0)                # of a step that was not finite
             codes.add_((1 - USAGE_DECAY) * drift / usage.clamp(min=1e-8)[:, None])
         self.usage.copy_(usage)
         dead = (usage < DEAD_BELOW).nonzero().flatten() if restart else usage[:0]
@@ -445,10 +446,19 @@ class VQModel(nn.Module):
         """indices [B, h, w] -> x_hat [B, 3, H, W]."""
         return self.decode_raw(self.quantize.lookup(indices))
 
+    def reconstruct(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x -> (h [B, C, h, w], codebook loss, indices [B, h, w], x_hat [B, 3, H, W]); with quantize False the decoder
+        gets h itself, and loss and indices are 0."""
+        h = self.encode(x)
+        if not quantize:
+            return h, h.new_zeros(()), torch.zeros_like(h[:, 0], dtype=torch.long), self.decode_raw(h)
+        z_q, loss, indices = self.quantize(h)
+        return h, loss, indices, self.decode_raw(z_q)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x -> (x_hat [B, 3, H, W], codebook loss, indices [B, h, w])."""
-        z_q, loss, indices = self.quantize(self.encode(x))
-        return self.decode_raw(z_q), loss, indices
+        _, loss, indices, x_hat = self.reconstruct(x)
+        return x_hat, loss, indices
 
 
 # ------------------------------------------------------------------------------------------------ the objective
@@ -481,7 +491,7 @@ class LPIPS(nn.Module):
     """Perceptual distance (arXiv:1801.03924, version 0.1, VGG16): x, y [B, 3, H, W] in [-1, 1] -> [B].
 
     Unit-length features of five depths of VGG16, squared differences, weighed per channel, mean over places. New
-    instances have random weights; `checkpoint.load_lpips` fills them. Names are those of taming-transformers.
+    instances have random weights; `formats.lpips.load_lpips` fills them. Names are those of taming-transformers.
     """
 
     def __init__(self):
@@ -542,7 +552,7 @@ class VQLoss(nn.Module):
         super().__init__()
         if config.perceptual and lpips is None:
             raise ValueError(f"VQLoss has perceptual = {config.perceptual:g} but was given no LPIPS; load its weights "
-                             "with checkpoint.load_lpips, or set perceptual to 0")
+                             "with formats.lpips.load_lpips, or set perceptual to 0")
         self.config = config
         self.perceptual_loss = lpips.eval().requires_grad_(False) if config.perceptual else None
         self.disc = PatchDiscriminator() if config.disc_weight else None

@@ -18,8 +18,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+import dataset.latents  # noqa: E402
 import train  # noqa: E402
 from benchmarks.speed import in_turns  # noqa: E402
+from dataset.figures import Figures  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
 from unet import UNet  # noqa: E402
 from vq import VQModel  # noqa: E402
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     opt = torch.optim.AdamW(unet.parameters(), lr=c.recipe.lr, fused=True)
     diffusion, context = Diffusion(**c.schedule), torch.rand(args.batch, 1, c.unet_config.context_dim, device=device)
     train.set_up(c.device)
-    figures = data.InMemory(data.Figures(args.pictures, c.size))
+    figures = data.InMemory(Figures(args.pictures, c.size))
     data.remember_all(figures)
     loaded = data.batches(figures, args.batch, 0, 0, sys.maxsize, c.workers, augment=True, device=device)
 
@@ -55,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         opt.step()
 
     with tempfile.TemporaryDirectory() as folder:
-        cache = data.LatentCache(folder, "benchmark", figures, encode, args.batch, device)
+        cache = dataset.latents.LatentCache(folder, "benchmark", figures, encode, args.batch, device)
         steps = iter(range(sys.maxsize))
-        times = in_turns({"cached": lambda: step(data.latent_batch(cache, args.batch, 0, next(steps))[0]),
+        times = in_turns({"cached": lambda: step(dataset.latents.latent_batch(cache, args.batch, 0, next(steps))[0]),
                           "encoded": lambda: step(encode(next(loaded)[0]))}, args.turns, c.device)
     cached, encoded = (statistics.median(times[name]) for name in ("cached", "encoded"))
     print(f"batch {args.batch}, {c.device}, amp {c.amp}, {torch.get_num_threads()} threads, torch {torch.__version__}: "

@@ -31,9 +31,15 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import keypoints  # noqa: E402
+import metrics.pose  # noqa: E402
 import train  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
 from keypoints import ConditionConfig  # noqa: E402
+from ldm import (
+    DEFAULT_GUIDANCE,  # noqa: E402
+    LDM,  # noqa: E402
+)
+from metrics import keypoint_detector  # noqa: E402
 
 CELLS = 32                      # a side of the grid, the seed's own
 WAVES = 4                       # frequencies of a pixel's own place, pi, 2 pi, ...
@@ -123,8 +129,8 @@ def step_times(args: argparse.Namespace) -> dict[str, float]:
         with variant(name):
             c = config(args, name, 0, 1)
             C, side = vq.config.embed_dim, c.size // vq.config.factor
-            ldm = checkpoint.LDM(vq, c.unet_config, c.cond_config, torch.zeros(C, 1, 1), torch.ones(C, 1, 1),
-                                 c.schedule, True).to(memory_format=torch.channels_last)
+            ldm = LDM(vq, c.unet_config, c.cond_config, torch.zeros(C, 1, 1), torch.ones(C, 1, 1),
+                      c.schedule, True).to(memory_format=torch.channels_last)
         steps[name] = stepper(ldm, c, torch.randn(c.recipe.batch_size, C, side, side))
     for i in range(ROUNDS + 1):
         for name, step in steps.items():
@@ -136,7 +142,7 @@ def step_times(args: argparse.Namespace) -> dict[str, float]:
     return {name: statistics.median(took) for name, took in times.items()}
 
 
-def stepper(ldm: checkpoint.LDM, c: train.Config, z: Tensor):
+def stepper(ldm: LDM, c: train.Config, z: Tensor):
     """A function that makes one training step of `ldm` on latents z."""
     pose = torch.rand(len(z), len(keypoints.JOINTS), 3)
     params = [p for p in ldm.parameters() if p.requires_grad]
@@ -162,16 +168,16 @@ def share_latents(out: Path, run: Path) -> None:
 def figures_of(args: argparse.Namespace, name: str, seed: int) -> dict:
     """One row of the table: losses from the run's log, the rest from samples of its last checkpoint; kept in a file."""
     run = Path(args.out, f"{name}-{seed}")
-    kept = run / f"fidelity-{args.pictures}-{args.sampling_steps}-w{checkpoint.DEFAULT_GUIDANCE:g}.json"
+    kept = run / f"fidelity-{args.pictures}-{args.sampling_steps}-w{DEFAULT_GUIDANCE:g}.json"
     if not kept.exists():
         with variant(name):
             ldm, payload = checkpoint.load_ldm(run / "last.pt")
         size = payload["config"]["size"]
         train_part, held_out = data.open_data(args.data, size)
-        reader = evaluate.find_reader(args.data, train_part)
+        reader = keypoint_detector.find_reader(args.data, train_part)
         drawn = evaluate.draw_held_out(ldm, data.spread(held_out, args.pictures), sampler="ddim",
                                        steps=args.sampling_steps)
-        rows, _ = evaluate.assess(reader, drawn)
+        rows, _ = metrics.pose.assess(reader, drawn)
         last = [row for row in train.read_log(run / "log.jsonl") if "val_right" in row][-1]
         kept.write_text(json.dumps(rows | {"losses": last}, indent=1))
     found = json.loads(kept.read_text())

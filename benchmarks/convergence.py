@@ -25,8 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import metrics.pose  # noqa: E402
 import sample  # noqa: E402
 from diffusion import Diffusion, EpsFn, ddim, dpm_solver, guided, per_image_noise  # noqa: E402
+from ldm import LDM  # noqa: E402
+from metrics import keypoint_detector  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 
 STEPS = 5, 10, 20, 50, 100, 250, 500
@@ -63,7 +66,7 @@ def main() -> None:
     for network, rows in far.items():
         print(f"\n{network}: RMS distance from its own limit\n" + evaluate.table(
             rows, {S: (S, "steps", ".4f") for S in rows["ddim, even in t"]}), flush=True)
-    reader = evaluate.find_reader(c["data"], train_part)
+    reader = keypoint_detector.find_reader(c["data"], train_part)
     drawn: dict[str, dict] = {}
     for name, how in DRAWN_BY.items():
         for S in args.steps:
@@ -117,14 +120,14 @@ def random_eps() -> EpsFn:
     return eps_fn
 
 
-def quality(ldm: checkpoint.LDM, reader: evaluate.PoseReader, held_out: data.Pictures, n: int, S: int, sampler: str,
+def quality(ldm: LDM, reader: keypoint_detector.PoseReader, held_out: data.Pictures, n: int, S: int, sampler: str,
             spacing: str, eta: float) -> dict:
     """Pose fidelity and Frechet distance of n held-out poses, each from the same x_T whatever the sampler."""
     images, poses = zip(*data.in_order(held_out, 64, n), strict=True)
     poses, real = torch.cat(poses), np.concatenate([data.to_uint8(x) for x in images])
     samples = sample.draw_pictures(ldm, poses, list(range(len(poses))), held_out.size, sampler=sampler, steps=S,
                                    eta=eta, guidance=ldm.guidance, spacing=spacing)
-    found, _ = evaluate.assess(reader, evaluate.Drawn(poses.double().numpy(), np.stack(samples), real, {}))
+    found, _ = metrics.pose.assess(reader, metrics.pose.Drawn(poses.double().numpy(), np.stack(samples), real, {}))
     return found["samples"] | {"ceiling": found["real"]["pck@0.1"]}
 
 

@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import metrics.pose  # noqa: E402
+from metrics import keypoint_detector  # noqa: E402
 
 
 def main() -> None:
@@ -34,14 +36,14 @@ def main() -> None:
     c, model = payload["config"], checkpoint.hash_of(ldm.unet.state_dict())[:8]
     train_part, held_out = data.open_data(c["data"], c["size"], c["val"])
     held_out = data.spread(held_out, args.pictures)
-    reader = evaluate.find_reader(c["data"], train_part)
+    reader = keypoint_detector.find_reader(c["data"], train_part)
     rows: dict[str, dict] = {}
     for w in args.weights:
         for interval in (None, tuple(args.interval)) if w != 1 else (None,):
             name = f"w {w:g}" + (f", t {interval[0]} to {interval[1]}" if interval else "")
             kept = out / f"{model}-{w:g}-{'-'.join(map(str, interval or ['all']))}-{args.pictures}-{args.steps}.json"
             if not kept.exists():
-                found, _ = evaluate.assess(reader, evaluate.draw_held_out(
+                found, _ = metrics.pose.assess(reader, evaluate.draw_held_out(
                     ldm, held_out, interval=interval, sampler="ddim", steps=args.steps, guidance=w))
                 more = {"w": w, "interval": interval, "ceiling": found["real"]["pck@0.1"]}
                 kept.write_text(json.dumps(found["samples"] | more))

@@ -24,6 +24,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+import dataset.latents  # noqa: E402
 
 SIDE, BATCH, NEEDED = 256, 32, {"pictures": 60, "latents": 5000}
 LATENTS = {"danbooru [3,64,64]": (3, 64, 64), "toy [3,16,16]": (3, 16, 16)}
@@ -83,13 +84,14 @@ def pictures(spec: str, folder: Path, size: tuple[int, int], n: int, workers: in
 
 def latents(name: str, shape: tuple[int, int, int], folder: Path, n: int, steps: int) -> str:
     start = time.perf_counter()
-    cache = data.LatentCache(folder / name, "noise", Blank(n), lambda x: torch.randn(len(x), *shape))
+    cache = dataset.latents.LatentCache(folder / name, "noise", Blank(n), lambda x: torch.randn(len(x), *shape))
     took, steps = time.perf_counter() - start, min(steps, n // BATCH)
     row = cache.latents[0].nbytes
     if hasattr(os, "posix_fadvise"):
         with open(cache.files[0], "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    first, again = (rate((data.latent_batch(cache, BATCH, 0, k) for k in range(steps)), BATCH) for _ in range(2))
+    first, again = (rate((dataset.latents.latent_batch(cache, BATCH, 0, k) for k in range(steps)), BATCH)
+                    for _ in range(2))
     wanted = [2 * data.step_indices(n, BATCH, 0, k) for k in range(steps)]
     floor = max(rate((torch.from_numpy(cache.latents[rows]).float() for rows in wanted), BATCH) for _ in range(2))
     return (f"latents {name}, {row} B: {first:,.0f}/s first, {again:,.0f}/s again (needed {NEEDED['latents']:,}); "

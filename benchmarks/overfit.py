@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import metrics.condition  # noqa: E402
 import train  # noqa: E402
 
 # figures, steps, batch size, learning rate, what the verdict must say
@@ -33,7 +34,7 @@ class Shuffled(data.Part):
 
     def __init__(self, ds: data.Pictures):
         super().__init__(ds, range(len(ds)))
-        self.wrong = evaluate.derangement(len(ds), 0)
+        self.wrong = metrics.condition.derangement(len(ds), 0)
 
     def source(self, i: int):
         return self.ds.source(i)[0], self.ds.source(int(self.wrong[i]))[1]

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import checkpoint  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from benchmarks.speed import in_turns  # noqa: E402
 from diffusion import per_image_noise  # noqa: E402
+from ldm import LDM  # noqa: E402
 from unet import UNet  # noqa: E402
 from vq import VQModel  # noqa: E402
 
@@ -79,14 +79,14 @@ def config_of(preset: str) -> train.Config:
     return train.make_config(train.parse_args(["--stage", "ldm", "--preset", preset, "--device", "cpu"]))
 
 
-def random_ldm(preset: str) -> checkpoint.LDM:
+def random_ldm(preset: str) -> LDM:
     c = config_of(preset)
     dummy = torch.zeros(c.vq_config.embed_dim, 1, 1)
-    ldm = checkpoint.LDM(VQModel(c.vq_config), c.unet_config, c.cond_config, dummy, dummy, c.schedule, knows_null=True)
+    ldm = LDM(VQModel(c.vq_config), c.unet_config, c.cond_config, dummy, dummy, c.schedule, knows_null=True)
     return ldm.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def ours(ldm: checkpoint.LDM, poses: Tensor, side: int, sampler: str, spacing: str, steps: int) -> Callable[[], object]:
+def ours(ldm: LDM, poses: Tensor, side: int, sampler: str, spacing: str, steps: int) -> Callable[[], object]:
     def draw() -> None:
         for _ in sample.sample(ldm, poses, list(range(len(poses))), side, sampler=sampler, steps=steps, eta=0.0,
                                guidance=GUIDANCE, spacing=spacing):
@@ -115,7 +115,7 @@ def peer(ours: UNet, side: int) -> nn.Module:
     return unet.eval().requires_grad_(False)
 
 
-def theirs(unet: nn.Module, ldm: checkpoint.LDM, poses: Tensor, sampler: str, steps: int,
+def theirs(unet: nn.Module, ldm: LDM, poses: Tensor, sampler: str, steps: int,
            dtype: torch.dtype) -> Callable[[], object]:
     import diffusers
     h = unet.config.sample_size

@@ -18,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import metrics.pose  # noqa: E402
 import sample  # noqa: E402
-from keypoints import PoseDensity  # noqa: E402
+from extras.density import PoseDensity  # noqa: E402
+from metrics import keypoint_detector  # noqa: E402
 
 COLUMNS = {"distance": ("distance", "body sizes", ".3f"), "unusual": ("further out", "than", ".1%"),
            "asked": ("PCK@0.1", "asked", ".3f"), "wanted": ("PCK@0.1", "wanted", ".3f"), "oks": ("OKS", "asked", ".3f")}
@@ -36,7 +38,7 @@ def main() -> None:
     ldm, payload = checkpoint.load_ldm(args.ckpt)
     c = payload["config"]
     train_part, held_out = data.open_data(c["data"], c["size"], c["val"])
-    reader = evaluate.find_reader(c["data"], train_part)
+    reader = keypoint_detector.find_reader(c["data"], train_part)
     density = PoseDensity(checkpoint.training_poses(payload, args.ckpt))
     poses = np.concatenate([pose for _, pose in data.in_order(held_out, 64, args.pictures)]).astype(np.float64)
     noisy = poses + [1, 1, 0] * np.random.default_rng(0).normal(0, args.noise, poses.shape) * poses[..., 2:]
@@ -47,11 +49,11 @@ def main() -> None:
             pictures = sample.draw_pictures(
                 ldm, torch.from_numpy(asked), list(range(len(asked))), c["size"], sampler="ddim", steps=args.steps,
                 eta=ldm.eta, guidance=ldm.guidance, spacing="even")
-            read, _ = evaluate.read_all(reader, np.stack(pictures))
-            found = evaluate.fidelity(read, asked)
+            read, _ = metrics.pose.read_all(reader, np.stack(pictures))
+            found = metrics.pose.fidelity(read, asked)
             rows[f"{kind}, typical {amount:g}"] = {
                 "distance": density.distance(asked).mean(), "unusual": density.unusual(asked).mean(),
-                "asked": found["pck@0.1"], "wanted": evaluate.fidelity(read, given)["pck@0.1"], "oks": found["oks"]}
+                "asked": found["pck@0.1"], "wanted": metrics.pose.fidelity(read, given)["pck@0.1"], "oks": found["oks"]}
     print(evaluate.table(rows, COLUMNS))
 
 

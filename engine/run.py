@@ -51,8 +51,9 @@ def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, obje
 class RunDir:
     """One run in one folder. `start` is the first step to make, `resumed` the payload of last.pt, if there is one."""
 
-    def __init__(self, folder: str | Path, stage: str, fresh: bool = False):
-        self.dir, self.stage, self.fresh = Path(folder), stage, fresh
+    def __init__(self, folder: str | Path, stage: str, fresh: bool = False, dry: bool = False):
+        """`dry`: a run that only measures its speed and saves nothing."""
+        self.dir, self.stage, self.fresh, self.dry = Path(folder), stage, fresh, dry
         self.last, self.best_path, self.log_path = (self.dir / name for name in ("last.pt", "best.pt", "log.jsonl"))
         self.resumed: dict | None = None
         if self.last.exists():
@@ -135,6 +136,9 @@ class RunDir:
         """After step `step`: step-*.pt every `keep_every` steps, best.pt where `score` (higher is better) is the best
         so far, last.pt. The first two lack the training state. ValueError where the weights are not finite.
         """
+        self.timed_from = None
+        if self.dry:
+            return
         if name := checkpoint.not_finite(payload):
             raise self.diverged(f"{name} is not finite after step {step}")
         better = score is not None and math.isfinite(score) and (self.best is None or score > self.best)
@@ -149,7 +153,7 @@ class RunDir:
             if due:
                 with self.writing(path):
                     checkpoint.save(path, content)
-        self.saved_step, self.saved_at, self.timed_from = step + 1, time.monotonic(), None
+        self.saved_step, self.saved_at = step + 1, time.monotonic()
 
     @contextmanager
     def writing(self, path: Path) -> Iterator[None]:

@@ -12,8 +12,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 import data
+import dataset.check
 import keypoints
+import plots
 from data import PoseFolder
+from dataset.figures import Figures
+from formats import pose_files
 
 N, SIDE = 60, 64
 
@@ -33,7 +37,7 @@ def save_pair(root, name: str, image, pose: np.ndarray) -> None:
 @pytest.fixture(scope="module")
 def figures():
     """Pictures and poses. The first ten clearly face the viewer: of people seen from the side, nothing is said."""
-    ds = data.Figures(N + 20, SIDE, seed=7)
+    ds = Figures(N + 20, SIDE, seed=7)
     all_of_them = [ds.source(i) for i in range(N + 20)]
     frontal = [i for i, (_, p) in enumerate(all_of_them) if p[5, 0] - p[6, 0] > 0.12 and p[1, 0] - p[2, 0] > 0.03][:10]
     assert len(frontal) == 10
@@ -53,7 +57,7 @@ def undrawn(request, monkeypatch):
     """overview.png takes most of the time of a check; it is drawn where a test asks for `drawn`: once for every kind of
     dataset that draws something of its own, or could break the drawing."""
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(data, "draw_overview", lambda path, *_: path.touch())
+        monkeypatch.setattr(dataset.check, "draw_overview", lambda path, *_: path.touch())
 
 
 @pytest.fixture
@@ -75,7 +79,7 @@ def suspects(report: dict) -> set[tuple[str, str]]:
 def rewrite(root, name: str, change) -> None:
     """Passes the pose of a picture through `change`."""
     file = root / "keypoints" / f"{name}.json"
-    file.write_text(json.dumps(rows_of(change(keypoints.read_seed(file)))))
+    file.write_text(json.dumps(rows_of(change(pose_files.read_seed(file)))))
 
 
 def exchange(pose: np.ndarray) -> np.ndarray:
@@ -105,11 +109,12 @@ def test_few_clean_figures_have_no_suspects(tmp_path, capsys):
 
 @pytest.mark.parametrize("showing, named", [(50, {"0.png"}), (49, set())])
 def test_a_limb_is_too_long_only_where_many_show_it(figures, showing, named):
-    rows = np.zeros(N, data.RECORD)
+    rows = np.zeros(N, dataset.check.RECORD)
     rows["sound"], rows["size"], rows["pose"] = True, SIDE, [pose for _, pose in figures]
     rows["pose"][0, 9, :2] += (0.6, 0.5)                    # the left wrist
     rows["pose"][showing:, 9] = 0
-    found, _, _ = data.odd_poses(data.Checked(None, None, [f"{i}.png" for i in range(N)], np.zeros(N, bool), rows, {}))
+    names, held = [f"{i}.png" for i in range(N)], np.zeros(N, bool)
+    found, _, _ = dataset.check.odd_poses(dataset.check.Checked(None, None, names, held, rows, {}))
     assert {s.file for s in found if s.kind == "limb"} == named
 
 
@@ -160,7 +165,7 @@ def test_each_fault_is_found_and_nothing_else(clean, capsys):
     assert "broken      3 (5.1%) cannot be used" in printed.out and "training would stop" in printed.err
     assert "59 with a pose file, 56 sound, 3 broken" in printed.out
     lines = [line.split("\t") for line in (clean.parent / "out/suspects.txt").read_text().splitlines()]
-    assert [line[1] for line in lines] == sorted((line[1] for line in lines), key=list(data.KINDS).index)
+    assert [line[1] for line in lines] == sorted((line[1] for line in lines), key=list(dataset.check.KINDS).index)
     assert len(lines) == len(report["suspects"]) and all(len(line) == 3 and line[2] for line in lines)
 
 
@@ -329,7 +334,7 @@ def test_a_held_out_copy_leaks_and_a_trained_one_counts(clean, figures, how, cap
 
 @pytest.mark.usefixtures("drawn")
 def test_a_set_of_ones_own_to_validate_on(clean, figures, tmp_path):
-    save_pair(tmp_path / "val", "x.png", *data.Figures(1, SIDE, seed=99).source(0))
+    save_pair(tmp_path / "val", "x.png", *Figures(1, SIDE, seed=99).source(0))
     save_pair(tmp_path / "val", "y.png", *figures[33])
     report = run(clean, "--val", str(tmp_path / "val"))
     assert suspects(report) == {("leak", "y.png")} and report["pictures"]["held_out"] == 2
@@ -388,7 +393,8 @@ def noisy_copies(rng, pictures: int, n: int):
     thumbs = base[rng.integers(0, pictures, n)]
     thumbs = np.where(rng.random((n, 1, 1)) < 0.5, thumbs[:, :, ::-1], thumbs)
     thumbs = (thumbs + rng.integers(-1, 2, thumbs.shape)).clip(0, 255).astype(np.uint8)
-    hashes = [data.difference_hash(Image.fromarray(t).resize((288, 288), Image.Resampling.BOX)) for t in thumbs]
+    hashes = [dataset.check.difference_hash(Image.fromarray(t).resize((288, 288), Image.Resampling.BOX))
+              for t in thumbs]
     return np.array(hashes, np.uint64), thumbs
 
 
@@ -398,7 +404,7 @@ def test_the_search_finds_what_brute_force_finds():
     for i in range(60):
         bits = np.random.default_rng(i).choice(64, i % 6, replace=False)
         hashes[i] = hashes[i] ^ np.bitwise_or.reduce(np.uint64(1) << bits.astype(np.uint64), initial=np.uint64(0))
-    found, wanted = data.find_copies(hashes, thumbs), brute_force(hashes, thumbs)
+    found, wanted = dataset.check.find_copies(hashes, thumbs), brute_force(hashes, thumbs)
     assert (found == wanted).all() and 40 < len(np.unique(found)) < 120
 
 
@@ -406,30 +412,30 @@ def test_copies_are_found_among_different_pictures_of_one_hash_and_brightness():
     rng, zero = np.random.default_rng(0), np.zeros((100, 2), np.uint64)
     thumbs = rng.permuted(np.linspace(20, 230, 256).astype(np.uint8).reshape(1, 256).repeat(60, 0), axis=1)
     thumbs = np.concatenate([thumbs, thumbs[:40] ^ 1]).reshape(100, 16, 16)     # the same, one grey level off
-    assert (data.find_copies(zero, thumbs) == [*range(60), *range(40)]).all()
+    assert (dataset.check.find_copies(zero, thumbs) == [*range(60), *range(40)]).all()
 
 
 def test_a_small_change_makes_another_picture():
     thumbs = np.random.default_rng(0).integers(0, 200, (1, 16, 16), dtype=np.uint8).repeat(3, 0)
     thumbs[1, 7, 7] += 10                                                       # noise
     thumbs[2, 7, 7:9] += 40                                                     # a hand
-    assert data.find_copies(np.zeros((3, 2), np.uint64), thumbs).tolist() == [0, 0, 2]
+    assert dataset.check.find_copies(np.zeros((3, 2), np.uint64), thumbs).tolist() == [0, 0, 2]
 
 
 def test_thousands_of_equal_pictures_are_one_group():
     thumbs = np.random.default_rng(0).integers(99, 101, (20_000, 16, 16), dtype=np.uint8)
     thumbs[5000:] = thumbs[0]
-    assert not data.find_copies(np.zeros((len(thumbs), 2), np.uint64), thumbs).any()
+    assert not dataset.check.find_copies(np.zeros((len(thumbs), 2), np.uint64), thumbs).any()
 
 
 def test_small_subjects_on_one_flat_ground_are_soon_told_apart(monkeypatch):
     rng, thumbs, compared = np.random.default_rng(0), np.full((400, 16, 16), 200, np.uint8), []
     for thumb, x, y in zip(thumbs, *rng.integers(0, 15, (2, 400)), strict=True):
         thumb[y:y + 2, x] = rng.integers(20, 180)
-    look_alike = data._look_alike
-    monkeypatch.setattr(data, "_look_alike", lambda a, *more: compared.append(len(a)) or look_alike(a, *more))
+    look_alike = dataset.check._look_alike
+    monkeypatch.setattr(dataset.check, "_look_alike", lambda a, *more: compared.append(len(a)) or look_alike(a, *more))
     zero = np.zeros((400, 2), np.uint64)
-    assert (data.find_copies(zero, thumbs) == brute_force(zero, thumbs)).all()
+    assert (dataset.check.find_copies(zero, thumbs) == brute_force(zero, thumbs)).all()
     assert sum(compared) < 4000                                         # of 80,000 pairs
 
 
@@ -447,10 +453,10 @@ def test_the_search_has_a_bar_and_ends_where_brightness_differs(monkeypatch):
         def close(self):
             assert self.n == self.total
     bars = []
-    monkeypatch.setattr(data, "tqdm", Bar)
+    monkeypatch.setattr(dataset.check, "tqdm", Bar)
     thumbs = np.arange(0, 240, 3, dtype=np.uint8)[:, None, None].repeat(16, 1).repeat(16, 2)
-    assert (data.find_copies(np.zeros((80, 2), np.uint64), thumbs) == np.arange(80)).all()
-    assert bars[0].n == data.BANDS * data.WINDOW and bars[0].calls <= 2 * data.BANDS
+    assert (dataset.check.find_copies(np.zeros((80, 2), np.uint64), thumbs) == np.arange(80)).all()
+    assert bars[0].n == dataset.check.BANDS * dataset.check.WINDOW and bars[0].calls <= 2 * dataset.check.BANDS
 
 
 # ------------------------------------------------------------------------------------------------- bars
@@ -477,7 +483,7 @@ def test_bars_are_found_to_the_pixel(figures, bars, quality, tmp_path):
         if quality:
             Image.fromarray(whole).save(tmp_path / "a.jpg", quality=quality)
             whole = np.array(Image.open(tmp_path / "a.jpg"))
-        box = data.find_bars(whole)
+        box = dataset.check.find_bars(whole)
         found.append(box != (0, 0, *whole.shape[1::-1]))
         assert not found[-1] or np.abs(np.subtract(box, wanted)).max() <= (2 if quality else 0)
     # White bars around a pale wall, of nearly the same colour, may be overlooked.
@@ -498,7 +504,7 @@ def cut_out(kind: str, seed: int) -> np.ndarray:
     elif kind == "rounded":
         pen.rounded_rectangle((x0, y0, x1, y1), 50, fill=ink)
     else:
-        return keypoints.draw(data.Figures(60, 64).source(seed)[1], 256)
+        return keypoints.draw(Figures(60, 64).source(seed)[1], 256)
     return np.array(page)
 
 
@@ -506,18 +512,18 @@ def cut_out(kind: str, seed: int) -> np.ndarray:
 def test_a_flat_background_is_no_bar(kind):
     for seed in range(25):
         image = cut_out(kind, seed)
-        assert data.find_bars(image) == (0, 0, 256, 256), seed
+        assert dataset.check.find_bars(image) == (0, 0, 256, 256), seed
 
 
 def test_neither_figures_nor_plain_pictures_have_bars(figures):
     for image in [image for image, _ in figures] + [np.full((40, 60, 3), 7, np.uint8)]:
-        assert data.find_bars(image) == (0, 0, *image.shape[1::-1])
+        assert dataset.check.find_bars(image) == (0, 0, *image.shape[1::-1])
 
 
 def test_bars_on_one_side_only_are_part_of_the_picture(figures):
     for bars in (dict(top=9), dict(left=20, right=3)):
         whole = with_bars(figures[0][0], **bars)
-        assert data.find_bars(whole) == (0, 0, *whole.shape[1::-1])
+        assert dataset.check.find_bars(whole) == (0, 0, *whole.shape[1::-1])
 
 
 # ------------------------------------------------------------------------------------------------- trim
@@ -588,7 +594,7 @@ def coco_of(root, figures) -> int:
     images, people = [], []
     for i, path in enumerate(sorted((root / "images").iterdir())):
         W, H = Image.open(path).size
-        pose = keypoints.read_seed(root / "keypoints" / f"{path.stem}.json") * (W, H, 2)
+        pose = pose_files.read_seed(root / "keypoints" / f"{path.stem}.json") * (W, H, 2)
         pose[3] = 0
         images.append({"id": 10 + i, "file_name": path.name, "width": W, "height": H})
         small = pose * (0.5, 0.5, 1)
@@ -647,7 +653,7 @@ def test_a_copy_that_cannot_be_opened_never_gets_its_name(figures, tmp_path, mon
         (made / "k.json").write_text('{"images": [], "annotations": []}')
         return made / "k.json"
     coco_of(tmp_path / "set", figures)
-    monkeypatch.setattr(data, "_cut_coco", write)
+    monkeypatch.setattr(dataset.check, "_cut_coco", write)
     run(tmp_path / "set", "--trim", str(tmp_path / "new"), status=2)
     assert "k.json" in capsys.readouterr().err and not list(tmp_path.glob("new*"))
 
@@ -761,7 +767,7 @@ def test_figures_take_no_other_pictures(tmp_path, monkeypatch, capsys):
 def test_an_interruption_is_one_sentence_and_leaves_no_half_file(clean, tmp_path, monkeypatch, capsys, where):
     def interrupt(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(data, where, interrupt)
+    monkeypatch.setattr(dataset.check, where, interrupt)
     assert data.main([str(clean), "--workers", "0", "--out", str(tmp_path / "out"), "--size", "64",
                       "--trim", str(tmp_path / "new")]) == 130
     assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.glob("new*"))
@@ -802,7 +808,7 @@ def test_nobody_has_to_read_what_is_printed(figures, tmp_path, monkeypatch, caps
 
 @pytest.mark.usefixtures("drawn")
 def test_ordinary_pictures_are_taken_evenly(clean, monkeypatch):
-    shown, framed = [], data.framed
-    monkeypatch.setattr(data, "framed", lambda checked, i, side: shown.append(i) or framed(checked, i, side))
+    shown, framed = [], dataset.check.framed
+    monkeypatch.setattr(dataset.check, "framed", lambda checked, i, side: shown.append(i) or framed(checked, i, side))
     run(clean)
-    assert shown == data.evenly(N, data.ACROSS).tolist()
+    assert shown == data.evenly(N, plots.ACROSS).tolist()

@@ -20,10 +20,12 @@ from conftest import GOLDEN, golden_weights, relative_error
 from torch import Tensor
 
 import checkpoint
+import formats.lpips
 import sample
 import train
-from checkpoint import PUBLISHED, Published
 from diffusion import Diffusion, ddim
+from formats import compvis
+from formats.compvis import PUBLISHED, Published
 from keypoints import ConditionConfig
 from unet import UNet, UNetConfig
 from vq import LPIPS, VQConfig, VQModel
@@ -97,7 +99,7 @@ def test_sizes_are_read_off_the_tensors(ckpt, networks):
     assert payload["cond_config"]["doors"] == ("seed",) and payload["cond_config"]["seed_dim"] == 32
     ldm, _ = checkpoint.load_ldm(ckpt, preset="tiny")
     assert (ldm.guidance, ldm.eta) == (1.0, 0.0)
-    said = checkpoint.describe(payload, ckpt)
+    said = compvis.describe(payload, ckpt)
     assert "\n" not in said and all(word in said for word in ("model.ckpt", "ldm", "EMA", "1234", "(1, 2)", "64 codes"))
 
 
@@ -120,14 +122,14 @@ def test_the_published_key_lists_give_the_default_configs(tmp_path):
     path.touch()
     os.truncate(path, 4 * 2 ** 30)                  # as large as the real one says it is, without taking the space
     state = listed("danbooru_keypoints_ldm_state_dict.json") | {"betas": Diffusion().betas.float()}
-    payload = checkpoint.published({"state_dict": state}, path, "ldm", None, "danbooru", True)
+    payload = compvis.published({"state_dict": state}, path, "ldm", None, "danbooru", True)
     assert UNetConfig(**payload["unet_config"]) == UNetConfig() and VQConfig(**payload["vq_config"]) == VQConfig()
     assert payload["weights"] == "EMA" and payload["config"]["size"] == 256
     with torch.device("meta"):
         own = {"unet": UNet(UNetConfig()).state_dict(), "vq": VQModel(VQConfig()).state_dict()}
     for name in own:
         assert {k: v.shape for k, v in payload[name].items()} == {k: v.shape for k, v in own[name].items()}
-    stage1 = checkpoint.published(listed("danbooru_vq_f4_state_dict.json"), path, "vq", None, None, True)
+    stage1 = compvis.published(listed("danbooru_vq_f4_state_dict.json"), path, "vq", None, None, True)
     assert VQConfig(**stage1["vq_config"]) == VQConfig() and stage1["weights"] == "raw"
     assert stage1["vq"].keys() == own["vq"].keys() and stage1["config"]["size"] is None
 
@@ -138,7 +140,7 @@ def test_the_published_key_lists_give_the_default_configs(tmp_path):
     VQConfig(ch=64, ch_mult=(1,), num_res_blocks=1, n_embed=16, attn_resolutions=(256,))])
 def test_any_first_stage_is_read_back(config):
     state = VQModel(config).state_dict()
-    assert VQConfig(**checkpoint.first_stage(state, Path("x"), True)[0]["vq_config"]) == config
+    assert VQConfig(**compvis.first_stage(state, Path("x"), True)[0]["vq_config"]) == config
 
 
 @pytest.mark.parametrize("config", [
@@ -149,7 +151,7 @@ def test_any_first_stage_is_read_back(config):
 def test_any_unet_is_read_back(config):
     with torch.device("meta"):
         state = UNet(config).state_dict()
-    assert UNetConfig(**checkpoint.unet_config(state, Path("x")), num_heads=8) == config
+    assert UNetConfig(**compvis.unet_config(state, Path("x")), num_heads=8) == config
 
 
 # ---- what a published file draws
@@ -363,7 +365,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path, found):
 
 def test_a_tensor_expanded_out_of_one_number_is_refused(tmp_path, networks):
     """A file of a few bytes may not become terabytes when the model it describes is made."""
-    state = full(networks) | {f"{checkpoint.UNET}out.2.bias": torch.ones(1).expand(10 ** 12)}
+    state = full(networks) | {f"{compvis.UNET}out.2.bias": torch.ones(1).expand(10 ** 12)}
     torch.save({"state_dict": state}, tmp_path / "bomb.ckpt")
     said = refusal(tmp_path / "bomb.ckpt")
     assert "does not hold as many numbers as its tensors say; model.diffusion_model.out.2.bias" in said
@@ -538,7 +540,7 @@ def test_crafted_pickles_are_refused(tmp_path, pickled, words):
 @pytest.mark.parametrize("state", [b"}X\x04\x00\x00\x00evilK\x01s", b"N}X\x08\x00\x00\x00__call__K\x01s\x86"])
 def test_a_pickle_cannot_change_the_classes_it_names(tmp_path, target, state):
     """BUILD sets attributes, and on a class those would outlive the file."""
-    classes = (checkpoint.Inert, checkpoint.InertDict, checkpoint.Later, checkpoint.SameTensor)
+    classes = (compvis.Inert, compvis.InertDict, compvis.Later, compvis.SameTensor)
     before = [dict(vars(cls)) for cls in classes]
     refusal(crafted(tmp_path / "m.ckpt", b"\x80\x02" + target + state + b"b."))
     assert [dict(vars(cls)) for cls in classes] == before
@@ -619,7 +621,7 @@ def test_lpips_weights_in_every_naming(tmp_path):
     torch.save(lightning({"loss.perceptual_loss." + k: v for k, v in state.items()} | {
         "encoder.conv_in.weight": torch.ones(1)}), tmp_path / "taming.ckpt")
     for names in (["vgg16.pth", "lin.pth"], ["lins.pth", "vgg16.pth"], ["whole.pth"], ["taming.ckpt"]):
-        model = checkpoint.load_lpips([tmp_path / name for name in names])
+        model = formats.lpips.load_lpips([tmp_path / name for name in names])
         got = model.state_dict()
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         assert got.keys() == state.keys() and all(torch.equal(got[k], state[k]) for k in state), names
@@ -628,7 +630,7 @@ def test_lpips_weights_in_every_naming(tmp_path):
 def test_the_distance_of_loaded_weights_equals_the_reference(tmp_path, golden):
     model = golden_weights("loss.perceptual_loss.", LPIPS())
     torch.save({f"loss.perceptual_loss.{k}": v for k, v in model.state_dict().items()}, tmp_path / "m.ckpt")
-    loaded = checkpoint.load_lpips([tmp_path / "m.ckpt"])
+    loaded = formats.lpips.load_lpips([tmp_path / "m.ckpt"])
     with torch.no_grad():
         distance = loaded(golden["gan/image"], golden["gan/reconstruction"])
     assert relative_error(distance, golden["lpips/distance"]) < 1e-4
@@ -646,7 +648,7 @@ def test_what_lpips_lacks_is_said(tmp_path):
             (["net.pth", "lin.pth", "alexnet.pth"], ["(64, 3, 11, 11)", "(64, 3, 3, 3)"]),
             (["other.pth"], ["other.pth has no tensor of LPIPS"]), (["absent.pth"], ["there is no file"])):
         with pytest.raises(ValueError) as e:
-            checkpoint.load_lpips([tmp_path / name for name in files])
+            formats.lpips.load_lpips([tmp_path / name for name in files])
         assert "\n" not in str(e.value) and all(word in str(e.value) for word in words), str(e.value)
 
 
@@ -657,22 +659,22 @@ def downloads(tmp_path, monkeypatch):
     files = []
     for i, content in enumerate(contents):
         (tmp_path / f"source{i}").write_bytes(content)
-        files.append(checkpoint.Download(f"file{i}.pth", (tmp_path / f"source{i}").as_uri(),
-                                         hashlib.sha256(content).hexdigest(), "x"))
-    monkeypatch.setattr(checkpoint, "LPIPS_FILES", tuple(files))
+        files.append(formats.lpips.Download(f"file{i}.pth", (tmp_path / f"source{i}").as_uri(),
+                                            hashlib.sha256(content).hexdigest(), "x"))
+    monkeypatch.setattr(formats.lpips, "LPIPS_FILES", tuple(files))
     return contents
 
 
 def test_a_download_happens_once(tmp_path, downloads, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    paths = checkpoint.download_lpips()
+    paths = formats.lpips.download_lpips()
     assert paths[0].parent == tmp_path / "hub/checkpoints"
     assert [p.read_bytes() for p in paths] == list(downloads)
     paths[1].write_bytes(b"damaged")
     (tmp_path / "source0").unlink()                             # only the damaged one is fetched again
-    assert [p.read_bytes() for p in checkpoint.download_lpips()] == list(downloads)
+    assert [p.read_bytes() for p in formats.lpips.download_lpips()] == list(downloads)
     (tmp_path / "source1").unlink()
-    assert checkpoint.download_lpips() == paths
+    assert formats.lpips.download_lpips() == paths
 
 
 @pytest.mark.parametrize("mistake, words", [("content", "SHA-256"), ("absent", "cannot be downloaded"),
@@ -683,9 +685,9 @@ def test_a_failed_download_is_one_sentence_and_leaves_nothing(tmp_path, download
     elif mistake == "absent":
         (tmp_path / "source0").unlink()
     else:
-        first, second = checkpoint.LPIPS_FILES
-        refused = checkpoint.Download(first.name, "http://127.0.0.1:9/x", first.sha256, "x")
-        monkeypatch.setattr(checkpoint, "LPIPS_FILES", (refused, second))
+        first, second = formats.lpips.LPIPS_FILES
+        refused = formats.lpips.Download(first.name, "http://127.0.0.1:9/x", first.sha256, "x")
+        monkeypatch.setattr(formats.lpips, "LPIPS_FILES", (refused, second))
     with pytest.raises(ValueError, match=words) as e:
-        checkpoint.download_lpips(tmp_path / "cache")
+        formats.lpips.download_lpips(tmp_path / "cache")
     assert "\n" not in str(e.value) and os.listdir(tmp_path / "cache") == []

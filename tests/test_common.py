@@ -1,12 +1,13 @@
-"""How common a pose is: keypoints.PoseDensity against loops, invariances and planted densities."""
+"""How common a pose is: extras.density.PoseDensity against loops, invariances and planted densities."""
 import numpy as np
 import pytest
 
-import data
+import extras.density
 import keypoints as K
-from keypoints import PoseDensity
+from dataset.figures import Figures
+from extras.density import PoseDensity
 
-FIGURES = np.stack([data.Figures(700, 16).source(i)[1] for i in range(700)]).astype(np.float64)
+FIGURES = np.stack([Figures(700, 16).source(i)[1] for i in range(700)]).astype(np.float64)
 TRAIN, HELD_OUT = FIGURES[:500], FIGURES[500:]
 
 
@@ -33,7 +34,7 @@ def slow_distance(a: np.ndarray, b: np.ndarray) -> float:
         xy = pose[shared, :2] - pose[shared, :2].mean(axis=0)
         return xy / np.sqrt(np.mean(np.sum(xy ** 2, axis=1)))
     far = np.sum((shape(a) - shape(b)) ** 2) if len(shared) > 1 else 0.0
-    return np.sqrt((far + K.ONE_SIDED ** 2 * one_sided) / (len(shared) + one_sided))
+    return np.sqrt((far + extras.density.ONE_SIDED ** 2 * one_sided) / (len(shared) + one_sided))
 
 
 def slow_kth(pose: np.ndarray, others: np.ndarray, k: int) -> float:
@@ -66,11 +67,11 @@ def test_distances_equal_loops_over_joints(missing):
     np.testing.assert_allclose(density.own, [slow_kth(p, np.delete(train, i, 0), 3) for i, p in enumerate(train)],
                                atol=1e-3)
     for rows in (1, 7):                                             # in other portions the same
-        K.ROWS, kept = rows, K.ROWS
+        extras.density.ROWS, kept = rows, extras.density.ROWS
         try:
             np.testing.assert_allclose(PoseDensity(train, k=3).own, density.own, atol=1e-5)
         finally:
-            K.ROWS = kept
+            extras.density.ROWS = kept
 
 
 def test_place_and_size_do_not_count_but_turning_does():
@@ -86,7 +87,8 @@ def test_half_a_person_finds_the_whole_one():
     """Poses are compared by what both have, so the bust of a training pose lies as near as its missing joints allow."""
     busts = moved(TRAIN[:50], 0.5, (0.3, 0.2))
     busts[:, 11:] = 0
-    np.testing.assert_allclose(PoseDensity(TRAIN, k=1).distance(busts), K.ONE_SIDED * np.sqrt(6 / 17), atol=1e-3)
+    one_sided = extras.density.ONE_SIDED * np.sqrt(6 / 17)
+    np.testing.assert_allclose(PoseDensity(TRAIN, k=1).distance(busts), one_sided, atol=1e-3)
 
 
 def test_a_single_joint_and_nothing_in_common():
@@ -95,8 +97,8 @@ def test_a_single_joint_and_nothing_in_common():
     both[0, [3, 4]] = (0.9, 0.9, 1)                                 # two joints in one place: no shape either
     density = PoseDensity(point, k=1)
     assert density.distance(point)[0] == 0 and density.own.tolist() == [0]
-    assert density.distance(other)[0] == density.distance(none)[0] == pytest.approx(K.ONE_SIDED)
-    assert density.distance(both)[0] == pytest.approx(K.ONE_SIDED / np.sqrt(2))
+    assert density.distance(other)[0] == density.distance(none)[0] == pytest.approx(extras.density.ONE_SIDED)
+    assert density.distance(both)[0] == pytest.approx(extras.density.ONE_SIDED / np.sqrt(2))
     for pose in (point, other, both, none):
         for poses in (point, other, both, TRAIN[:20]):
             pulled = PoseDensity(poses).typical(pose, 0.7)
@@ -180,11 +182,12 @@ def test_the_pull_brings_poses_nearer_and_keeps_what_is_theirs():
 def test_the_middle_of_a_cluster_is_its_centre():
     poses, _ = clusters([64], [0.01])
     density = PoseDensity(poses, k=40)
-    truth = K._shapes(np.mean([K._shapes(p if i % 3 else K.flip(p)) for i, p in enumerate(poses)], axis=0))
+    shapes = extras.density._shapes
+    truth = shapes(np.mean([shapes(p if i % 3 else K.flip(p)) for i, p in enumerate(poses)], axis=0))
     far = moved(poses[1:2], 0.4, (0.2, 0.1))
     far[..., :2] += np.random.default_rng(1).normal(0, 0.01, far[..., :2].shape)
-    middle = K._shapes(density.typical(far, 1.0))[0]
-    assert np.abs(middle - truth).max() < 0.25 * np.abs(K._shapes(far)[0] - truth).max()
+    middle = shapes(density.typical(far, 1.0))[0]
+    assert np.abs(middle - truth).max() < 0.25 * np.abs(shapes(far)[0] - truth).max()
 
 
 def test_a_joint_that_no_neighbour_has_keeps_its_place():

@@ -11,7 +11,10 @@ from PIL import Image
 
 import data
 import keypoints
-from data import DataError, InMemory, LatentCache, Part, PoseFolder, batches, latent_batch, split, to_square
+import plots
+from data import DataError, InMemory, Part, PoseFolder, batches, split, to_square
+from dataset.figures import Figures
+from dataset.latents import LatentCache, latent_batch
 
 
 def some_pose(seed: int) -> np.ndarray:
@@ -445,7 +448,7 @@ def test_one_clip_alone_splits_by_picture(tmp_path):
 
 
 def test_what_lies_around_a_dataset_tells_the_same_of_each_picture(tmp_path):
-    for ds, name in ((PoseFolder(folder(tmp_path, 3), 12), ".*clip0_002.png"), (data.Figures(3, 12), "figure 2")):
+    for ds, name in ((PoseFolder(folder(tmp_path, 3), 12), ".*clip0_002.png"), (Figures(3, 12), "figure 2")):
         around = InMemory(Part(InMemory(ds), [2, 0]))
         assert re.fullmatch(name, around.name(0)) and around.name(1) == ds.name(0) and around.base is ds
         assert around.groups() == [ds.groups()[i] for i in (2, 0)]
@@ -454,7 +457,7 @@ def test_what_lies_around_a_dataset_tells_the_same_of_each_picture(tmp_path):
 
 
 def test_caches_of_figures_are_found_by_later_versions_too():
-    figures = data.Figures(10, 32, seed=5)
+    figures = Figures(10, 32, seed=5)
     assert figures.fingerprint()[:16] == "8a851cf292cb06fb"
     assert Part(figures, [3, 1]).fingerprint()[:16] == "4bbd6effb013b1a7"
 
@@ -654,8 +657,8 @@ def test_latent_batches_take_each_picture_once_an_epoch_and_mirror_half(tmp_path
 def test_grid_shows_the_pictures_enlarged_and_words_beside_them(tmp_path):
     rng = np.random.default_rng(0)
     red, noise = np.full((40, 40, 3), (255, 0, 0), np.uint8), rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    page = data.save_grid(tmp_path / "new" / "a.png", [[red, noise], [noise, None]], columns=["one", "two"],
-                          labels=["first", "second"], captions=[["a" * 99, ""], ["", ""]], title="Title")
+    page = plots.save_grid(tmp_path / "new" / "a.png", [[red, noise], [noise, None]], columns=["one", "two"],
+                           labels=["first", "second"], captions=[["a" * 99, ""], ["", ""]], title="Title")
     read = np.asarray(Image.open(tmp_path / "new" / "a.png"))
     assert (read == np.asarray(page)).all()
     assert ((read == (255, 0, 0)).all(-1)).sum() == 160 * 160           # 40 pixels at x4, nothing drawn over them
@@ -669,11 +672,11 @@ def test_grid_shows_the_pictures_enlarged_and_words_beside_them(tmp_path):
 
 def test_grid_of_fewer_captions_than_rows_and_of_no_picture_at_all(tmp_path):
     picture = np.zeros((160, 160, 3), np.uint8)
-    both, one = (data.save_grid(tmp_path / "a.png", [[picture], [picture]], captions=captions)
+    both, one = (plots.save_grid(tmp_path / "a.png", [[picture], [picture]], captions=captions)
                  for captions in ([["low"], []], [["low"]]))
     assert np.array_equal(both, one)
     for rows in ([], [[]], [[None]], [[None, None], [None]]):
-        assert min(data.save_grid(tmp_path / "a.png", rows, columns=["one"], title="Title").size) > 0
+        assert min(plots.save_grid(tmp_path / "a.png", rows, columns=["one"], title="Title").size) > 0
 
 
 def test_command_answers_a_mistake_with_one_sentence(tmp_path, capsys):

@@ -9,7 +9,6 @@ from conftest import golden_weights, relative_error
 from torch import Tensor
 
 import sample
-from checkpoint import LDM
 from diffusion import (
     Diffusion,
     Step,
@@ -25,6 +24,7 @@ from diffusion import (
     timesteps_of,
 )
 from keypoints import JOINTS, ConditionConfig
+from ldm import LDM
 from unet import UNet, UNetConfig
 from vq import VQConfig, VQModel
 

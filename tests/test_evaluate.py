@@ -16,6 +16,11 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
+import formats.lpips
+import metrics.codebook
+import metrics.images
+import plots
+from dataset.figures import Figures
 from keypoints import JOINTS, ConditionConfig, PoseCondition
 from unet import UNet, UNetConfig
 from vq import VQConfig, VQModel
@@ -33,7 +38,7 @@ def vq_payload(model: VQModel) -> dict:
 def files(tmp_path_factory):
     """Two tiny autoencoders a/last.pt and b/last.pt, as train.py writes them."""
     root = tmp_path_factory.mktemp("models")
-    x = torch.stack([data.to_tensor(data.Figures(8, 16)[i][0]) for i in range(8)])
+    x = torch.stack([data.to_tensor(Figures(8, 16)[i][0]) for i in range(8)])
     for seed, name in enumerate("ab"):
         torch.manual_seed(seed)
         model = VQModel(TINY).eval()
@@ -75,7 +80,7 @@ def test_ssim_is_that_of_scikit_image():
     noisy = np.clip(x + 0.1 * np.random.default_rng(0).standard_normal(x.shape), 0, 1)
     for y, wanted in ((noisy, 0.9276242055502592), (x[::-1].copy(), -0.07903710702050862),
                       (0.5 * x + 0.2, 0.7921545197409507)):
-        assert evaluate.ssim(as_batch(y), as_batch(x)).item() == pytest.approx(wanted, abs=1e-6)
+        assert metrics.images.ssim(as_batch(y), as_batch(x)).item() == pytest.approx(wanted, abs=1e-6)
 
 
 def test_ssim_by_brute_force():
@@ -92,41 +97,43 @@ def test_ssim_by_brute_force():
             v_ab = (w * (a - m_a) * (b - m_b)).sum((0, 1))
             values.append((2 * m_a * m_b + 1e-4) * (2 * v_ab + 9e-4)
                           / ((m_a ** 2 + m_b ** 2 + 1e-4) * (v_a + v_b + 9e-4)))
-    assert evaluate.ssim(as_batch(x), as_batch(y)).item() == pytest.approx(np.mean(values), abs=1e-6)
+    assert metrics.images.ssim(as_batch(x), as_batch(y)).item() == pytest.approx(np.mean(values), abs=1e-6)
 
 
 def test_ssim_of_equal_and_of_flat_pictures():
     x = as_batch(formula_picture())
-    assert evaluate.ssim(x, x).item() == 1
+    assert metrics.images.ssim(x, x).item() == 1
     a, b = torch.full((1, 3, 16, 16), -0.2), torch.full((1, 3, 16, 16), 0.4)            # 0.4 and 0.7 on 0..1
-    assert evaluate.ssim(a, b).item() == pytest.approx((2 * 0.4 * 0.7 + 1e-4) / (0.4 ** 2 + 0.7 ** 2 + 1e-4), abs=1e-6)
+    wanted = (2 * 0.4 * 0.7 + 1e-4) / (0.4 ** 2 + 0.7 ** 2 + 1e-4)
+    assert metrics.images.ssim(a, b).item() == pytest.approx(wanted, abs=1e-6)
 
 
 # --------------------------------------------------------------------------------- measures of a set of pictures
 
 def test_code_use_in_closed_form():
-    assert evaluate.code_use(torch.tensor([5, 5, 0, 5, 5])) == {"codes_used": 0.8, "perplexity": pytest.approx(4)}
-    assert evaluate.code_use(torch.tensor([9, 0, 0]))["perplexity"] == pytest.approx(1)
+    even = metrics.codebook.code_use(torch.tensor([5, 5, 0, 5, 5]))
+    assert even == {"codes_used": 0.8, "perplexity": pytest.approx(4)}
+    assert metrics.codebook.code_use(torch.tensor([9, 0, 0]))["perplexity"] == pytest.approx(1)
 
 
 def test_overlap_by_hand():
     ours, theirs = torch.tensor([6, 2, 2, 0, 0]), torch.tensor([1, 0, 1, 2, 0])
     wanted = {"both": 2, "only_ours": 1, "only_theirs": 1, "common": 0.5, "ours_known": 0.8, "theirs_known": 0.5,
               "histogram": 0.25 + 0.2}
-    assert evaluate.code_overlap(ours, theirs) == pytest.approx(wanted)
-    swapped = evaluate.code_overlap(theirs, ours)
+    assert metrics.codebook.code_overlap(ours, theirs) == pytest.approx(wanted)
+    swapped = metrics.codebook.code_overlap(theirs, ours)
     assert (swapped["ours_known"], swapped["theirs_known"]) == (pytest.approx(0.5), pytest.approx(0.8))
-    assert evaluate.code_overlap(ours, 3 * ours)["histogram"] == pytest.approx(1)
+    assert metrics.codebook.code_overlap(ours, 3 * ours)["histogram"] == pytest.approx(1)
 
 
-def moments(mean, cov) -> evaluate.Moments:
+def moments(mean, cov) -> metrics.images.Moments:
     """Moments of points that have exactly this mean and covariance."""
     rng = np.random.default_rng(0)
     z = rng.standard_normal((50, len(mean)))
     z -= z.mean(0)
     z = z @ np.linalg.inv(np.linalg.cholesky(np.cov(z.T)).T)                            # covariance 1
     points = torch.from_numpy(z @ np.linalg.cholesky(np.asarray(cov, float)).T + mean)
-    m = evaluate.Moments()
+    m = metrics.images.Moments()
     for part in points.split(7):
         m.add(part)
     return m
@@ -134,7 +141,7 @@ def moments(mean, cov) -> evaluate.Moments:
 
 def test_moments_are_numpys():
     points = np.random.default_rng(0).standard_normal((50, 4)) * [1, 2, 3, 4] + 5
-    m = evaluate.Moments()
+    m = metrics.images.Moments()
     for part in torch.from_numpy(points).split(13):
         m.add(part)
     mean, cov = m.result()
@@ -145,19 +152,19 @@ def test_moments_are_numpys():
 def test_the_frechet_distance_in_closed_form():
     # Covariances that commute: |m|^2 + sum (sqrt(a) - sqrt(b))^2 over their eigenvalues.
     a, b = moments([0, 0, 1], np.diag([1, 4, 9])), moments([1, 0, 3], np.diag([4, 4, 1]))
-    assert evaluate.frechet(a, b) == pytest.approx(1 + 4 + 1 + 0 + 4, rel=1e-8)
-    assert evaluate.frechet(a, a) == pytest.approx(0, abs=1e-9)
+    assert metrics.images.frechet(a, b) == pytest.approx(1 + 4 + 1 + 0 + 4, rel=1e-8)
+    assert metrics.images.frechet(a, a) == pytest.approx(0, abs=1e-9)
     # Two dimensions: tr (AB)^(1/2) = sqrt(tr AB + 2 sqrt(det AB)), and these two do not commute.
     A, B = np.array([[2, 1], [1, 3]]), np.array([[5, -2], [-2, 1]])
     root = math.sqrt(np.trace(A @ B) + 2 * math.sqrt(np.linalg.det(A @ B)))
-    assert evaluate.frechet(moments([0, 0], A), moments([0, 0], B)) == pytest.approx(5 + 6 - 2 * root, rel=1e-8)
+    assert metrics.images.frechet(moments([0, 0], A), moments([0, 0], B)) == pytest.approx(5 + 6 - 2 * root, rel=1e-8)
 
 
 # ----------------------------------------------------------------------------------------- one pass over pictures
 
 def test_the_shortlist_keeps_the_worst_and_some_about_the_median():
     values = np.random.default_rng(0).permutation(10_001)
-    shortlist = evaluate.Shortlist(4)
+    shortlist = metrics.images.Shortlist(4)
     for index, value in enumerate(values):
         shortlist.add(float(value), index)
     assert values[shortlist.worst()].tolist() == [0, 1, 2, 3]
@@ -172,7 +179,7 @@ def test_a_nan_is_the_worst(order):
     values = [float(v) for v in np.random.default_rng(0).permutation(100)]
     at = {"first": 0, "last": 100, "between": 50}[order]
     values[at:at] = [math.nan, math.nan]
-    shortlist = evaluate.Shortlist(3)
+    shortlist = metrics.images.Shortlist(3)
     for index, value in enumerate(values):
         shortlist.add(value, index)
     worst = [values[index] for index in shortlist.worst()]
@@ -189,20 +196,20 @@ def test_rfid_compares_the_features_of_reconstructions_and_originals():
     x = scale * (2 * torch.rand(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)) - 1).square()
     features = lambda x: x[:, :, ::4, ::4].flatten(1)[:, ::5]                           # noqa: E731
     batches = ((x[i:i + 8], torch.arange(i, i + 8)) for i in range(0, 40, 8))
-    found = evaluate.compare([model], batches, {"psnr": evaluate.psnr}, features)
+    found = metrics.images.compare([model], batches, {"psnr": metrics.images.psnr}, features)
     f = features(x).double().numpy()
     wanted = ((f.mean(0) / 2 - 0.1) ** 2).sum() + np.trace(np.cov(f.T)) / 4
     assert found.tallies[0].result(found.originals)["rfid"] == pytest.approx(wanted, rel=1e-5)
     means = lambda x: x.mean((2, 3))                                                    # noqa: E731
-    found = evaluate.compare([model], [(x, torch.arange(40))], {"psnr": evaluate.psnr}, means)
+    found = metrics.images.compare([model], [(x, torch.arange(40))], {"psnr": metrics.images.psnr}, means)
     assert found.boxes[4].result(found.originals)["rfid"] == pytest.approx(0, abs=1e-6)     # boxes keep the means
 
 
 def test_features_that_are_not_finite_have_no_distance():
     m = moments([0, 0], np.eye(2))
-    broken = evaluate.Moments()
+    broken = metrics.images.Moments()
     broken.add(torch.tensor([[math.nan, 0], [1, 1]]))
-    assert math.isnan(evaluate.frechet(m, broken)) and math.isnan(evaluate.frechet(broken, m))
+    assert math.isnan(metrics.images.frechet(m, broken)) and math.isnan(metrics.images.frechet(broken, m))
 
 
 @pytest.fixture
@@ -228,7 +235,7 @@ def pytorch_fid(monkeypatch):
 
 def test_inception_sees_pictures_on_0_to_1(pytorch_fid):
     x = torch.stack([torch.full((3, 8, 8), v) for v in (-1.0, -0.5, 1.0)])
-    found = evaluate.inception("cpu")(x)
+    found = metrics.images.inception("cpu")(x)
     assert found.shape == (3, 2048) and found[:, 7].tolist() == [0, 0.25, 1]
     seen, = pytorch_fid.seen
     assert (seen.min(), seen.max()) == (0, 1)
@@ -263,7 +270,7 @@ def test_inceptions_weights_that_cannot_be_fetched(pytorch_fid, monkeypatch):
         raise OSError("no network")
     monkeypatch.setattr(pytorch_fid, "__init__", offline)
     with pytest.raises(ValueError, match=r"--rfid: Inception's weights cannot be fetched \(no network\)"):
-        evaluate.inception("cpu")
+        metrics.images.inception("cpu")
 
 
 def test_memory_does_not_grow_with_the_pictures():
@@ -285,7 +292,7 @@ def test_memory_does_not_grow_with_the_pictures():
     peaks = []
     for n in (4, 40):
         most.clear()
-        found = evaluate.compare([model], batches(n), {"psnr": evaluate.psnr}, features)
+        found = metrics.images.compare([model], batches(n), {"psnr": metrics.images.psnr}, features)
         peaks.append(max(most))
         tally = found.tallies[0]
         assert tally.n == 2 * n
@@ -295,15 +302,15 @@ def test_memory_does_not_grow_with_the_pictures():
 
 def test_zooms_lie_on_the_joints():
     pose = np.zeros((17, 3), np.float32)
-    assert evaluate.eyes_box(pose, 100) is None and evaluate.hand_box(pose, 100) is None
+    assert plots.eyes_box(pose, 100) is None and plots.hand_box(pose, 100) is None
     for name, xy in {"eye_left": (0.6, 0.2), "eye_right": (0.4, 0.2), "wrist_right": (0.99, 0.5)}.items():
         pose[JOINTS.index(name)] = *xy, 1
-    x0, y0, x1, y1 = evaluate.eyes_box(pose, 100)
+    x0, y0, x1, y1 = plots.eyes_box(pose, 100)
     assert x0 < 40 and x1 > 60 and (y0, y1) == (4, 36) and x1 - x0 == y1 - y0
-    x0, y0, x1, y1 = evaluate.hand_box(pose, 100)
+    x0, y0, x1, y1 = plots.hand_box(pose, 100)
     assert x1 == 100 and y0 < 50 < y1                                                   # moved into the picture
     pose[JOINTS.index("wrist_right"), 0] = 1.2
-    assert evaluate.hand_box(pose, 100) is None
+    assert plots.hand_box(pose, 100) is None
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -320,10 +327,10 @@ def test_recon_end_to_end(files, tmp_path, capsys):
         payload = checkpoint.load(path, "vq")
         x_hat, _, indices = checkpoint.build_vq(payload, path)(x)
         p = np.bincount(indices.flatten().numpy(), minlength=32) / indices.numel()
-        values = evaluate.psnr(x_hat, x)
+        values = metrics.images.psnr(x_hat, x)
         assert own["psnr"] == pytest.approx(values.mean().item(), rel=1e-4)
         assert own["l1"] == pytest.approx((x_hat.clamp(-1, 1) - x).abs().mean().item(), rel=1e-4)
-        assert own["ssim"] == pytest.approx(evaluate.ssim(x_hat, x).mean().item(), rel=1e-4)
+        assert own["ssim"] == pytest.approx(metrics.images.ssim(x_hat, x).mean().item(), rel=1e-4)
         assert own["codes_used"] == pytest.approx((p > 0).mean()) and own["hash"] == checkpoint.hash_of(payload["vq"])
         if path == a:
             ranks = values.argsort().tolist()
@@ -341,21 +348,21 @@ def test_recon_end_to_end(files, tmp_path, capsys):
     assert len({len(row) for row in rows[:2]}) == 1 and "dB, higher" in printed
     assert "--lpips-weights" in printed and "--rfid" in printed
     page = Image.open(tmp_path / "out/recon.png")
-    assert 1000 < page.width <= 2500 and page.height > 2 * evaluate.SHOWN * evaluate.TILES[0]
+    assert 1000 < page.width <= 2500 and page.height > 2 * evaluate.SHOWN * plots.TILES[0]
 
 
 def test_lpips_where_weights_are_given(files, monkeypatch, capsys):
     class Distance(torch.nn.Module):
         def forward(self, x, y):
             return torch.full((len(x),), 0.125)
-    monkeypatch.setattr(checkpoint, "load_lpips", lambda paths: Distance() if paths == ["v", "w"] else None)
+    monkeypatch.setattr(formats.lpips, "load_lpips", lambda paths: Distance() if paths == ["v", "w"] else None)
     assert evaluate.main(["recon", "--vq", str(files / "a/last.pt"), "--lpips-weights", "v", "w", "--limit", "4"]) == 0
     printed = capsys.readouterr().out
     assert "0.1250" in printed and "4 pictures" in printed
 
 
 def test_pictures_without_keypoints_count(files, tmp_path, capsys):
-    ds = data.Figures(3, 20)
+    ds = Figures(3, 20)
     (tmp_path / "mine").mkdir()
     for i in range(3):
         Image.fromarray(ds[i][0]).save(tmp_path / f"mine/{i}.png")
@@ -395,7 +402,7 @@ def test_a_model_that_gives_nan_is_reported_in_sound_json(files, tmp_path, capsy
 
 def test_batches_are_small(files, monkeypatch):
     """The published autoencoders take a gigabyte for a few pictures of 256 pixels."""
-    sizes, compare = [], evaluate.compare
+    sizes, compare = [], metrics.images.compare
 
     def spy(models, batches, *rest):
         return compare(models, (sizes.append(len(batch[0])) or batch for batch in batches), *rest)

@@ -4,8 +4,8 @@ import time
 import numpy as np
 import pytest
 
-import data
-from data import Figures
+import dataset.figures
+from dataset.figures import Figures
 from keypoints import LIMBS
 
 
@@ -34,7 +34,7 @@ def bare(monkeypatch):
     """Figures without their people: only the backdrop and the shadow."""
     def draw(i: int, size: int) -> np.ndarray:
         with monkeypatch.context() as m:
-            m.setattr(data._Figure, "draw", lambda self: None)
+            m.setattr(dataset.figures._Figure, "draw", lambda self: None)
             return Figures(i + 1, size)[i][0]
     return draw
 

@@ -9,7 +9,9 @@ import pytest
 
 import keypoints as K
 import sample
-from keypoints import FORMATS, JOINTS, PoseError
+from formats import pose_files
+from formats.pose_files import FORMATS
+from keypoints import JOINTS, PoseError
 
 W, H = 640, 480
 XY = {name: (40.0 + 32 * j, 470.0 - 25 * j) for j, name in enumerate(JOINTS)}          # pixels; no two alike
@@ -140,7 +142,7 @@ def refusal(path, content, **how) -> str:
     """The sentence with which a file is refused; it names the file."""
     file = write(path / "refused.json", content)
     with pytest.raises(PoseError) as e:
-        K.load_poses(file, **how)
+        pose_files.load_poses(file, **how)
     assert "refused.json" in str(e.value) and "\n" not in str(e.value)
     return str(e.value)
 
@@ -158,7 +160,7 @@ def test_every_format_has_a_file():
 def test_the_same_person_comes_out_of_every_tools_file(tmp_path, case):
     format, content = FILES[case]
     file = write(tmp_path / "misleading_name.dat", content)
-    found = K.load_poses(file, canvas=(W, H))
+    found = pose_files.load_poses(file, canvas=(W, H))
     (pose,) = found.poses
     truth = TRUTH.copy()
     if case not in UNMARKED:
@@ -173,7 +175,7 @@ def test_a_file_that_needs_a_canvas_says_so(tmp_path, case):
     format, content = FILES[case]
     normalised = FORMATS[format].unit == "pictures" or case == "ControlNet"
     if normalised or case in ("seed", "ComfyUI") or format == "coco":
-        K.load_poses(write(tmp_path / "p.json", content))
+        pose_files.load_poses(write(tmp_path / "p.json", content))
     else:
         assert "--canvas" in refusal(tmp_path, content)
 
@@ -181,13 +183,13 @@ def test_a_file_that_needs_a_canvas_says_so(tmp_path, case):
 def test_left_is_the_persons_own_and_y_points_down():
     """Two joints by hand, out of the orders as they are printed in the tools' documentation."""
     for order, n in ((OPENPOSE_18, 18), (OPENPOSE_25, 25), (MEDIAPIPE, 33), (COCO, 17)):
-        assert ours(order[K.ORDERS[n][JOINTS.index("wrist_left")]]) == "wrist_left"
-        assert [ours(order[i]) for i in K.ORDERS[n]] == list(JOINTS)
+        assert ours(order[pose_files.ORDERS[n][JOINTS.index("wrist_left")]]) == "wrist_left"
+        assert [ours(order[i]) for i in pose_files.ORDERS[n]] == list(JOINTS)
 
 
 def test_format_overrides_the_guess(tmp_path):
     file = write(tmp_path / "p.json", FILES["openpifpaf"][1])
-    assert K.load_poses(file, format="coco-results", canvas=(W, H)).taken_for.startswith("COCO results")
+    assert pose_files.load_poses(file, format="coco-results", canvas=(W, H)).taken_for.startswith("COCO results")
     assert "annotations" in refusal(tmp_path, FILES["openpifpaf"][1], format="coco")
     with pytest.raises(SystemExit):
         sample.parse_args([file, "--format", "jpeg"])
@@ -198,17 +200,17 @@ def test_encodings_of_a_windows_shell(tmp_path, encoding):
     for case in ("ControlNet", "YOLO", "MediaPipe, protobuf text"):
         content = FILES[case][1]
         (tmp_path / "p.txt").write_text(content if isinstance(content, str) else json.dumps(content), encoding=encoding)
-        assert len(K.load_poses(tmp_path / "p.txt").poses) == 1
+        assert len(pose_files.load_poses(tmp_path / "p.txt").poses) == 1
 
 
 # ------------------------------------------------------------------------------------------------- the eight traps
 
 def test_trap_1_one_schema_two_units(tmp_path):
     """Pixels or 0..1 under the same keys; a joint a little outside does not turn 0..1 into pixels."""
-    pixels = K.load_poses(write(tmp_path / "a.json", openpose(OPENPOSE_18) | CANVAS))
+    pixels = pose_files.load_poses(write(tmp_path / "a.json", openpose(OPENPOSE_18) | CANVAS))
     ratios = openpose(OPENPOSE_18, scale=(W, H)) | CANVAS
     ratios["people"][0]["pose_keypoints_2d"][:2] = [1.04, -0.02]                        # the nose
-    normalised = K.load_poses(write(tmp_path / "b.json", ratios))
+    normalised = pose_files.load_poses(write(tmp_path / "b.json", ratios))
     np.testing.assert_allclose(pixels.poses[0][1:], normalised.poses[0][1:])
     assert normalised.poses[0][0].tolist() == [1.04, -0.02, 1]
     assert "in pixels" in pixels.taken_for and "in 0..1" in normalised.taken_for
@@ -232,19 +234,19 @@ def test_trap_3_confidence_decides_what_is_missing(tmp_path):
     content = [{"image_id": "a.jpg", "keypoints": flat(COCO, (99, 99, 0.29), c=0.3), "score": 1}]
     content[0]["keypoints"][:3] = [0, 0, 0.9]                                           # seen, at the corner
     file = write(tmp_path / "p.json", content)
-    pose = K.load_poses(file, canvas=(W, H)).poses[0]
+    pose = pose_files.load_poses(file, canvas=(W, H)).poses[0]
     assert pose[0].tolist() == [0, 0, 1] and pose[9].tolist() == [0, 0, 0] and pose[:, 2].sum() == 16
-    low = K.load_poses(file, canvas=(W, H), min_confidence=0.2).poses[0]
+    low = pose_files.load_poses(file, canvas=(W, H), min_confidence=0.2).poses[0]
     assert low[9].tolist() == [99 / W, 99 / H, 1]
-    assert K.load_poses(file, canvas=(W, H), min_confidence=0.5).poses[0][:, 2].sum() == 1
+    assert pose_files.load_poses(file, canvas=(W, H), min_confidence=0.5).poses[0][:, 2].sum() == 1
     coco_file = write(tmp_path / "c.json", coco(keypoints=[5, 5, 1] * 16 + [0, 0, 0]))
-    assert K.load_poses(coco_file, min_confidence=0).poses[0][:, 2].tolist() == [1] * 16 + [0]      # v = 1 is hidden
+    assert pose_files.load_poses(coco_file, min_confidence=0).poses[0][:, 2].tolist() == [1] * 16 + [0]  # v = 1: hidden
 
 
 def test_trap_4_mmpose_nests_its_box(tmp_path):
     for box in ([[0.0, 0.0, 4320.0, 2430.0]], [0.0, 0.0, 4320.0, 2430.0], None):
         file = write(tmp_path / "p.json", [{"keypoints": XYS, "bbox": box} | SCORES])
-        assert "MMPose" in K.load_poses(file, canvas=(W, H)).taken_for
+        assert "MMPose" in pose_files.load_poses(file, canvas=(W, H)).taken_for
 
 
 def test_trap_5_coco_has_crowds_empty_persons_and_boxes(tmp_path):
@@ -252,7 +254,7 @@ def test_trap_5_coco_has_crowds_empty_persons_and_boxes(tmp_path):
     person = data["annotations"][0]
     data["annotations"] = [person | {"iscrowd": 1, "keypoints": [9] * 51}, person | {"num_keypoints": 0},
                            {"image_id": 5, "bbox": [1, 2, 3, 4]}, person, person | {"keypoints": [0] * 51}]
-    found = K.load_poses(write(tmp_path / "p.json", data))
+    found = pose_files.load_poses(write(tmp_path / "p.json", data))
     assert found.taken_for.endswith("1 person") and found.pictures == ["a.jpg"]
     boxes = [{"bbox": [277.1, 45.6, 225.0, 333.5], "category_id": 1, "image_id": 785, "score": 0.99}]
     assert "no keypoints" in refusal(tmp_path, boxes) and "[0]" in refusal(tmp_path, boxes)
@@ -263,9 +265,9 @@ def test_trap_6_nobody_somebody_several(tmp_path):
     small[0]["pose_keypoints_2d"] = [v if i % 3 == 2 else v / 4 for i, v in enumerate(small[0]["pose_keypoints_2d"])]
     nobody = {"pose_keypoints_2d": None, "face_keypoints_2d": None, "hand_left_keypoints_2d": None}
     file = write(tmp_path / "p.json", {"people": [nobody, *small, *big]} | CANVAS)
-    spread = {k: np.ptp(K.load_poses(file, person=k).poses[0][:, 0]) for k in (None, 1, 2)}
+    spread = {k: np.ptp(pose_files.load_poses(file, person=k).poses[0][:, 0]) for k in (None, 1, 2)}
     assert spread[None] == spread[2] == pytest.approx(4 * spread[1], rel=0.2)
-    assert "2 people" in K.load_poses(file).taken_for
+    assert "2 people" in pose_files.load_poses(file).taken_for
     assert "no person 3" in refusal(tmp_path, {"people": [*small, *big]} | CANVAS, person=3)
     for empty in ({"people": []}, {"people": [nobody]}, [{"people": []} | CANVAS], {"landmarks": []}):
         assert "nobody" in refusal(tmp_path, empty)
@@ -285,7 +287,7 @@ def test_trap_7_landmarks_in_metres_or_only_the_visible_ones(tmp_path):
 def test_trap_8_the_seeds_row_is_x_for_its_condition_and_y_for_the_drawing(tmp_path):
     """A joint in row 100, column 400: drawn at x = 400 of 512; its token is row + col * 32 in cells of 16."""
     file = write(tmp_path / "p.json", {name: [100.0, 400.0] for name in JOINTS})
-    (pose,) = K.load_poses(file).poses
+    (pose,) = pose_files.load_poses(file).poses
     assert pose[0].tolist() == [400 / 512, 100 / 512, 1]
     assert K.seed_context(pose[None], 32)[0, 0].tolist() == [100 // 16 + (400 // 16) * 32] * 17
     rows, cols = np.nonzero((K.draw(pose, 512) != K.draw(np.zeros((17, 3)), 512)).any(-1))
@@ -300,19 +302,19 @@ def test_frames_and_pictures_give_one_pose_each_and_sample_draws_some(tmp_path, 
     video = [{ours(n) if n == "nose" else n: {"x": p[0] + 10 * f, "y": p[1]} for n, p in
               zip(COCO, points(COCO, XY[MISSING] + (1,)), strict=True)} for f in range(20)]
     file = write(tmp_path / "video.json", video)
-    found = K.load_poses(file, canvas=(W, W))
+    found = pose_files.load_poses(file, canvas=(W, W))
     assert "20 people in 20 pictures" in found.taken_for and found.pictures[:3] == ["1", "2", "3"]
     np.testing.assert_allclose([pose[0, 0] * W for pose in found.poses], [XY["nose"][0] + 10 * f for f in range(20)])
     poses, names = sample.read_poses([file], frames=3, canvas=(W, W))
     assert names == ["video 1", "video 11", "video 20"] and poses[2][0, 0] * W == pytest.approx(XY["nose"][0] + 190)
     assert "3 of them drawn" in capsys.readouterr().out
     results = [{"image_id": i, "keypoints": flat(COCO, move=i), "score": 1} for i in (7, 7, 9)]
-    found = K.load_poses(write(tmp_path / "r.json", results), person=2, canvas=(W, H))
+    found = pose_files.load_poses(write(tmp_path / "r.json", results), person=2, canvas=(W, H))
     assert found.pictures == ["7"] and len(found.poses) == 1                            # 9 shows one person only
 
 
 def test_the_files_own_size_counts_before_the_flag(tmp_path):
-    assert K.load_poses(write(tmp_path / "p.json", coco()), canvas=(10, 10)).sizes == [(W, H)]
+    assert pose_files.load_poses(write(tmp_path / "p.json", coco()), canvas=(10, 10)).sizes == [(W, H)]
 
 
 def test_another_unit_or_another_pictures_size_is_refused(tmp_path):
@@ -335,26 +337,26 @@ def test_a_refusal_names_the_place(tmp_path, content, words):
 
 
 def test_what_is_no_file_or_too_large_is_refused(tmp_path):
-    (tmp_path / "large.json").write_bytes(b" " * (K.MAX_BYTES + 1))
+    (tmp_path / "large.json").write_bytes(b" " * (pose_files.MAX_BYTES + 1))
     for path, word in ((tmp_path, "is a folder"), (tmp_path / "none.json", "does not exist"),
                        (tmp_path / "large.json", "at most 32"), ("/dev/zero", "not a file")):
         with pytest.raises(PoseError, match=word):
-            K.load_poses(path)
+            pose_files.load_poses(path)
 
 
 # ------------------------------------------------------------------------------------------------------ fitting
 
 def test_too_many_people_are_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
     file = write(tmp_path / "crowd.json", [{"nose": {"x": 1, "y": 1}}] * 40_000)
-    monkeypatch.setattr(K, "MAX_PEOPLE", 1_000)
+    monkeypatch.setattr(pose_files, "MAX_PEOPLE", 1_000)
     tracemalloc.start()
     with pytest.raises(PoseError, match="crowd.json: named points .* more than 1,000 people"):
-        K.load_poses(file)
+        pose_files.load_poses(file)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 30e6                                                                  # all of them: 80 MB
-    monkeypatch.setattr(K, "MAX_PEOPLE", 40_000)
-    assert len(K.load_poses(file).poses) == 40_000
+    monkeypatch.setattr(pose_files, "MAX_PEOPLE", 40_000)
+    assert len(pose_files.load_poses(file).poses) == 40_000
 
 
 def test_fit_keeps_shapes_undistorted_by_hand():
@@ -461,14 +463,14 @@ def load_wrecks(folder, count: int, seed: int) -> int:
         how = {"format": rng.choice(list(FORMATS)) if rng.random() < 0.2 else None,
                "canvas": rng.choice([None, *[(W, H)] * 4]), "person": rng.choice([2, *[None] * 9])}
         try:
-            found = K.load_poses(file, **how)
+            found = pose_files.load_poses(file, **how)
         except PoseError as e:
             refused, sentence = refused + 1, str(e).removeprefix("pose file ").removeprefix(str(file))
             assert sentence != str(e) and "\n" not in sentence and len(sentence) < 700
         else:
             assert len(found.poses) == len(found.sizes) == len(found.pictures) > 0
             for pose, size in zip(found.poses, found.sizes, strict=True):
-                assert pose.shape == (17, 3) and (np.abs(pose) <= K.FAR).all() and set(pose[:, 2]) <= {0, 1}
+                assert pose.shape == (17, 3) and (np.abs(pose) <= pose_files.FAR).all() and set(pose[:, 2]) <= {0, 1}
                 assert (pose[pose[:, 2] == 0] == 0).all() and pose[:, 2].any()
                 assert np.isfinite(K.fit(pose, size or (1, 1), "crop")).all()
     return refused

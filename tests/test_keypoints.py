@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import keypoints as K
+import metrics.pose
+from formats import pose_files
 from keypoints import JOINTS, PoseError
 
 RNG = np.random.default_rng(0)
@@ -26,14 +28,14 @@ def write(path, content):
 
 def test_the_seed_file_is_row_col_on_512(tmp_path):
     joints = {name: [10.0 * j, 512.0 - j] for j, name in enumerate(JOINTS)}            # [row, col]
-    pose = K.read_seed(write(tmp_path / "p.json", joints))
+    pose = pose_files.read_seed(write(tmp_path / "p.json", joints))
     assert pose[3, 0] * 512 == 512 - 3 and pose[3, 1] * 512 == 30                       # x is the column
     assert (pose[:, 2] == 1).all()
 
 
 def test_joints_outside_the_canvas_are_kept(tmp_path):
     joints = {name: [533.2, -4.0] for name in JOINTS}
-    pose = K.load_poses(write(tmp_path / "p.json", joints)).poses[0]
+    pose = pose_files.load_poses(write(tmp_path / "p.json", joints)).poses[0]
     assert pose[0, 1] == 533.2 / 512 and pose[0, 0] == -4 / 512
 
 
@@ -44,7 +46,7 @@ def test_coco_takes_pixels_and_skips_crowds_and_empty_persons(tmp_path):
             "annotations": [{"image_id": 5, "keypoints": flat, "num_keypoints": 16},
                             {"image_id": 5, "keypoints": flat, "num_keypoints": 16, "iscrowd": 1},
                             {"image_id": 5, "keypoints": [0] * 51, "num_keypoints": 0}]}
-    found, refused = K.read_coco(write(tmp_path / "c.json", data))
+    found, refused = pose_files.read_coco(write(tmp_path / "c.json", data))
     poses = found["a.png"]
     assert len(poses) == 1 and not refused
     np.testing.assert_allclose(poses[0][4], [14 / 100, 24 / 200, 1])
@@ -54,8 +56,8 @@ def test_coco_takes_pixels_and_skips_crowds_and_empty_persons(tmp_path):
 def test_our_own_layouts(tmp_path):
     pose = random_pose(missing=3)
     named = {name: [float(x), float(y), int(v)] for name, (x, y, v) in zip(JOINTS, pose, strict=True)}
-    np.testing.assert_array_equal(K.load_poses(write(tmp_path / "a.json", named)).poses[0], pose)
-    np.testing.assert_array_equal(K.load_poses(write(tmp_path / "b.json", pose.tolist())).poses[0], pose)
+    np.testing.assert_array_equal(pose_files.load_poses(write(tmp_path / "a.json", named)).poses[0], pose)
+    np.testing.assert_array_equal(pose_files.load_poses(write(tmp_path / "b.json", pose.tolist())).poses[0], pose)
 
 
 @pytest.mark.parametrize("content, word", [
@@ -69,7 +71,7 @@ def test_our_own_layouts(tmp_path):
 def test_a_bad_file_is_one_sentence_that_names_it(tmp_path, content, word):
     path = write(tmp_path / "bad.json", content)
     with pytest.raises(PoseError) as e:
-        K.load_poses(path)
+        pose_files.load_poses(path)
     assert "bad.json" in str(e.value) and word in str(e.value) and "\n" not in str(e.value)
 
 
@@ -137,7 +139,7 @@ def test_tokens_equal_the_seeds_arithmetic(dim):
 
 def test_the_faithful_context_takes_the_row_for_x(tmp_path):
     joints = {name: list(RNG.uniform(-20, 540, 2)) for name in JOINTS}
-    pose = K.read_seed(write(tmp_path / "p.json", joints))
+    pose = pose_files.read_seed(write(tmp_path / "p.json", joints))
     context = K.seed_context(pose[None], 32)
     assert context.shape == (1, 1, 17) and context.dtype == torch.float32
     assert context[0, 0].tolist() == [seed_token(*joints[name], 32) for name in JOINTS]
@@ -228,17 +230,18 @@ def test_pck_and_oks_against_hand_counts():
     near[0, 5, 0] = 0.049
     far = true.copy()
     far[0, 5, 0] = 0.051
-    assert K.pck(near, true)[[5, 16]].tolist() == [1, 1] and K.pck(far, true)[[5, 16]].tolist() == [0, 1]
-    assert np.isnan(K.pck(near, true)[0])
+    assert metrics.pose.pck(near, true)[[5, 16]].tolist() == [1, 1]
+    assert metrics.pose.pck(far, true)[[5, 16]].tolist() == [0, 1]
+    assert np.isnan(metrics.pose.pck(near, true)[0])
     unseen = true.copy()
     unseen[0, 5] = 0
-    assert K.pck(unseen, true)[5] == 0
+    assert metrics.pose.pck(unseen, true)[5] == 0
     k = 2 * 0.079                                                                       # shoulder
-    assert K.oks(near, true)[0] == pytest.approx((1 + np.exp(-0.049 ** 2 / (2 * 0.12 * k * k))) / 2)
-    assert K.oks(true, true)[0] == 1 and K.oks(unseen, true)[0] == 0.5
+    assert metrics.pose.oks(near, true)[0] == pytest.approx((1 + np.exp(-0.049 ** 2 / (2 * 0.12 * k * k))) / 2)
+    assert metrics.pose.oks(true, true)[0] == 1 and metrics.pose.oks(unseen, true)[0] == 0.5
     lone = np.zeros((1, 17, 3))
     lone[0, 5] = 0.5, 0.5, 1                                                            # a joint alone has no size
     off = lone + [1e-6, 0, 0]
-    assert np.isnan(K.oks(off, lone)[0]) and np.isnan(K.pck(off, lone)).all()
-    both = K.pck(np.concatenate([near, off]), np.concatenate([true, lone]))
+    assert np.isnan(metrics.pose.oks(off, lone)[0]) and np.isnan(metrics.pose.pck(off, lone)).all()
+    both = metrics.pose.pck(np.concatenate([near, off]), np.concatenate([true, lone]))
     assert both[[5, 16]].tolist() == [1, 1]

@@ -19,7 +19,9 @@ from PIL import Image
 from test_data import Numbered, centroid, dotted, folder, some_pose, watchful  # noqa: F401  (watchful is a fixture)
 
 import data
-from data import DataError, InMemory, LatentCache, PoseFolder, batches, latent_batch, to_square
+import dataset.latents
+from data import DataError, InMemory, PoseFolder, batches, to_square
+from dataset.latents import LatentCache, latent_batch
 
 # ------------------------------------------------------------------------------------------- reduced JPEGs
 
@@ -174,7 +176,7 @@ def fill(root: str, cache: str, key: str = "a", pause: float = 0.0, at_most: int
         assert calls <= at_most, "it started over"
         time.sleep(pause)
         return x[:, :, ::3, 1::3] * 1.7 - 0.3
-    data.RECORD_SECONDS = 0
+    dataset.latents.RECORD_SECONDS = 0
     made = LatentCache(cache, key, pictures(Path(root)), encode, batch_size=4)
     print(f"{calls} calls")
     return made
@@ -263,7 +265,7 @@ def test_never_are_two_alone(tmp_path):
     def enter() -> None:
         nonlocal inside, most, entered
         for _ in range(40):
-            with data.alone(tmp_path / "lock"):
+            with dataset.latents.alone(tmp_path / "lock"):
                 inside += 1
                 most, entered = max(most, inside), entered + 1
                 time.sleep(1e-4)
@@ -292,14 +294,14 @@ def test_the_broken_pictures_before_a_kill_are_known_after_it(tmp_path):
         if len(calls) == 31:
             raise KeyboardInterrupt
         return x
-    before, data.RECORD_SECONDS = data.RECORD_SECONDS, 0
+    before, dataset.latents.RECORD_SECONDS = dataset.latents.RECORD_SECONDS, 0
     try:
         with pytest.raises(KeyboardInterrupt):
             LatentCache(tmp_path / "cache", "a", ds, encode, batch_size=4)
         ds = pictures(tmp_path / "set")
         LatentCache(tmp_path / "cache", "a", ds, encode, batch_size=4)
     finally:
-        data.RECORD_SECONDS = before
+        dataset.latents.RECORD_SECONDS = before
     assert list(ds.broken) == [ds.paths[10], ds.paths[190]]
 
 
@@ -384,7 +386,7 @@ def test_a_disk_that_fills_up_while_the_cache_is_written(tmp_path, small_disk):
             hog.write_bytes(bytes(shutil.disk_usage(small_disk).free))
         return x[..., ::2, ::2].clone()
     wanted = LatentCache(tmp_path / "sound", "a", ds, lambda x: x[..., ::2, ::2], batch_size=4)
-    before, data.RECORD_SECONDS = data.RECORD_SECONDS, 0
+    before, dataset.latents.RECORD_SECONDS = dataset.latents.RECORD_SECONDS, 0
     try:
         with pytest.raises(DataError, match="h.f16: the disk is full; make room"):
             LatentCache(small_disk / "cache", "a", ds, encode, batch_size=4)
@@ -392,7 +394,7 @@ def test_a_disk_that_fills_up_while_the_cache_is_written(tmp_path, small_disk):
         done = sum(calls) // 2
         cache = LatentCache(small_disk / "cache", "a", ds, encode, batch_size=4)
     finally:
-        data.RECORD_SECONDS = before
+        dataset.latents.RECORD_SECONDS = before
     assert sum(calls) // 2 <= 100 + done - 12 and contents(tmp_path / "sound") == contents(small_disk / "cache")
     assert torch.equal(cache.mean, wanted.mean) and torch.equal(cache.std, wanted.std)
     del cache

@@ -21,26 +21,28 @@ import data
 import evaluate
 import train
 from diffusion import Diffusion
+from metrics import condition, overfit
 
 ROOT = Path(__file__).parent.parent
 N, EVALS, EVERY = 256, 20, 1000             # latents, evaluations of a planted run, steps between them
 DIFFUSION = Diffusion()
 PLOT_CURVES = train.plot_curves             # which the fixture micro replaces
-BIN = evaluate.fixed_noise(DIFFUSION, torch.zeros(N, 1, 1, 1))[0] * 10 // 1000                  # of each latent
+BIN = condition.fixed_noise(DIFFUSION, torch.zeros(N, 1, 1, 1))[0] * 10 // 1000        # of each latent
 
 
 def planted(val, train, wander: float = 0.0, seed: int = 0, evals: int = EVALS) -> list[dict]:
     """The log of a run in which the mean loss at evaluation k in bin b is val(k, b), train(k, b): each latent has a
     difficulty of its own, and its loss wanders by that share around it."""
     g = torch.Generator().manual_seed(seed)
-    watch = evaluate.Watch(DIFFUSION, torch.zeros(N, 1, 1, 1), torch.zeros(N, 1, 1, 1))
+    watch = overfit.Watch(DIFFUSION, torch.zeros(N, 1, 1, 1), torch.zeros(N, 1, 1, 1))
     hard = [0.5 + torch.rand(N, generator=g, dtype=torch.float64) for _ in range(2)]
     rows = []
     for k in range(evals):
         v, u = (torch.tensor([curve(k, int(b)) for b in BIN], dtype=torch.float64) * h
                 * (1 + wander * torch.randn(N, generator=g, dtype=torch.float64))
                 for curve, h in zip((val, train), hard, strict=True))
-        figures = (evaluate.condition_means({"right": v, "shuffled": 1.3 * v, "null": 1.1 * v}) | {"shuffled_se": 0.001}
+        means = condition.condition_means({"right": v, "shuffled": 1.3 * v, "null": 1.1 * v})
+        figures = (means | {"shuffled_se": 0.001}
                    | watch.means("right", v, 0) | watch.means("train", u, 1) | watch.rises(v, u))
         rows += [{"step": EVERY * (k + 1) - 20, "loss": 0.1},
                  {"step": EVERY * (k + 1) - 1} | {f"val_{name}": value for name, value in figures.items()}]
@@ -60,7 +62,7 @@ def rising(after: int, bins: set[int], by: float = 0.02):
 # --------------------------------------------------------------------------------------------------- the verdict
 
 def test_one_evaluation_tells_nothing_about_falling():
-    found = evaluate.verdict(planted(falling, falling, evals=1))
+    found = overfit.verdict(planted(falling, falling, evals=1))
     assert found["verdict"] == "underfit" and "no evaluation from which" in found["reasons"][0]
     assert "it still falls, so" not in found["reasons"][0]
 
@@ -68,19 +70,19 @@ def test_one_evaluation_tells_nothing_about_falling():
 def test_a_log_that_began_without_training_losses_makes_sound_json():
     rows = planted(falling, falling)
     del rows[1]["val_train"]
-    found = evaluate.verdict(rows)
+    found = overfit.verdict(rows)
     assert found["numbers"]["widened"] == pytest.approx(0, abs=0.01)
     json.dumps(evaluate.without_nan(found | {"more": [math.nan, {"deep": math.inf}]}), allow_nan=False)
 
 
 def test_a_run_that_levels_off_is_good():
     rows = planted(falling, falling, wander=0.02)
-    found = evaluate.verdict(rows)
+    found = overfit.verdict(rows)
     assert (found["verdict"], found["since"], found["pose"]) == ("good", None, "heeded")
-    assert evaluate.overfitting(rows) is None
+    assert overfit.overfitting(rows) is None
     assert found["numbers"]["loss"] == rows[-1]["val_right"] and found["numbers"]["evaluations"] == EVALS
     assert found["numbers"]["fell"] == pytest.approx(1 - rows[-1]["val_right"] / rows[2 * 14 + 1]["val_right"])
-    between = evaluate.verdict(rows[:2 * 18])["numbers"]["fell"]                # 13,500 is half-way between two of them
+    between = overfit.verdict(rows[:2 * 18])["numbers"]["fell"]                # 13,500 is half-way between two of them
     middle = (rows[2 * 12 + 1]["val_right"] + rows[2 * 13 + 1]["val_right"]) / 2
     assert between == pytest.approx(1 - rows[2 * 17 + 1]["val_right"] / middle, abs=1e-6)
 
@@ -88,16 +90,16 @@ def test_a_run_that_levels_off_is_good():
 def test_a_rise_in_the_last_steps_bins_is_found_at_its_third_evaluation_and_said_plainly():
     """In bins t<300 from the 12th evaluation on, by 2 % each time, while training losses go on falling."""
     rows = planted(rising(11, {0, 1, 2}), lambda k, b: falling(k, b) * 0.99 ** k, wander=0.01)
-    assert [evaluate.overfitting(rows[:2 * k]) is not None for k in range(1, EVALS + 1)] == [False] * 14 + [True] * 6
-    found = evaluate.verdict(rows)
+    assert [overfit.overfitting(rows[:2 * k]) is not None for k in range(1, EVALS + 1)] == [False] * 14 + [True] * 6
+    found = overfit.verdict(rows)
     assert found["verdict"] == "memorising"
     assert found["since"] == 13 * EVERY                         # the first evaluation after the best one of these bins
     best = min(range(EVALS), key=lambda k: rows[2 * k + 1]["val_right"])
     assert found["best"] == (best + 1) * EVERY                  # of all bins, most of which still fall
     assert found["numbers"]["risen_for"]["_t100"] == 8
-    assert evaluate.overfitting(rows[:2 * 15]) == (
+    assert overfit.overfitting(rows[:2 * 15]) == (
         "validation loss has risen for 3 evaluations in bins t<300: the last steps' details are being memorised; best "
-        f"was step {evaluate.best_step(rows[:2 * 15]):,}")
+        f"was step {overfit.best_step(rows[:2 * 15]):,}")
 
 
 def test_training_losses_that_run_ahead_of_flat_held_out_ones_are_memorising():
@@ -105,14 +107,14 @@ def test_training_losses_that_run_ahead_of_flat_held_out_ones_are_memorising():
     def ahead(k: int, b: int) -> float:
         return 0.7 * falling(k, b) * (1 if k < 10 else 0.98 ** (k - 9))
     rows = planted(falling, ahead, wander=0.01)
-    assert evaluate.overfitting(rows) is None                               # nothing rises
-    found = evaluate.verdict(rows)
+    assert overfit.overfitting(rows) is None                               # nothing rises
+    found = overfit.verdict(rows)
     assert (found["verdict"], found["since"]) == ("memorising", 16 * EVERY)     # 0.98^6 is the first below 0.9
     assert found["numbers"]["widened"] == pytest.approx(1 - 0.98 ** 10, abs=0.01)
     assert "run ahead by 18% since the first evaluation" in found["reasons"][0]
-    assert evaluate.verdict(planted(falling, lambda k, b: 0.7 * falling(k, b)))["verdict"] == "good"
+    assert overfit.verdict(planted(falling, lambda k, b: 0.7 * falling(k, b)))["verdict"] == "good"
     steep = planted(lambda k, b: 0.3 * 0.97 ** k, lambda k, b: 0.3 * 0.95 ** k, wander=0.01)
-    assert evaluate.verdict(steep)["verdict"] == "underfit"                 # both learn; one learns more
+    assert overfit.verdict(steep)["verdict"] == "underfit"                 # both learn; one learns more
 
 
 @pytest.mark.parametrize("bins, words", [
@@ -122,47 +124,47 @@ def test_training_losses_that_run_ahead_of_flat_held_out_ones_are_memorising():
     ({0, 8, 9}, "in bins t<100, t>=800: the last steps' details and whole pictures, from"),
     (set(range(10)), "in all bins: the last steps' details and shapes and whole pictures, from")])
 def test_the_bins_are_named(bins, words):
-    assert words in evaluate.overfitting(planted(rising(5, bins, 0.05), falling))
+    assert words in overfit.overfitting(planted(rising(5, bins, 0.05), falling))
 
 
 def test_a_run_that_still_falls_is_underfit_and_so_is_one_that_learnt_nothing_or_has_just_begun():
     def steep(k: int, b: int) -> float:
         return 0.3 * 0.97 ** k
-    assert evaluate.verdict(planted(steep, steep, wander=0.02))["verdict"] == "underfit"
-    assert evaluate.verdict(planted(lambda k, b: 1.0, lambda k, b: 1.0))["verdict"] == "underfit"
-    assert evaluate.verdict(planted(falling, falling, evals=1))["verdict"] == "underfit"
+    assert overfit.verdict(planted(steep, steep, wander=0.02))["verdict"] == "underfit"
+    assert overfit.verdict(planted(lambda k, b: 1.0, lambda k, b: 1.0))["verdict"] == "underfit"
+    assert overfit.verdict(planted(falling, falling, evals=1))["verdict"] == "underfit"
 
 
 def test_losses_that_all_rise_are_no_memorising():
     """A learning rate too high, say: training pictures fare no better."""
     rows = planted(rising(8, set(range(10)), 0.05), rising(8, set(range(10)), 0.05), wander=0.02)
-    assert evaluate.overfitting(rows) is None and evaluate.verdict(rows)["verdict"] != "memorising"
+    assert overfit.overfitting(rows) is None and overfit.verdict(rows)["verdict"] != "memorising"
 
 
 def test_a_rise_that_is_over_is_no_memorising():
     def bump(k: int, b: int) -> float:
         return falling(k, b) * (2 if 5 <= k < 10 else 1)
     rows = planted(bump, falling)
-    assert evaluate.overfitting(rows[:20]) and evaluate.overfitting(rows) is None
+    assert overfit.overfitting(rows[:20]) and overfit.overfitting(rows) is None
 
 
 def test_the_pose_is_ignored_where_the_ratio_is_small_or_within_its_error():
     rows = planted(falling, falling)
-    assert evaluate.verdict(rows)["pose"] == "heeded"
+    assert overfit.verdict(rows)["pose"] == "heeded"
     for change in ({"val_ratio": 1.015}, {"val_shuffled_se": 0.01}):
-        found = evaluate.verdict([*rows[:-1], rows[-1] | change])
+        found = overfit.verdict([*rows[:-1], rows[-1] | change])
         assert found["pose"] == "ignored" and "ignored" in found["reasons"][-1]
 
 
 def test_a_log_of_older_runs_does_not_tell():
     with pytest.raises(ValueError, match="no evaluation that tells"):
-        evaluate.verdict([{"step": 9, "val_right": 0.1, "val_ratio": 1.2}])
+        overfit.verdict([{"step": 9, "val_right": 0.1, "val_ratio": 1.2}])
 
 
 # ----------------------------------------------------------------------------------------------------- the watch
 
 def test_each_bin_is_held_against_its_own_best_latent_by_latent():
-    watch = evaluate.Watch(DIFFUSION, torch.zeros(N, 1, 1, 1), torch.zeros(N, 1, 1, 1))
+    watch = overfit.Watch(DIFFUSION, torch.zeros(N, 1, 1, 1), torch.zeros(N, 1, 1, 1))
     g = torch.Generator().manual_seed(1)
     losses = torch.rand(6, 2, N, generator=g, dtype=torch.float64)
     for k, (v, u) in enumerate(losses):
@@ -176,16 +178,16 @@ def test_each_bin_is_held_against_its_own_best_latent_by_latent():
             assert figures[f"rise_se{key}"] == pytest.approx(np.std(rise.numpy(), ddof=1) / n ** 0.5)
             assert figures[f"grown{key}"] == pytest.approx((rise.mean() - moved.mean()).item())
             assert figures[f"grown_se{key}"] == pytest.approx(((rise.var() + moved.var()) / n).sqrt().item())
-    again = evaluate.Watch(DIFFUSION, torch.zeros(N, 1, 1, 1), torch.zeros(N, 1, 1, 1))
+    again = overfit.Watch(DIFFUSION, torch.zeros(N, 1, 1, 1), torch.zeros(N, 1, 1, 1))
     again.load(watch.best)
     assert again.rises(*losses[3]) == watch.rises(*losses[3])
-    other = evaluate.Watch(DIFFUSION, torch.zeros(100, 1, 1, 1), torch.zeros(N, 1, 1, 1))
+    other = overfit.Watch(DIFFUSION, torch.zeros(100, 1, 1, 1), torch.zeros(N, 1, 1, 1))
     other.load(watch.best)                                      # of other latents
     assert other.best == {}
 
 
 def test_few_latents_and_losses_that_are_no_numbers_have_no_say():
-    watch = evaluate.Watch(DIFFUSION, torch.zeros(30, 1, 1, 1), torch.zeros(30, 1, 1, 1))       # three a bin
+    watch = overfit.Watch(DIFFUSION, torch.zeros(30, 1, 1, 1), torch.zeros(30, 1, 1, 1))       # three a bin
     assert set(watch.rises(torch.rand(30), torch.rand(30))) == {"rise", "rise_se", "grown", "grown_se"}
     assert watch.rises(torch.full((30,), math.nan), torch.rand(30)) == {}
     assert all(bool(v["val"].isfinite().all()) for v in watch.best.values())
@@ -197,13 +199,13 @@ def test_the_loss_of_each_latent_hangs_on_nothing_but_itself():
 
     def model(x, t, pose, drop):
         return x * (t / 1000)[:, None, None, None] + pose[:, 0, 0, None, None, None] * ~drop[:, None, None, None]
-    t, noise = evaluate.fixed_noise(DIFFUSION, z)
+    t, noise = condition.fixed_noise(DIFFUSION, z)
     a = DIFFUSION.alphas_bar[t].float()[:, None, None, None]
     eps = model(a.sqrt() * z + (1 - a).sqrt() * noise, t, poses, torch.zeros(20, dtype=torch.bool))
     wanted = (eps - noise).square().mean((1, 2, 3))
     for size in 1, 7, 20:
-        assert torch.allclose(evaluate.loss_each(model, DIFFUSION, z, poses, size), wanted.double(), rtol=1e-5)
-    assert not torch.allclose(evaluate.loss_each(model, DIFFUSION, z, poses, null=True), wanted.double(), rtol=1e-2)
+        assert torch.allclose(condition.loss_each(model, DIFFUSION, z, poses, size), wanted.double(), rtol=1e-5)
+    assert not torch.allclose(condition.loss_each(model, DIFFUSION, z, poses, null=True), wanted.double(), rtol=1e-2)
 
 
 # ----------------------------------------------------------------------------------------------------- copies
@@ -216,31 +218,31 @@ def test_chance_counts_all_orders():
         for places in orders:
             others = [i for i in range(n + of) if i not in places]
             hits += sum(place < others[below] for place in places) >= near
-        assert evaluate.chance_of(near, n, below, of) == pytest.approx(hits / len(orders))
+        assert overfit.chance_of(near, n, below, of) == pytest.approx(hits / len(orders))
 
 
 def test_copies_are_nearer_than_the_first_percentile_of_held_out_pictures():
     rng = np.random.default_rng(0)
     held_out = 1 + rng.random(200)
     limit = np.percentile(held_out, 1)
-    distances = {evaluate.HELD_OUT: held_out.tolist(), "training poses": [0.1] * 5 + [1.5] * 11,
+    distances = {overfit.HELD_OUT: held_out.tolist(), "training poses": [0.1] * 5 + [1.5] * 11,
                  "held-out poses": (1 + rng.random(16)).tolist()}
-    found_limit, found = evaluate.copies(distances)
+    found_limit, found = overfit.copies(distances)
     assert found_limit == limit and found["training poses"]["copies"] == 5
     assert found["held-out poses"]["copies"] == sum(d < limit for d in distances["held-out poses"])
-    told = evaluate.verdict(planted(falling, falling), distances)
+    told = overfit.verdict(planted(falling, falling), distances)
     assert told["verdict"] == "memorising" and told["since"] is None
     assert "5 of 16 samples under training poses are nearer" in told["reasons"][0]
     distances["training poses"] = (1 + rng.random(16)).tolist()
-    assert evaluate.verdict(planted(falling, falling), distances)["verdict"] == "good"
+    assert overfit.verdict(planted(falling, falling), distances)["verdict"] == "good"
     distances["training poses"] = [2.5] * 16                    # samples that look like no picture of the kind
-    assert evaluate.copies(distances)[1]["training poses"]["far"] == 16
-    assert evaluate.verdict(planted(falling, falling), distances)["verdict"] == "good"      # half of all are
+    assert overfit.copies(distances)[1]["training poses"]["far"] == 16
+    assert overfit.verdict(planted(falling, falling), distances)["verdict"] == "good"      # half of all are
     distances["held-out poses"][0] = 2.5
-    told = evaluate.verdict(planted(falling, falling), distances)
+    told = overfit.verdict(planted(falling, falling), distances)
     assert told["verdict"] == "underfit" and "of 32 samples lie further from any" in told["reasons"][0]
     copied = distances | {"training poses": [0.1] * 16, "held-out poses": [2.5] * 16}
-    assert evaluate.verdict(planted(falling, falling), copied)["verdict"] == "memorising"
+    assert overfit.verdict(planted(falling, falling), copied)["verdict"] == "memorising"
 
 
 class Rows:
@@ -332,7 +334,7 @@ def test_pictures_a_second_are_those_of_training_alone(trained, tmp_path, monkey
             now[0] += seconds
             return honest(*args, **values)
         monkeypatch.setattr(owner, name, slow)
-    takes(train, "seed_step", 0.02), takes(evaluate, "condition_each", 0.5), takes(train, "preview_ldm", 0.3)
+    takes(train, "seed_step", 0.02), takes(condition, "condition_each", 0.5), takes(train, "preview_ldm", 0.3)
     monkeypatch.setattr(train, "LOG_EVERY", 5)
     monkeypatch.setattr(train, "EVALS", 10)
     argv = command("ldm", tmp_path / "run", "--vq", str(trained / "vq/last.pt"), "--steps", "20")
@@ -346,10 +348,10 @@ def test_pictures_a_second_are_those_of_training_alone(trained, tmp_path, monkey
 
 def test_a_run_measures_raw_and_averaged_weights_on_training_and_held_out_latents(trained, tmp_path):
     log = train.read_log(trained / "ldm/log.jsonl")
-    rows = evaluate.evaluations(log)
+    rows = overfit.evaluations(log)
     assert [r["step"] for r in rows] == [0, 1, 2, 3]
     for name in "right", "train", "raw", "train_raw":
-        bins = [rows[-1][f"val_{name}{key}"] for key in evaluate.bin_keys(rows[-1])]
+        bins = [rows[-1][f"val_{name}{key}"] for key in overfit.bin_keys(rows[-1])]
         assert len(bins) == 10 and f"val_{name}" in rows[-1]
     ldm, payload = checkpoint.load_ldm(trained / "ldm/last.pt")
     ours, held_out = data.open_data("figures:12", 32)
@@ -357,7 +359,7 @@ def test_a_run_measures_raw_and_averaged_weights_on_training_and_held_out_latent
     for ds in held_out, ours:
         (x, pose), = data.in_order(ds, 12, 12)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            losses.append(evaluate.loss_each(ldm, Diffusion(**ldm.schedule), ldm.encode(x), pose).mean().item())
+            losses.append(condition.loss_each(ldm, Diffusion(**ldm.schedule), ldm.encode(x), pose).mean().item())
     assert rows[-1]["val_right"] == pytest.approx(losses[0], rel=2e-2)
     assert rows[-1]["val_train"] == pytest.approx(losses[1], rel=2e-2)
     assert abs(losses[0] - losses[1]) > 0.02 * losses[0] or rows[-1]["val_train"] != rows[-1]["val_right"]
@@ -366,9 +368,9 @@ def test_a_run_measures_raw_and_averaged_weights_on_training_and_held_out_latent
 
 def alarm_after(monkeypatch, steps: int) -> None:
     """The rule sees overfitting in every log that has an evaluation after so many steps."""
-    def overfitting(rows, row_of=evaluate.ROW_OF):
-        return "it overfits" if any(r["step"] + 1 >= steps for r in evaluate.evaluations(rows)) and row_of < 9 else None
-    monkeypatch.setattr(evaluate, "overfitting", overfitting)
+    def overfitting(rows, row_of=overfit.ROW_OF):
+        return "it overfits" if any(r["step"] + 1 >= steps for r in overfit.evaluations(rows)) and row_of < 9 else None
+    monkeypatch.setattr(overfit, "overfitting", overfitting)
 
 
 def test_patience_ends_the_run_and_the_same_command_leaves_it_so(trained, tmp_path, monkeypatch, capsys):
@@ -414,9 +416,10 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 torch.set_num_threads(1)
-import pytest, evaluate, train, test_train
+import pytest, train, test_train
+from metrics import overfit
 test_train.as_micro(pytest.MonkeyPatch())
-evaluate.overfitting = lambda rows, row_of=3: "it overfits" if rows[-1]["step"] >= 2 else None
+overfit.overfitting = lambda rows, row_of=3: "it overfits" if rows[-1]["step"] >= 2 else None
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -470,10 +473,10 @@ def test_the_dashboard_has_every_figure_of_few_points_and_of_many(tmp_path, monk
     evals = [r for r in log if "val_right" in r]
     assert [len(found) for found in maps] == [bool(evals)] * 2
     if evals:
-        risen = np.array([[evaluate.risen(r)[key] for r in evals] for key in evaluate.bin_keys(evals[0])])
+        risen = np.array([[overfit.risen(r)[key] for r in evals] for key in overfit.bin_keys(evals[0])])
         assert np.allclose(maps[1][0].get_array().reshape(risen.shape), 100 * risen)
         dots = sum(len(line.get_xdata()) for line in panels["by timestep: held-out above its best, EMA"].lines)
-        assert dots == sum(evaluate.has_risen(r, key) for r in evals for key in evaluate.bin_keys(r))
+        assert dots == sum(overfit.has_risen(r, key) for r in evals for key in overfit.bin_keys(r))
     assert Image.open(tmp_path / "curves.png").width > 1000
 
 

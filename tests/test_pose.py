@@ -11,7 +11,14 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
-from keypoints import JOINTS, ConditionConfig, PoseCondition, flip, heatmaps, load_poses
+import metrics.condition
+import metrics.pose
+import plots
+from dataset.figures import Figures
+from formats.pose_files import load_poses
+from keypoints import JOINTS, ConditionConfig, PoseCondition, flip, heatmaps
+from ldm import DEFAULT_GUIDANCE
+from metrics import keypoint_detector
 from unet import UNet, UNetConfig
 from vq import VQConfig, VQModel
 
@@ -31,81 +38,83 @@ def are_equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 def test_the_place_of_a_gaussian_is_its_centre():
     poses = torch.from_numpy(poses_of(50))
-    found = evaluate.peaks(heatmaps(poses, 32, 0.025).clamp(min=1e-12).log())
+    found = keypoint_detector.peaks(heatmaps(poses, 32, 0.025).clamp(min=1e-12).log())
     assert (found - poses[..., :2]).abs().max() < 0.1 / 32                  # a tenth of a cell
 
 
 def test_of_two_places_the_likelier_counts_and_not_their_mean():
     pose = torch.tensor([[[0.2, 0.3, 1.0], [0.8, 0.7, 1.0]]])
     one, other = heatmaps(pose, 32, 0.025)[0]
-    found = evaluate.peaks((0.6 * one + 0.4 * other).clamp(min=1e-12).log()[None, None])
+    found = keypoint_detector.peaks((0.6 * one + 0.4 * other).clamp(min=1e-12).log()[None, None])
     assert torch.allclose(found[0, 0], pose[0, 0, :2], atol=0.005)
 
 
 def test_the_loss_in_closed_form():
     poses = torch.from_numpy(poses_of(3)).float()
     flat = torch.zeros(3, J, 16, 16)
-    assert evaluate.reader_loss(flat, poses).item() == pytest.approx(np.log(256))       # any q against 1/256
-    wanted = heatmaps(poses, 16, evaluate.READER_SIGMA)
+    assert keypoint_detector.reader_loss(flat, poses).item() == pytest.approx(np.log(256))       # any q against 1/256
+    wanted = heatmaps(poses, 16, keypoint_detector.READER_SIGMA)
     wanted = wanted / wanted.sum((2, 3), keepdim=True)
     entropy = -(wanted * wanted.clamp(min=1e-30).log()).sum((2, 3)).mean()
-    assert evaluate.reader_loss(wanted.clamp(min=1e-30).log(), poses).item() == pytest.approx(entropy.item(), rel=1e-4)
+    loss = keypoint_detector.reader_loss(wanted.clamp(min=1e-30).log(), poses)
+    assert loss.item() == pytest.approx(entropy.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("place", [(1.2, 0.5, 1), (0.5, -0.1, 1), (0.5, 0.5, 0)])
 def test_joints_that_nobody_can_see_teach_nothing(place):
     poses, logits = torch.from_numpy(poses_of(2)).float(), torch.randn(2, J, 16, 16)
     poses[:, 3:] = 0
-    alone = evaluate.reader_loss(logits, poses)
+    alone = keypoint_detector.reader_loss(logits, poses)
     poses[:, 5] = torch.tensor(place)
-    assert evaluate.reader_loss(logits, poses) == alone
+    assert keypoint_detector.reader_loss(logits, poses) == alone
     poses[:, :, 2] = 0
-    assert evaluate.reader_loss(logits, poses) == 0
+    assert keypoint_detector.reader_loss(logits, poses) == 0
 
 
 def test_a_picture_is_read_alike_in_any_batch():
-    reader = evaluate.PoseReader(64).eval()
+    reader = keypoint_detector.PoseReader(64).eval()
     images = RNG.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-    together, moments = evaluate.read_all(reader, images)
-    alone, _ = evaluate.read_all(reader, images[3:4])
+    together, moments = metrics.pose.read_all(reader, images)
+    alone, _ = metrics.pose.read_all(reader, images[3:4])
     np.testing.assert_allclose(together[3], alone[0], atol=1e-5)
     assert moments.n == 5 and together.shape == (5, J, 3) and (together[..., 2] == 1).all()
 
 
 def test_training_learns():
-    pictures = [data.Figures(4, 64)[i] for i in range(4)]
+    pictures = [Figures(4, 64)[i] for i in range(4)]
     x, poses = (torch.from_numpy(np.stack(part)) for part in zip(*pictures, strict=True))
-    reader = evaluate.train_reader(data.Figures(4, 64), steps=25)
-    fresh = evaluate.train_reader(data.Figures(4, 64), steps=0)
-    learnt, before = (evaluate.reader_loss(r.train()(data.to_tensor(x.numpy()))[0], poses) for r in (reader, fresh))
+    reader = keypoint_detector.train_reader(Figures(4, 64), steps=25)
+    fresh = keypoint_detector.train_reader(Figures(4, 64), steps=0)
+    learnt, before = (keypoint_detector.reader_loss(r.train()(data.to_tensor(x.numpy()))[0], poses)
+                      for r in (reader, fresh))
     assert learnt < before - 1
 
 
 def test_training_moves_no_generator_and_repeats_itself():
-    pictures = data.Figures(32, 64)
+    pictures = Figures(32, 64)
     torch.manual_seed(5)
-    first = evaluate.train_reader(pictures, steps=3)
+    first = keypoint_detector.train_reader(pictures, steps=3)
     after = torch.rand(1)
     torch.manual_seed(5)
     assert torch.rand(1) == after
-    second = evaluate.train_reader(pictures, steps=3)
+    second = keypoint_detector.train_reader(pictures, steps=3)
     assert are_equal(first, second)
     assert not first.training and not any(p.requires_grad for p in first.parameters())
 
 
 def test_a_share_of_the_pictures_is_degraded_and_keeps_its_colours():
-    x = torch.stack([data.to_tensor(data.Figures(1, 64)[0][0])] * 100)
+    x = torch.stack([data.to_tensor(Figures(1, 64)[0][0])] * 100)
     generator = torch.Generator().manual_seed(0)
-    assert torch.equal(evaluate.degraded(x, 0.0, generator), x)
-    y = torch.cat([evaluate.degraded(x, 0.3, generator)[:30] for _ in range(10)]) - x[0]
-    assert torch.equal(evaluate.degraded(x, 0.3, generator)[30:], x[30:]) and (y != 0).flatten(1).any(1).all()
+    assert torch.equal(keypoint_detector.degraded(x, 0.0, generator), x)
+    y = torch.cat([keypoint_detector.degraded(x, 0.3, generator)[:30] for _ in range(10)]) - x[0]
+    assert torch.equal(keypoint_detector.degraded(x, 0.3, generator)[30:], x[30:]) and (y != 0).flatten(1).any(1).all()
     assert (y.mean((0, 2, 3)).abs() < 0.02).all()                           # no colour is favoured
     strength = y.pow(2).mean((1, 2, 3)).sqrt()
     assert 0.05 < strength.min() < 0.12 and 0.17 < strength.max() < 0.4     # stage 1 leaves 0.09 of toy figures
 
 
 def test_a_picture_and_its_mirror_image_have_mirrored_poses():
-    reader = evaluate.PoseReader(64).eval()
+    reader = keypoint_detector.PoseReader(64).eval()
     x = torch.rand(3, 3, 64, 64) * 2 - 1
     (pose, _), (mirrored, _) = reader.read(x), reader.read(x.flip(-1))
     np.testing.assert_allclose(flip(mirrored), pose, atol=1e-4)
@@ -113,28 +122,28 @@ def test_a_picture_and_its_mirror_image_have_mirrored_poses():
 
 @pytest.mark.slow
 def test_it_learns_to_read_pictures_it_has_not_seen():
-    reader = evaluate.train_reader(data.Figures(4000, 64), steps=150)
-    held_out = [data.Figures(64, 64, seed=1)[i] for i in range(64)]
-    read, _ = evaluate.read_all(reader, np.stack([image for image, _ in held_out]))
+    reader = keypoint_detector.train_reader(Figures(4000, 64), steps=150)
+    held_out = [Figures(64, 64, seed=1)[i] for i in range(64)]
+    read, _ = metrics.pose.read_all(reader, np.stack([image for image, _ in held_out]))
     asked = np.stack([pose for _, pose in held_out])
-    assert evaluate.fidelity(read, asked)["pck@0.1"] > 0.6
-    assert evaluate.fidelity(read, asked[evaluate.derangement(64, 0)])["pck@0.1"] < 0.3
+    assert metrics.pose.fidelity(read, asked)["pck@0.1"] > 0.6
+    assert metrics.pose.fidelity(read, asked[metrics.condition.derangement(64, 0)])["pck@0.1"] < 0.3
 
 
 def test_the_reader_is_cached_beside_the_dataset_and_made_anew_for_other_pictures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained = []
-    train = evaluate.train_reader
-    monkeypatch.setattr(evaluate, "train_reader", lambda *args: trained.append(args[0]) or train(*args))
-    few, more = data.Figures(4, 64), data.Figures(5, 64)
-    reader = evaluate.find_reader("figures:4", few, steps=1)
-    again = evaluate.find_reader("figures:4", few, steps=1)
+    train = keypoint_detector.train_reader
+    monkeypatch.setattr(keypoint_detector, "train_reader", lambda *args: trained.append(args[0]) or train(*args))
+    few, more = Figures(4, 64), Figures(5, 64)
+    reader = keypoint_detector.find_reader("figures:4", few, steps=1)
+    again = keypoint_detector.find_reader("figures:4", few, steps=1)
     path, = (tmp_path / "runs").glob("figures-4-pose-reader-64-*.pt")
     assert trained == [few]
     assert are_equal(reader, again)
     assert not again.training
-    evaluate.find_reader("figures:4", more, steps=1)                        # the same name, other pictures
-    evaluate.find_reader("figures:4", more, steps=2)
+    keypoint_detector.find_reader("figures:4", more, steps=1)                        # the same name, other pictures
+    keypoint_detector.find_reader("figures:4", more, steps=2)
     assert trained == [few, more, more] and len(list((tmp_path / "runs").iterdir())) == 2
 
 
@@ -142,27 +151,27 @@ def test_the_reader_that_ships_reads_any_number_of_figures_and_nothing_else(tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "FIGURES_TRAIN", 6)
     torch.manual_seed(0)
-    reader = evaluate.PoseReader(64).eval()
-    about = {"version": evaluate.READER_VERSION, "pictures": data.Figures(6, 64, seed=0).fingerprint(), "side": 64,
-             "steps": 1}
+    reader = keypoint_detector.PoseReader(64).eval()
+    about = {"version": keypoint_detector.READER_VERSION, "side": 64, "steps": 1,
+             "pictures": Figures(6, 64, seed=0).fingerprint()}
     checkpoint.save(tmp_path / "shipped.pt", {"about": about, "reader": {
         name: value.half() if value.is_floating_point() else value for name, value in reader.state_dict().items()}})
-    monkeypatch.setattr(evaluate, "SHIPPED_READER", tmp_path / "shipped.pt")
-    monkeypatch.setattr(evaluate, "train_reader", lambda pictures, *args: reader)
-    found = evaluate.find_reader("figures:3", data.Figures(3, 64), steps=1)
+    monkeypatch.setattr(keypoint_detector, "SHIPPED_READER", tmp_path / "shipped.pt")
+    monkeypatch.setattr(keypoint_detector, "train_reader", lambda pictures, *args: reader)
+    found = keypoint_detector.find_reader("figures:3", Figures(3, 64), steps=1)
     assert "shipped.pt, which ships" in capsys.readouterr().out and not (tmp_path / "runs").exists()
     for name, value in reader.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-3, atol=1e-6)
-    for spec, pictures, steps in (("mine", data.Figures(3, 64), 1), ("figures:3", data.Figures(3, 32), 1),
-                                  ("figures:3", data.Figures(3, 64), 2)):           # other ones are taught
-        evaluate.find_reader(spec, pictures, steps=steps)
+    for spec, pictures, steps in (("mine", Figures(3, 64), 1), ("figures:3", Figures(3, 32), 1),
+                                  ("figures:3", Figures(3, 64), 2)):           # other ones are taught
+        keypoint_detector.find_reader(spec, pictures, steps=steps)
         assert "which ships" not in capsys.readouterr().out
 
 
 def test_whatever_lies_where_the_reader_is_kept_a_good_one_takes_its_place(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    pictures = data.Figures(2, 64)
-    reader = evaluate.find_reader("figures:2", pictures, steps=0)
+    pictures = Figures(2, 64)
+    reader = keypoint_detector.find_reader("figures:2", pictures, steps=0)
     path, = (tmp_path / "runs").iterdir()
     good = checkpoint.read(path)
     broken = {name: value * float("nan") if value.is_floating_point() else value
@@ -170,18 +179,18 @@ def test_whatever_lies_where_the_reader_is_kept_a_good_one_takes_its_place(tmp_p
     for found in (torch.zeros(3), {"about": torch.zeros(3), "reader": good["reader"]}, {"about": good["about"]},
                   good | {"reader": [1]}, good | {"reader": broken}, good | {"reader": {"a": "b"}}):
         checkpoint.save(path, found)
-        assert are_equal(evaluate.find_reader("figures:2", pictures, steps=0), reader), found
-        assert are_equal(evaluate.kept_reader(path, good["about"]), reader)
+        assert are_equal(keypoint_detector.find_reader("figures:2", pictures, steps=0), reader), found
+        assert are_equal(keypoint_detector.kept_reader(path, good["about"]), reader)
     path.write_bytes(path.read_bytes()[:500])
-    assert evaluate.kept_reader(path, good["about"]) is None
+    assert keypoint_detector.kept_reader(path, good["about"]) is None
     path.unlink()
     path.mkdir()                                                            # cannot be written: it judges all the same
     capsys.readouterr()
-    assert are_equal(evaluate.find_reader("figures:2", pictures, steps=0), reader)
+    assert are_equal(keypoint_detector.find_reader("figures:2", pictures, steps=0), reader)
     assert "is not kept" in capsys.readouterr().out
-    monkeypatch.setattr(evaluate, "READER_LR", 1e38)
+    monkeypatch.setattr(keypoint_detector, "READER_LR", 1e38)
     with pytest.raises(ValueError, match="no numbers any more"):
-        evaluate.find_reader("figures:2", pictures, steps=2)
+        keypoint_detector.find_reader("figures:2", pictures, steps=2)
 
 
 def test_where_the_reader_is_kept(tmp_path, monkeypatch):
@@ -189,12 +198,12 @@ def test_where_the_reader_is_kept(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/people.json").touch()
     about = {"side": 64, "pictures": "0123456789abcdef"}
-    assert str(evaluate.reader_path("mine", about)) == "mine/pose-reader-64-01234567.pt"
-    large = evaluate.reader_path("mine/people.json", about | {"side": 128})
+    assert str(keypoint_detector.reader_path("mine", about)) == "mine/pose-reader-64-01234567.pt"
+    large = keypoint_detector.reader_path("mine/people.json", about | {"side": 128})
     assert str(large) == "mine/people-pose-reader-128-01234567.pt"
-    assert str(evaluate.reader_path("figures", about)) == "runs/figures-pose-reader-64-01234567.pt"
+    assert str(keypoint_detector.reader_path("figures", about)) == "runs/figures-pose-reader-64-01234567.pt"
     monkeypatch.setattr(os, "access", lambda path, mode: False)             # root may write anywhere
-    assert str(evaluate.reader_path("mine", about)) == "runs/mine-pose-reader-64-01234567.pt"
+    assert str(keypoint_detector.reader_path("mine", about)) == "runs/mine-pose-reader-64-01234567.pt"
 
 
 def test_fidelity_by_hand():
@@ -205,15 +214,15 @@ def test_fidelity_by_hand():
     read[0, 4, 0] += 0.09
     read[1, 4, 0] += 0.15
     read[2, 4, 0] += 0.25
-    rows = evaluate.fidelity(read, asked)
+    rows = metrics.pose.fidelity(read, asked)
     assert rows["joints"]["ear_right"] == 0.5 and rows["pck@0.1"] == pytest.approx(1 - 0.5 / J)
     assert rows["pck@0.2"] == pytest.approx(1 - 0.25 / J) and 0.9 < rows["oks"] < 1
     asked[3, 0, :2] = read[3, 0, :2] = (-0.6, -0.8)     # outside: does not count itself, but the box is its person's
     read[3, 4, 0] += 0.19
-    before = evaluate.fidelity(read, asked)
+    before = metrics.pose.fidelity(read, asked)
     assert before["joints"]["ear_right"] == 0.5
     read[3, 0, :2] = 0.9
-    assert evaluate.fidelity(read, asked) == before and before["joints"]["nose"] == 1
+    assert metrics.pose.fidelity(read, asked) == before and before["joints"]["nose"] == 1
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -241,7 +250,7 @@ def tiny(tmp_path_factory):
 def pose(tiny, tmp_path, monkeypatch):
     """Runs evaluate.py pose in an empty folder: pose(flags...) -> exit status."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate.find_reader, "__defaults__", ("cpu", 1))
+    monkeypatch.setattr(keypoint_detector.find_reader, "__defaults__", ("cpu", 1))
     first = ["pose", "--ckpt", str(tiny / "ldm.pt"), "--steps", "2", "--limit", "6"]
     return lambda *flags: evaluate.main([*first, *flags])
 
@@ -255,7 +264,7 @@ def test_pose_end_to_end(pose, tmp_path, capsys):
     assert "6 held-out poses of figures:12" in printed and "the ceiling is low" in printed
     assert f"{rows['samples']['pck@0.1']:.3f}" in printed and "wrist right" in printed
     assert rows["samples"]["frechet"] > 0 and "frechet" not in rows["real"]
-    assert report["pictures"] == 6 and report["guidance"] == checkpoint.DEFAULT_GUIDANCE
+    assert report["pictures"] == 6 and report["guidance"] == DEFAULT_GUIDANCE
     assert len(list((tmp_path / "o/pictures").glob("*.png"))) == 12 and (tmp_path / "o/pose.png").stat().st_size > 1000
 
 
@@ -375,15 +384,15 @@ def test_each_picture_has_a_seed_of_its_own_and_what_is_read_back_is_what_was_dr
 
 
 def test_the_picture_shows_the_best_first_and_the_worst_last(tmp_path, monkeypatch):
-    asked, n = poses_of(1).repeat(12, axis=0), evaluate.EXTREMES
+    asked, n = poses_of(1).repeat(12, axis=0), plots.EXTREMES
     read = asked.copy()
     order = RNG.permutation(12)                             # order[0] is read best
     for rank, i in enumerate(order):
         read[i, :, 0] += 0.02 * rank
     pictures = np.arange(12, dtype=np.uint8)[:, None, None, None] * np.ones((1, 16, 16, 3), np.uint8)
     seen = []
-    monkeypatch.setattr(data, "save_grid", lambda path, rows, columns, *_: seen.append((rows, columns)))
-    evaluate.extremes_figure(tmp_path / "x.png", evaluate.Drawn(asked, pictures, pictures, {}), read, "")
+    monkeypatch.setattr(plots, "save_grid", lambda path, rows, columns, *_: seen.append((rows, columns)))
+    plots.extremes_figure(tmp_path / "x.png", metrics.pose.Drawn(asked, pictures, pictures, {}), read, "")
     (rows, columns), = seen
     assert [cell[0, 0, 0] for cell in rows[1]] == [*order[:n], *order[-n:]] and columns == ["best"] * n + ["worst"] * n
     assert [cell[0, 0, 0] for cell in rows[3]] == [*order[:n], *order[-n:]]

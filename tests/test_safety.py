@@ -32,7 +32,7 @@ from test_train import Killed, as_micro, micro, one_sentence, same, trained  # n
 from test_train import command as command_of
 
 import checkpoint
-import data
+import plots
 import train
 
 ROOT = Path(__file__).parent.parent
@@ -145,7 +145,7 @@ MOMENTS = {
     "log.jsonl": (train.Run, "log", 0, 2),
     "t.pt": (train.Run, "save", 20_000, 2),
     "curves.png": (train, "plot_curves", 0, 3),
-    "samples/0000003.png": (data, "save_grid", 0, 3),
+    "samples/0000003.png": (plots, "save_grid", 0, 3),
 }
 
 

@@ -18,8 +18,11 @@ from test_train import MICRO, ROOT, as_micro, command
 
 import checkpoint
 import data
+import extras.motion
+import plots
 import sample
 import train
+from dataset.figures import Figures
 from diffusion import Diffusion, ddim, ddim_table, ddpm, dpm_solver, held, invert, log_snr, per_image_noise, slerp
 from vq import VQModel
 
@@ -189,7 +192,7 @@ def ckpt(tmp_path_factory) -> str:
         payload = torch.load(root / "vq/last.pt", weights_only=True)
         torch.manual_seed(0)
         vq = VQModel(MICRO.vq_config).eval()
-        figures = np.stack([np.asarray(data.Figures(16, 32).source(i)[0]) for i in range(16)])
+        figures = np.stack([np.asarray(Figures(16, 32).source(i)[0]) for i in range(16)])
         with torch.no_grad():
             h = vq.encode(data.to_tensor(figures)).permute(0, 2, 3, 1).reshape(-1, 3)
             vq.quantize.embedding.weight.copy_(h[torch.randperm(len(h))[:32]])
@@ -201,7 +204,7 @@ def ckpt(tmp_path_factory) -> str:
 
 @pytest.fixture
 def picture(tmp_path) -> str:
-    Image.fromarray(np.asarray(data.Figures(3, 32).source(1)[0])).save(tmp_path / "figure.png")
+    Image.fromarray(np.asarray(Figures(3, 32).source(1)[0])).save(tmp_path / "figure.png")
     return str(tmp_path / "figure.png")
 
 
@@ -352,14 +355,14 @@ def test_poses_are_interpolated_joint_by_joint():
     poses, _ = sample.read_poses([WAVING, KICKING])
     a, b = (pose.copy() for pose in poses)
     a[3], b[5] = 0, 0
-    plan = sample.morph(np.stack([a, b]), ["a", "b"], 5, seed=3, n=1)
+    plan = extras.motion.morph(np.stack([a, b]), ["a", "b"], 5, seed=3, n=1)
     assert np.array_equal(plan.poses[0], a) and np.array_equal(plan.poses[4], b)
     both = [j for j in range(17) if j not in (3, 5)]
     np.testing.assert_allclose(plan.poses[1][both, :2], 0.75 * a[both, :2] + 0.25 * b[both, :2])
     assert (plan.poses[1:4, [3, 5]] == 0).all() and (plan.poses[1:4, both, 2] == 1).all()
     assert plan.seeds == [3, (3, 4, 0.25), (3, 4, 0.5), (3, 4, 0.75), 4]
     assert plan.names == ["a", "25% to b", "50% to b", "75% to b", "b"]
-    way = sample.morph(np.stack([a, b, a]), ["a", "b", "c"], 5, seed=0, n=2)
+    way = extras.motion.morph(np.stack([a, b, a]), ["a", "b", "c"], 5, seed=0, n=2)
     assert np.array_equal(way.poses[2], b) and np.array_equal(way.poses[4], a)
     assert way.seeds == [0, 3, (0, 1, 0.5), (3, 4, 0.5), 1, 4, (1, 2, 0.5), (4, 5, 0.5), 2, 5]
 
@@ -383,12 +386,12 @@ def test_frames_come_in_natural_order_and_those_without_anybody_lie_between_thei
     folder = walk(tmp_path / "walk", {0: None, 1: 0.1, 2: 0.2, 3: None, 10: 0.9, 4: 0.4, 9: None, 11: None})
     (folder / ".hidden").write_text("x")
     (folder / "frame1.png").write_text("the picture of it")
-    poses, names = sample.read_motion([str(folder)])
+    poses, names = extras.motion.read_motion([str(folder)])
     # 3 was seen and empty, 5 to 8 have no file, 9 is empty: from 4 to 10 it is 0.5 / 6 a frame
     assert xs(poses) == [0.1, 0.2, 0.3, 0.4, *(round(0.4 + k * 0.5 / 6, 6) for k in range(1, 6)), 0.9]
     assert names[0] == "frame1" and names[-1] == "frame10"
     assert "4 frames and 6 without anybody, filled in" in capsys.readouterr().out
-    assert xs(sample.read_motion([str(folder)], frames=2)[0]) == [0.1, 0.9]
+    assert xs(extras.motion.read_motion([str(folder)], frames=2)[0]) == [0.1, 0.9]
 
 
 @pytest.mark.parametrize("numbers, wanted", [
@@ -396,13 +399,13 @@ def test_frames_come_in_natural_order_and_those_without_anybody_lie_between_thei
     (["run2", "jump7"], [0, 1]), (["b", "a"], [0, 1]), (["f4", "f3"], [0, 1]), (["f1", "f1"], [0, 1]),
     (["clip1 3", "clip1 4", "clip1 7"], [0, 1, 4])])
 def test_frames_are_counted_by_the_number_in_their_names(numbers, wanted):
-    assert sample.frame_numbers(numbers) == wanted
+    assert extras.motion.frame_numbers(numbers) == wanted
 
 
 def test_a_long_absence_is_not_invented(tmp_path):
-    frames = {1: 0.1, 2: 0.2, 3 + sample.LONGEST_GAP: 0.3, 4 + 2 * sample.LONGEST_GAP + 1: 0.4}
-    poses, _ = sample.read_motion([str(walk(tmp_path / "walk", frames))])
-    assert len(poses) == 4 + sample.LONGEST_GAP and xs(poses)[-2:] == [0.3, 0.4]
+    frames = {1: 0.1, 2: 0.2, 3 + extras.motion.LONGEST_GAP: 0.3, 4 + 2 * extras.motion.LONGEST_GAP + 1: 0.4}
+    poses, _ = extras.motion.read_motion([str(walk(tmp_path / "walk", frames))])
+    assert len(poses) == 4 + extras.motion.LONGEST_GAP and xs(poses)[-2:] == [0.3, 0.4]
 
 
 def test_frames_of_one_file_and_a_person_who_is_not_in_every_frame(tmp_path):
@@ -411,17 +414,17 @@ def test_frames_of_one_file_and_a_person_who_is_not_in_every_frame(tmp_path):
                 for frame, at in x]
     frames = people((1, 0.1), (3, 0.3), (12, 0.9), (11, 0.8), (5, 0.5))
     (tmp_path / "all.json").write_text(json.dumps(frames))
-    poses, _ = sample.read_motion([str(tmp_path / "all.json")], canvas=(64, 64))
+    poses, _ = extras.motion.read_motion([str(tmp_path / "all.json")], canvas=(64, 64))
     assert xs(poses) == [0.1, 0.2, 0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9]
     named = [{"keypoints": [64 * at, 9, 2] * 17 if at else [0] * 51, "image_id": f"{name}.png", "category_id": 1}
              for name, at in (("c", 0.4), ("a", 0.2), ("b", None))]        # no numbers, but it says that b is a frame
     (tmp_path / "named.json").write_text(json.dumps(named))
-    assert xs(sample.read_motion([str(tmp_path / "named.json")], canvas=(64, 64))[0]) == [0.2, 0.3, 0.4]
+    assert xs(extras.motion.read_motion([str(tmp_path / "named.json")], canvas=(64, 64))[0]) == [0.2, 0.3, 0.4]
     folder = tmp_path / "two"
     folder.mkdir()
     for i, who in enumerate([(0.1, 0.5), (0.1,), (0.1, 0.7)]):
         (folder / f"{i}.json").write_text(json.dumps(people(*((i, at) for at in who))))
-    assert xs(sample.read_motion([str(folder)], canvas=(64, 64), person=2)[0]) == [0.5, 0.6, 0.7]
+    assert xs(extras.motion.read_motion([str(folder)], canvas=(64, 64), person=2)[0]) == [0.5, 0.6, 0.7]
 
 
 def test_a_motion_has_one_noise_and_becomes_a_sheet_and_a_moving_picture(go, tmp_path):
@@ -430,7 +433,7 @@ def test_a_motion_has_one_noise_and_becomes_a_sheet_and_a_moving_picture(go, tmp
     assert len(drawn) == 4 and Image.open("walk.png").size[0] > 4 * 32
     with Image.open("walk.webp") as moving:
         frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(moving)]
-    poses, _ = sample.read_motion([str(folder)])
+    poses, _ = extras.motion.read_motion([str(folder)])
     for frame, picture, pose in zip(frames, drawn, poses, strict=True):
         assert np.array_equal(frame[::5, ::5], np.concatenate([sample.draw(pose, 32), picture], axis=1))
     json.dump(poses[0].tolist(), open("first.json", "w"))
@@ -442,7 +445,7 @@ def test_a_motion_has_one_noise_and_becomes_a_sheet_and_a_moving_picture(go, tmp
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
 def test_a_moving_picture_keeps_time(tmp_path, suffix):
     frames, ends, greys = [np.full((8, 8, 3), 9 * i, np.uint8) for i in range(25)], [], []
-    data.save_animation(tmp_path / f"a{suffix}", frames, fps=12)
+    plots.save_animation(tmp_path / f"a{suffix}", frames, fps=12)
     with Image.open(tmp_path / f"a{suffix}") as moving:
         assert moving.n_frames == 25 and moving.info["loop"] == 0 and moving.size == (160, 160)
         for i in range(25):
@@ -579,7 +582,7 @@ def rewritten(source: str, target: str, change) -> str:
         record = json.loads(image.info["record"])
         text = change(record)
         text = text if isinstance(text, str) else json.dumps(record)
-        data.save_picture(target, image.convert("RGB"), {"record": text})
+        plots.save_picture(target, image.convert("RGB"), {"record": text})
     return target
 
 
@@ -674,7 +677,7 @@ def test_repeat_takes_all_from_the_file_and_only_from_such_files(go, picture, ca
 
 def test_words_survive_in_a_png_and_no_other_format_is_troubled(tmp_path):
     for name in ("a.png", "a.PNG", "a.jpg", "a.webp"):
-        data.save_picture(tmp_path / name, np.zeros((4, 4, 3), np.uint8), {"record": "x" * (3 << 20)})
+        plots.save_picture(tmp_path / name, np.zeros((4, 4, 3), np.uint8), {"record": "x" * (3 << 20)})
         text = Image.open(tmp_path / name).info.get("record")
         assert text == ("x" * (3 << 20) if name.lower().endswith("png") else None)
 
@@ -736,7 +739,7 @@ def test_common_poses_come_from_no_file(ckpt, capsys, flag, value):
 
 @pytest.mark.parametrize("P, n, given", [(1, 1, True), (3, 2, False), (16, 1, True), (700, 3, True)])
 def test_the_shape_of_a_sheet_is_known_before_it_is_drawn(P, n, given):
-    plan = sample.Plan(np.zeros((P, 17, 3)), ["a"] * P, list(range(P * n)), n)
+    plan = extras.motion.Plan(np.zeros((P, 17, 3)), ["a"] * P, list(range(P * n)), n)
     pictures = [np.zeros((4, 4, 3), np.uint8)] * (P * n)
     for layout, motion in ((sample.grid_of, False), (sample.sheet_of, True)):
         rows = layout(plan, pictures, pictures[0] if given else None)["rows"]

@@ -9,7 +9,11 @@ from PIL import Image
 import checkpoint
 import data
 import evaluate
+import metrics.images
+import metrics.pose
 import sample
+from dataset.figures import Figures
+from metrics import keypoint_detector
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "assets/toy.pt"
@@ -17,7 +21,7 @@ POSES = sorted(map(str, (ROOT / "examples/poses").glob("*.json")))
 
 
 def test_the_files_are_small_and_hold_tensors_alone():
-    assert MODEL.stat().st_size <= 16_000_000 and evaluate.SHIPPED_READER.stat().st_size <= 5_000_000
+    assert MODEL.stat().st_size <= 16_000_000 and keypoint_detector.SHIPPED_READER.stat().st_size <= 5_000_000
     payload = torch.load(MODEL, weights_only=True)
     assert "train" not in payload and payload["config"]["preset"] == "toy"
     for part in ("vq", "unet", "cond"):
@@ -38,8 +42,8 @@ def test_bare_sample_py_draws_all_example_poses_without_any_training(tmp_path, m
 def test_it_draws_the_pose_asked_for():
     """PCK@0.1 of 64 held-out poses, at least 0.85 of what the reader finds in the real pictures."""
     ldm, _ = checkpoint.load_ldm(MODEL)
-    reader = evaluate.find_reader("figures", data.Figures(data.FIGURES_TRAIN, 64, seed=0))
-    rows, _ = evaluate.assess(reader, evaluate.draw_held_out(ldm, data.Figures(64, 64, seed=1)))
+    reader = keypoint_detector.find_reader("figures", Figures(data.FIGURES_TRAIN, 64, seed=0))
+    rows, _ = metrics.pose.assess(reader, evaluate.draw_held_out(ldm, Figures(64, 64, seed=1)))
     assert rows["real"]["pck@0.1"] > evaluate.JUDGE
     assert rows["samples"]["pck@0.1"] >= 0.85 * rows["real"]["pck@0.1"]
     assert rows["shuffled"]["pck@0.1"] < 0.25
@@ -47,7 +51,7 @@ def test_it_draws_the_pose_asked_for():
 
 def test_its_autoencoder_keeps_held_out_figures():
     vq = checkpoint.build_vq(checkpoint.load_vq(MODEL), "assets/toy.pt")
-    (x, _), = data.in_order(data.Figures(64, 64, seed=1), 64, 64)
+    (x, _), = data.in_order(Figures(64, 64, seed=1), 64, 64)
     with torch.no_grad():
         x_hat = vq(x)[0]
-    assert evaluate.psnr(x_hat, x).mean() > evaluate.psnr(evaluate.box_baseline(x, 4), x).mean() + 4
+    assert metrics.images.psnr(x_hat, x).mean() > metrics.images.psnr(metrics.images.box_baseline(x, 4), x).mean() + 4

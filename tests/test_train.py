@@ -21,11 +21,17 @@ from test_data import folder
 import checkpoint
 import data
 import evaluate
-import keypoints
+import extras.density
+import formats.lpips
+import metrics.condition
+import metrics.images
+import plots
 import sample
 import train
+from dataset.figures import Figures
 from diffusion import Diffusion
 from keypoints import ConditionConfig
+from ldm import LDM
 from unet import UNet
 from vq import LPIPS, VQConfig, VQLoss, VQLossConfig, VQModel
 
@@ -319,7 +325,7 @@ def test_stage_one_learns_and_stage_two_lets_the_pose_in(tmp_path):
     vq = checkpoint.build_vq(checkpoint.load(tmp_path / "vq/last.pt", "vq"), "vq")
     c = train.make_config(train.parse_args(command("ldm", tmp_path / "x")))
     torch.manual_seed(0)                                        # as the run began
-    fresh = checkpoint.LDM(vq, c.unet_config, c.cond_config, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), {}, True)
+    fresh = LDM(vq, c.unet_config, c.cond_config, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), {}, True)
     assert torch.equal(raw["cond"]["encoder.missing"], fresh.cond.encoder.missing)      # figures miss no joint
     for name, start in fresh.cond.state_dict().items():         # every part of the pose encoder has been trained
         assert not torch.equal(raw["cond"][name], start) or name == "encoder.missing", name
@@ -415,8 +421,8 @@ def test_a_cpu_without_memory_is_one_sentence(tmp_path, capsys, monkeypatch):
 
 def test_an_evaluation_that_is_not_a_number_is_never_the_best(tmp_path, monkeypatch):
     scores = iter([math.nan, 2.0, math.inf, 1.0])
-    honest = evaluate.reconstruction
-    monkeypatch.setattr(evaluate, "reconstruction", lambda *a, **k: honest(*a, **k) | {"psnr": next(scores)})
+    honest = metrics.images.reconstruction
+    monkeypatch.setattr(metrics.images, "reconstruction", lambda *a, **k: honest(*a, **k) | {"psnr": next(scores)})
     assert train.main(command("vq", tmp_path / "run", "--steps", "4")) == 0
     assert checkpoint.load(tmp_path / "run/best.pt", "vq")["step"] == 2
     assert checkpoint.load(tmp_path / "run/last.pt", "vq")["train"]["best"] == 2.0
@@ -498,7 +504,7 @@ def test_a_preset_that_wants_lpips_says_how_to_get_it_or_do_without(tmp_path, ca
 def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_path, monkeypatch):
     torch.manual_seed(0)
     lpips, paths = LPIPS(), []
-    monkeypatch.setattr(checkpoint, "load_lpips", lambda files: paths.extend(files) or lpips, raising=False)
+    monkeypatch.setattr(formats.lpips, "load_lpips", lambda files: paths.extend(files) or lpips, raising=False)
     flags = ["--steps", "5", "--perceptual", "1", "--lpips-weights", "a.pth", "b.pth", "--disc-weight", "0.5",
              "--disc-start", "0.4"]
     monkeypatch.setattr(train, "LOG_EVERY", 1)
@@ -709,8 +715,8 @@ def test_a_context_width_that_differs_is_refused():
     unet = train.UNetConfig(in_channels=3, model_channels=32, channel_mult=(1,), attention_resolutions=(1,),
                             num_heads=2, context_dim=None)
     with pytest.raises(ValueError, match="would not reach the UNet"):
-        checkpoint.LDM(VQModel(MICRO.vq_config), unet, ConditionConfig(("seed",)), torch.zeros(3, 1, 1),
-                       torch.ones(3, 1, 1), {}, True)
+        LDM(VQModel(MICRO.vq_config), unet, ConditionConfig(("seed",)), torch.zeros(3, 1, 1),
+            torch.ones(3, 1, 1), {}, True)
 
 
 # ------------------------------------------------------------------------------------------------------- mistakes
@@ -811,7 +817,7 @@ def spy_on_poses(monkeypatch) -> list[torch.Tensor]:
 
 
 def test_a_checkpoint_carries_training_poses_spread_over_all(trained, monkeypatch):
-    wanted = np.stack([data.Figures(12, 32).source(i)[1] for i in range(12)])
+    wanted = np.stack([Figures(12, 32).source(i)[1] for i in range(12)])
     for name in ("last.pt", "best.pt"):
         _, payload = checkpoint.load_ldm(path := trained / "ldm" / name)
         assert payload["poses"].dtype == torch.float16
@@ -834,8 +840,9 @@ def test_every_pose_is_told_how_unusual_it_is(trained, tmp_path, capsys, monkeyp
     flags = ["--ckpt", rewritten(trained, tmp_path, poses=poses), "-n", "1", "--steps", "1",
              "--out", str(tmp_path / "x.png")]
     capsys.readouterr()
-    labels, save_grid = [], data.save_grid
-    monkeypatch.setattr(data, "save_grid", lambda *args, **how: labels.extend(how["labels"]) or save_grid(*args, **how))
+    labels, save_grid = [], plots.save_grid
+    monkeypatch.setattr(plots, "save_grid",
+                        lambda *args, **how: labels.extend(how["labels"]) or save_grid(*args, **how))
     assert sample.main([standing, str(tmp_path / "absurd.json"), *flags]) == 0
     out = capsys.readouterr().out.splitlines()
     assert "standing: further out than 0 % of the training poses" in out
@@ -846,7 +853,7 @@ def test_every_pose_is_told_how_unusual_it_is(trained, tmp_path, capsys, monkeyp
     assert sample.main([str(tmp_path / "absurd.json"), *flags, "--typical", "1"]) == 0
     assert "absurd: further out than 100 % of the training poses; with --typical 1 than 0 %" in capsys.readouterr().out
     (_, given), (pulled,) = drawn
-    density = keypoints.PoseDensity(poses.double().numpy())
+    density = extras.density.PoseDensity(poses.double().numpy())
     np.testing.assert_allclose(pulled, density.typical(given[None].numpy(), 1.0)[0], atol=1e-6)
     assert labels[2:] == ["absurd, further out than 0 %"]
 
@@ -855,7 +862,7 @@ def test_common_poses_need_no_file(trained, tmp_path, monkeypatch, capsys):
     drawn, ckpt = spy_on_poses(monkeypatch), str(trained / "ldm/last.pt")
     out = tmp_path / "common.png"
     assert sample.main(["--common", "3", "--ckpt", ckpt, "-n", "2", "--steps", "1", "--out", str(out)]) == 0
-    density = keypoints.PoseDensity(checkpoint.training_poses(checkpoint.load(ckpt, "ldm"), ckpt))
+    density = extras.density.PoseDensity(checkpoint.training_poses(checkpoint.load(ckpt, "ldm"), ckpt))
     assert len(set(density.common(3))) == 3
     np.testing.assert_array_equal(drawn[0][::2], density.poses[density.common(3)])
     assert "6 pictures" in capsys.readouterr().out and Image.open(out).size[1] > 3 * 100
@@ -967,8 +974,8 @@ def test_a_pose_file_that_is_not_there(trained, capsys):
 
 def test_psnr_is_the_closed_form():
     x = torch.zeros(1, 3, 4, 4)
-    assert evaluate.psnr(x + 0.2, x).item() == pytest.approx(20.0, abs=1e-4)            # an error of 0.1 on 0..1
-    assert evaluate.psnr(x + 5, x + 1).item() == pytest.approx(120, abs=1e-3)           # clamped first
+    assert metrics.images.psnr(x + 0.2, x).item() == pytest.approx(20.0, abs=1e-4)            # an error of 0.1 on 0..1
+    assert metrics.images.psnr(x + 5, x + 1).item() == pytest.approx(120, abs=1e-3)           # clamped first
 
 
 def test_reconstruction_counts_the_codes_of_the_whole_set():
@@ -976,19 +983,19 @@ def test_reconstruction_counts_the_codes_of_the_whole_set():
     model = VQModel(MICRO.vq_config)
     x = torch.rand(10, 3, 32, 32) * 2 - 1
     model.quantize.init_codes(model.encode(x))
-    result = evaluate.reconstruction(model, [x[:4], x[4:]])
+    result = metrics.images.reconstruction(model, [x[:4], x[4:]])
     x_hat, _, indices = model(x)
     p = np.bincount(indices.flatten().numpy(), minlength=32) / indices.numel()
     assert result["codes_used"] == (p > 0).mean() and result["pictures"] == 10
     assert result["perplexity"] == pytest.approx(np.exp(-(p[p > 0] * np.log(p[p > 0])).sum()), rel=1e-4)
-    assert result["psnr"] == pytest.approx(evaluate.psnr(x_hat, x).mean().item(), rel=1e-4)
+    assert result["psnr"] == pytest.approx(metrics.images.psnr(x_hat, x).mean().item(), rel=1e-4)
     box = x.view(10, 3, 8, 4, 8, 4).mean((3, 5)).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    assert result["psnr_box"] == pytest.approx(evaluate.psnr(box, x).mean().item(), rel=1e-4)
+    assert result["psnr_box"] == pytest.approx(metrics.images.psnr(box, x).mean().item(), rel=1e-4)
 
 
 def test_a_derangement_moves_everything():
     for n in (2, 3, 50):
-        order = evaluate.derangement(n, 0)
+        order = metrics.condition.derangement(n, 0)
         assert sorted(order) == list(range(n)) and (order != np.arange(n)).all()
 
 
@@ -1006,9 +1013,9 @@ def test_the_condition_ratio_is_one_without_the_pose_and_above_with_it():
         x0 = torch.where(drop[:, None, None, None], torch.tensor(0.5), pose[:, :1, :1, None])
         a = diffusion.alphas_bar[t].float()[:, None, None, None]
         return (x_t - a.sqrt() * x0) / (1 - a).sqrt()
-    result = evaluate.condition_losses(deaf, diffusion, z, poses, batch_size=16)
+    result = metrics.condition.condition_losses(deaf, diffusion, z, poses, batch_size=16)
     assert result["ratio"] == 1 and result["null"] == result["right"]
-    result = evaluate.condition_losses(listening, diffusion, z, poses, batch_size=16)
+    result = metrics.condition.condition_losses(listening, diffusion, z, poses, batch_size=16)
     assert result["right"] < 1e-6 < 1e-4 < result["null"] < result["shuffled"]
 
 
