@@ -31,14 +31,12 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import keypoints  # noqa: E402
+import ldm as ldm_file  # noqa: E402
 import metrics.pose  # noqa: E402
 import train  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
 from keypoints import ConditionConfig  # noqa: E402
-from ldm import (
-    DEFAULT_GUIDANCE,  # noqa: E402
-    LDM,  # noqa: E402
-)
+from ldm import DEFAULT_GUIDANCE, LDM  # noqa: E402
 from metrics import keypoint_detector  # noqa: E402
 
 CELLS = 32                      # a side of the grid, the seed's own
@@ -101,17 +99,17 @@ VARIANTS = {
 def variant(name: str) -> Iterator[None]:
     """Inside the block the toy preset and the models in checkpoints have this condition."""
     doors, encoder, placed = VARIANTS[name]
-    toy, own = train.PRESETS["toy"], (keypoints.PoseEncoder, checkpoint.PoseCondition, ConditionConfig.map_channels)
+    toy, own = train.PRESETS["toy"], (keypoints.PoseEncoder, ldm_file.PoseCondition, ConditionConfig.map_channels)
     train.PRESETS["toy"] = replace(toy, cond=replace(toy.cond, doors=doors))
     keypoints.PoseEncoder = encoder
     if placed:
-        checkpoint.PoseCondition = PlacedCondition
+        ldm_file.PoseCondition = PlacedCondition
         ConditionConfig.map_channels = property(lambda config: own[2].fget(config) + 4 * WAVES)
     try:
         yield
     finally:
         train.PRESETS["toy"] = toy
-        keypoints.PoseEncoder, checkpoint.PoseCondition, ConditionConfig.map_channels = own
+        keypoints.PoseEncoder, ldm_file.PoseCondition, ConditionConfig.map_channels = own
 
 
 def config(args: argparse.Namespace, name: str, seed: int, steps: int) -> train.Config:

@@ -24,6 +24,7 @@ import sample
 import train
 from dataset.figures import Figures
 from diffusion import Diffusion, ddim, ddim_table, ddpm, dpm_solver, held, invert, log_snr, per_image_noise, slerp
+from unet import UNet
 from vq import VQModel
 
 WAVING, KICKING = (str(ROOT / f"examples/poses/{name}.json") for name in ("waving", "kicking"))
@@ -475,8 +476,8 @@ def test_the_sampler_and_its_steps_where_nobody_says(tmp_path, monkeypatch, flag
 
 def test_half_precision_is_in_the_network_alone(go, ckpt, monkeypatch):
     seen = []
-    forward = sample.checkpoint.UNet.forward
-    monkeypatch.setattr(sample.checkpoint.UNet, "forward", lambda unet, x, *args: seen.append(x.dtype) or
+    forward = UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda unet, x, *args: seen.append(x.dtype) or
                         forward(unet, x, *args))
     go(WAVING, "--seed", "3", "--save-latents", "a.npz")
     go(WAVING, "--seed", "3", "--amp", "bf16", "--save-latents", "b.npz")
