@@ -20,6 +20,7 @@ import vq
 from vq import VQConfig, VQLossConfig
 
 ROOT = Path(__file__).parent.parent
+PATIENCE = 600                      # seconds for a process, before it counts as hung
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,7 @@ def test_the_adversary_works_with_checkpointing_and_micro_batches(tmp_path, monk
 # ------------------------------------------------------------------------------------------- several processes
 
 WORKER = f"""
-import sys
+import os, sys, time
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
 torch.set_num_threads(1)
@@ -119,8 +120,11 @@ unet.zero, vq.zero_ = lambda module: module, lambda module, config: module
 gan = train.VQLossConfig(disc_weight=1.0)
 train.PRESETS["micro_gan"] = train.replace(test_train.MICRO, vq=train.replace(test_train.MICRO.vq, loss=gan))
 folder, argv = sys.argv[1], sys.argv[2:]
+hold = os.environ.get("HOLD")                       # a file: before step 20 the run waits for it
 descend = train.descend
 def watch(loss, params, opt, scaler, run, step):
+    while hold and step == 20 and not os.path.exists(hold):
+        time.sleep(0.01)
     if folder != "-":
         found = {{i: p.grad for i, p in enumerate(params)}} | {{"loss": loss}}
         torch.save(found, f"{{folder}}/{{train.rank()}}-{{step}}.pt")
@@ -130,20 +134,20 @@ sys.exit(train.main(argv))
 """
 
 
-def start_ranks(world: int, argv: list[str], folder: Path | str = "-") -> list[subprocess.Popen]:
-    """What torchrun does: `world` processes that know of each other by their environment."""
+def start_ranks(world: int, argv: list[str], folder: Path | str = "-", **more: str) -> list[subprocess.Popen]:
+    """What torchrun does: `world` processes that know of each other by their environment, to which `more` is added."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
-    known = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    known = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)} | more
     return [subprocess.Popen([sys.executable, "-c", WORKER, str(folder), *argv], text=True, stderr=subprocess.PIPE,
                              stdout=subprocess.PIPE, env=known | {"RANK": str(r), "LOCAL_RANK": str(r)})
             for r in range(world)]
 
 
-def ends(processes: list[subprocess.Popen], timeout: float) -> tuple[list[int], list[str], list[str]]:
-    """Exit codes, what they printed, and what they printed to stderr; kills what runs longer."""
-    until, out, err = time.monotonic() + timeout, [], []
+def ends(processes: list[subprocess.Popen]) -> tuple[list[int], list[str], list[str]]:
+    """Exit codes, what they printed, and what they printed to stderr; kills what has hung."""
+    until, out, err = time.monotonic() + PATIENCE, [], []
     for p in processes:
         try:
             o, e = p.communicate(timeout=max(0.1, until - time.monotonic()))
@@ -154,6 +158,13 @@ def ends(processes: list[subprocess.Popen], timeout: float) -> tuple[list[int], 
     return [p.returncode for p in processes], out, err
 
 
+def wait_for_lines(log: Path, n: int, ranks: list[subprocess.Popen]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not log.exists() or log.read_text().count("\n") < n:
+        assert time.monotonic() < until and ranks[0].poll() is None
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vq", "ldm"])
 def test_two_processes_have_the_gradient_of_one_with_the_joined_batch(stage_one, tmp_path, monkeypatch, stage):
@@ -161,7 +172,7 @@ def test_two_processes_have_the_gradient_of_one_with_the_joined_batch(stage_one,
     one = gradients(monkeypatch, command(stage, tmp_path / "one", *flags), steps=3)
     (tmp_path / "found").mkdir()
     argv = [*command(stage, tmp_path / "two", *flags), "--steps", "3"]
-    codes, _, err = ends(start_ranks(2, argv, tmp_path / "found"), 120)
+    codes, _, err = ends(start_ranks(2, argv, tmp_path / "found"))
     assert codes == [0, 0], err
     for step in range(3):       # later steps compare weights and, in stage 1, the codes that both ranks have moved
         two = [torch.load(tmp_path / f"found/{r}-{step}.pt") for r in range(2)]
@@ -181,7 +192,7 @@ def test_two_processes_have_the_gradient_of_one_with_the_joined_batch(stage_one,
 def test_the_adversary_too_is_the_same_in_two_processes(tmp_path):
     (tmp_path / "found").mkdir()
     argv = [*command("vq", tmp_path / "run", "--amp", "off", preset="micro_gan"), "--steps", "3"]
-    codes, _, err = ends(start_ranks(2, argv, tmp_path / "found"), 120)
+    codes, _, err = ends(start_ranks(2, argv, tmp_path / "found"))
     assert codes == [0, 0], err
     for step in range(3):                           # what was saved last of a step is the discriminator's
         assert error(*(torch.load(tmp_path / f"found/{r}-{step}.pt") for r in range(2))) == 0
@@ -190,41 +201,33 @@ def test_the_adversary_too_is_the_same_in_two_processes(tmp_path):
 @pytest.mark.slow
 def test_a_run_of_two_processes_stops_together_and_one_goes_on(tmp_path):
     """SIGTERM reaches the ranks at different moments; both must stop after the same step."""
-    argv = [*command("vq", tmp_path / "run", "--amp", "off"), "--steps", "120"]
-    ranks = start_ranks(2, argv)
+    argv = [*command("vq", tmp_path / "run", "--amp", "off"), "--steps", "40"]
+    ranks = start_ranks(2, argv, HOLD=str(tmp_path / "go"))     # or it may have ended before the signal comes
     log = tmp_path / "run/log.jsonl"
-    until = time.monotonic() + 60
-    while not log.exists() or log.read_text().count("\n") < 2:
-        assert time.monotonic() < until and ranks[0].poll() is None
-        time.sleep(0.05)
+    wait_for_lines(log, 2, ranks)
     ranks[1].send_signal(signal.SIGTERM)            # to one alone: the other must hear of it
-    codes, out, err = ends(ranks, 60)
+    (tmp_path / "go").touch()
+    codes, out, err = ends(ranks)
     assert codes == [train.INTERRUPTED] * 2, err
     assert "the same command again goes on" in out[0] and not out[1].strip()
     step = train.checkpoint.load(tmp_path / "run/last.pt", "vq")["step"]
-    assert 0 < step < 120
+    assert 0 < step < 40
     assert train.main(argv) == 0                    # one process, the same batch
     steps = [r["step"] for r in train.read_log(log) if "lr" in r]
-    assert steps == sorted(set(steps)) and steps[-1] == 119
+    assert steps == sorted(set(steps)) and steps[-1] == 39
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_others_with_a_sentence(tmp_path, victim):
     ranks = start_ranks(2, [*command("vq", tmp_path / "run", "--amp", "off"), "--steps", "100000"])
-    log = tmp_path / "run/log.jsonl"
-    until = time.monotonic() + 60
-    while not log.exists() or log.read_text().count("\n") < 2:
-        assert time.monotonic() < until and ranks[0].poll() is None
-        time.sleep(0.05)
+    wait_for_lines(tmp_path / "run/log.jsonl", 2, ranks)
     ranks[victim].kill()
-    killed, other = time.monotonic(), ranks[1 - victim]
-    codes, _, err = ends(ranks, 60)
-    assert time.monotonic() - killed < 30
-    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == train.LOST
+    codes, _, err = ends(ranks)
+    assert codes[victim] == -signal.SIGKILL and codes[1 - victim] == train.LOST     # by itself, not as hung
     last = err[1 - victim].strip().splitlines()[-1]
     assert f"rank {1 - victim} of 2" in last and "another rank is gone" in last and "goes on from" in last
-    assert "Traceback" not in err[1 - victim] and other.returncode
+    assert "Traceback" not in err[1 - victim]
 
 
 @pytest.mark.parametrize("flags, words", [(["--batch-size", "3"], "batch of 3 cannot be shared by 2"),
@@ -293,7 +296,7 @@ def test_a_forecast_draws_on_straight_lines_where_the_whole_would_take_too_long(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["vq", "ldm"])
 def test_a_forecast_is_what_is_then_measured(stage_one, tmp_path, stage):
-    """Of memory, within 30 %; the time hangs on what else the machine does, and is only sane."""
+    """Of memory, within 30 %; the time hangs on the machine and on what else it does, so it is only there."""
     argv = command(stage, tmp_path / "run", "--vq", stage_one, "--steps", "3", "--batch-size", "256")
     argv[argv.index("figures:12")] = "figures:64"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -306,6 +309,5 @@ def test_a_forecast_is_what_is_then_measured(stage_one, tmp_path, stage):
     forecast = float(re.search(r"([\d.]+) GiB at its peak", found[0])[1])
     measured = float(re.search(r"peak memory ([\d.]+) GiB", found[1])[1])
     assert abs(forecast / measured - 1) < 0.3, (forecast, measured)
-    seconds = float(re.search(r"([\d.e-]+) s a step", found[0])[1])
-    assert 1e-4 < seconds < 60
+    assert float(re.search(r"([\d.e-]+) s a step", found[0])[1]) > 0
     assert json.loads((tmp_path / "run/config.json").read_text())["steps"] == 3         # the dry run left nothing else

@@ -1,6 +1,4 @@
 """The procedural figures: the same picture whoever asks, and joints that lie on the body that is drawn."""
-import time
-
 import numpy as np
 import pytest
 
@@ -79,15 +77,3 @@ def test_asking_outside_is_an_error():
     for i in (-1, 5):
         with pytest.raises(IndexError, match="there are 5"):
             Figures(5)[i]
-
-
-@pytest.mark.slow
-def test_four_hundred_pictures_a_second_on_one_core():
-    """CPU time of this thread, best of five, so that a busy machine does not decide."""
-    figures, best = Figures(600), 0.0
-    for start in range(0, 500, 100):
-        began = time.thread_time()
-        for i in range(start, start + 100):
-            figures[i]
-        best = max(best, 100 / (time.thread_time() - began))
-    assert best > 400

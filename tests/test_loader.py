@@ -23,6 +23,8 @@ import dataset.latents
 from data import DataError, InMemory, PoseFolder, batches, to_square
 from dataset.latents import LatentCache, latent_batch
 
+PATIENCE = 600                      # seconds for a process, before it counts as hung
+
 # ------------------------------------------------------------------------------------------- reduced JPEGs
 
 TURNS = {1: (), 3: (Image.Transpose.ROTATE_180,), 6: (Image.Transpose.ROTATE_90,), 8: (Image.Transpose.ROTATE_270,)}
@@ -166,15 +168,19 @@ def pictures(root: Path) -> PoseFolder:
     return PoseFolder(root, 12)
 
 
-def fill(root: str, cache: str, key: str = "a", pause: float = 0.0, at_most: int = 10 ** 9) -> LatentCache:
-    """A cache of those pictures by an encoder that takes its time, with a record after each batch of 4."""
+def fill(root: str, cache: str, key: str = "a", hold: str = "", at_most: int = 10 ** 9) -> LatentCache:
+    """A cache of those pictures, with a record after each batch of 4. After 13 batches, of two calls each, the encoder
+    waits for the file `hold`: so what others do meanwhile may take them as long as it likes."""
     calls = 0
 
     def encode(x):
         nonlocal calls
         calls += 1
         assert calls <= at_most, "it started over"
-        time.sleep(pause)
+        until = time.monotonic() + PATIENCE
+        while hold and calls > 2 * 13 and not os.path.exists(hold):
+            assert time.monotonic() < until, "nobody let it go on, nor was it killed"
+            time.sleep(0.01)
         return x[:, :, ::3, 1::3] * 1.7 - 0.3
     dataset.latents.RECORD_SECONDS = 0
     made = LatentCache(cache, key, pictures(Path(root)), encode, batch_size=4)
@@ -196,12 +202,16 @@ def batches_on_record(cache: Path) -> int:
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
-    for _ in range(1200):
-        if condition():
-            return
+    until = time.monotonic() + PATIENCE
+    while not condition():
         assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, "it never came to that"
         time.sleep(0.05)
-    raise AssertionError("it never came to that")
+
+
+def never(cache: Path) -> str:
+    """A file that nobody makes."""
+    return f"{cache}-never"
 
 
 def contents(cache: Path) -> dict[str, bytes]:
@@ -220,7 +230,7 @@ def whole(tmp_path_factory) -> tuple[str, dict[str, bytes]]:
 
 def test_a_killed_filling_goes_on_to_the_same_bytes(tmp_path, whole):
     root, wanted = whole
-    process = start(root, str(tmp_path), "a", 0.02)
+    process = start(root, str(tmp_path), "a", never(tmp_path))
     wait_for(lambda: batches_on_record(tmp_path) >= 12, process)
     process.kill()
     process.wait()
@@ -235,7 +245,7 @@ def test_a_killed_filling_goes_on_to_the_same_bytes(tmp_path, whole):
 
 def test_of_two_processes_one_fills_and_when_it_is_killed_the_other_goes_on(tmp_path, whole):
     root, wanted = whole
-    first = start(root, str(tmp_path), "a", 0.3)            # so slow that it has not ended before it is killed
+    first = start(root, str(tmp_path), "a", never(tmp_path))        # it does not end before it is killed
     wait_for(lambda: batches_on_record(tmp_path) >= 1, first)
     second = start(root, str(tmp_path))
     assert "another run is filling this cache; waiting" in second.stderr.readline()
@@ -251,10 +261,12 @@ def test_of_two_processes_one_fills_and_when_it_is_killed_the_other_goes_on(tmp_
 
 def test_who_waited_for_a_cache_takes_it_as_it_is(tmp_path, whole):
     root, wanted = whole
-    first = start(root, str(tmp_path), "a", 0.1)            # so slow that the others, once they started, have to wait
+    go = tmp_path.with_name(f"{tmp_path.name}-go")
+    first = start(root, str(tmp_path), "a", str(go))        # the others, once they started, have to wait
     wait_for(lambda: batches_on_record(tmp_path) >= 1, first)
     others = [start(root, str(tmp_path)) for _ in range(2)]
     assert all("waiting for it" in other.stderr.readline() for other in others)
+    go.touch()
     told = [process.communicate()[0] for process in (first, *others)]
     assert told == ["102 calls\n", "0 calls\n", "0 calls\n"] and contents(tmp_path) == wanted
 

@@ -1,4 +1,4 @@
-"""The notebooks: each runs from top to bottom within its time, and what is committed is the outcome of such a run."""
+"""The notebooks: each runs from top to bottom, and what is committed is the outcome of such a run."""
 import ast
 import os
 import subprocess
@@ -15,10 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 OURS = {path.stem: path for path in ROOT.glob("*.py")}
 ROOMS = [path for room in ("dataset", "extras", "formats", "metrics") for path in (ROOT / room).glob("*.py")]
 MOST_BYTES = 500_000
-# Seconds of one quiet core, which is a stricter measure than 60 seconds on two, and half as much again for a core that
-# other programs share: their use of its caches and units counts as our time.
-SECONDS, BUSY = 60, 1.5
-PATIENCE = 600                      # seconds by the clock for one cell, before it counts as hung
+PATIENCE = 1200                     # seconds for one cell or for a kernel to start, before it counts as hung
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
@@ -93,13 +90,13 @@ def test_the_first_cell_finds_the_files_from_the_root_too(path):
 
 
 RUN = """
-import resource, sys, nbformat
+import sys, nbformat
 from nbconvert.preprocessors import ExecutePreprocessor
 notebook = nbformat.read(sys.argv[1], as_version=4)
-ExecutePreprocessor(timeout=int(sys.argv[3])).preprocess(notebook, {"metadata": {"path": sys.argv[2]}})
+patience = int(sys.argv[3])
+run = ExecutePreprocessor(timeout=patience, startup_timeout=patience)
+run.preprocess(notebook, {"metadata": {"path": sys.argv[2]}})
 assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
-kernel = resource.getrusage(resource.RUSAGE_CHILDREN)           # it has ended and counts
-print("seconds", kernel.ru_utime + kernel.ru_stime)
 """
 
 
@@ -107,7 +104,7 @@ print("seconds", kernel.ru_utime + kernel.ru_stime)
 def runs(request):
     """The notebooks whose turn comes, run two at a time, the longest first: by path, what will come of it."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}       # as it is for a newcomer
-    env["OMP_NUM_THREADS"] = "1"                                # threads that wait for each other count as time
+    env["OMP_NUM_THREADS"] = "1"                                # two notebooks at a time, each on a core of its own
     wanted = {item.callspec.params["path"] for item in request.session.items if "runs" in item.fixturenames}
 
     def run(path: Path) -> subprocess.CompletedProcess:
@@ -122,9 +119,6 @@ def runs(request):
 
 @pytest.mark.slow
 @each
-def test_it_runs_in_its_time(path, runs):
+def test_it_runs_from_top_to_bottom(path, runs):
     run = runs[path].result()
     assert run.returncode == 0, run.stderr[-3000:]
-    seconds = float(run.stdout.split()[-1])
-    assert seconds > 0.5, f"{seconds} s are less than importing torch takes: the kernel was not counted"
-    assert seconds < BUSY * SECONDS, f"{seconds:.0f} s of one core"

@@ -268,8 +268,9 @@ def test_the_nearest_training_picture_is_that_of_brute_force(monkeypatch):
     found = evaluate.nearest(ldm, Rows(latents), parts)
     for name, z in parts.items():
         apart = (z[:, None] - x[None]).square().mean((2, 3, 4)).sqrt()      # [N, 40]
-        assert (found[name].rows == apart.argmin(1).numpy()).all()
-        assert np.allclose(found[name].distances, apart.min(1).values.numpy(), rtol=1e-5)
+        nearest = apart.min(1).values.numpy()           # its distance, not its row: rounding may decide between equals
+        assert np.allclose(found[name].distances, nearest, rtol=1e-5)
+        assert np.allclose(apart.numpy()[range(len(z)), found[name].rows], nearest, rtol=1e-5)
     assert found["b"].rows.tolist() == [11, 39]                             # 11 and 39 are mirror images
 
 
@@ -436,7 +437,7 @@ def test_of_two_processes_both_run_out_of_patience(trained, tmp_path):
                               stderr=subprocess.PIPE, env=known | {"RANK": str(r), "LOCAL_RANK": str(r)})
              for r in range(2)]
     try:
-        said = [p.communicate(timeout=120) for p in ranks]
+        said = [p.communicate(timeout=600) for p in ranks]
     finally:
         for p in ranks:
             p.kill()
