@@ -715,7 +715,7 @@ def batches(
 
 # ------------------------------------------------------------------------------------- what --data means
 
-FIGURES_TRAIN, FIGURES_VAL = 10_000, 512            # how many procedural figures, where the person does not say
+FIGURES_TRAIN, FIGURES_VAL = 2_000, 512            # how many procedural figures, where the person does not say
 
 
 def is_folder(spec: str) -> bool:
