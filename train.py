@@ -38,6 +38,7 @@ import data
 import plots
 from dataset.latents import LatentCache, latent_batch
 from diffusion import Diffusion, dpm_solver, guided, per_image_noise
+from engine.cpu import use_fast_norms
 from engine.distributed import (
     Forward,
     any_rank,
@@ -298,6 +299,13 @@ def make_scaler(c: Config) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2 ** 30)
 
 
+def prepare(model: nn.Module, c: Config) -> nn.Module:
+    """The model where and how it is trained."""
+    if c.device == "cpu" and c.amp == "bf16":
+        use_fast_norms(model)
+    return model.to(c.device, memory_format=torch.channels_last)
+
+
 def autocast(c: Config) -> AbstractContextManager:
     return checkpoint.autocast(c.amp, c.device)
 
@@ -407,7 +415,7 @@ def train_vq(c: Config, run: RunDir, train: data.Pictures, val: data.Pictures, l
     """Trains the autoencoder; returns the number of steps made, less than c.steps where it was stopped."""
     r, device = c.recipe, torch.device(c.device)
     torch.manual_seed(c.seed)
-    model = VQModel(c.vq_config).to(device, memory_format=torch.channels_last)
+    model = prepare(VQModel(c.vq_config), c)
     objective = VQLoss(r.loss, lpips).to(device, memory_format=torch.channels_last)
     disc, codebook = objective.disc, model.quantize
     params, last_layer = [p for p in model.parameters() if p.requires_grad], model.decoder.conv_out.weight
@@ -578,7 +586,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache, val: data
         mean, std = run.resumed["mean"], run.resumed["std"]
     torch.manual_seed(c.seed)
     ldm = LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule, knows_null=r.p_drop > 0)
-    ldm = ldm.to(device, memory_format=torch.channels_last)
+    ldm = prepare(ldm, c)
     average = copy.deepcopy(ldm).eval().requires_grad_(False)
     average.vq = vq                                         # frozen: one copy serves both
     params = [p for p in ldm.parameters() if p.requires_grad]
@@ -746,7 +754,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
     if c.stage == "ldm":
         stage_1 = checkpoint.load_vq(c.vq, say=print0)
         used = checkpoint.dated(c.vq, stage_1["step"])
-        vq = checkpoint.build_vq(stage_1, c.vq).to(c.device)
+        vq = prepare(checkpoint.build_vq(stage_1, c.vq), c)
         check_latents(c, vq.config, stage_1["config"]["size"])
         c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]))
     train, val = data.open_data(c.data, c.size, c.val, remember=c.stage == "vq" and c.workers == 0)
@@ -902,7 +910,7 @@ def measure_memory(c: Config) -> None:
             lpips = LPIPS() if c.recipe.loss.perceptual else None               # its weights change neither
             step_s, _ = measure_speed(c, train_vq, (train, val, lpips))
         else:
-            vq = VQModel(c.vq_config).eval().requires_grad_(False).to(c.device, memory_format=torch.channels_last)
+            vq = prepare(VQModel(c.vq_config).eval().requires_grad_(False), c)
             cache = LatentCache(folder, "dry", train, lambda x: vq.encode(x.to(c.device)).detach(), ENCODED, c.device)
             step_s, _ = measure_speed(c, train_ldm, (vq, cache, val))
     print(f"{step_s:.3g} s a step, {c.recipe.batch_size / step_s:.3g} images/s, "

@@ -23,9 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 NORM_EPS = 1e-6                                     # of the reference's GroupNorms
-NORM_AT_ONCE = 2 ** 20                              # entries in a part of GroupNorm's backward pass on a CPU: 4 MiB
 DISTANCES_AT_ONCE = 2 ** 24                         # entries of the distance matrix held in memory: 64 MiB
-SMALL_MAP = 1024                                    # pixels below which bf16 GroupNorm on a CPU wants the other layout
 HALF = torch.bfloat16, torch.float16
 USAGE_DECAY = 0.98                                  # of the moving count of each code's use: a memory of 50 steps
 SHORTCUT_SCALE = 2.0                                # of the averaged image in the latent: its spread is then about 1
@@ -34,7 +32,7 @@ DEAD_BELOW = 0.1                                    # use, relative to the mean 
 
 @dataclass(frozen=True)
 class VQConfig:
-    """The defaults are the seed's VQ-f4: 55,322,782 parameters. A wrong value is a ValueError."""
+    """The defaults are the seed's VQ-f4: 55,322,782 parameters."""
 
     in_channels: int = 3
     out_ch: int = 3
@@ -58,23 +56,12 @@ class VQConfig:
     def __post_init__(self) -> None:
         for name in ("ch_mult", "attn_resolutions"):        # JSON knows no tuples; a config saved equals the one loaded
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("in_channels", "out_ch", "num_res_blocks", "z_channels", "embed_dim", "n_embed", "resolution"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"VQConfig {name} is {getattr(self, name)}; it must be at least 1")
-        widths = [self.ch * m for m in self.ch_mult]
-        if not widths or min(widths) < 1:
-            raise ValueError(f"VQConfig ch {self.ch} with ch_mult {self.ch_mult}: every level needs channels")
-        sizes = [self.resolution // 2 ** i for i in range(len(widths))]
-        if not set(self.attn_resolutions) <= set(sizes):
+        sizes = [self.resolution // 2 ** i for i in range(len(self.ch_mult))]
+        if not set(self.attn_resolutions) <= set(sizes):    # would otherwise be ignored without a word
             raise ValueError(f"VQConfig attn_resolutions {self.attn_resolutions}: the levels have the sizes {sizes}")
-        if not 0 <= self.dropout < 1 or self.norm_groups < 0 or self.beta < 0:
-            raise ValueError(f"VQConfig dropout is {self.dropout}, norm_groups {self.norm_groups}, beta {self.beta}; "
-                             "they must lie in [0, 1), and be 0 or more")
         if self.shortcut and not self.in_channels == self.embed_dim == self.out_ch:
             raise ValueError(f"VQConfig shortcut needs a latent with the channels of the image, but in_channels is "
                              f"{self.in_channels}, embed_dim {self.embed_dim}, out_ch {self.out_ch}")
-        if self.norm_groups and any(width % self.norm_groups for width in widths):
-            raise ValueError(f"VQConfig: level widths {widths} must be multiples of norm_groups = {self.norm_groups}")
 
     @property
     def factor(self) -> int:
@@ -84,52 +71,6 @@ class VQConfig:
 
 # -------------------------------------------------------------------------------------------- building blocks
 
-# The next two classes stand in unet.py too, word for word: components import nothing of ours.
-
-class FastGroupNorm(torch.autograd.Function):
-    """GroupNorm of a channels_last bf16 tensor on a CPU, its backward pass through float32.
-
-    PyTorch's own is slow in bf16 where a group has few channels: backward 6.5 ms at 4x160x64x64, against 2.2 ms this
-    way, a few samples at a time so that they stay in the cache; and forward where a map has less than 1024 pixels,
-    3.7 ms at 16x64x16x16, against 0.3 in the other layout, the way there and back included.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        B, C, h, w = x.shape
-        x = x.contiguous(memory_format=torch.channels_last)
-        fast = x.contiguous() if h * w < SMALL_MAP else x
-        y, mean, rstd = torch.native_group_norm(fast, weight, bias, B, C, h * w, groups, eps)
-        ctx.save_for_backward(x, mean, rstd, weight)
-        ctx.groups = groups
-        return y.contiguous(memory_format=torch.channels_last)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight = ctx.saved_tensors
-        C, L = x.shape[1], x.shape[2] * x.shape[3]
-        dy = dy.contiguous(memory_format=torch.channels_last)               # two layouts make wrong numbers
-        dx, dweight, dbias = torch.empty_like(x), torch.zeros(C), torch.zeros(C)
-        parts = (y.split(max(1, NORM_AT_ONCE // (C * L))) for y in (dx, dy, x, mean, rstd))
-        for out, dy_, x_, mean_, rstd_ in zip(*parts, strict=True):
-            dx_, dw_, db_ = torch.ops.aten.native_group_norm_backward(
-                dy_.float(), x_.float(), mean_.float(), rstd_.float(), weight.float(), len(x_), C, L, ctx.groups,
-                (True, True, True))
-            out.copy_(dx_)
-            dweight += dw_
-            dbias += db_
-        return dx, dweight, dbias, None, None
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm of a channels_last tensor, channels_last out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype not in HALF:
-            return super().forward(x)
-        return FastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-
-
 def run(module: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
     """module(x); with `checkpointing` nothing inside it is kept for the backward pass, which computes it again."""
     if checkpointing and torch.is_grad_enabled():
@@ -138,7 +79,7 @@ def run(module: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
 
 
 def norm(channels: int, config: VQConfig) -> nn.Module:
-    return GroupNorm(config.norm_groups, channels, eps=NORM_EPS) if config.norm_groups else nn.Identity()
+    return nn.GroupNorm(config.norm_groups, channels, eps=NORM_EPS) if config.norm_groups else nn.Identity()
 
 
 def zero_(module: nn.Conv2d, config: VQConfig) -> nn.Conv2d:
@@ -321,13 +262,12 @@ class VectorQuantizer(nn.Module):
     """h [B, C, h, w] -> (z_q [B, C, h, w], codebook loss, indices [B, h, w]); the codes are embedding.weight [K, C].
 
     loss = |sg(h) - z_q|^2 + beta |h - sg(z_q)|^2 (arXiv:1711.00937 eq. 3). With `ema` the first term gives way to a
-    moving average (same paper, appendix A.1). `legacy` puts beta on the first term, as the reference does by default
-    (a known mistake); it is here to compare with the reference and nothing else sets it.
+    moving average (same paper, appendix A.1). The reference has beta on the first term, a known mistake.
     """
 
-    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, ema: bool = False, legacy: bool = False):
+    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, ema: bool = False):
         super().__init__()
-        self.beta, self.ema, self.legacy = beta, ema, legacy
+        self.beta, self.ema = beta, ema
         self.embedding = nn.Embedding(n_embed, embed_dim)
         # The reference's start. Nearly all of these are never nearest to anything, so training calls `init_codes`.
         nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
@@ -354,9 +294,9 @@ class VectorQuantizer(nn.Module):
             flat = h.permute(0, 2, 3, 1).flatten(0, 2)                                  # [N, C]
             indices = self.nearest(flat.detach()).view(h.shape[0], *h.shape[2:])
             z_q = self.lookup(indices)
-            loss = (1 if self.legacy else self.beta) * F.mse_loss(h, z_q.detach())
+            loss = self.beta * F.mse_loss(h, z_q.detach())
             if not self.ema:
-                loss = loss + (self.beta if self.legacy else 1) * F.mse_loss(z_q, h.detach())
+                loss = loss + F.mse_loss(z_q, h.detach())
             z_q = h + (z_q - h).detach()                                                # straight-through gradient
         return z_q, loss, indices
 
