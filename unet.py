@@ -1,16 +1,21 @@
-"""The denoiser: noisy latent x_t [B, C, h, w], timestep t [B] and pose tokens [B, N, D] in, predicted noise eps out.
+"""The denoiser of stage 2: noisy latent x_t [B, C, h, w], timestep t [B] and pose -> prediction.
 
-A U of residual blocks. At the downsampling factors in `attention_resolutions`, and always in the middle, a
-SpatialTransformer follows each block: every pixel attends to every pixel, then to the N tokens of the pose. A second
-door for the pose is `concat` [B, K, h, w]: maps laid beside the latent as extra input channels. What cross-attention
-makes of the tokens does not depend on x_t or t: a sampler computes it once, with `UNet.keys_values`, for all its steps.
+The prediction is the noise eps, or v (diffusion.py). The network is a U of residual blocks: down
+through halved resolutions, a middle, and up again, with skip connections across. At the
+downsampling factors in `attention_resolutions`, and in the middle, a SpatialTransformer follows
+each residual block: pixels attend to pixels, then to the tokens of the pose.
 
-This is the network of latent diffusion (Rombach et al., arXiv:2112.10752, appendix E.2). Submodules carry the names of
-CompVis `openaimodel.UNetModel`, so its published weights load with strict=True and no renaming table.
+The pose enters in two ways: as `context` [B, N, D], tokens for cross-attention, and as `concat`
+[B, K, h, w], maps concatenated to the noisy latent. Keys and values of the tokens depend neither
+on x_t nor on t, so a sampler computes them once for all its steps with `UNet.keys_values`.
+
+This is the network of latent diffusion (arXiv:2112.10752, appendix E.2). Submodules have the names
+of CompVis `openaimodel.UNetModel`, so published state dicts load with strict=True.
 """
 
-# B batch, C channels, h w latent height and width, L = h w pixels as tokens, N context tokens, D context width,
-# K concatenated maps, M model_channels, E = 4 M embedding width, n heads, d = C / n width of a head
+# B batch, C channels, h w latent height and width, L = h w pixels as tokens, N context tokens,
+# D context width, K concatenated maps, M model_channels, E = 4 M embedding width, n heads,
+# d = C / n width of a head
 
 import math
 from dataclasses import dataclass
@@ -20,14 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-KeysValues = list[tuple[Tensor, Tensor]]    # (k, v), each [B, n, N, d], of every cross-attention, in the order of the U
+# (k, v), each [B, n, N, d], of every cross-attention, in the order of the U
+KeysValues = list[tuple[Tensor, Tensor]]
 
 NORM_GROUPS = 32        # Wu & He, arXiv:1803.08494, and every model of this family since
-HALF = torch.bfloat16, torch.float16
 MAX_PERIOD = 10_000     # slowest wave of the timestep embedding, arXiv:1706.03762 section 3.5
 EMBED_MULT = 4          # E / M
-MANY_KEYS = 1024        # from which on bf16 attention on a CPU is faster than float32: 90 against 125 ms there
-FF_MULT = 4             # hidden width of the feed-forward over its input
+FF_MULT = 4             # hidden width of the feed-forward network over its input
+HALF = torch.bfloat16, torch.float16
+MANY_KEYS = 1024        # with so many keys bf16 attention on a CPU is faster than float32
 
 
 @dataclass(frozen=True)
@@ -37,45 +43,49 @@ class UNetConfig:
     in_channels: int = 3                                # latent channels + K
     out_channels: int = 3                               # latent channels
     model_channels: int = 160                           # M, the width at full resolution
-    num_res_blocks: int = 2                             # per level on the way down; one more on the way up
-    attention_resolutions: tuple[int, ...] = (8, 4, 2)  # downsampling factors (not sizes) that get attention
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)        # width of each level over M; its length is the depth of the U
+    num_res_blocks: int = 2                             # a level on the way down; one more up
+    attention_resolutions: tuple[int, ...] = (8, 4, 2)  # downsampling factors, not sizes
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)        # width of each level over M
     num_heads: int = 8                                  # n, at every level
-    context_dim: int | None = 17                        # D; None: no cross-attention, self-attention alone
-    transformer_depth: int = 1                          # transformer blocks in one SpatialTransformer
+    context_dim: int | None = 17                        # D; None: no cross-attention
+    transformer_depth: int = 1                          # blocks in one SpatialTransformer
     dropout: float = 0.0                                # in the residual blocks
 
     def __post_init__(self) -> None:
-        # JSON knows no tuples; a config that was saved must equal the one that is loaded.
+        # JSON has no tuples; a config that was saved must equal the one that is loaded.
         for name in ("attention_resolutions", "channel_mult"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         factors = [2 ** level for level in range(len(self.channel_mult))]
-        if not set(self.attention_resolutions) <= set(factors):     # would otherwise be ignored without a word
-            raise ValueError(f"attention_resolutions is {self.attention_resolutions}; this U of {len(factors)} levels "
-                             f"has the downsampling factors {factors}")
+        if not set(self.attention_resolutions) <= set(factors):     # else silently no attention
+            raise ValueError(f"attention_resolutions is {self.attention_resolutions}; a UNet of "
+                             f"{len(factors)} levels has the downsampling factors {factors}")
 
+
+# ------------------------------------------------------------------------------ residual blocks
 
 def zero(module: nn.Module) -> nn.Module:
-    """The last layer of a residual branch starts at zero, so that a new network starts as the identity."""
+    """The last layer of a residual branch starts at zero: a new network is the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """t [B] -> [B, dim] float32: cosines, then sines, of t at dim/2 geometric frequencies (dim is even)."""
+    """t [B] -> [B, dim] float32: cosines, then sines, of t at dim/2 geometric frequencies."""
     freqs = torch.exp(-math.log(MAX_PERIOD) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    phase = t.float()[:, None] * freqs                                       # [B, dim/2]
-    return torch.cat([phase.cos(), phase.sin()], dim=1)                      # [B, dim]
+    phase = t.float()[:, None] * freqs                                  # [B, dim/2]
+    return torch.cat([phase.cos(), phase.sin()], dim=1)                 # [B, dim]
 
 
 class ResBlock(nn.Module):
-    """x [B, C_in, h, w], emb [B, E] -> [B, C_out, h, w]: two 3x3 convolutions, the timestep added between them."""
+    """x [B, C_in, h, w], emb [B, E] -> [B, C_out, h, w]: two 3x3 convolutions with a shortcut; the
+    timestep is added between them."""
 
     def __init__(self, in_channels: int, emb_dim: int, out_channels: int, dropout: float):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            nn.GroupNorm(NORM_GROUPS, in_channels), nn.SiLU(),
+            nn.Conv2d(in_channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, out_channels))
         self.out_layers = nn.Sequential(
@@ -86,7 +96,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x)                                                # [B, C_out, h, w]
+        h = self.in_layers(x)                                           # [B, C_out, h, w]
         h = h + self.emb_layers(emb)[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(h)
 
@@ -113,19 +123,23 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
+# ------------------------------------------------------------------------------ attention
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, n, L, d], k and v [B, n, N, d] -> [B, n, L, d]: softmax(q k^T / sqrt(d)) v."""
     if q.device.type != "cpu" or q.dtype not in HALF or k.shape[2] >= MANY_KEYS:
         return F.scaled_dot_product_attention(q, k, v)
-    # Measured on a CPU: the bf16 kernel takes 2 to 8 times as long as float32 with 1 to 64 keys, no less with 256.
+    # On a CPU the bf16 kernel takes 2 to 8 times as long as float32 with 1 to 64 keys (measured).
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(q.dtype)
 
 
 class Attention(nn.Module):
-    """x [B, L, C] asks, k and v of a context [B, N, D] answer -> [B, L, C]: n heads of `attend` (arXiv:1706.03762).
+    """Multi-head attention (arXiv:1706.03762): queries from x [B, L, C], keys and values from a
+    context [B, N, D] -> [B, L, C].
 
-    With N = 1 the softmax is 1 whatever q and k are: every pixel gets the same vector. A pose wants a token per joint.
+    With N = 1 the softmax is 1 whatever q and k are: every pixel gets the same vector. A pose
+    therefore needs a token for each joint.
     """
 
     def __init__(self, channels: int, context_dim: int, num_heads: int):
@@ -134,18 +148,18 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim, channels, bias=False)
         self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))           # a Sequential for the name to_out.0
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))      # for the name to_out.0
 
     def heads(self, y: Tensor) -> Tensor:
-        return y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)          # [B, L, C] -> [B, n, L, d]
+        return y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)     # [B, L, C] -> [B, n, L, d]
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context [B, N, D] -> k and v, [B, n, N, d] each."""
         return self.heads(self.to_k(context)), self.heads(self.to_v(context))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = attend(self.heads(self.to_q(x)), k, v)                           # [B, n, L, d]
-        return self.to_out(y.transpose(1, 2).flatten(2))                     # [B, L, C]
+        y = attend(self.heads(self.to_q(x)), k, v)                      # [B, n, L, d]
+        return self.to_out(y.transpose(1, 2).flatten(2))                # [B, L, C]
 
 
 class GEGLU(nn.Module):
@@ -166,15 +180,17 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         hidden = FF_MULT * channels
-        # The Identity stands where the reference has a dropout of 0, so that the last layer is net.2.
-        self.net = nn.Sequential(GEGLU(channels, hidden), nn.Identity(), nn.Linear(hidden, channels))
+        # The reference has a dropout of 0 where the Identity is; the last layer's name is net.2.
+        self.net = nn.Sequential(GEGLU(channels, hidden), nn.Identity(),
+                                 nn.Linear(hidden, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
 class TransformerBlock(nn.Module):
-    """x [B, L, C], the pose's keys and values -> [B, L, C]: pixels to pixels, to pose, each alone; residual each."""
+    """x [B, L, C] -> [B, L, C]: pre-norm residual self-attention, cross-attention to the pose,
+    MLP."""
 
     def __init__(self, channels: int, context_dim: int | None, num_heads: int):
         super().__init__()
@@ -184,7 +200,7 @@ class TransformerBlock(nn.Module):
         self.norm2 = None if context_dim is None else nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
         self.norm3 = nn.LayerNorm(channels)
-        self.number = 0                                                      # its place in KeysValues, set by the UNet
+        self.number = 0                                 # its index in KeysValues; the UNet sets it
 
     def forward(self, x: Tensor, pose: KeysValues) -> Tensor:
         y = self.norm1(x)
@@ -195,31 +211,34 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """x [B, C, h, w], the pose's keys and values -> [B, C, h, w]: x plus transformer blocks over pixels as tokens."""
+    """x [B, C, h, w] -> [B, C, h, w]: transformer blocks over the pixels as tokens, residual."""
 
     def __init__(self, channels: int, context_dim: int | None, num_heads: int, depth: int):
         super().__init__()
-        self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)               # the reference's eps, here only
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels, eps=1e-6)       # the reference's eps
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, context_dim, num_heads) for _ in range(depth))
         self.proj_out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, pose: KeysValues) -> Tensor:
-        y = self.proj_in(self.norm(x))                                       # [B, C, h, w]
+        y = self.proj_in(self.norm(x))                                  # [B, C, h, w]
         # Both moves are free views of a channels_last tensor, forward and backward.
-        y = y.permute(0, 2, 3, 1).flatten(1, 2)                              # [B, L, C]
+        y = y.permute(0, 2, 3, 1).flatten(1, 2)                         # [B, L, C]
         for block in self.transformer_blocks:
             y = block(y, pose)
-        y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)                  # [B, C, h, w]
+        y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)             # [B, C, h, w]
         return x + self.proj_out(y)
 
 
-class Stage(nn.Sequential):
-    """A step of the U: hands the timestep to its ResBlocks and the pose to its SpatialTransformers."""
+# ------------------------------------------------------------------------------ the U
 
-    def forward(self, x: Tensor, emb: Tensor, pose: KeysValues, skip: Tensor | None = None) -> Tensor:
-        if skip is not None:                                                 # here, or checkpoints would keep copies
+class Stage(nn.Sequential):
+    """One step of the U: ResBlocks get the timestep, SpatialTransformers the pose."""
+
+    def forward(self, x: Tensor, emb: Tensor, pose: KeysValues,
+                skip: Tensor | None = None) -> Tensor:
+        if skip is not None:        # concatenated in here, so gradient checkpointing keeps no copy
             x = torch.cat([x, skip], dim=1)
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -232,10 +251,12 @@ class Stage(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """eps = UNet(config)(x, t, context, concat). Call .to(memory_format=torch.channels_last) once for speed.
+    """prediction = UNet(config)(x, t, context, concat).
 
-    With `checkpointing` set, training keeps what flows between the Stages alone and computes the inside of each again
-    in the backward pass (arXiv:1604.06174): a third more time for a fraction of the memory, and the same numbers.
+    Call .to(memory_format=torch.channels_last) once for speed. With `checkpointing` (gradient
+    checkpointing, arXiv:1604.06174) training keeps only what flows between the Stages and computes
+    the inside of each again in the backward pass: a third more time, a fraction of the memory, the
+    same numbers.
     """
 
     def __init__(self, config: UNetConfig):
@@ -249,13 +270,14 @@ class UNet(nn.Module):
             return ResBlock(in_channels, E, out_channels, config.dropout)
 
         def transformer(channels: int) -> SpatialTransformer:
-            return SpatialTransformer(channels, config.context_dim, config.num_heads, config.transformer_depth)
+            return SpatialTransformer(channels, config.context_dim, config.num_heads,
+                                      config.transformer_depth)
 
         self.time_embed = nn.Sequential(nn.Linear(M, E), nn.SiLU(), nn.Linear(E, E))
 
         C = M
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, M, 3, padding=1))])
-        skips = [M]                                                          # widths, pushed going down
+        skips = [M]                                         # widths, pushed on the way down
         for level, mult in enumerate(config.channel_mult):
             attends = 2 ** level in config.attention_resolutions
             for _ in range(config.num_res_blocks):
@@ -274,8 +296,8 @@ class UNet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             attends = 2 ** level in config.attention_resolutions
-            for i in range(config.num_res_blocks + 1):                       # one more: the Downsample's skip
-                layers = [res(C + skips.pop(), mult * M)]                    # popped going up
+            for i in range(config.num_res_blocks + 1):      # one more, for the Downsample's skip
+                layers = [res(C + skips.pop(), mult * M)]   # popped on the way up
                 C = mult * M
                 if attends:
                     layers.append(transformer(C))
@@ -284,32 +306,32 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(*layers))
         assert not skips, f"{len(skips)} skips left over"
 
-        self.out = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, C), nn.SiLU(), zero(nn.Conv2d(C, config.out_channels, 3, padding=1)))
-        # In the order in which forward comes by; in a plain list, for each has its name already.
-        self.transformers = [module for module in self.modules() if isinstance(module, TransformerBlock)]
+        self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, C), nn.SiLU(),
+                                 zero(nn.Conv2d(C, config.out_channels, 3, padding=1)))
+        # In the order of forward; a plain list, because each block has its name already.
+        self.transformers = [m for m in self.modules() if isinstance(m, TransformerBlock)]
         for number, block in enumerate(self.transformers):
             block.number = number
 
     def keys_values(self, context: Tensor | None) -> KeysValues:
-        """What every cross-attention makes of context [B, N, D]; forward takes it in place of context: equal result.
-
-        Empty for a UNet without cross-attention, whose context is None.
-        """
-        return [] if context is None else [block.attn2.keys_values(context) for block in self.transformers]
+        """Keys and values of context [B, N, D] for every cross-attention, which `forward` takes in
+        place of it; empty for a UNet without cross-attention."""
+        if context is None:
+            return []
+        return [block.attn2.keys_values(context) for block in self.transformers]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | KeysValues | None = None,
                 concat: Tensor | None = None) -> Tensor:
-        """x [B, C, h, w], t [B] integers, context [B, N, D], concat [B, K, h, w] -> eps [B, out, h, w].
-
-        context may be what `keys_values` made of it; h and w must halve evenly at every level.
-        """
+        """x [B, C, h, w], t [B] integers, context [B, N, D] or its `keys_values`, concat
+        [B, K, h, w] -> [B, out_channels, h, w]; h and w must halve evenly at every level."""
         pose = context if isinstance(context, list) else self.keys_values(context)
         if concat is not None:
-            x = torch.cat([x, concat.to(x.dtype)], dim=1)                    # [B, in_channels, h, w]
-        # Everything after this line stays channels_last: bf16 convolutions are up to 15 times slower without.
+            x = torch.cat([x, concat.to(x.dtype)], dim=1)               # [B, in_channels, h, w]
+        # From here on everything is channels_last: without it bf16 convolutions on a CPU are up to
+        # 15 times slower.
         h = x.contiguous(memory_format=torch.channels_last)
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(x.dtype))  # [B, E]
+        emb = timestep_embedding(t, self.config.model_channels)         # [B, M]
+        emb = self.time_embed(emb.to(x.dtype))                          # [B, E]
         skips = []
         for block in self.input_blocks:
             h = self._run(block, h, emb, pose)
