@@ -15,9 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import data
-import keypoints
-from data import evenly
-from keypoints import JOINTS, draw, on_canvas
+from keypoints import JOINTS, LIMBS, draw, on_canvas
 from metrics.images import psnr
 from metrics.overfit import (
     BINS,
@@ -363,7 +361,7 @@ def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: 
     from matplotlib.figure import Figure  # without pyplot nothing is global, and no window can open
 
     rows = checked.rows[checked.rows["sound"]]
-    ordinary = np.flatnonzero(checked.rows["sound"])[evenly(len(rows), ACROSS)]
+    ordinary = np.flatnonzero(checked.rows["sound"])[data.evenly(len(rows), ACROSS)]
     cells = [(i, Path(checked.files[i]).name, "dimgray") for i in ordinary]
     cells += [(None, "", "")] * (-len(cells) % ACROSS)
     cells += [(s.index, f"{s.kind}: {s.why}\n{Path(s.file).name}", "firebrick") for s in shown]
@@ -375,7 +373,7 @@ def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: 
                  color="firebrick" if report["verdicts"] else "black", parse_math=False)
     where, joints, sizes = top.subplots(1, 3)
     _draw_density(where, rows["pose"])
-    names, lacking = [name.replace("_", " ") for name in keypoints.JOINTS], list(report["joints"].values())
+    names, lacking = [name.replace("_", " ") for name in JOINTS], list(report["joints"].values())
     missing, outside = ([joint[key] for joint in lacking] for key in ("missing", "outside"))
     if not any(missing + outside):
         joints.text(0.5, 0.5, "none is missing, none outside the picture", ha="center", transform=joints.transAxes)
@@ -406,10 +404,10 @@ def _plain(text: str, most: int) -> str:
 
 def _draw_density(ax, poses: np.ndarray) -> None:
     """Skeletons [N, 17, 3] as a 2-D histogram of points along their limbs, the picture's border drawn in."""
-    poses = poses[evenly(len(poses), DENSITY)]
+    poses = poses[data.evenly(len(poses), DENSITY)]
     seen = poses[..., 2] > 0
     along, counts = np.linspace(0, 1, 24)[:, None], np.zeros((96, 96))
-    for a, b in keypoints.LIMBS:
+    for a, b in LIMBS:
         ends = poses[seen[:, a] & seen[:, b]][:, [a, b], None, :2]                                      # [n, 2, 1, 2]
         x, y = (ends[:, 0] * (1 - along) + ends[:, 1] * along).reshape(-1, 2).T
         counts += np.histogram2d(y, x, bins=96, range=((-0.1, 1.1), (-0.1, 1.1)))[0]
