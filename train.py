@@ -137,8 +137,8 @@ PRESETS = {
     # both stages in minutes on a CPU: a shortcut around the autoencoder, v-prediction and Muon (benchmarks/RESULTS.md)
     "toy": Preset(64, VQConfig(ch=16, ch_mult=(1, 2, 4), n_embed=2048, resolution=64, shortcut=True, **NORM_FREE),
         _unet(64, (1, 2, 2), (2, 4), 4, blocks=1), ConditionConfig(MAPS, 64),
-        vq=Recipe(8, 1e-3, steps=500, lr_final=0.03, quantize_start=0.15, eval_images=128),
-        ldm=Recipe(32, 4e-4, steps=500, lr_final=0.05, muon=2.5, eval_images=96), schedule=SCHEDULE | {"prediction": "v"}),
+        vq=Recipe(8, 1e-3, steps=400, lr_final=0.03, quantize_start=0.15, eval_images=128),
+        ldm=Recipe(32, 5e-4, steps=360, lr_final=0.05, muon=2.5, eval_images=96), schedule=SCHEDULE | {"prediction": "v"}),
     "small": Preset(128, VQConfig(ch=32, n_embed=4096, resolution=128, **NORM_FREE),
         _unet(64, (1, 2, 3, 4), (4, 8), 4), ConditionConfig(MAPS, 64),
         vq=Recipe(4, 5e-4, steps=7000, lr_final=0.03, quantize_start=0.15, warmup=100),     # 1e-3 diverges at 128 pixels
