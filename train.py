@@ -292,11 +292,11 @@ def adamw(params: list[Tensor], r: Recipe) -> torch.optim.AdamW:
 
 def make_scaler(c: Config) -> torch.amp.GradScaler:
     """Skips steps whose gradient is not finite, without waiting for the GPU; in fp16 it scales the loss besides, so
-    that small gradients do not vanish. Elsewhere the scale stays 1."""
+    that small gradients do not vanish. Elsewhere the scale stays 1: a factor must be below 1, but float32 rounds it."""
     device = torch.device(c.device).type
     if c.amp == "fp16":
         return torch.amp.GradScaler(device)
-    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2 ** 30)
+    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2 ** 30, backoff_factor=math.nextafter(1.0, 0.0))
 
 
 def prepare(model: nn.Module, c: Config) -> nn.Module:
