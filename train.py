@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
 import checkpoint
@@ -296,7 +296,8 @@ def make_scaler(c: Config) -> torch.amp.GradScaler:
     device = torch.device(c.device).type
     if c.amp == "fp16":
         return torch.amp.GradScaler(device)
-    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2 ** 30, backoff_factor=math.nextafter(1.0, 0.0))
+    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2 ** 30,
+                                backoff_factor=math.nextafter(1.0, 0.0))
 
 
 def prepare(model: nn.Module, c: Config) -> nn.Module:
@@ -349,7 +350,8 @@ def orthogonalised(G: Tensor) -> Tensor:
     a, b, c = NS_COEFFICIENTS
     X = G.mT if len(G) > G.shape[1] else G                  # [n, m] with n <= m
     X = X / (X.norm() + 1e-7)
-    A, P = X @ X.mT, torch.eye(len(X), device=X.device)     # XX' of this iteration; what has multiplied X so far
+    A = X @ X.mT                                            # XX' of this iteration
+    P = torch.eye(len(X), device=X.device, dtype=X.dtype)   # what has multiplied X so far
     for _ in range(NS_STEPS):
         B = b * A + c * A @ A
         B.diagonal().add_(a)
@@ -370,14 +372,26 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         found_inf = getattr(self, "found_inf", None)
+        moves = 1.0 if found_inf is None else 1.0 - found_inf       # 0 skips the step
         for group in self.param_groups:
             for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                if found_inf is not None:                           # a step that is not finite counts as no gradient
+                if p.grad is None:
+                    continue
+                if p not in self.state:
+                    self.state[p]["average"] = torch.zeros_like(p)
+                average = self.state[p]["average"]
+                if found_inf is not None:
                     p.grad.masked_fill_(found_inf.bool(), 0.0)
-                average.lerp_(p.grad, 1 - group["momentum"])
+                average.lerp_(p.grad, (1 - group["momentum"]) * moves)
                 step = orthogonalised(p.grad.lerp(average, group["momentum"]).flatten(1))      # Nesterov's look ahead
-                p.sub_(step.view_as(p), alpha=group["lr"] * MUON_RMS * max(step.shape) ** 0.5)
+                p.sub_(step.view_as(p) * (group["lr"] * MUON_RMS * max(step.shape) ** 0.5 * moves))
+
+
+def share_overflow(params: list[Tensor]) -> None:
+    """No gradient stays finite where one is not: an optimiser looks at its own alone, and all of them skip the step."""
+    grads = [p.grad for p in params if p.grad is not None]
+    torch._foreach_add_(grads, 0 * get_total_norm(grads))
+
 
 def ldm_optimizers(ldm: LDM, r: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW; with `muon` for what is no matrix and for the first and last layer alone, and Muon for the rest."""
@@ -623,6 +637,8 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache, val: data
                     loss = diffusion.loss(net, z[part], pose[part], t=t[part], noise=noise[part], drop=drop[part]).mean()
                 scaler.scale(loss * share).backward()
                 accumulate(numbers, share, loss=loss)
+            if len(optimizers) > 1:
+                share_overflow(params)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(params, CLIP)
