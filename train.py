@@ -792,7 +792,11 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
             cache = LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, ENCODED, c.device, c.workers)
             loop, needs = train_ldm, (vq, cache, val)
         if c.steps is None or c.eval_every is None:
-            c = fix_length(c, time.monotonic() - began, *measure_speed(c, loop, needs))
+            measured = time.monotonic()
+            step_s, eval_s = measure_speed(c, loop, needs)
+            now = time.monotonic()
+            again = now - measured - MEASURED * step_s - eval_s     # making the networks, which the run does once more
+            c = fix_length(c, from_rank_0(now - began + again), step_s, eval_s)
         step = loop(c, run, *needs)
     return say_end(c, run, step, (time.monotonic() - began) / 60)
 
@@ -821,7 +825,8 @@ def measure_speed(c: Config, loop: object, needs: tuple) -> tuple[float, float]:
         short = replace(c, out=folder, steps=MEASURED, eval_every=MEASURED, keep_every=None, patience=None,
                         recipe=replace(c.recipe, quantize_start=0.0, loss=loss))
         run = RunDir(folder, c.stage, dry=True)
-        loop(short, run, *needs)
+        if loop(short, run, *needs) < MEASURED:
+            raise KeyboardInterrupt                                             # stopped by a signal
         rows = read_log(run.log_path)
     speeds = [row.get("img_s", row.get("eval_s")) for row in rows[-2:]] if rank() == 0 else None
     img_s, eval_s = from_rank_0(speeds)
@@ -829,18 +834,22 @@ def measure_speed(c: Config, loop: object, needs: tuple) -> tuple[float, float]:
 
 
 def fix_length(c: Config, spent: float, step_s: float, eval_s: float) -> Config:
-    """c with its number of steps, and with evaluations as often as EVAL_SHARE of the time pays for."""
+    """c with its number of steps, and with evaluations as often as EVAL_SHARE of the time pays for.
+
+    Of --minutes `spent` seconds are gone; the last evaluation is kept back.
+    """
     steps = c.steps
     if steps is None:
-        left = 60 * c.minutes - spent - eval_s                                  # seconds, the last evaluation kept back
-        steps = max(1, int(left * (1 - EVAL_SHARE) / step_s))
+        left = 60 * c.minutes - spent - eval_s
+        with_evals = step_s + eval_s / c.eval_every if c.eval_every else step_s / (1 - EVAL_SHARE)
+        steps = max(1, int(left / with_evals))
         print0(f"{checkpoint.plural(c.minutes, 'minute')}, of which {spent:.0f} s went into preparation: {checkpoint.plural(steps, 'step')} "
                f"of {step_s:.2g} s, evaluations of {eval_s:.2g} s")
         if steps < FEW_STEPS:
             print0("so few steps do not learn much; give more --minutes, or --steps")
     pays = EVAL_SHARE * steps * step_s / eval_s                                 # evaluations, the measured one included
     evals = min(MAX_EVALS, max(1, int(pays) - 1))
-    return replace(c, steps=steps, eval_every=c.eval_every or max(1, steps // evals))
+    return replace(c, steps=steps, eval_every=c.eval_every or math.ceil(steps / evals))
 
 
 def announce(c: Config, run: RunDir, held_out: int, stage_1: str | None) -> None:
