@@ -419,8 +419,8 @@ def restore(parts: dict, state: dict, where: Path) -> None:
 
 
 def steps_bar(run: RunDir, steps: int) -> tqdm:
-    return tqdm(range(run.start, steps), initial=run.start, total=steps, desc="measuring the speed" if run.dry else
-                run.stage, unit="step", dynamic_ncols=True, mininterval=1, disable=rank() > 0, leave=not run.dry)
+    return tqdm(range(run.start, steps), initial=run.start, total=steps, desc=run.title, unit="step",
+                dynamic_ncols=True, mininterval=1, disable=rank() > 0, leave=not run.dry)
 
 
 # ------------------------------------------------------------------------------------------------ stage 1
@@ -533,12 +533,13 @@ def log_step(run: RunDir, bar: tqdm, step: int, c: Config, bad_steps: Tensor, nu
 def evaluate_vq(run: RunDir, bar: tqdm, step: int, c: Config, model: VQModel, val: data.Pictures) -> float:
     """Reconstruction of held-out images: figures into the log, a picture, curves. Returns the PSNR, best.pt's score."""
     began = time.monotonic()
-    bar.set_description("vq, evaluating")
+    bar.set_description(f"{run.title}, evaluating")
     batches = (x for x, _ in data.in_order(val, in_network(c), c.recipe.eval_images))
     result = reconstruction(model, batches, c.device, partial(autocast, c))
     said = (f"held-out PSNR {result['psnr']:.2f} dB (averaging over boxes: {result['psnr_box']:.2f}); codes used "
             f"{result['codes_used']:.1%} of {c.vq_config.n_embed}, perplexity {result['perplexity']:.0f}")
-    preview_vq(run.picture(step), model, val, c, result)
+    with run.writing(run.picture(step)):
+        preview_vq(run.picture(step), model, val, c, result)
     report(run, bar, step, said, result, began, VQ_PANELS | (DISC_PANELS if c.recipe.loss.disc_weight else {}))
     return result["psnr"]
 
@@ -551,7 +552,7 @@ def report(run: RunDir, bar: tqdm, step: int, said: str, result: dict, began: fl
             plots.plot_curves(run.dir / "curves.png", rows, panels | SHARED_PANELS, f"{run.dir}, step {step + 1}: {said}")
             bar.write(f"step {step + 1:6d}  {said}")
     run.log(step, **{f"val_{name}": value for name, value in result.items()}, eval_s=time.monotonic() - began)
-    bar.set_description(run.stage)
+    bar.set_description(run.title)
 
 
 VQ_PANELS: plots.Panels = {
@@ -690,7 +691,7 @@ class HeldOut:
         Of the averaged weights under the right pose, a shuffled one and none; and of the raw weights.
         """
         c, began = self.c, time.monotonic()
-        bar.set_description("ldm, evaluating")
+        bar.set_description(f"{run.title}, evaluating")
         losses = partial(loss_each, diffusion=self.diffusion, batch_size=in_network(c), autocast=partial(autocast, c))
         each = condition_each(self.average, self.diffusion, self.z, self.pose, in_network(c), ldm.knows_null,
                               partial(autocast, c))
@@ -707,7 +708,8 @@ class HeldOut:
         warning = overfitting(rows, c.patience or ROW_OF)
         said = (f"held-out eps loss {result['right']:.4f} under the right pose, {result['shuffled']:.4f} under a "
                 f"shuffled one: ratio {result['ratio']:.3f}; {result['train']:.4f} on training images")
-        preview_ldm(run.picture(step), self.average, self.diffusion, self.preview, c, result)
+        with run.writing(run.picture(step)):
+            preview_ldm(run.picture(step), self.average, self.diffusion, self.preview, c, result)
         report(run, bar, step, said + (f"\n{warning}" if warning else ""), result, began, LDM_PANELS)
         return -result["right"], warning
 
