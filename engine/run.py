@@ -123,7 +123,7 @@ class RunDir:
         return self.dir / "samples" / f"{step + 1:07d}.png"
 
     def images_per_second(self, step: int, batch_size: int) -> dict[str, float]:
-        """Training alone, since the line of the log before this one; empty where an evaluation or a save lies between."""
+        """Training alone, since the last line of the log; empty where an evaluation or a save lies between."""
         since, self.timed_from = self.timed_from, (step, time.monotonic())
         if since is None or step == since[0]:
             return {}
