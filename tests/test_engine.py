@@ -25,7 +25,7 @@ PATIENCE = 600                      # seconds for a process, before it counts as
 def without_zeros(patch: pytest.MonkeyPatch) -> None:
     """No layer starts at zero, or the first gradient would reach the last layer only."""
     patch.setattr(unet, "zero", lambda module: module)
-    patch.setattr(vq, "zero_", lambda module, config: module)
+    patch.setattr(vq, "zero_", lambda module: module)
 
 
 @pytest.fixture(autouse=True)
