@@ -63,6 +63,7 @@ def test_codebook_loss_gradients_put_beta_on_the_commitment_term(golden):
     loss = quantizer(h)[1]
     loss.backward()
     close(loss.detach(), golden["vq/codebook_loss"])
+    close(loss.detach(), golden["vq/codebook_loss_legacy"])     # beta on the other term changes gradients only
     close(h.grad, golden["vq/grad_prequant_fixed"])
     close(quantizer.embedding.weight.grad, golden["vq/grad_codebook_fixed"])
 
@@ -283,7 +284,6 @@ def test_before_its_start_the_discriminator_is_not_asked_and_costs_no_backward(m
     (100, 0, None, {99: 0, 100: 1}),
     (100, 50, None, {99: 0, 100: 0.02, 124: 0.5, 149: 1, 5000: 1}),
     (0.25, 0.1, 1000, {249: 0, 250: 0.01, 299: 0.5, 349: 1}),
-    (0.25, 0, None, {0: 0, 10 ** 9: 0}),                            # the length is not known yet
     (0, 0, None, {0: 1}),
 ])
 def test_the_discriminator_starts_at_a_step_or_a_share_of_the_run_and_ramps_up(start, ramp, steps, at):
