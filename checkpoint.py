@@ -30,8 +30,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
-# Before torch is imported: idle threads sleep instead of spinning, so other programs cost no more than their share.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Before torch is imported: idle threads soon sleep instead of spinning, so the cores can be shared.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch

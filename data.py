@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-# Before torch is imported: idle threads sleep instead of spinning, so other programs cost no more than their share.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Before torch is imported: idle threads soon sleep instead of spinning, so the cores can be shared.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -715,7 +715,7 @@ def batches(
 
 # ------------------------------------------------------------------------------------- what --data means
 
-FIGURES_TRAIN, FIGURES_VAL = 10_000, 512            # how many procedural figures, where the person does not say
+FIGURES_TRAIN, FIGURES_VAL = 2_000, 512            # how many procedural figures, where the person does not say
 
 
 def is_folder(spec: str) -> bool:

@@ -26,8 +26,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-# Before torch is imported: idle threads sleep instead of spinning, so that other programs can run.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Before torch is imported: idle threads soon sleep instead of spinning, so the cores can be shared.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -312,14 +312,15 @@ def round_trip(ldm: LDM, images: np.ndarray) -> np.ndarray:
     return np.concatenate(out)
 
 
-BUNDLED = Path(__file__).parent / "assets/pose-reader.pt"   # of figures, 64 pixels, half precision
+BUNDLED = Path(__file__).parent / "assets/pose-reader.pt"   # for 64 pixels, in half precision
+BUNDLED_FIGURES = 10_000        # that it was trained on
 
 
 def find_detector(spec: str, train: data.Pictures, device: str = "cpu",
                   steps: int = keypoint_detector.STEPS) -> PoseReader:
     """The detector of the training images of --data `spec`: saved before, bundled, or trained now.
 
-    The bundled one is for figures, any number of them: it was trained on FIGURES_TRAIN.
+    The bundled one is for figures, any number of them.
     """
     side = keypoint_detector.detector_side(train.size)
     about = {"version": keypoint_detector.VERSION, "pictures": train.fingerprint(), "side": side,
@@ -328,7 +329,7 @@ def find_detector(spec: str, train: data.Pictures, device: str = "cpu",
     path = Path("runs") / f"{name}-pose-reader-{side}-{about['pictures'][:8]}.pt"
     bundled = about
     if not data.is_folder(spec):
-        figures = Figures(data.FIGURES_TRAIN, train.size, seed=0)
+        figures = Figures(BUNDLED_FIGURES, train.size, seed=0)
         bundled = about | {"pictures": figures.fingerprint()}
     for file, wanted in ((path, about), (BUNDLED, bundled)):
         if detector := load_detector(file, wanted):

@@ -23,14 +23,14 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-# Before torch is imported: idle threads sleep instead of spinning, so other programs cost no more than their share.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Before torch is imported: idle threads soon sleep instead of spinning, so the cores can be shared.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from tqdm import tqdm
 
 import checkpoint
@@ -38,6 +38,7 @@ import data
 import plots
 from dataset.latents import LatentCache, latent_batch
 from diffusion import Diffusion, dpm_solver, guided, per_image_noise
+from engine.cpu import use_fast_norms
 from engine.distributed import (
     Forward,
     any_rank,
@@ -136,8 +137,8 @@ PRESETS = {
     # both stages in minutes on a CPU: a shortcut around the autoencoder, v-prediction and Muon (benchmarks/RESULTS.md)
     "toy": Preset(64, VQConfig(ch=16, ch_mult=(1, 2, 4), n_embed=2048, resolution=64, shortcut=True, **NORM_FREE),
         _unet(64, (1, 2, 2), (2, 4), 4, blocks=1), ConditionConfig(MAPS, 64),
-        vq=Recipe(8, 1e-3, steps=600, lr_final=0.03, quantize_start=0.15, eval_images=128),
-        ldm=Recipe(32, 4e-4, steps=600, lr_final=0.05, muon=2.5, eval_images=96), schedule=SCHEDULE | {"prediction": "v"}),
+        vq=Recipe(8, 1e-3, steps=400, lr_final=0.03, quantize_start=0.15, eval_images=128),
+        ldm=Recipe(32, 5e-4, steps=360, lr_final=0.05, muon=2.5, eval_images=96), schedule=SCHEDULE | {"prediction": "v"}),
     "small": Preset(128, VQConfig(ch=32, n_embed=4096, resolution=128, **NORM_FREE),
         _unet(64, (1, 2, 3, 4), (4, 8), 4), ConditionConfig(MAPS, 64),
         vq=Recipe(4, 5e-4, steps=7000, lr_final=0.03, quantize_start=0.15, warmup=100),     # 1e-3 diverges at 128 pixels
@@ -291,11 +292,19 @@ def adamw(params: list[Tensor], r: Recipe) -> torch.optim.AdamW:
 
 def make_scaler(c: Config) -> torch.amp.GradScaler:
     """Skips steps whose gradient is not finite, without waiting for the GPU; in fp16 it scales the loss besides, so
-    that small gradients do not vanish. Elsewhere the scale stays 1."""
+    that small gradients do not vanish. Elsewhere the scale stays 1: a factor must be below 1, but float32 rounds it."""
     device = torch.device(c.device).type
     if c.amp == "fp16":
         return torch.amp.GradScaler(device)
-    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2 ** 30)
+    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2 ** 30,
+                                backoff_factor=math.nextafter(1.0, 0.0))
+
+
+def prepare(model: nn.Module, c: Config) -> nn.Module:
+    """The model where and how it is trained."""
+    if c.device == "cpu" and c.amp == "bf16":
+        use_fast_norms(model)
+    return model.to(c.device, memory_format=torch.channels_last)
 
 
 def autocast(c: Config) -> AbstractContextManager:
@@ -341,7 +350,8 @@ def orthogonalised(G: Tensor) -> Tensor:
     a, b, c = NS_COEFFICIENTS
     X = G.mT if len(G) > G.shape[1] else G                  # [n, m] with n <= m
     X = X / (X.norm() + 1e-7)
-    A, P = X @ X.mT, torch.eye(len(X), device=X.device)     # XX' of this iteration; what has multiplied X so far
+    A = X @ X.mT                                            # XX' of this iteration
+    P = torch.eye(len(X), device=X.device, dtype=X.dtype)   # what has multiplied X so far
     for _ in range(NS_STEPS):
         B = b * A + c * A @ A
         B.diagonal().add_(a)
@@ -362,14 +372,26 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         found_inf = getattr(self, "found_inf", None)
+        moves = 1.0 if found_inf is None else 1.0 - found_inf       # 0 skips the step
         for group in self.param_groups:
             for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                if found_inf is not None:                           # a step that is not finite counts as no gradient
+                if p.grad is None:
+                    continue
+                if p not in self.state:
+                    self.state[p]["average"] = torch.zeros_like(p)
+                average = self.state[p]["average"]
+                if found_inf is not None:
                     p.grad.masked_fill_(found_inf.bool(), 0.0)
-                average.lerp_(p.grad, 1 - group["momentum"])
+                average.lerp_(p.grad, (1 - group["momentum"]) * moves)
                 step = orthogonalised(p.grad.lerp(average, group["momentum"]).flatten(1))      # Nesterov's look ahead
-                p.sub_(step.view_as(p), alpha=group["lr"] * MUON_RMS * max(step.shape) ** 0.5)
+                p.sub_(step.view_as(p) * (group["lr"] * MUON_RMS * max(step.shape) ** 0.5 * moves))
+
+
+def share_overflow(params: list[Tensor]) -> None:
+    """No gradient stays finite where one is not: an optimiser looks at its own alone, and all of them skip the step."""
+    grads = [p.grad for p in params if p.grad is not None]
+    torch._foreach_add_(grads, 0 * get_total_norm(grads))
+
 
 def ldm_optimizers(ldm: LDM, r: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW; with `muon` for what is no matrix and for the first and last layer alone, and Muon for the rest."""
@@ -397,8 +419,8 @@ def restore(parts: dict, state: dict, where: Path) -> None:
 
 
 def steps_bar(run: RunDir, steps: int) -> tqdm:
-    return tqdm(range(run.start, steps), initial=run.start, total=steps, desc="measuring the speed" if run.dry else
-                run.stage, unit="step", dynamic_ncols=True, mininterval=1, disable=rank() > 0, leave=not run.dry)
+    return tqdm(range(run.start, steps), initial=run.start, total=steps, desc=run.title, unit="step",
+                dynamic_ncols=True, mininterval=1, disable=rank() > 0, leave=not run.dry)
 
 
 # ------------------------------------------------------------------------------------------------ stage 1
@@ -407,7 +429,7 @@ def train_vq(c: Config, run: RunDir, train: data.Pictures, val: data.Pictures, l
     """Trains the autoencoder; returns the number of steps made, less than c.steps where it was stopped."""
     r, device = c.recipe, torch.device(c.device)
     torch.manual_seed(c.seed)
-    model = VQModel(c.vq_config).to(device, memory_format=torch.channels_last)
+    model = prepare(VQModel(c.vq_config), c)
     objective = VQLoss(r.loss, lpips).to(device, memory_format=torch.channels_last)
     disc, codebook = objective.disc, model.quantize
     params, last_layer = [p for p in model.parameters() if p.requires_grad], model.decoder.conv_out.weight
@@ -511,12 +533,13 @@ def log_step(run: RunDir, bar: tqdm, step: int, c: Config, bad_steps: Tensor, nu
 def evaluate_vq(run: RunDir, bar: tqdm, step: int, c: Config, model: VQModel, val: data.Pictures) -> float:
     """Reconstruction of held-out images: figures into the log, a picture, curves. Returns the PSNR, best.pt's score."""
     began = time.monotonic()
-    bar.set_description("vq, evaluating")
+    bar.set_description(f"{run.title}, evaluating")
     batches = (x for x, _ in data.in_order(val, in_network(c), c.recipe.eval_images))
     result = reconstruction(model, batches, c.device, partial(autocast, c))
     said = (f"held-out PSNR {result['psnr']:.2f} dB (averaging over boxes: {result['psnr_box']:.2f}); codes used "
             f"{result['codes_used']:.1%} of {c.vq_config.n_embed}, perplexity {result['perplexity']:.0f}")
-    preview_vq(run.picture(step), model, val, c, result)
+    with run.writing(run.picture(step)):
+        preview_vq(run.picture(step), model, val, c, result)
     report(run, bar, step, said, result, began, VQ_PANELS | (DISC_PANELS if c.recipe.loss.disc_weight else {}))
     return result["psnr"]
 
@@ -529,7 +552,7 @@ def report(run: RunDir, bar: tqdm, step: int, said: str, result: dict, began: fl
             plots.plot_curves(run.dir / "curves.png", rows, panels | SHARED_PANELS, f"{run.dir}, step {step + 1}: {said}")
             bar.write(f"step {step + 1:6d}  {said}")
     run.log(step, **{f"val_{name}": value for name, value in result.items()}, eval_s=time.monotonic() - began)
-    bar.set_description(run.stage)
+    bar.set_description(run.title)
 
 
 VQ_PANELS: plots.Panels = {
@@ -578,7 +601,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache, val: data
         mean, std = run.resumed["mean"], run.resumed["std"]
     torch.manual_seed(c.seed)
     ldm = LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule, knows_null=r.p_drop > 0)
-    ldm = ldm.to(device, memory_format=torch.channels_last)
+    ldm = prepare(ldm, c)
     average = copy.deepcopy(ldm).eval().requires_grad_(False)
     average.vq = vq                                         # frozen: one copy serves both
     params = [p for p in ldm.parameters() if p.requires_grad]
@@ -615,6 +638,8 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache, val: data
                     loss = diffusion.loss(net, z[part], pose[part], t=t[part], noise=noise[part], drop=drop[part]).mean()
                 scaler.scale(loss * share).backward()
                 accumulate(numbers, share, loss=loss)
+            if len(optimizers) > 1:
+                share_overflow(params)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(params, CLIP)
@@ -666,7 +691,7 @@ class HeldOut:
         Of the averaged weights under the right pose, a shuffled one and none; and of the raw weights.
         """
         c, began = self.c, time.monotonic()
-        bar.set_description("ldm, evaluating")
+        bar.set_description(f"{run.title}, evaluating")
         losses = partial(loss_each, diffusion=self.diffusion, batch_size=in_network(c), autocast=partial(autocast, c))
         each = condition_each(self.average, self.diffusion, self.z, self.pose, in_network(c), ldm.knows_null,
                               partial(autocast, c))
@@ -683,7 +708,8 @@ class HeldOut:
         warning = overfitting(rows, c.patience or ROW_OF)
         said = (f"held-out eps loss {result['right']:.4f} under the right pose, {result['shuffled']:.4f} under a "
                 f"shuffled one: ratio {result['ratio']:.3f}; {result['train']:.4f} on training images")
-        preview_ldm(run.picture(step), self.average, self.diffusion, self.preview, c, result)
+        with run.writing(run.picture(step)):
+            preview_ldm(run.picture(step), self.average, self.diffusion, self.preview, c, result)
         report(run, bar, step, said + (f"\n{warning}" if warning else ""), result, began, LDM_PANELS)
         return -result["right"], warning
 
@@ -746,7 +772,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
     if c.stage == "ldm":
         stage_1 = checkpoint.load_vq(c.vq, say=print0)
         used = checkpoint.dated(c.vq, stage_1["step"])
-        vq = checkpoint.build_vq(stage_1, c.vq).to(c.device)
+        vq = prepare(checkpoint.build_vq(stage_1, c.vq), c)
         check_latents(c, vq.config, stage_1["config"]["size"])
         c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]))
     train, val = data.open_data(c.data, c.size, c.val, remember=c.stage == "vq" and c.workers == 0)
@@ -768,7 +794,11 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
             cache = LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, ENCODED, c.device, c.workers)
             loop, needs = train_ldm, (vq, cache, val)
         if c.steps is None or c.eval_every is None:
-            c = fix_length(c, time.monotonic() - began, *measure_speed(c, loop, needs))
+            measured = time.monotonic()
+            step_s, eval_s = measure_speed(c, loop, needs)
+            now = time.monotonic()
+            again = now - measured - MEASURED * step_s - eval_s     # making the networks, which the run does once more
+            c = fix_length(c, from_rank_0(now - began + again), step_s, eval_s)
         step = loop(c, run, *needs)
     return say_end(c, run, step, (time.monotonic() - began) / 60)
 
@@ -797,7 +827,8 @@ def measure_speed(c: Config, loop: object, needs: tuple) -> tuple[float, float]:
         short = replace(c, out=folder, steps=MEASURED, eval_every=MEASURED, keep_every=None, patience=None,
                         recipe=replace(c.recipe, quantize_start=0.0, loss=loss))
         run = RunDir(folder, c.stage, dry=True)
-        loop(short, run, *needs)
+        if loop(short, run, *needs) < MEASURED:
+            raise KeyboardInterrupt                                             # stopped by a signal
         rows = read_log(run.log_path)
     speeds = [row.get("img_s", row.get("eval_s")) for row in rows[-2:]] if rank() == 0 else None
     img_s, eval_s = from_rank_0(speeds)
@@ -805,18 +836,22 @@ def measure_speed(c: Config, loop: object, needs: tuple) -> tuple[float, float]:
 
 
 def fix_length(c: Config, spent: float, step_s: float, eval_s: float) -> Config:
-    """c with its number of steps, and with evaluations as often as EVAL_SHARE of the time pays for."""
+    """c with its number of steps, and with evaluations as often as EVAL_SHARE of the time pays for.
+
+    Of --minutes `spent` seconds are gone; the last evaluation is kept back.
+    """
     steps = c.steps
     if steps is None:
-        left = 60 * c.minutes - spent - eval_s                                  # seconds, the last evaluation kept back
-        steps = max(1, int(left * (1 - EVAL_SHARE) / step_s))
+        left = 60 * c.minutes - spent - eval_s
+        with_evals = step_s + eval_s / c.eval_every if c.eval_every else step_s / (1 - EVAL_SHARE)
+        steps = max(1, int(left / with_evals))
         print0(f"{checkpoint.plural(c.minutes, 'minute')}, of which {spent:.0f} s went into preparation: {checkpoint.plural(steps, 'step')} "
                f"of {step_s:.2g} s, evaluations of {eval_s:.2g} s")
         if steps < FEW_STEPS:
             print0("so few steps do not learn much; give more --minutes, or --steps")
     pays = EVAL_SHARE * steps * step_s / eval_s                                 # evaluations, the measured one included
     evals = min(MAX_EVALS, max(1, int(pays) - 1))
-    return replace(c, steps=steps, eval_every=c.eval_every or max(1, steps // evals))
+    return replace(c, steps=steps, eval_every=c.eval_every or math.ceil(steps / evals))
 
 
 def announce(c: Config, run: RunDir, held_out: int, stage_1: str | None) -> None:
@@ -902,7 +937,7 @@ def measure_memory(c: Config) -> None:
             lpips = LPIPS() if c.recipe.loss.perceptual else None               # its weights change neither
             step_s, _ = measure_speed(c, train_vq, (train, val, lpips))
         else:
-            vq = VQModel(c.vq_config).eval().requires_grad_(False).to(c.device, memory_format=torch.channels_last)
+            vq = prepare(VQModel(c.vq_config).eval().requires_grad_(False), c)
             cache = LatentCache(folder, "dry", train, lambda x: vq.encode(x.to(c.device)).detach(), ENCODED, c.device)
             step_s, _ = measure_speed(c, train_ldm, (vq, cache, val))
     print(f"{step_s:.3g} s a step, {c.recipe.batch_size / step_s:.3g} images/s, "

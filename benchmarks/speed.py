@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
-import train  # noqa: E402
+from engine.cpu import use_fast_norms  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 from vq import VQConfig, VQModel  # noqa: E402
 
@@ -172,6 +172,8 @@ def steps(work: str, cases: list[str], batch: int, device: str) -> dict[str, Cal
         if (library, mode) not in networks:
             torch.manual_seed(0)
             model = build(work, library).to(device)
+            if library == "ours" and device == "cpu":
+                use_fast_norms(model)
             if mode != "eager":
                 model = model.to(memory_format=torch.channels_last)
             if mode == "checkpointing":
@@ -255,6 +257,13 @@ def memory(args: argparse.Namespace) -> None:
         subprocess.run([sys.executable, __file__, *words], check=True)
 
 
+def peak_memory(device: str) -> float:
+    """GiB of the GPU, or of this process on Linux: getrusage includes the process that started it."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2 ** 20
+
+
 def peak(args: argparse.Namespace) -> None:
     """Two steps of one case: what they need at most, above weights and optimiser state, and in all."""
     case = args.cases[0]
@@ -263,7 +272,7 @@ def peak(args: argparse.Namespace) -> None:
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(args.device)
     step()
-    print(f"{args.work}, batch {args.batch}, {case}: peak memory {train.peak_memory(args.device):.2f} GiB, weights and "
+    print(f"{args.work}, batch {args.batch}, {case}: peak memory {peak_memory(args.device):.2f} GiB, weights and "
           f"AdamW among them", flush=True)
 
 
@@ -298,7 +307,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
-        train.set_up(args.device)
+        if args.device.startswith("cuda"):                          # as train.py has it
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.benchmark = True
         if args.work == "ceilings":
             print_ceilings(args.device)
         else:

@@ -54,6 +54,7 @@ class RunDir:
     def __init__(self, folder: str | Path, stage: str, fresh: bool = False, dry: bool = False):
         """`dry`: a run that only measures its speed and saves nothing."""
         self.dir, self.stage, self.fresh, self.dry = Path(folder), stage, fresh, dry
+        self.title = "measuring the speed" if dry else stage                        # for a progress bar
         self.last, self.best_path, self.log_path = (self.dir / name for name in ("last.pt", "best.pt", "log.jsonl"))
         self.resumed: dict | None = None
         if self.last.exists():

@@ -2,6 +2,7 @@
 import inspect
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,6 +45,18 @@ def test_encode_quantize_decode_equal_the_reference(layout, golden):
         close(model.decode(h), golden["vq/decode"])
         close(model.decode_code(indices), golden["vq/decode"])
         close(model(golden["vq/image"])[0], golden["vq/decode"])
+
+
+@pytest.mark.parametrize("config", [TINY, TOY])
+def test_a_new_autoencoder_with_a_shortcut_scales_down_and_up(config):
+    torch.manual_seed(0)
+    model, x = VQModel(replace(config, shortcut=True)), torch.randn(2, 3, 32, 16)
+    x_hat = model.reconstruct(x, quantize=False)[-1]
+    assert torch.equal(x_hat, F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bicubic"))
+    x_hat.square().mean().backward()
+    assert model.decoder.conv_out.weight.grad.abs().max() > 0       # and it can learn what is missing
+    with pytest.raises(ValueError, match="embed_dim 4"):
+        replace(config, shortcut=True, embed_dim=4)
 
 
 @pytest.mark.parametrize("legacy", [False, True])
