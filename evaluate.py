@@ -102,8 +102,8 @@ def recon(args: argparse.Namespace) -> None:
     title = f"{n} images, {which}, {size} x {size} pixels"
     print(f"{title}\n\n{table(rows | boxes, COLUMNS)}\n")
 
-    report = {"command": command_line(args), "data": spec, "which": which, "pictures": n, "size": size,
-              "device": device, "torch": torch.__version__, "checkpoints": [],
+    report = {"command": command_line(args), "data": spec, "which": which, "pictures": n,
+              "size": size, "device": device, "torch": torch.__version__, "checkpoints": [],
               "baselines": [{"name": name, **row} for name, row in boxes.items()]}
     for name, path, payload, model in zip(names, args.vq, payloads, models, strict=True):
         report["checkpoints"].append({
@@ -331,9 +331,9 @@ def find_detector(spec: str, train: data.Pictures, device: str = "cpu",
     if not data.is_folder(spec):
         figures = Figures(BUNDLED_FIGURES, train.size, seed=0)
         bundled = about | {"pictures": figures.fingerprint()}
-    for file, wanted in ((path, about), (BUNDLED, bundled)):
+    for which, file, wanted in (("saved", path, about), ("bundled", BUNDLED, bundled)):
         if detector := load_detector(file, wanted):
-            print(f"Using the keypoint detector {os.path.relpath(file)}.")
+            print(f"Using the {which} keypoint detector {os.path.relpath(file)}.")
             return detector.to(device)
     data.remember_all(train)
     batches = data.batches(train, keypoint_detector.BATCH, 0, 0, steps, data.find_workers(device),
@@ -448,7 +448,7 @@ def film(run: Path, poses: Tensor, size: int,
 # ---------------------------------------------------------------------------------- what they share
 
 def resolve(args: argparse.Namespace, configs: list[dict]) -> tuple[str, str | None, int]:
-    """(data, val, size): the flags, or else what the first training configuration says that does."""
+    """(data, val, size): the flags, else what the first training configuration with them says."""
     spec, val = args.data, args.val
     if not spec:
         known = next((config for config in configs if config.get("data")), None)

@@ -20,7 +20,6 @@ from PIL.PngImagePlugin import PngInfo
 
 from keypoints import JOINTS, LIMBS, draw, on_canvas
 from metrics import overfit
-from metrics.overfit import COPY_PERCENTILE, HELD_OUT, bin_keys, evaluations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -240,11 +239,11 @@ def draw_rises(ax: Axes, rows: list[dict]) -> None:
 
 def draw_bins(ax: Axes, rows: list[dict], share: Callable[[dict], dict[str, float]]) -> None:
     """A heat map of `share` over steps and timesteps; a dot marks what has surely risen."""
-    found = [row for row in evaluations(rows) if bin_keys(row)]
+    found = [row for row in overfit.evaluations(rows) if overfit.bin_keys(row)]
     if not found:
         ax.text(0.5, 0.5, "no value yet", ha="center", transform=ax.transAxes, color="gray")
         return
-    keys, steps = bin_keys(found[-1]), np.array([row["step"] + 1 for row in found])
+    keys, steps = overfit.bin_keys(found[-1]), np.array([row["step"] + 1 for row in found])
     values = 100 * np.array([[share(row).get(key, math.nan) for row in found] for key in keys])
     first = np.array([int(key[2:]) for key in keys])                # timestep of each bin
     width = first[-1] / max(1, len(keys) - 1)
@@ -411,8 +410,8 @@ def overfit_figure(
         captions += [[f"{d:.2f}" + (" COPY" if d < limit else "") for d in distances],
                      ["mirrored" if row % 2 else "" for row in at]]
     grid = save_grid(None, tiles, labels=labels, captions=captions,
-                     title=f"Root mean square distance in latent space; {COPY_PERCENTILE:g} % of "
-                     f"held-out images are nearer than {limit:.2f}")
+                     title="Root mean square distance in latent space; "
+                     f"{overfit.COPY_PERCENTILE:g} % of held-out images are nearer than {limit:.2f}")
     size = tiles[0][0].shape[0]
     films = [[draw(poses[name][0].numpy(), size), *(images[i] for images in strip.values())]
              for i, name in enumerate(poses)]
@@ -428,7 +427,7 @@ def verdict_page(rows: list[dict], found: dict, distances: dict[str, np.ndarray]
     def losses(key: str) -> dict[str, str]:
         return {"held-out": f"val_right{key}", "training": f"val_train{key}"}
 
-    keys = bin_keys(evaluations(rows)[-1])
+    keys = overfit.bin_keys(overfit.evaluations(rows)[-1])
     panels = {"eps loss, EMA": losses(""),
               "by timestep: held-out above training loss": draw_gaps,
               "by timestep: held-out above its best; dots: surely": draw_rises}
@@ -443,7 +442,7 @@ def verdict_page(rows: list[dict], found: dict, distances: dict[str, np.ndarray]
 def draw_distances(ax: Axes, distances: dict[str, np.ndarray], limit: float) -> None:
     edges = np.linspace(0, 1.02 * max(max(d) for d in distances.values()), 60)
     for name, d in distances.items():
-        label = "held-out images" if name == HELD_OUT else f"samples of {name}"
+        label = "held-out images" if name == overfit.HELD_OUT else f"samples of {name}"
         ax.hist(d, edges, density=True, alpha=0.5, label=f"{len(d)} {label}")
     ax.axvline(limit, color="black", linestyle="--")
     ax.legend(fontsize=8)
@@ -468,7 +467,8 @@ def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: 
         "where people are": partial(draw_density, poses=checked.rows["pose"][sound]),
         "images with a joint missing (grey) or outside (red)": partial(
             draw_joints, joints=report["joints"]),
-        "images by short side in pixels": partial(draw_sizes, sizes=report["short_side"]["histogram"]),
+        "images by short side in pixels": partial(
+            draw_sizes, sizes=report["short_side"]["histogram"]),
     }, across=3)
     ordinary = sound[np.linspace(0, len(sound) - 1, min(len(sound), ACROSS)).round().astype(int)]
     rows, labels = [[framed(i) for i in ordinary]], ["ordinary images"]
@@ -484,7 +484,7 @@ def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: 
 def draw_joints(ax: Axes, joints: dict[str, dict[str, int]]) -> None:
     """How often each joint is missing and outside, as bars."""
     names = [name.replace("_", " ") for name in JOINTS]
-    missing, outside = ([joint[key] for joint in joints.values()] for key in ("missing", "outside"))
+    missing, outside = ([j[key] for j in joints.values()] for key in ("missing", "outside"))
     ax.barh(names, missing, color="silver")
     ax.barh(names, outside, left=missing, color="indianred")
     ax.set_xlim(0, max(1, *np.add(missing, outside)))

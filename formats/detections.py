@@ -87,8 +87,8 @@ def read_found(path: str, n: int, side: int) -> dict[int, np.ndarray]:
             found[last_number(file)] = np.zeros((len(JOINTS), 3))
             continue
         if not folder and poses.format not in NAME_IMAGES:
-            raise ValueError(f"--detected {path} is {poses.taken_for}, which does not name its images; "
-                             "give a folder with a file per image, named like the image")
+            raise ValueError(f"--detected {path} is {poses.taken_for}, which does not name its "
+                             "images; give a folder with a file per image, named like the image")
         names = [file] if folder else poses.pictures
         found |= dict(zip(map(last_number, names), poses.poses, strict=False))
     found = {i: pose for i, pose in found.items() if i is not None and i < n}

@@ -259,8 +259,8 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
     if ahead:
         reasons.append(
             f"Relative to the held-out loss, the training loss has fallen by {gap[-1]:.0%} since "
-            f"the first evaluation, to {training:.4f}. The held-out loss, {loss:.4f}, no longer falls: "
-            "what the model still learns helps on training images only.")
+            f"the first evaluation, to {training:.4f}. The held-out loss, {loss:.4f}, no longer "
+            "falls: what the model still learns helps on training images only.")
     for name, c in sorted(copied.items()):
         if c["copies"] and c["chance"] < CHANCE:
             reasons.append(f"{c['copies']} of {c['of']} samples of {name} are nearer to a training "
