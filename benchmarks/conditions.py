@@ -37,7 +37,6 @@ import train  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
 from keypoints import ConditionConfig  # noqa: E402
 from ldm import DEFAULT_GUIDANCE, LDM  # noqa: E402
-from metrics import keypoint_detector  # noqa: E402
 
 CELLS = 32                      # a side of the grid, the seed's own
 WAVES = 4                       # frequencies of a pixel's own place, pi, 2 pi, ...
@@ -172,7 +171,7 @@ def figures_of(args: argparse.Namespace, name: str, seed: int) -> dict:
             ldm, payload = checkpoint.load_ldm(run / "last.pt")
         size = payload["config"]["size"]
         train_part, held_out = data.open_data(args.data, size)
-        reader = keypoint_detector.find_reader(args.data, train_part)
+        reader = evaluate.find_detector(args.data, train_part)
         drawn = evaluate.draw_held_out(ldm, data.spread(held_out, args.pictures), sampler="ddim",
                                        steps=args.sampling_steps)
         rows, _ = metrics.pose.assess(reader, drawn)

@@ -66,7 +66,7 @@ def main() -> None:
     for network, rows in far.items():
         print(f"\n{network}: RMS distance from its own limit\n" + evaluate.table(
             rows, {S: (S, "steps", ".4f") for S in rows["ddim, even in t"]}), flush=True)
-    reader = keypoint_detector.find_reader(c["data"], train_part)
+    reader = evaluate.find_detector(c["data"], train_part)
     drawn: dict[str, dict] = {}
     for name, how in DRAWN_BY.items():
         for S in args.steps:

@@ -18,7 +18,6 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import metrics.pose  # noqa: E402
-from metrics import keypoint_detector  # noqa: E402
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
     c, model = payload["config"], checkpoint.hash_of(ldm.unet.state_dict())[:8]
     train_part, held_out = data.open_data(c["data"], c["size"], c["val"])
     held_out = data.spread(held_out, args.pictures)
-    reader = keypoint_detector.find_reader(c["data"], train_part)
+    reader = evaluate.find_detector(c["data"], train_part)
     rows: dict[str, dict] = {}
     for w in args.weights:
         for interval in (None, tuple(args.interval)) if w != 1 else (None,):

@@ -21,7 +21,6 @@ import evaluate  # noqa: E402
 import metrics.pose  # noqa: E402
 import sample  # noqa: E402
 from extras.density import PoseDensity  # noqa: E402
-from metrics import keypoint_detector  # noqa: E402
 
 COLUMNS = {"distance": ("distance", "body sizes", ".3f"), "unusual": ("further out", "than", ".1%"),
            "asked": ("PCK@0.1", "asked", ".3f"), "wanted": ("PCK@0.1", "wanted", ".3f"), "oks": ("OKS", "asked", ".3f")}
@@ -38,7 +37,7 @@ def main() -> None:
     ldm, payload = checkpoint.load_ldm(args.ckpt)
     c = payload["config"]
     train_part, held_out = data.open_data(c["data"], c["size"], c["val"])
-    reader = keypoint_detector.find_reader(c["data"], train_part)
+    reader = evaluate.find_detector(c["data"], train_part)
     density = PoseDensity(checkpoint.training_poses(payload, args.ckpt))
     poses = np.concatenate([pose for _, pose in data.in_order(held_out, 64, args.pictures)]).astype(np.float64)
     noisy = poses + [1, 1, 0] * np.random.default_rng(0).normal(0, args.noise, poses.shape) * poses[..., 2:]
