@@ -573,7 +573,7 @@ def test_wrong_flags_are_one_sentence(tmp_path, flags, message):
 
 
 def test_v_prediction_says_the_same_as_eps():
-    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0, and back to eps and x0 by identities that are not in the code."""
+    """Back to eps and to x0 by identities that are not in the code."""
     torch.manual_seed(0)
     d, t = Diffusion(prediction="v"), torch.tensor([0, 400, 999])
     x0, noise = torch.randn(2, 3, 4, 5).unbind()
