@@ -117,19 +117,15 @@ def recon(args: argparse.Namespace) -> None:
         print(f"Codes in use. A: {n} images, {which}; B: {m} of {args.against}\n\n"
               f"{table(overlap, OVERLAP)}\n")
         report["against"] = {"data": args.against, "pictures": m, "overlap": overlap}
-    if not args.lpips_weights:
-        print("LPIPS is not measured; --lpips-weights FILE [FILE] adds it.")
-    if not args.rfid:
-        print("rFID is not measured; --rfid adds it (needs pip install pytorch-fid, and downloads "
-              "Inception's weights once).")
-    elif n < FRECHET_IMAGES:
+    if not (args.lpips_weights and args.rfid):
+        print("--lpips-weights adds LPIPS, and --rfid rFID.")
+    if args.rfid and n < FRECHET_IMAGES:
         print(f"rFID of {n} images is biased upwards; compare it only with rFID of as many images.")
     if args.out:
-        scores = found.tallies[0].scores["psnr"]
         title += (f": around the median PSNR of {names[0]}, and the worst. Errors: black is 0, "
                   f"white {ERROR_WHITE:.0%} of the range and more")
         shown = draw_recon(Path(args.out) / "recon.png", dict(zip(names, models, strict=True)),
-                           images, scores, title)
+                           images, found.tallies[0].scores["psnr"], title)
         write_json(Path(args.out) / "recon.json", report | shown)
         print(f"wrote {args.out}/recon.json and recon.png")
 
@@ -152,24 +148,26 @@ def open_images(args: argparse.Namespace, spec: str, val: str | None,
     return data.spread(images, args.limit), which
 
 
-@torch.no_grad()
 def draw_recon(path: Path, models: dict[str, VQModel], images: data.Pictures, scores: list[float],
                title: str) -> dict[str, list[str]]:
     """Draws typical images and the worst by `scores`; returns their names."""
     sound = [i for i in range(len(images)) if images.name(i) not in images.base.broken]
     typical, worst = ([sound[k] for k in places] for places in typical_and_worst(scores, SHOWN))
-    originals, poses = (np.stack(part) for part in
-                        zip(*(images[i] for i in typical + worst), strict=True))
-    reconstructions = {}
-    for name, model in models.items():
-        device = next(model.parameters()).device
-        parts = data.to_tensor(originals).to(device).split(1)
-        reconstructions[name] = data.to_uint8(torch.cat([model(x)[0] for x in parts]))
-    shown = {"typical": [images.name(i) for i in typical], "worst": [images.name(i) for i in worst]}
-    recon_figure(path, originals, reconstructions, poses,
-                 ["typical"] * len(typical) + ["worst"] * len(worst),
-                 [Path(name).stem for names in shown.values() for name in names], title)
-    return shown
+    pairs = [images[i] for i in typical + worst]
+    originals, poses = (np.stack(part) for part in zip(*pairs, strict=True))
+    names = [images.name(i) for i in typical + worst]
+    labels = ["typical"] * len(typical) + ["worst"] * len(worst)
+    recon_figure(path, originals, {name: reconstruct(vq, originals) for name, vq in models.items()},
+                 poses, labels, [Path(name).stem for name in names], title)
+    return {"typical": names[:len(typical)], "worst": names[len(typical):]}
+
+
+@torch.no_grad()
+def reconstruct(vq: VQModel, images: np.ndarray) -> np.ndarray:
+    """Images uint8 [N, H, W, 3] through an autoencoder."""
+    device = vq.quantize.embedding.weight.device
+    return np.concatenate([data.to_uint8(vq(x.to(device))[0].float())
+                           for x in data.to_tensor(images).split(BATCH)])
 
 
 # --------------------------------------------------------------------------------------- condition
@@ -254,7 +252,7 @@ def draw_and_read(args: argparse.Namespace, out: Path | None) -> tuple[Drawn, di
              f"guidance {args.guidance:g}"}
     detector = find_detector(spec, train, str(ldm.mean.device))
     drawn = draw_held_out(ldm, held_out, args.seed, about, **sample.settings_of(args))
-    rows, read = assess(detector, drawn, decoded=round_trip(ldm, drawn.real))
+    rows, read = assess(detector, drawn, decoded=reconstruct(ldm.vq, drawn.real))
     if out:
         every = np.concatenate([drawn.samples, drawn.real])
         detections.write_images(out, drawn.asked, every, about)
@@ -302,16 +300,6 @@ def draw_held_out(
     return Drawn(poses.double().numpy(), np.stack(samples), real, about or {})
 
 
-def round_trip(ldm: LDM, images: np.ndarray) -> np.ndarray:
-    """Images uint8 [N, H, W, 3] through stage 1: what a perfect stage 2 would draw."""
-    out = []
-    with torch.no_grad():
-        for i in range(0, len(images), BATCH):
-            x = data.to_tensor(images[i:i + BATCH]).to(ldm.mean.device)
-            out.append(data.to_uint8(ldm.vq(x)[0].float()))
-    return np.concatenate(out)
-
-
 BUNDLED = Path(__file__).parent / "assets/pose-reader.pt"   # for 64 pixels, in half precision
 BUNDLED_FIGURES = 10_000        # that it was trained on
 
@@ -333,7 +321,7 @@ def find_detector(spec: str, train: data.Pictures, device: str = "cpu",
         bundled = about | {"pictures": figures.fingerprint()}
     for which, file, wanted in (("saved", path, about), ("bundled", BUNDLED, bundled)):
         if detector := load_detector(file, wanted):
-            print(f"Using the {which} keypoint detector {os.path.relpath(file)}.")
+            print(f"Using the {which} keypoint detector {file}.")
             return detector.to(device)
     data.remember_all(train)
     batches = data.batches(train, keypoint_detector.BATCH, 0, 0, steps, data.find_workers(device),
@@ -449,14 +437,12 @@ def film(run: Path, poses: Tensor, size: int,
 
 def resolve(args: argparse.Namespace, configs: list[dict]) -> tuple[str, str | None, int]:
     """(data, val, size): the flags, else what the first training configuration with them says."""
-    spec, val = args.data, args.val
-    if not spec:
-        known = next((config for config in configs if config.get("data")), None)
-        if not known:
-            raise ValueError("the checkpoint does not say what it was trained on; use --data")
-        spec, val = known["data"], val or known.get("val")
-    sizes = [config["size"] for config in configs if config.get("size")]
-    return spec, val, args.size or (sizes or [DEFAULT_SIZE])[0]
+    known = next((config for config in configs if config.get("data")), {})
+    if not (args.data or known):
+        raise ValueError("the checkpoint does not say what it was trained on; name it with --data")
+    val = args.val or (None if args.data else known.get("val"))
+    sizes = [args.size, *(config.get("size") for config in configs), DEFAULT_SIZE]
+    return args.data or known["data"], val, next(filter(None, sizes))
 
 
 def check_size(size: int, multiple: int) -> None:

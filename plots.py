@@ -411,7 +411,7 @@ def overfit_figure(
                      ["mirrored" if row % 2 else "" for row in at]]
     grid = save_grid(None, tiles, labels=labels, captions=captions,
                      title="Root mean square distance in latent space; "
-                     f"{overfit.COPY_PERCENTILE:g} % of held-out images are nearer than {limit:.2f}")
+                     f"{overfit.COPY_PERCENTILE:g} % of held-out images are below {limit:.2f}")
     size = tiles[0][0].shape[0]
     films = [[draw(poses[name][0].numpy(), size), *(images[i] for images in strip.values())]
              for i, name in enumerate(poses)]
@@ -430,7 +430,7 @@ def verdict_page(rows: list[dict], found: dict, distances: dict[str, np.ndarray]
     keys = overfit.bin_keys(overfit.evaluations(rows)[-1])
     panels = {"eps loss, EMA": losses(""),
               "by timestep: held-out above training loss": draw_gaps,
-              "by timestep: held-out above its best; dots: surely": draw_rises}
+              "by timestep: held-out above its best; dots: significant": draw_rises}
     panels |= {f"eps loss, t from {int(key[2:])}": losses(key) for key in keys}
     drawn = {name: partial(draw_panel, rows=rows, panel=panel) for name, panel in panels.items()}
     drawn["distance to the nearest training image; left of the line: copies"] = partial(

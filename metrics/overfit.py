@@ -255,7 +255,8 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
 
     reasons = []
     if warning:
-        reasons.append(f"{warning} It is {loss:.4f} now; the training loss is {training:.4f}.")
+        reasons.append(f"{warning} The held-out loss is {loss:.4f} now, the training loss "
+                       f"{training:.4f}.")
     if ahead:
         reasons.append(
             f"Relative to the held-out loss, the training loss has fallen by {gap[-1]:.0%} since "
