@@ -1,19 +1,19 @@
-"""Checkpoints: what stands in a file, how it is saved so that a crash cannot spoil it, and models out of files.
+"""Checkpoints: what is in a file, how it is saved safely, and how a model is built from it.
 
-    python checkpoint.py runs/ldm/last.pt mine.pt       to give away: what sampling needs, in half precision
+    python checkpoint.py runs/ldm/last.pt mine.pt       a small file to share, in half precision
 
-A file holds tensors and primitives only and is read with weights_only=True, so opening it runs no code. Published
-CompVis files (.ckpt of PyTorch Lightning) hold objects besides; they are opened with all classes replaced by dummies,
-and become the same payload, so that nothing else has to know about them.
+A file holds tensors and primitives only and is loaded with weights_only=True, so opening it runs no
+code. Published CompVis files (.ckpt of PyTorch Lightning) also hold objects; formats/compvis.py
+replaces these by dummies and converts the file to the same payload.
 
-    {"format": 1, "stage": "vq" | "ldm", "step": k, "config": {...}, "vq": state dict, "vq_config": {...},
-     "train": {...}, and for ldm: "unet", "unet_config", "cond", "cond_config", "mean", "std",
-     "schedule", "knows_null", and "poses", which older files lack}
+    {"format": 1, "stage": "vq" | "ldm", "step": k, "config": {...}, "vq": state dict,
+     "vq_config": {...}, "train": {...}, and for ldm: "unet", "unet_config", "cond", "cond_config",
+     "mean", "std", "schedule", "knows_null", and "poses", which older files lack}
 
-"unet" and "cond" are the EMA weights; the raw weights, the optimiser and whatever else a resumed run needs stand
-under "train". The ldm file carries its frozen VQ, the latent statistics and poses it was trained on (float16
-[N, 17, 3]): one file is enough to sample. The payload of a published file has "source": "CompVis" and "weights":
-"EMA" | "raw" besides, and no "train".
+"unet" and "cond" are the EMA weights; "train" has the raw weights, the optimiser and what else a
+resumed run needs. A stage-2 file contains its frozen VQ, the latent statistics and up to 4096
+training poses (float16 [N, 17, 3]): one file is enough to sample. The payload of a published file
+also has "source": "CompVis" and "weights": "EMA" | "raw", and no "train".
 """
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
-# Before torch is imported: idle threads soon sleep instead of spinning, so the cores can be shared.
+# Before torch is imported: idle threads soon sleep instead of spinning, which shares the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from keypoints import JOINTS, ConditionConfig
 from ldm import LDM
@@ -44,59 +45,62 @@ from vq import VQConfig, VQModel
 
 FORMAT = 1
 NEEDED = {"vq": {"stage", "step", "config", "vq", "vq_config"}}
-NEEDED["ldm"] = NEEDED["vq"] | {"unet", "unet_config", "cond", "cond_config", "mean", "std", "schedule", "knows_null"}
+NEEDED["ldm"] = NEEDED["vq"] | {"unet", "unet_config", "cond", "cond_config", "mean", "std",
+                                "schedule", "knows_null"}
 HOW_TO_MAKE = {"vq": "python train.py --stage vq", "ldm": "python train.py --stage ldm"}
-
-
-# What --amp computes in.
-AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
+VQ_PART = ("config", "step", "vq", "vq_config", "source", "weights")
+AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}     # --amp
 AGES = (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second")
 
 
 class WrongStage(ValueError):
-    """A sound checkpoint, but of the other stage."""
+    """A valid checkpoint of the other stage."""
 
+
+# ----------------------------------------------------------------------------- device and precision
 
 def find_device(name: str) -> str:
-    """auto -> cuda where there is one; ValueError for a device that is not there."""
+    """auto -> cuda where there is one, else cpu; ValueError for a device that is not there."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(name).type
+        device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device is {name!r}; use auto, cpu, cuda or cuda:N") from None
-    if kind not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device is {name!r}; use auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch sees no CUDA GPU on this machine; use --device cpu or leave it out")
-    if kind == "cuda" and (torch.device(name).index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs, counted from cuda:0")
+    gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise ValueError(f"--device is {name}, but torch finds {plural(gpus, 'CUDA GPU')}, counted "
+                         "from cuda:0; use one of them or --device cpu")
     return name
 
 
 def has_bf16(device: str) -> bool:
-    """Does the hardware compute in bf16? Emulated it is slower than float32."""
+    """Does the hardware compute in bf16? Emulated bf16 is slower than float32."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private, hence the guard
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private
 
 
 def autocast(amp: str, device: str | torch.device) -> AbstractContextManager:
-    """torch's autocast on a device, in the precision of a name in AMP."""
+    """torch.autocast on a device, in the precision that AMP gives for the name."""
     return torch.autocast(torch.device(device).type, dtype=AMP[amp], enabled=amp != "off")
 
 
 def out_of_memory(e: RuntimeError) -> bool:
-    """Is it that? torch has a class for a GPU's memory, but not for a CPU's."""
+    """Did memory run out? torch has an exception class for a GPU's memory, but not for a CPU's."""
     return isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(e)
 
 
+# ------------------------------------------------------------------------------------------- saving
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write, under another name until it is whole and on the disk: `path` is at every moment, through a kill
-    or a power cut, either the old file or the new one. OSError (full disk, unwritable folder) leaves the old one.
+    """A file to write under a temporary name; it gets its name once it is complete and on the disk.
+
+    Through a kill or a power cut `path` is always the old file or the new one. An OSError (disk
+    full, folder not writable) leaves the old file.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
@@ -106,172 +110,81 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-        sync_folder(path.parent)
-    except OSError as e:
-        raise OSError(e.errno, e.strerror or str(e), str(path)) from None       # a failed write knows no name
+        with suppress(OSError):     # so that the name survives a power cut; not on Windows
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except OSError as e:            # a failed write does not name its file
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
     finally:
-        with suppress(OSError):                     # of a disk that has failed altogether
+        with suppress(OSError):     # the disk itself may have failed
             partial.unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in it last through a power cut; Windows and some network file systems can sync no folder."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def save(path: str | Path, payload: dict) -> None:
-    """Write `payload` so that `path` is at every moment either the old file or the whole new one; OSError as above."""
+    """Write `payload` with `replacing`; OSError as there."""
     with replacing(path) as f:
         try:
             torch.save(payload, f)
-        except RuntimeError as e:       # torch's zip writer hides that the disk is full behind a sum that is wrong
+        except RuntimeError as e:   # torch's zip writer hides "disk full" behind its own error
             if isinstance(e.__context__, OSError):
                 raise e.__context__ from None
             raise
 
 
-def load(path: str | Path, stage: str, advice: str | None = None, preset: str | None = None, ema: bool = True) -> dict:
-    """The payload of a checkpoint of `stage` ("vq" or "ldm"), on the CPU; ValueError in one sentence otherwise.
+# ------------------------------------------------------------------------------------------ loading
 
-    Ours, or a published CompVis one, which needs a `preset` of PUBLISHED for stage 2; stage "vq" of a full stage-2
-    CompVis file is its first stage. `ema` False puts the raw weights where the payload has the EMA weights. `advice`
-    ends the sentence of a WrongStage.
+def load(path: str | Path, stage: str, advice: str | None = None, preset: str | None = None,
+         ema: bool = True) -> dict:
+    """The payload of a checkpoint of `stage` ("vq" or "ldm") on the CPU; ValueError otherwise.
+
+    Opens our files and published CompVis files. A published stage-2 file needs a `preset` of
+    PUBLISHED; for stage "vq" its first stage is returned. `ema` False puts the raw weights where
+    the payload has the EMA weights. `advice` replaces the end of the WrongStage message.
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the checkpoint in it, such as {path / 'last.pt'}")
+        raise ValueError(f"{path} is a folder; name a checkpoint in it, such as {path / 'last.pt'}")
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}; name yours, or make one with: {HOW_TO_MAKE[stage]} (and your "
-                         "--data and --preset)")
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty, 0 bytes; make a checkpoint with: {HOW_TO_MAKE[stage]}")
+        raise ValueError(f"there is no checkpoint {path}; name another, or make one with: "
+                         f"{HOW_TO_MAKE[stage]} (and your --data and --preset)")
     payload = read(path)
-    if damaged := zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():     # torch checks no checksum
-        raise ValueError(f"{path} is damaged: the checksum of {damaged} in it is wrong; take another checkpoint")
     if not isinstance(payload, dict) or "format" not in payload:
         from formats.compvis import published
         return published(payload, path, stage, advice, preset, ema)
-    if (type(payload["format"]), payload["format"]) != (int, FORMAT) or not NEEDED["vq"] <= payload.keys() or (
-            type(payload["stage"]) is not str):
-        raise ValueError(f"{path} is no checkpoint of this project in format {FORMAT}")
-    if payload["stage"] != stage:
-        raise WrongStage(f"{path} is a checkpoint of stage {payload['stage']}, but one of stage {stage} is needed; "
+    if payload["format"] != FORMAT:
+        raise ValueError(f"{path} has format {payload['format']}; this version loads {FORMAT}")
+    if (found := payload.get("stage")) != stage:
+        del payload                 # else the exception's traceback would keep it in memory
+        raise WrongStage(f"{path} is a checkpoint of stage {found}, but stage {stage} is needed; "
                          + (advice or f"make it with: {HOW_TO_MAKE[stage]}"))
-    if lacking := NEEDED[stage] - payload.keys():
-        raise ValueError(f"{path} lacks {', '.join(sorted(lacking))}, so an older version made it; train it again")
+    if missing := NEEDED[stage] - payload.keys():
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; it was made by an older "
+                         "version, so train again")
     if stage == "ldm" and not ema:
-        raw = payload.get("train")
-        if not isinstance(raw, dict) or not {"unet", "cond"} <= raw.keys():
-            raise ValueError(f"{path} holds the EMA weights only; for the raw ones take the last.pt of its folder")
-        payload |= {name: raw[name] for name in ("unet", "cond")}
-    check_form(payload, stage, path)
-    made_with = payload["config"].get("preset")
-    if preset not in (None, made_with):
-        raise ValueError(f"--preset is {preset}, but {path} was trained with preset {made_with} and needs no --preset")
+        if "train" not in payload:
+            raise ValueError(f"{path} holds the EMA weights only; for the raw weights, use the "
+                             "last.pt of its run")
+        payload |= {name: payload["train"][name] for name in ("unet", "cond")}
+    for name in ("vq", "unet", "cond"):
+        check_bytes(payload.get(name, {}), path)
+    trained_with = payload["config"].get("preset")
+    if preset not in (None, trained_with):
+        raise ValueError(f"--preset is {preset}, but {path} was trained with preset {trained_with} "
+                         "and needs no --preset")
     return payload
 
 
-STORAGES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-            "BoolStorage": torch.bool}
-PARTS = {"vq": ("vq",), "ldm": ("vq", "unet", "cond")}
-SIZES = range(8, 4097)                  # of pictures, pixels
-SCHEDULE = {"timesteps": int, "linear_start": float, "linear_end": float}      # and "prediction", which files may lack
-MOST_TIMESTEPS = 10_000
-MOST = {"ch_mult": 8, "channel_mult": 8, "num_res_blocks": 64, "transformer_depth": 16}     # levels, blocks, depth
-
-
-def check_form(payload: dict, stage: str, path: Path) -> None:
-    """ValueError where a payload of ours holds other kinds of values than the top of this file says, or numbers that
-    are none. What the configurations mean is left to their classes."""
-    for name, value, sound, wanted in demands(payload, stage):
-        if not sound:
-            said = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else (
-                f"{type(value).__name__} {value!r:.60}")
-            raise ValueError(f"{path} has {said} for {name}, but {wanted} is needed; it is damaged, take another "
-                             "checkpoint")
-    statistics = {name: payload[name] for name in ("mean", "std") if stage == "ldm"}
-    tensors = {name: payload[name] for name in PARTS[stage]} | {"statistics": statistics}
-    for state in tensors.values():
-        check_bytes(state, path)
-    if name := not_finite(tensors):
-        raise ValueError(f"{path} has numbers in {name} that are not finite; it is damaged, take another checkpoint")
-
-
-def demands(payload: dict, stage: str) -> Iterator[tuple[str, object, bool, str]]:
-    """What check_form asks of each value: its name, it, is it sound, and what is. The first that is not ends it."""
-    for name in ("config", *PARTS[stage], *(f"{part}_config" for part in PARTS[stage])):
-        value = payload[name]
-        yield name, value, isinstance(value, dict) and all(isinstance(key, str) for key in value), "a dict by names"
-    for name in PARTS[stage]:
-        for key, value in payload[name].items():
-            yield f"{name}.{key}", value, is_array(value), "a plain tensor"
-        for key, value in payload[f"{name}_config"].items():
-            values = value if isinstance(value, list | tuple) else [value]
-            sound = all(isinstance(v, int | float | str | None) for v in values)
-            yield f"{name}_config.{key}", value, sound, "a plain value"
-            if key in MOST:
-                n = value if isinstance(value, int) else len(values)
-                yield f"{name}_config.{key}", value, n <= MOST[key], f"at most {MOST[key]}"
-    size, step = payload["config"].get("size"), payload["step"]
-    yield "config.size", size, type(size) is int and size in SIZES, f"{SIZES[0]} to {SIZES[-1]} pixels"
-    yield "step", step, type(step) is int, "a whole number"
-    if stage == "vq":
-        return
-    shape_ = payload["vq_config"].get("embed_dim", VQConfig.embed_dim), 1, 1
-    for name in ("mean", "std"):
-        yield name, payload[name], is_array(payload[name]) and payload[name].shape == shape_, f"a tensor {list(shape_)}"
-    null, schedule = payload["knows_null"], payload["schedule"]
-    yield "knows_null", null, type(null) is bool, "True or False"
-    yield "schedule", schedule, isinstance(schedule, dict) and schedule.get("prediction", "eps") in ("eps", "v") and (
-        {k: type(v) for k, v in schedule.items() if k != "prediction"} == SCHEDULE
-        and schedule["timesteps"] <= MOST_TIMESTEPS), (
-        f"a dict of at most {MOST_TIMESTEPS} timesteps, linear_start and linear_end")
-
-
-def is_array(value: object) -> bool:
-    """Is it a tensor of a kind that networks have, in memory?"""
-    return (isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
-            and value.dtype in STORAGES.values())
-
-
-def check_bytes(state: dict[str, Tensor], path: Path) -> None:
-    """ValueError where tensors are larger than the file: expanded out of one number, or all sharing one storage."""
-    held = path.stat().st_size
-    for name, tensor in state.items():
-        held -= tensor.numel() * tensor.element_size()
-        if held < 0:
-            raise ValueError(f"{path} does not hold as many numbers as its tensors say; {name} has shape "
-                             f"{tuple(tensor.shape)}")
-
-
-def not_finite(value: object, name: str = "") -> str | None:
-    """The name of the first tensor in nested dicts that holds a nan or an infinity."""
-    if isinstance(value, dict):
-        return next(filter(None, (not_finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items())), None)
-    return name if isinstance(value, Tensor) and not torch.isfinite(value).all() else None
-
-
-VQ_PART = ("config", "step", "vq", "vq_config", "source", "weights")
-
-
 def load_vq(path: str | Path, ema: bool = True, say: Callable[[str], None] = print) -> dict:
-    """The autoencoder's part of a stage-1 checkpoint, or of the stage-2 one that carries its first stage.
+    """The autoencoder's part of a stage-1 checkpoint, or of a stage-2 one: no UNet, no optimiser.
 
-    Only VQ_PART, so that no UNet and no optimiser stays in memory. Says what a published file was taken for.
+    `say` gets one line about a published file. `ema` is about a published first stage; that of a
+    stage-2 file has no EMA.
     """
     try:
         payload = load(path, "vq", ema=ema)
     except WrongStage:
-        payload = None          # loaded below: here the exception still holds all that was read
-    if payload is None:
-        payload = load(path, "ldm", ema=True)       # False is about the UNet; its first stage has no EMA
+        payload = load(path, "ldm")
     if "source" in payload:
         from formats.compvis import describe
         say(describe(payload, path))
@@ -279,29 +192,37 @@ def load_vq(path: str | Path, ema: bool = True, say: Callable[[str], None] = pri
 
 
 def read(path: str | Path) -> object:
-    """What stands in a file, on the CPU; nothing in it is run. ValueError in one sentence for what cannot be read.
+    """The content of a file, on the CPU, without running any code; ValueError if it cannot be read.
 
-    A file that holds objects of foreign classes is read as {"state_dict": name -> tensor, "global_step": k} alone.
+    Objects of the foreign classes that Lightning files name come out as `compvis.Inert`.
     """
-    from formats.compvis import Refused, check_archive, read_foreign
+    from formats.compvis import Inert, Refused, foreign_classes
     path = Path(path)
     try:
-        if zipfile.is_zipfile(path):
-            check_archive(path)         # before torch: its weights_only runs no code, but it inflates what is deflated
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")     # what torch says at length becomes one sentence here
-                return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:               # torch's unpickler raises a dozen unrelated types on a foreign file
-            return read_foreign(path)
-    except Refused as e:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {e}") from None
-    except Exception as e:              # and so do pickle and zipfile
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is cut short, or another kind of file, or holds "
-                         f"more than tensors and plain values ({type(e).__name__})") from None
+        names = foreign_classes(path) if zipfile.is_zipfile(path) else []
+        dummies = torch.serialization.safe_globals([(Inert, name) for name in names])
+        with dummies, warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # the one sentence below replaces torch's pages
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Refused:
+        raise
+    except Exception as e:                      # torch, pickle and zipfile raise a dozen classes
+        raise ValueError(f"{path} cannot be read as a checkpoint: it is empty, cut short, another "
+                         "kind of file, or holds more than tensors and plain values "
+                         f"({type(e).__name__})") from None
 
 
-# --------------------------------------------------------------------------------------------- models out of a payload
+def check_bytes(state: dict[str, Tensor], path: Path) -> None:
+    """ValueError for tensors larger than the file, such as one number expanded to terabytes."""
+    left = path.stat().st_size
+    for name, tensor in state.items():
+        left -= tensor.numel() * tensor.element_size()
+        if left < 0:
+            raise ValueError(f"{path} does not hold as many numbers as its tensors say; {name} has "
+                             f"shape {tuple(tensor.shape)}")
+
+
+# ------------------------------------------------------------------------------ models and payloads
 
 def plural(n: float, what: str) -> str:
     """1, "image" -> "1 image"; 2000, "image" -> "2,000 images"."""
@@ -316,7 +237,7 @@ def dated(path: str | Path, step: int) -> str:
 
 
 def hash_of(state: dict[str, Tensor]) -> str:
-    """16 hex digits that change whenever a name, shape, type or value in a state dict does."""
+    """16 hex digits that change whenever a name, shape, dtype or value in a state dict does."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -325,44 +246,65 @@ def hash_of(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
+def not_finite(value: object, name: str = "") -> str | None:
+    """The name of the first tensor in nested dicts that holds a NaN or an infinity."""
+    if isinstance(value, dict):
+        inside = (not_finite(v, f"{name}.{k}" if name else str(k)) for k, v in value.items())
+        return next(filter(None, inside), None)
+    return name if isinstance(value, Tensor) and not torch.isfinite(value).all() else None
+
+
 def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """load_state_dict(strict=True), with an error that names the first differing keys and both shapes."""
+    """load_state_dict(strict=True) with a short error message."""
     check_fits(model, state, what)
     model.load_state_dict(state, strict=True)
 
 
 def check_fits(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """ValueError that names the first differing keys and both shapes."""
+    """ValueError that names the first keys that differ, with both shapes."""
     own = model.state_dict()
     wrong = [f"{k}: file {tuple(state[k].shape) if k in state else 'lacks it'}, "
              f"model {tuple(own[k].shape) if k in own else 'lacks it'}"
              for k in [*own, *(k for k in state if k not in own)]
              if k not in own or k not in state or own[k].shape != state[k].shape]
     if wrong:
-        raise ValueError(f"{what} does not fit its configuration in {len(wrong)} places, first {'; '.join(wrong[:3])}")
+        raise ValueError(f"{what} does not fit its configuration in {plural(len(wrong), 'place')}, "
+                         f"first {'; '.join(wrong[:3])}")
 
 
 def build(make: Callable[[], nn.Module], state: dict[str, Tensor], what: str) -> nn.Module:
-    """make() with the weights of `state`. Made first without memory, so that a few bytes that say they are a giant
-    network end in a sentence.
+    """make() with the weights `state`.
+
+    The model is first made on the meta device, without memory: a small file that claims to be a
+    wide or deep network is refused before anything is allocated.
     """
-    with torch.device("meta"):
+    left = 2 * len(state)
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("it is much deeper than the weights in the file")
+
+    with torch.device("meta"), register_module_parameter_registration_hook(count):
         try:
             empty = make()
-        except (ValueError, TypeError, RuntimeError, OverflowError) as e:       # torch raises all of them
+        except (ValueError, TypeError, RuntimeError) as e:
             reason = str(e).splitlines()[0]
-            raise ValueError(f"{what} has a configuration of which no network can be made: {reason}") from None
+            raise ValueError(f"{what} describes a network that cannot be made: {reason}") from None
         check_fits(empty, state, what)
+    if name := not_finite(state):
+        raise ValueError(f"{what} has values in {name} that are not finite; use another checkpoint")
     model = make()
     model.load_state_dict(state, strict=True)
     return model
 
 
 def config_of(kind: type, payload: dict, name: str, what: str) -> object:
-    """payload[name] as a configuration of that class."""
+    """payload[name] as a configuration of class `kind`."""
     try:
         return kind(**payload[name])
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         raise ValueError(f"{what} has a {name} that this version does not know: {e}") from None
 
 
@@ -373,29 +315,22 @@ def build_vq(payload: dict, what: str) -> VQModel:
     return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def ldm_payload(ldm: LDM) -> dict:
-    """The model part of a stage-2 checkpoint."""
-    return {"stage": "ldm", "vq": ldm.vq.state_dict(), "vq_config": asdict(ldm.vq.config),
-            "unet": ldm.unet.state_dict(), "unet_config": asdict(ldm.unet.config),
-            "cond": ldm.cond.state_dict(), "cond_config": asdict(ldm.cond.config),
-            "mean": ldm.mean, "std": ldm.std, "schedule": ldm.schedule, "knows_null": ldm.knows_null}
-
-
 def build_ldm(payload: dict, what: str, device: str | torch.device = "cpu") -> LDM:
-    """The model of a stage-2 payload with its EMA weights, frozen, in eval mode, on `device`."""
-    vq, unet, cond = (config_of(kind, payload, name, what) for kind, name in (
-        (VQConfig, "vq_config"), (UNetConfig, "unet_config"), (ConditionConfig, "cond_config")))
+    """The model of a stage-2 payload, frozen, in eval mode, on `device`."""
+    vq = config_of(VQConfig, payload, "vq_config", what)
+    unet = config_of(UNetConfig, payload, "unet_config", what)
+    cond = config_of(ConditionConfig, payload, "cond_config", what)
     mean, std = payload["mean"], payload["std"]
-    weights = {f"{part_of}.{name}": tensor for part_of in ("vq", "unet", "cond")
-               for name, tensor in payload[part_of].items()} | {"mean": mean, "std": std}
-    ldm = build(lambda: LDM(VQModel(vq), unet, cond, mean, std, payload["schedule"], payload["knows_null"]), weights,
-                what)
+    weights = {f"{part}.{name}": tensor for part in ("vq", "unet", "cond")
+               for name, tensor in payload[part].items()} | {"mean": mean, "std": std}
+    ldm = build(lambda: LDM(VQModel(vq), unet, cond, mean, std, payload["schedule"],
+                            payload["knows_null"]), weights, what)
     return ldm.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
 
 def load_ldm(path: str | Path, device: str | torch.device = "cpu", preset: str | None = None,
              ema: bool = True) -> tuple[LDM, dict]:
-    """The model of a stage-2 checkpoint on `device`, and the payload it came from; `preset` and `ema` as in `load`."""
+    """The model of a stage-2 checkpoint on `device`, and its payload; arguments as in `load`."""
     payload = load(path, "ldm", preset=preset, ema=ema)
     ldm = build_ldm(payload, str(path), device)
     if "source" in payload:
@@ -403,46 +338,53 @@ def load_ldm(path: str | Path, device: str | torch.device = "cpu", preset: str |
     return ldm, payload
 
 
-def slim(payload: dict) -> dict:
-    """A stage-2 payload of ours with what sampling needs and no more, networks in half precision, to give away.
+def ldm_payload(ldm: LDM) -> dict:
+    """The model part of a stage-2 checkpoint."""
+    return {"stage": "ldm", "vq": ldm.vq.state_dict(), "vq_config": asdict(ldm.vq.config),
+            "unet": ldm.unet.state_dict(), "unet_config": asdict(ldm.unet.config),
+            "cond": ldm.cond.state_dict(), "cond_config": asdict(ldm.cond.config),
+            "mean": ldm.mean, "std": ldm.std, "schedule": ldm.schedule,
+            "knows_null": ldm.knows_null}
 
-    The latent statistics stay in float32. Loading puts the halves into float32 networks. ValueError for weights beyond
-    what half precision can hold, 65504.
+
+def slim(payload: dict) -> dict:
+    """What sampling needs of one of our stage-2 payloads, with the networks in half precision.
+
+    The latent statistics stay in float32. ValueError for weights beyond 65504, the largest half.
     """
-    halves = {}
-    for network in ("vq", "unet", "cond"):
-        halves[network] = {name: tensor.half() if tensor.is_floating_point() else tensor
-                           for name, tensor in payload[network].items()}
-        for name, tensor in halves[network].items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{network}.{name} holds numbers beyond 65504, which half precision cannot")
-    return {name: value for name, value in payload.items() if name != "train"} | halves
+    small = {name: value for name, value in payload.items() if name != "train"}
+    for part in ("vq", "unet", "cond"):
+        small[part] = {name: tensor.half() if tensor.is_floating_point() else tensor
+                       for name, tensor in payload[part].items()}
+        if name := not_finite(small[part], part):
+            raise ValueError(f"{name} holds numbers beyond 65504, the largest of half precision")
+    return small
 
 
 def training_poses(payload: dict, path: str | Path) -> np.ndarray | None:
-    """Poses [N, 17, 3] float32 of pictures that the model of a stage-2 payload was trained on, spread over all of them.
+    """Poses [N, 17, 3] float32 from the training set of a stage-2 payload, evenly spread over it.
 
-    None where the file has none: published files, and ours from before they were kept. ValueError where what it has
-    under "poses" is something else.
+    None where the file has none: published files and older ones of ours.
     """
     poses = payload.get("poses")
     if poses is None:
         return None
-    shape_of = f"{poses.dtype} {list(poses.shape)}" if isinstance(poses, Tensor) else type(poses).__name__
-    if not isinstance(poses, Tensor) or poses.layout is not torch.strided or poses.dtype != torch.float16 or (
-            poses.ndim != 3 or poses.shape[1:] != (len(JOINTS), 3)):
-        raise ValueError(f"{path} has {shape_of} for poses; float16 [N, {len(JOINTS)}, 3] is needed")
+    if not isinstance(poses, Tensor) or poses.layout is not torch.strided or poses.dtype != (
+            torch.float16) or poses.ndim != 3 or poses.shape[1:] != (len(JOINTS), 3):
+        found = (f"{poses.dtype} {list(poses.shape)}" if isinstance(poses, Tensor)
+                 else type(poses).__name__)
+        raise ValueError(f"{path} has {found} for poses; float16 [N, {len(JOINTS)}, 3] is needed")
     check_bytes({"poses": poses}, Path(path))
     if not poses.isfinite().all():
-        raise ValueError(f"{path} has poses that are not finite numbers; the file is damaged, train it again")
-    return poses.detach().float().numpy() if (poses[..., 2] > 0).any() else None
+        raise ValueError(f"{path} has poses that are not finite; use another checkpoint")
+    return poses.float().numpy() if (poses[..., 2] > 0).any() else None
 
 
-# --------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make a small file of a checkpoint of stage 2, to give away: EMA "
-                                     "weights in half precision, without what resuming needs.")
+    parser = argparse.ArgumentParser(description="Make a small file of a stage-2 checkpoint, to "
+                                     "share it: EMA weights in half precision, no training state.")
     parser.add_argument("ckpt", metavar="CKPT", help="such as runs/ldm/last.pt")
     parser.add_argument("out", metavar="OUT", help="the file to write")
     return parser.parse_args(argv)
@@ -453,9 +395,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         payload = load(args.ckpt, "ldm")
         if "source" in payload:
-            raise ValueError(f"{args.ckpt} is a published file; only ours are made smaller")
-        if Path(args.out).is_dir() or Path(args.out).resolve() == Path(args.ckpt).resolve():
-            raise ValueError(f"OUT is {args.out}; give the name of another file")
+            raise ValueError(f"{args.ckpt} is a published file; give a checkpoint of train.py")
+        if Path(args.out).resolve() == Path(args.ckpt).resolve():
+            raise ValueError(f"OUT is {args.out}, the checkpoint itself; give another file")
         save(args.out, slim(payload))
     except (ValueError, OSError) as e:
         print(f"checkpoint.py: {e}", file=sys.stderr)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-# Before torch is imported: idle threads soon sleep instead of spinning, so the cores can be shared.
+# Before torch is imported: idle threads soon sleep instead of spinning, which shares the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np

@@ -34,7 +34,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Before torch is imported: idle threads soon sleep instead of spinning, so the cores can be shared.
+# Before torch is imported: idle threads soon sleep instead of spinning, which shares the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
@@ -136,7 +136,7 @@ def random_eps() -> EpsFn:
     return eps_fn
 
 
-def quality(ldm: LDM, reader: keypoint_detector.PoseReader, held_out: data.Pictures, n: int, S: int,
+def quality(ldm: LDM, reader: nn.Module, held_out: data.Pictures, n: int, S: int,
             sampler: str, spacing: str, eta: float) -> dict:
     """Pose fidelity and Frechet distance of n held-out poses, each from the same x_T whatever the
     sampler."""

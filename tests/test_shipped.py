@@ -12,6 +12,7 @@ import metrics.images
 import metrics.pose
 import sample
 from dataset.figures import Figures
+from unet import UNet
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "assets/toy.pt"
@@ -28,8 +29,8 @@ def test_the_files_are_small_and_hold_tensors_alone():
 
 def test_bare_sample_py_draws_all_example_poses_without_any_training(tmp_path, monkeypatch, capsys):
     """All of them at once and in 20 passes through the network, which is why it takes seconds on a CPU."""
-    passes, forward = [], checkpoint.UNet.forward
-    monkeypatch.setattr(checkpoint.UNet, "forward",
+    passes, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward",
                         lambda unet, x, *args: passes.append(len(x)) or forward(unet, x, *args))
     monkeypatch.chdir(tmp_path)
     assert sample.main([*POSES, "--device", "cpu"]) == 0, capsys.readouterr().err
