@@ -312,7 +312,7 @@ def test_a_device_that_is_not_there_is_one_sentence(name):
 
 @pytest.mark.parametrize("where, value, words", [
     ("vq_config.colour", "red", "vq_config that this version does not know"),
-    ("vq_config.ch", 0, "vq_config that this version does not know"),
+    ("vq_config.ch", 0, "does not fit its configuration"),
     ("vq_config.n_embed", 100, "quantize.embedding.weight: file (2048, 3), model (100, 3)"),
     ("vq_config.ch", 2 ** 20, "does not fit its configuration"),                # terabytes
     ("unet_config.num_res_blocks", 10 ** 9, "deeper than the weights"),
