@@ -191,6 +191,10 @@ def test_enlarged_parts_lie_on_the_joints():
     assert x0 < 40 and x1 > 60 and (y0, y1) == (4, 36) and x1 - x0 == y1 - y0
     x0, y0, x1, y1 = plots.hand_box(pose, 100)
     assert x1 == 100 and y0 < 50 < y1                               # moved into the image
+    pose[JOINTS.index("elbow_right")] = 0.3, 0.5, 1
+    pose[JOINTS.index("wrist_right"), 0] = 0.7
+    x0, _, x1, _ = plots.hand_box(pose, 100)
+    assert (x0 + x1) / 2 == pytest.approx(80, abs=1)                # beyond the wrist
     pose[JOINTS.index("wrist_right"), 0] = 1.2
     assert plots.hand_box(pose, 100) is None
 

@@ -267,7 +267,7 @@ def test_a_folder_of_files_and_images_in_which_nobody_was_found(pose, tmp_path, 
 
     for i in (2, 1, 0):                                         # of 6 samples, and of no real image
         text = json.dumps({"people": [openpose(people[i])]})
-        (found / f"{i:06d}_keypoints.json").write_text(text)
+        (found / f"take2_{i:06d}_keypoints.json").write_text(text)
     assert score() == pytest.approx(0.5, abs=0.05)
     (found / "000003_keypoints.json").write_text(json.dumps({"version": 1.1, "people": []}))
     (found / "000004.json").write_text("[]")                    # what detectors leave for nobody
@@ -275,7 +275,7 @@ def test_a_folder_of_files_and_images_in_which_nobody_was_found(pose, tmp_path, 
     numbers = " ".join(f"{v:.6f}" for v in flat.ravel())
     (found / "000005.txt").write_text(f"0 0.5 0.5 1 1 {numbers}\n")     # YOLO
     assert score() == pytest.approx(4 / 6, abs=0.06)
-    (found / "000001_keypoints.json").write_text("{}")          # not a pose file
+    (found / "000001.json").write_text("{}")                    # not a pose file
     assert pose("--out", "o", "--detected", "found") == 2
 
 
