@@ -1,11 +1,12 @@
-"""Poses: 17 body joints, what can be done to them, and the two doors by which they enter the UNet.
+"""Poses: 17 body joints, how they are moved and drawn, and how they condition the UNet.
 
-A pose is a float array [17, 3] = (x, y, visible): x right, y down, normalised to the image, so that [0, 1] is
-inside; values outside are kept, not clamped; visible is 0 or 1 and a missing joint is (0, 0, 0). "Left" is the
-person's own left. Door 1 is cross-attention: `PoseEncoder` turns a pose into 17 context tokens. Door 2 is
-concatenation: `heatmaps` turns it into 17 Gaussian maps beside the noisy latent. `PoseCondition` holds both.
+A pose is a float array [17, 3] = (x, y, visible): x right, y down, in units of the image, so that
+0..1 is inside; values outside are kept. visible is 0 or 1; a missing joint is (0, 0, 0). "Left" is
+the person's own left. The pose conditions the UNet in two ways: `PoseEncoder` makes 17 tokens of it
+for cross-attention, `heatmaps` makes 17 Gaussian maps that are concatenated to the noisy latent.
+`PoseCondition` is either or both.
 
-Letters in shape comments: B batch, J = 17 joints, D token width, h, w height and width of a map.
+Letters in shape comments: B batch, J = 17 joints, D token width, F frequencies, h w sides of a map.
 """
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-JOINTS = ("nose", "eye_left", "eye_right", "ear_left", "ear_right", "shoulder_left", "shoulder_right",
-          "elbow_left", "elbow_right", "wrist_left", "wrist_right", "hip_left", "hip_right",
-          "knee_left", "knee_right", "ankle_left", "ankle_right")
-MIRROR = [JOINTS.index(name.replace("left", "LEFT").replace("right", "left").replace("LEFT", "right"))
-          for name in JOINTS]                               # MIRROR[j] is the joint that j becomes in a mirror
+JOINTS = ("nose", "eye_left", "eye_right", "ear_left", "ear_right", "shoulder_left",
+          "shoulder_right", "elbow_left", "elbow_right", "wrist_left", "wrist_right", "hip_left",
+          "hip_right", "knee_left", "knee_right", "ankle_left", "ankle_right")
+# MIRROR[j] is the joint that j becomes in a mirror.
+MIRROR = [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]
 LIMBS = ((0, 1), (0, 2), (1, 3), (2, 4), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10),
          (5, 11), (6, 12), (11, 12), (11, 13), (13, 15), (12, 14), (14, 16))
-SEED_CANVAS = 512                                           # the seed's files are [row, col] on 512 x 512
+SEED_CANVAS = 512                                   # the seed's files are [row, col] on 512 x 512
 LEFT_COLOR, RIGHT_COLOR, MIDDLE_COLOR = (255, 138, 60), (64, 150, 255), (120, 210, 120)
 
 
@@ -33,17 +34,17 @@ class PoseError(ValueError):
     """A pose file that cannot be used; the message names the file, the place and what to do."""
 
 
-# ----------------------------------------------------------------------------------------- moving and drawing
+# ------------------------------------------------------------------------------- moving and drawing
 
 def flip(pose: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    """The pose [..., 17, 3] of the mirrored picture: x -> 1 - x, and left and right change names."""
-    out = pose[..., MIRROR, :]                                                          # a copy, not a view
-    out[..., 0] = (1 - out[..., 0]) * out[..., 2]                                       # missing stays (0, 0, 0)
+    """Poses [..., 17, 3] of the mirrored images: x becomes 1 - x, left and right change names."""
+    out = pose[..., MIRROR, :]                                          # a copy, not a view
+    out[..., 0] = (1 - out[..., 0]) * out[..., 2]                       # missing stays (0, 0, 0)
     return out
 
 
 def crop(pose: np.ndarray | Tensor, box: Sequence[float]) -> np.ndarray | Tensor:
-    """The pose [..., 17, 3] seen from the part `box` = (x0, y0, x1, y1), in 0..1, of its picture."""
+    """Poses [..., 17, 3] in units of a part of their images, `box` = (x0, y0, x1, y1) in 0..1."""
     x0, y0, x1, y1 = box
     out = pose + 0
     out[..., 0] = (out[..., 0] - x0) / (x1 - x0) * out[..., 2]
@@ -52,12 +53,12 @@ def crop(pose: np.ndarray | Tensor, box: Sequence[float]) -> np.ndarray | Tensor
 
 
 def fit(pose: np.ndarray, size: tuple[float, float], how: str) -> np.ndarray:
-    """The pose [17, 3] of a picture of this (width, height), on a square and undistorted.
+    """The pose [17, 3] of an image of this (width, height), undistorted on a square image.
 
-    "letterbox" lays the whole picture into the square; "crop" cuts the square of the short side out of it, its middle
-    as near to the person's as the picture allows, and joints beyond the cut are then outside 0..1.
+    "letterbox" puts the whole image into the square. "crop" cuts out a square of the short side, as
+    near to the person as the image allows; joints outside it are then outside 0..1.
     """
-    span = {"letterbox": max, "crop": min}[how](size) / np.array(size)                  # of the square, in pictures
+    span = {"letterbox": max, "crop": min}[how](size) / np.array(size)  # the square, in images
     start, seen = (1 - span) / 2, pose[pose[:, 2] > 0, :2]
     if how == "crop" and len(seen):
         start = np.clip((seen.min(axis=0) + seen.max(axis=0) - span) / 2, 0, 1 - span)
@@ -65,33 +66,36 @@ def fit(pose: np.ndarray, size: tuple[float, float], how: str) -> np.ndarray:
 
 
 def on_canvas(pose: np.ndarray | Tensor) -> np.ndarray | Tensor:
-    """bool [..., 17] of poses [..., 17, 3]: visible and inside the picture, so that somebody can find it there."""
+    """bool [..., 17] of poses [..., 17, 3]: visible and inside the image."""
     return (pose[..., 2] > 0) & (pose[..., :2] >= 0).all(-1) & (pose[..., :2] <= 1).all(-1)
 
 
 def side_colors() -> np.ndarray:
-    """[17, 3] uint8: the person's left warm, the right cool, so that a swap of sides is seen at a glance."""
-    return np.array([LEFT_COLOR if name.endswith("left") else RIGHT_COLOR if name.endswith("right") else MIDDLE_COLOR
-                     for name in JOINTS], dtype=np.uint8)
+    """[17, 3] uint8: warm for the person's left, cool for the right."""
+    return np.array([LEFT_COLOR if name.endswith("left") else RIGHT_COLOR
+                     if name.endswith("right") else MIDDLE_COLOR for name in JOINTS], np.uint8)
 
 
 def draw(pose: np.ndarray | Tensor, size: int, image: np.ndarray | None = None,
          colors: np.ndarray | None = None) -> np.ndarray:
-    """The skeleton as a picture, uint8 [size, size, 3], on dark ground or over `image` (uint8 [H, W, 3]).
+    """The skeleton, uint8 [size, size, 3], on a dark ground or over `image` (uint8 [H, W, 3]).
 
-    Limbs are capsules drawn by distance to the segment, so they are smooth at 64 pixels and mirror exactly.
+    Limbs are antialiased capsules, so they are smooth at 64 pixels and mirror exactly.
     """
     pose = np.asarray(pose, dtype=np.float64)
     colors = side_colors() if colors is None else colors
     if image is None:
         canvas = np.full((size, size, 3), (24.0, 26.0, 34.0))
     else:
-        canvas = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
+        resized = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)
+        canvas = np.asarray(resized, dtype=np.float64)
     xy, seen = pose[:, :2] * size, pose[:, 2] > 0
-    thick = max(size / 90, 0.7)                                                         # half width of a limb
-    for layer, radius in ((LIMBS, thick), ([(j, j) for j in range(len(JOINTS))], 1.5 * thick)):
-        # Within a layer colours mix by coverage, so that the order of the limbs (left before right) leaves no trace.
-        paint, weight, bare = np.zeros((size, size, 3)), np.zeros((size, size, 1)), np.ones((size, size, 1))
+    thick = max(size / 90, 0.7)                                         # half the width of a limb
+    dots = [(j, j) for j in range(len(JOINTS))]
+    for layer, radius in ((LIMBS, thick), (dots, 1.5 * thick)):
+        # Within a layer colours mix by coverage, so that the order of the limbs does not matter.
+        paint, weight = np.zeros((size, size, 3)), np.zeros((size, size, 1))
+        bare = np.ones((size, size, 1))
         for a, b in layer:
             if seen[a] and seen[b]:
                 window, alpha = _capsule(size, xy[a], xy[b], radius)
@@ -102,55 +106,59 @@ def draw(pose: np.ndarray | Tensor, size: int, image: np.ndarray | None = None,
     return np.clip(np.rint(canvas), 0, 255).astype(np.uint8)
 
 
-def _capsule(size: int, a: np.ndarray, b: np.ndarray, radius: float) -> tuple[tuple[slice, slice], np.ndarray]:
-    """Where a capsule around the segment a-b (pixels) lies in a size x size picture: the window of rows and
-    columns it touches and its coverage [h, w, 1] there, antialiased over one pixel."""
+def _capsule(size: int, a: np.ndarray, b: np.ndarray,
+             radius: float) -> tuple[tuple[slice, slice], np.ndarray]:
+    """The window of rows and columns that a capsule around the segment a-b (pixels) touches in a
+    size x size image, and its coverage [h, w, 1] there, antialiased over one pixel."""
     x0, y0 = np.clip(np.floor(np.minimum(a, b) - radius - 1), 0, size).astype(int)
     x1, y1 = np.clip(np.ceil(np.maximum(a, b) + radius + 1), 0, size).astype(int)
-    p = np.stack(np.meshgrid(np.arange(x0, x1) + 0.5, np.arange(y0, y1) + 0.5), axis=-1)        # pixel centres
+    p = np.stack(np.meshgrid(np.arange(x0, x1) + 0.5, np.arange(y0, y1) + 0.5), axis=-1)
     along = np.clip(((p - a) @ (b - a)) / max(float((b - a) @ (b - a)), 1e-9), 0, 1)[..., None]
     distance = np.linalg.norm(p - a - along * (b - a), axis=-1, keepdims=True)
     return (slice(y0, y1), slice(x0, x1)), np.clip(radius + 0.5 - distance, 0, 1)
 
 
-# ------------------------------------------------------------------------------------------ the seed's tokens
+# -------------------------------------------------------------------------------- the seed's tokens
 
 def tokenize(pose: np.ndarray | Tensor, dim: int) -> Tensor:
-    """Cell ids [..., 17] int64 of poses [..., 17, 3] on a dim x dim grid: col + row * dim, as in the seed.
+    """Cell ids [..., 17] int64 of poses [..., 17, 3] on a dim x dim grid: col + row * dim.
 
-    The seed floors onto the grid (x // (512 / dim)) except at dim 512, where it rounds to the pixel, half to
-    even; coordinates outside are clamped into the border cells. A missing joint gets the id of its (0, 0).
+    As in the seed: x // (512 / dim), but at dim 512 rounded to the pixel, half to even; coordinates
+    outside are clamped to the border cells. A missing joint gets the id of its (0, 0).
     """
     xy = torch.as_tensor(pose)[..., :2] * SEED_CANVAS
-    cell = xy.round() if dim == SEED_CANVAS else torch.div(xy, SEED_CANVAS / dim, rounding_mode="floor")
+    cell = (xy.round() if dim == SEED_CANVAS else
+            torch.div(xy, SEED_CANVAS / dim, rounding_mode="floor"))
     col, row = cell.clamp(0, dim - 1).long().unbind(-1)
     return col + row * dim
 
 
 def detokenize(ids: Tensor, dim: int) -> Tensor:
-    """Cell centres [..., 2] = (x, y) in 0..1 of ids [...]; at dim 512 the cells are centred on whole pixels."""
+    """Cell centres [..., 2] = (x, y) in 0..1 of ids [...]; at dim 512 they are whole pixels."""
     cell = torch.stack([ids % dim, ids // dim], dim=-1).double()
     return cell / dim if dim == SEED_CANVAS else (cell + 0.5) / dim
 
 
 def seed_context(poses: np.ndarray | Tensor, dim: int = 32) -> Tensor:
-    """The seed's condition, float32 [B, 1, 17]: one token made of 17 raw ids, the row taken for x.
+    """The seed's condition, float32 [B, 1, 17]: one token of 17 raw ids, with row and col swapped.
 
-    Its code reads kps[name][0], which is the row, as x, so an id is row + col * dim. Published checkpoints were
-    trained that way. One token means softmax over one key: the same vector is added at every pixel.
+    Its code takes kps[name][0], which is the row, for x, so an id is row + col * dim. Published
+    checkpoints were trained this way. With one token the softmax is over one key: the same vector
+    is added at every pixel.
     """
     poses = torch.as_tensor(poses)
-    return tokenize(poses[..., [1, 0, 2]], dim).float()[:, None, :]                     # [B, 1, J]
+    return tokenize(poses[..., [1, 0, 2]], dim).float()[:, None, :]     # [B, 1, J]
 
 
-# -------------------------------------------------------------------------------------- the two doors, learned
+# ------------------------------------------------------------------------------------- conditioning
 
 class PoseEncoder(nn.Module):
-    """Pose [B, 17, 3] -> context [B, 17, D]: one token a joint, joint embedding + position.
+    """Pose [B, 17, 3] -> context [B, 17, D]: a token per joint, joint embedding + position.
 
-    The position enters as Fourier features (sin and cos of 2^k pi x, k < n_freqs), which keep a hundredth of the
-    picture apart. A missing joint has a learned vector in place of its position; where `drop` is true the whole
-    pose is replaced by 17 learned null tokens (classifier-free guidance, arXiv:2207.12598).
+    The position enters as Fourier features, sin and cos of 2^k pi x for k < n_freqs, which resolve
+    a hundredth of the image. A missing joint has a learned vector instead of its position. Where
+    `drop` is true, 17 learned null tokens replace the pose (classifier-free guidance,
+    arXiv:2207.12598).
     """
 
     def __init__(self, dim: int, n_freqs: int = 8):
@@ -162,58 +170,60 @@ class PoseEncoder(nn.Module):
         self.position = nn.Sequential(nn.Linear(4 * n_freqs, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, pose: Tensor, drop: Tensor | None = None) -> Tensor:
-        # The slowest wave has period 2: where a joint is further out than half a picture, x and x + 2 would look alike.
-        angle = pose[..., :2, None].clamp(-0.49, 1.49) * self.freqs                     # [B, J, 2, F]
-        features = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(2)             # [B, J, 4F]
-        visible = pose[..., 2:] > 0
-        tokens = self.joint + torch.where(visible, self.position(features), self.missing)       # [B, J, D]
+        # The slowest wave has period 2: further than half an image outside, x and x + 2 are equal.
+        angle = pose[..., :2, None].clamp(-0.49, 1.49) * self.freqs                 # [B, J, 2, F]
+        features = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(2)         # [B, J, 4F]
+        position = torch.where(pose[..., 2:] > 0, self.position(features), self.missing)
+        tokens = self.joint + position                                              # [B, J, D]
         return tokens if drop is None else torch.where(drop[:, None, None], self.null, tokens)
 
 
 def heatmaps(pose: Tensor, size: int | tuple[int, int], sigma: float = 0.04) -> Tensor:
-    """17 Gaussian maps [B, 17, h, w] of poses [B, 17, 3]; sigma in units of the picture, a missing joint is 0.
+    """Gaussian maps [B, 17, h, w] of poses [B, 17, 3]; sigma in images; 0 for a missing joint.
 
-    The value at a cell is that of the Gaussian at the cell's centre, so the joint's place within a cell is kept.
+    A cell has the value of the Gaussian at its centre, so the place within a cell is kept.
     """
     h, w = (size, size) if isinstance(size, int) else size
     xs = (torch.arange(w, device=pose.device, dtype=pose.dtype) + 0.5) / w
     ys = (torch.arange(h, device=pose.device, dtype=pose.dtype) + 0.5) / h
-    gx = torch.exp(-((xs - pose[..., :1]) ** 2) / (2 * sigma ** 2))                     # [B, J, w]
-    gy = torch.exp(-((ys - pose[..., 1:2]) ** 2) / (2 * sigma ** 2))                    # [B, J, h]
-    return gy[..., :, None] * gx[..., None, :] * (pose[..., 2:, None] > 0)              # [B, J, h, w]
+    gx = torch.exp(-((xs - pose[..., :1]) ** 2) / (2 * sigma ** 2))                 # [B, J, w]
+    gy = torch.exp(-((ys - pose[..., 1:2]) ** 2) / (2 * sigma ** 2))                # [B, J, h]
+    return gy[..., :, None] * gx[..., None, :] * (pose[..., 2:, None] > 0)          # [B, J, h, w]
 
 
 @dataclass(frozen=True)
 class ConditionConfig:
-    """By which doors the pose reaches the UNet. A wrong value is a ValueError."""
+    """How the pose conditions the UNet. A wrong value is a ValueError."""
 
-    doors: tuple[str, ...] = ("tokens", "maps")     # any of: tokens, maps; or ("seed",) alone, the faithful one
-    dim: int = 64                                   # width D of a context token
-    sigma: float = 0.04                             # of a Gaussian map, in pictures
-    seed_dim: int = 32                              # cells a side of the seed's grid
+    doors: tuple[str, ...] = ("tokens", "maps")     # "tokens", "maps" or both; or "seed" alone
+    dim: int = 64                                   # D
+    sigma: float = 0.04                             # of a Gaussian map, in images
+    seed_dim: int = 32                              # cells per side of the seed's grid
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "doors", tuple(self.doors))                            # JSON knows no tuples
+        object.__setattr__(self, "doors", tuple(self.doors))            # JSON has no tuples
         if min(self.dim, self.seed_dim) < 1 or not self.sigma > 0:
-            raise ValueError(f"condition dim is {self.dim}, seed_dim {self.seed_dim}, sigma {self.sigma}; dims must be "
-                             "at least 1, and sigma above 0")
-        if self.doors != ("seed",) and (not self.doors or not set(self.doors) <= {"tokens", "maps"}):
-            raise ValueError(f"condition doors {self.doors}: the pose would reach nothing; "
-                             'allowed are "tokens", "maps", both, or "seed" alone')
+            raise ValueError(f"condition dim is {self.dim}, seed_dim {self.seed_dim}, sigma "
+                             f"{self.sigma}; dims must be at least 1, and sigma above 0")
+        if set(self.doors) not in ({"tokens"}, {"maps"}, {"tokens", "maps"}, {"seed"}):
+            raise ValueError(f"the conditioning is {self.doors}; allowed are tokens, maps, both of "
+                             "them, or seed alone")
 
     @property
     def context_dim(self) -> int | None:
-        """Width of the context the UNet sees, None where nothing comes by cross-attention."""
-        return len(JOINTS) if self.doors == ("seed",) else self.dim if "tokens" in self.doors else None
+        """Width of the context for cross-attention; None without cross-attention."""
+        if self.doors == ("seed",):
+            return len(JOINTS)
+        return self.dim if "tokens" in self.doors else None
 
     @property
     def map_channels(self) -> int:
-        """Channels beside the noisy latent."""
+        """Channels that are concatenated to the noisy latent."""
         return len(JOINTS) if "maps" in self.doors else 0
 
 
 class PoseCondition(nn.Module):
-    """Pose [B, 17, 3] -> (context [B, N, D] or None, maps [B, 17, h, w] or None): what the UNet is given."""
+    """Pose [B, 17, 3] -> context [B, N, D] or None and maps [B, 17, h, w] or None, for the UNet."""
 
     def __init__(self, config: ConditionConfig):
         super().__init__()
@@ -222,11 +232,11 @@ class PoseCondition(nn.Module):
 
     def forward(self, pose: Tensor, size: tuple[int, int],
                 drop: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """`size` is that of the latent, `drop` [B] bool marks the samples that get the null condition."""
+        """`size` is that of the latent; `drop` [B] bool marks samples with the null condition."""
         c, context, maps = self.config, None, None
         if c.doors == ("seed",):
             context = seed_context(pose, c.seed_dim)
-            if drop is not None:                                                        # all zeros: no pose
+            if drop is not None:                                        # the null condition is zero
                 context = context * ~drop[:, None, None]
         if self.encoder is not None:
             context = self.encoder(pose.float(), drop)

@@ -1,7 +1,7 @@
-"""Pose files of thirteen tools in, poses [17, 3] = (x, y, visible) on 0..1 of their own picture out.
+"""Pose files of thirteen tools in; poses [17, 3] = (x, y, visible), 0..1 of their own image, out.
 
-What a file is, its content tells, not its name. PoseError, one sentence that names file and place, for what cannot be
-read or has no place on a picture.
+The content of a file decides its format, not its name. A file that cannot be used is a PoseError:
+one sentence that names the file, the place in it and what to do.
 """
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,70 +21,73 @@ from keypoints import JOINTS, SEED_CANVAS, PoseError, fit
 
 
 class NobodyFound(PoseError):
-    """A pose file in order, but of a picture in which there is nobody."""
+    """A valid pose file of an image without people."""
 
 
-# content -> what it looks like (FORMATS, at the end) -> its reader yields every Person in the file's own unit
-#         -> confidence, unit, canvas (_place) -> one pose a picture (load_poses)
+# content -> format (guess_format) -> every Person in the file's own unit (the format's reader)
+# -> confidence, unit, canvas (_place) -> one pose per image (load_poses)
 
 MAX_BYTES = 32 << 20            # of a pose file: thousands of frames with face and hands
-MAX_PEOPLE = 100_000            # in it, an hour of video: the shortest in text take 70 times its bytes in memory
 MIN_CONFIDENCE = 0.3            # below it a joint counts as missing
-PIXELS_ABOVE = 2.0              # where one schema has two units: no person in pixels fits into two of them
-FAR = 10.0                      # pictures away from the corner: no joint lies there, so the unit was another one
-ORDERS = {                      # where our 17 joints stand in lists of 17 (COCO), 18, 25 (OpenPose) and 33 (MediaPipe)
+PIXELS_ABOVE = 2.0              # where a format allows two units: no coordinate in 0..1 exceeds it
+FAR = 10.0                      # image sizes; a joint further from the corner has another unit
+MAX_SIDE = 1_000_000            # pixels of an image
+AT_ORIGIN = 0.01                # metres: MediaPipe's world landmarks start between the hips
+ORDERS = {                      # our 17 joints in lists of COCO, OpenPose (18, 25), MediaPipe (33)
     17: list(range(17)),
     18: [0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10],
     25: [0, 16, 15, 18, 17, 5, 2, 6, 3, 7, 4, 12, 9, 13, 10, 14, 11],
     33: [0, 2, 5, 7, 8, 11, 12, 13, 14, 15, 16, 23, 24, 25, 26, 27, 28],
 }
 JOINT_OF_WORDS = {frozenset(name.split("_")): j for j, name in enumerate(JOINTS)}
-MAX_SIDE = 1_000_000            # of a picture, in pixels
-AT_ORIGIN = 0.01                # metres: the world landmarks of MediaPipe start between the hips
-NO_DEPTH = "3-D coordinates have no place on a picture; export the 2-D ones"
-NO_METRES = "world landmarks are metres and have no place on a picture; export pose_landmarks"
-LANDMARKS = ("pose_landmarks", "poseLandmarks", "landmarks", "landmark")        # MediaPipe's, on the picture
-SHORT = reprlib.Repr()                                                          # of values in messages
+NO_DEPTH = "3-D coordinates have no place on an image; export the 2-D ones"
+NO_METRES = "world landmarks are in metres and have no place on an image; export pose_landmarks"
+LANDMARKS = ("pose_landmarks", "poseLandmarks", "landmarks", "landmark")    # MediaPipe's, in 0..1
+SHORT = reprlib.Repr()                                                      # values in messages
 SHORT.maxlevel = 1
 
 
 class Person(NamedTuple):
-    """Somebody as a file has them, before confidence, unit and canvas are settled."""
-    where: str                                  # file and place, for messages
+    """A person as the file has them, before confidence, unit and canvas are applied."""
+    node: Node                                  # their place in the file, for messages
     joints: np.ndarray                          # [17, 3] (x, y, confidence) in the file's own unit
-    picture: str | int = 1                      # which picture or frame of the file
-    size: tuple[float, float] | None = None     # (width, height) of that picture, where the file says it
+    picture: str | int = 1                      # which image or frame of the file
+    size: tuple[float, float] | None = None     # (width, height) of that image, if the file has it
 
 
 @dataclass(frozen=True)
 class Poses:
-    """What a file held: one pose for each of its pictures or frames in which somebody was picked."""
-    poses: list[np.ndarray]                     # [17, 3] float64 (x, y, visible), normalised to its own picture
-    sizes: list[tuple[float, float] | None]     # (width, height) of that picture; None: not known
-    pictures: list[str]                         # what the file calls it: a file name, an id, a frame's number
-    frames: list[str]                           # the same of all, also those in which nobody was picked, where it says
+    """The content of a file: one pose for each image or frame with a person."""
+    poses: list[np.ndarray]                     # [17, 3] float64 (x, y, visible), 0..1 of its image
+    sizes: list[tuple[float, float] | None]     # (width, height) of that image; None: unknown
+    pictures: list[str]                         # its name in the file: file name, id, frame number
+    frames: list[str]                           # the names of all frames, also of those with no one
     format: str                                 # one of FORMATS
     taken_for: str                              # the format, the unit and how many people
 
 
+# ----------------------------------------------------------------------------------- files and text
+
 def read_text(path: str | Path, limit: int | None = MAX_BYTES) -> str:
-    """A file's text, UTF-8 or the UTF-16 that a Windows shell writes; else a PoseError with one sentence saying why."""
+    """A file's text, in UTF-8 or in the UTF-16 that a Windows shell writes."""
+    path = Path(path)
+    if not path.is_file():                                      # reading a pipe would hang
+        raise PoseError(f"there is no pose file {path}" if not path.is_dir() else
+                        f"pose file {path} is a folder; name the files in it")
     try:
-        if not Path(path).is_file():                            # a pipe would hang, a folder has no text
-            raise PoseError(f"pose file {path} " + ("is a folder; name the files in it" if Path(path).is_dir() else
-                                                       "is not a file" if Path(path).exists() else "does not exist"))
-        if limit and (size := Path(path).stat().st_size) > limit:
-            raise PoseError(f"pose file {path} has {size / 2 ** 20:.0f} MiB, at most {limit >> 20} are read; split it")
-        raw = Path(path).read_bytes()
+        if limit and path.stat().st_size > limit:
+            raise PoseError(f"pose file {path} has {path.stat().st_size / 2 ** 20:.0f} MiB; at "
+                            f"most {limit >> 20} are read, so split it")
+        raw = path.read_bytes()
         return raw.decode(json.detect_encoding(raw))
     except UnicodeDecodeError:
-        raise PoseError(f"{path} is no text, so no pose file; a picture, perhaps? Poses are .json files") from None
+        raise PoseError(f"{path} is not a text file; expected .json or .txt") from None
     except OSError as e:
         raise PoseError(f"pose file {path} cannot be read: {e}") from None
 
 
 def read_json(path: str | Path, limit: int | None = MAX_BYTES) -> object:
-    """The parsed file, or a PoseError with one sentence saying why there is none."""
+    """The parsed file; PoseError for a file that is not JSON."""
     return _parse_json(read_text(path, limit), path)
 
 
@@ -97,308 +99,379 @@ def _parse_json(text: str, path: str | Path) -> object:
 
 
 def read_content(path: str | Path) -> object:
-    """The parsed file, whatever its name: JSON, MediaPipe's protobuf text, or lines of numbers (YOLO)."""
+    """The parsed file: JSON, MediaPipe's protobuf text, or lines of numbers (YOLO)."""
     text = read_text(path)
     if text.lstrip()[:1] in ("{", "["):
         return _parse_json(text, path)
     if "landmark" in text:
         return _parse_landmarks(text, path)
-    return [_parse_numbers(line.split(), f"{path}: line {i + 1}") for i, line in enumerate(text.splitlines())]
+    return [_parse_numbers(line.split(), f"{path}: line {i + 1}")
+            for i, line in enumerate(text.splitlines())]
 
 
 def _parse_numbers(words: list[str], where: str) -> list[float]:
     try:
         return [float(word) for word in words]
     except ValueError:
-        raise PoseError(f"{where} is {SHORT.repr(' '.join(words))}; a pose file is JSON, lines of numbers (YOLO) or "
-                        "landmarks with numbers (MediaPipe)") from None
+        raise PoseError(f"{where} is {SHORT.repr(' '.join(words))}; a pose file is JSON, lines of "
+                        "numbers (YOLO) or landmarks with numbers (MediaPipe)") from None
 
 
 def _parse_landmarks(text: str, path: str | Path) -> dict[str, list]:
-    """`landmarks { landmark { x: .5 y: .4 visibility: .9 } ... }` -> {"landmarks": [[{"x": .5, ...}, ...]]}."""
+    """`landmarks { landmark { x: .5 y: .4 } ... }` -> {"landmarks": [[{"x": .5, "y": .4}, ..]]}."""
     found: dict[str, list] = {"landmarks": [], "world_landmarks": []}
-    group, (_, *pieces) = "landmarks", re.split(r"\b(landmark|landmarks|world_landmarks)\s*\{", text)
-    for tag, body in zip(pieces[::2], pieces[1::2], strict=True):
+    group, pieces = "landmarks", re.split(r"\b(landmark|landmarks|world_landmarks)\s*\{", text)
+    for tag, body in zip(pieces[1::2], pieces[2::2], strict=True):
         group = group if tag == "landmark" else tag
         if tag != "landmark" or not found[group]:
             found[group].append([])
         if tag == "landmark":
             fields = dict(re.findall(r"\b(x|y|z|visibility)\s*:\s*([^\s{}]+)", body))
-            numbers = _parse_numbers(list(fields.values()), f"{path}: landmark {len(found[group][-1])} of {group}")
+            where = f"{path}: landmark {len(found[group][-1])} of {group}"
+            numbers = _parse_numbers(list(fields.values()), where)
             found[group][-1].append(dict(zip(fields, numbers, strict=True)))
     return {key: people for key, people in found.items() if people}
 
 
-# What the readers share. A refusal names the place, as in "p.json: people[0] has ..."; the whole file is "p.json: ".
+# -------------------------------------------------------------------------------------------- nodes
 
-def _refused(where: str, why: str) -> PoseError:
-    return PoseError(f"{where.rstrip()} {why}")
+@dataclass(frozen=True)
+class Node:
+    """A value of a parsed file with its place, so that a refusal can name it."""
+    value: object
+    where: str                                  # "p.json: people[0].keypoints"; "p.json: " is all
+
+    def refusal(self, why: str) -> PoseError:
+        return PoseError(f"{self.where.rstrip()} {why}")
+
+    def __getitem__(self, key: str) -> Node:
+        """The member of an object; None where it has none."""
+        dot = "" if self.where.endswith(": ") else "."
+        return Node(self.value.get(key), f"{self.where}{dot}{key}")
+
+    def items(self) -> list[Node]:
+        if not isinstance(self.value, list):
+            raise self.refusal(f"is {SHORT.repr(self.value)}; a list is needed")
+        return [Node(item, f"{self.where}[{i}]") for i, item in enumerate(self.value)]
+
+    def objects(self) -> list[Node]:
+        for node in (nodes := self.items()):
+            if not isinstance(node.value, dict):
+                raise node.refusal(f"is {SHORT.repr(node.value)}; an object is needed")
+        return nodes
+
+    def numbers(self, *lengths: int) -> np.ndarray:
+        """The finite numbers of a list that has one of `lengths`."""
+        values = self.value if isinstance(self.value, list) else []
+        try:
+            numbers = [float(v) for v in values]
+        except (TypeError, ValueError, OverflowError):          # an integer of 400 digits
+            numbers = [math.nan]
+        if len(values) not in lengths or not all(map(math.isfinite, numbers)):
+            found = (f"has {len(values)} values" if values and len(values) not in lengths else
+                     f"is {SHORT.repr(self.value)}")
+            raise self.refusal(f"{found}; {' or '.join(map(str, lengths))} numbers are needed, not "
+                               "NaN or infinity")
+        return np.array(numbers)
+
+    def joints(self, n: int) -> np.ndarray:
+        """[x, y, c, x, y, c, ...] of a tool with n joints -> our [17, 3]."""
+        return self.numbers(3 * n).reshape(n, 3)[ORDERS[n]]
+
+    def id(self, default: int) -> int | str:
+        value = default if self.value is None else self.value
+        if not isinstance(value, int | str):
+            raise self.refusal(f"is {SHORT.repr(value)}; a number or a string is needed")
+        return value
+
+    def size(self, prefix: str = "") -> tuple[float, float] | None:
+        """(width, height) in pixels; None if the object gives neither."""
+        sides = [self.value.get(f"{prefix}width"), self.value.get(f"{prefix}height")]
+        if sides == [None, None]:
+            return None
+        w, h = Node(sides, f"{self.where} [{prefix}width, {prefix}height]").numbers(2).tolist()
+        if min(w, h) < 1 or max(w, h) > MAX_SIDE:
+            raise self.refusal(f"has width {w:g} and height {h:g}; 1 to {MAX_SIDE} are allowed")
+        return w, h
+
+    def order(self) -> list[int]:
+        """Where our 17 joints are in a tool's own list of names."""
+        ours = [joint_of(node.value) for node in self.items()]
+        self.check_names(ours, self.value)
+        return [ours.index(j) for j in range(len(JOINTS))]
+
+    def check_names(self, ours: Collection[int | None], names: list) -> None:
+        """17 joints need not be COCO's: PoseTrack18 has no eyes, Human3.6M is another skeleton."""
+        if missing := [name for j, name in enumerate(JOINTS) if j not in ours]:
+            others = [name for name in names if joint_of(name) is None]
+            raise self.refusal(f"names other joints than COCO's 17: no {', '.join(missing)}, but "
+                               f"{SHORT.repr(others)}; another skeleton cannot be converted")
 
 
-def _at(where: str, key: str) -> str:
-    """The place one key further in."""
-    return f"{where}{'' if where.endswith(': ') else '.'}{key}"
-
-
-def _items(value: object, where: str) -> Iterator[tuple[str, object]]:
-    """The items of a list, each with its place."""
-    if not isinstance(value, list):
-        raise _refused(where, f"is {SHORT.repr(value)}; a list is needed")
-    return ((f"{where}[{i}]", item) for i, item in enumerate(value))
-
-
-def _objects(value: object, where: str) -> Iterator[tuple[str, dict]]:
-    """The same, where every item has to be an object."""
-    for at, item in _items(value, where):
-        if not isinstance(item, dict):
-            raise _refused(at, f"is {SHORT.repr(item)}; an object is needed")
-        yield at, item
-
-
-def _numbers(value: object, lengths: tuple[int, ...], where: str) -> list[float]:
-    """`value` as finite floats, their count being one of `lengths`."""
-    wanted = " or ".join(str(n) for n in lengths)
-    if isinstance(value, list) and len(value) not in lengths:
-        raise _refused(where, f"has {len(value)} values; {wanted} numbers are needed")
-    if not isinstance(value, list) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-        raise _refused(where, f"is {SHORT.repr(value)}; {wanted} numbers are needed")
-    try:
-        floats = [float(v) for v in value]                      # an int of 400 digits does not fit a float
-    except OverflowError:
-        floats = [math.inf]
-    if not all(math.isfinite(v) for v in floats):
-        raise _refused(where, f"is {SHORT.repr(value)}; NaN and infinity are not coordinates, mend or remove it")
-    return floats
-
-
-def _id(value: object, where: str) -> int | str:
-    if not isinstance(value, int | str):
-        raise _refused(where, f"is {SHORT.repr(value)}; a number or a string is needed")
-    return value
-
-
-def _size(holder: dict, prefix: str, where: str) -> tuple[float, float] | None:
-    """(width, height) in pixels, None where the file gives neither."""
-    sides = [holder.get(f"{prefix}width"), holder.get(f"{prefix}height")]
-    if sides == [None, None]:
-        return None
-    w, h = _numbers(sides, (2,), _at(where, f"[{prefix}width, {prefix}height]"))
-    if not (1 <= w <= MAX_SIDE and 1 <= h <= MAX_SIDE):
-        raise _refused(where, f"has width {w:g} and height {h:g}; they must be positive, 1 to {MAX_SIDE:,} pixels")
-    return w, h
-
-
-def _flat(value: object, n: int, where: str) -> np.ndarray:
-    """[x, y, c, x, y, c, ...] of a tool with n joints -> our [17, 3]."""
-    return np.array(_numbers(value, (3 * n,), where)).reshape(n, 3)[ORDERS[n]]
-
-
-def _joint(name: object) -> int | None:
-    """Our number of left_eye, eye_left, leftEye or LEFT_EYE; None for a joint that COCO does not have."""
+def joint_of(name: object) -> int | None:
+    """Our number of left_eye, eye_left, leftEye or LEFT_EYE; None if COCO has no such joint."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name) if isinstance(name, str) else ()
     return JOINT_OF_WORDS.get(frozenset(word.lower() for word in words))
 
 
-def _order(names: object, where: str) -> list[int]:
-    """Where our 17 joints stand in a tool's own list of names."""
-    ours = [_joint(name) for _, name in _items(names, where)]
-    _check_names({j for j in ours if j is not None}, [n for n, j in zip(names, ours, strict=True) if j is None], where)
-    return [ours.index(j) for j in range(len(JOINTS))]
+# ------------------------------------------------------------------------------------------ readers
+#
+# parsed file -> every Person in it, in the file's order
+
+def _rows_by_name(node: Node, n: int) -> np.ndarray:
+    """{"nose": [n numbers], ...} -> [17, n]."""
+    if not isinstance(node.value, dict):
+        raise node.refusal(f'is {SHORT.repr(node.value)}; {{"nose": [{n} numbers], ...}} is needed')
+    if missing := [name for name in JOINTS if name not in node.value]:
+        raise node.refusal(f"lacks the joint {', '.join(missing)}; all 17 are needed")
+    return np.array([node[name].numbers(n) for name in JOINTS])
 
 
-def _check_names(known: set[int], strangers: list, where: str) -> None:
-    """17 joints need not be COCO's: PoseTrack18 has a head instead of eyes, Human3.6M another skeleton throughout."""
-    if lacking := [name for j, name in enumerate(JOINTS) if j not in known]:
-        raise _refused(where, f"names other joints than COCO's 17: no {', '.join(lacking)}, but "
-                       f"{SHORT.repr(strangers)}; a pose of another skeleton cannot be placed here")
-
-
-# The readers: parsed file -> every Person in it, in the file's order.
-
-def _rows_by_name(joints: object, n: int, where: str) -> list[list[float]]:
-    """{"nose": [n numbers], ...} -> 17 rows."""
-    if not isinstance(joints, dict):
-        raise _refused(where, f'is {SHORT.repr(joints)}; {{"nose": [{n} numbers], ...}} is needed')
-    if missing := [name for name in JOINTS if name not in joints]:
-        raise _refused(where, f"lacks the joint {', '.join(missing)}; all 17 are needed")
-    return [_numbers(joints[name], (n,), _at(where, name)) for name in JOINTS]
-
-
-def _seed(data: object, where: str) -> Iterator[Person]:
+def _seed(file: Node) -> Iterator[Person]:
     """{"nose": [row, col], ...} on 512 x 512: the row comes first, so y does."""
-    rows = _rows_by_name(data, 2, where)
-    yield Person(where, np.array([(col, row, 1.0) for row, col in rows]), size=(SEED_CANVAS, SEED_CANVAS))
+    rows = _rows_by_name(file, 2)
+    joints = np.column_stack([rows[:, 1], rows[:, 0], np.ones(len(JOINTS))])
+    yield Person(file, joints, size=(SEED_CANVAS, SEED_CANVAS))
 
 
-def _ours(data: object, where: str) -> Iterator[Person]:
-    """{"nose": [x, y, visible], ...} or 17 rows [x, y, visible], on 0..1."""
-    if isinstance(data, list) and len(data) == len(JOINTS):
-        data = dict(zip(JOINTS, data, strict=True))
-    yield Person(where, np.array(_rows_by_name(data, 3, where)))
+def _ours(file: Node) -> Iterator[Person]:
+    """{"nose": [x, y, visible], ...} or 17 rows [x, y, visible], in 0..1."""
+    if isinstance(file.value, list) and len(file.value) == len(JOINTS):
+        file = Node(dict(zip(JOINTS, file.value, strict=True)), file.where)
+    yield Person(file, _rows_by_name(file, 3))
 
 
-def _coco(data: object, where: str) -> Iterator[Person]:
-    """COCO annotations. Crowd regions and persons without a labelled joint are left out."""
-    images, orders = _coco_images(data, where), _coco_orders(data, where)
-    for at, told, image in _coco_people(data, images, where):
-        yield _coco_person(at, told, image, orders)
+def _coco(file: Node) -> Iterator[Person]:
+    """COCO annotations, without crowd regions and without people that have no labelled joint."""
+    for person in _coco_people(file):
+        yield _coco_person(*person)
 
 
-def _coco_people(data: dict, images: dict, where: str) -> Iterator[tuple[str, dict, tuple]]:
-    """Each annotation that has joints: its place, itself and its image's (file name, size)."""
-    for at, told in _objects(data["annotations"], _at(where, "annotations")):
-        if told.get("iscrowd") or not told.get("num_keypoints", 1) or "keypoints" not in told:
-            continue
-        image = _id(told.get("image_id"), _at(at, "image_id"))
-        if image not in images:
-            raise _refused(at, f"has image_id {SHORT.repr(image)}, which is not among the images")
-        yield at, told, images[image]
-
-
-def _coco_person(at: str, told: dict, image: tuple, orders: dict) -> Person:
-    n, order = orders.get(_id(told.get("category_id", 0), _at(at, "category_id")), (17, ORDERS[17]))
-    flat = _numbers(told["keypoints"], (3 * n,), _at(at, "keypoints"))
-    return Person(at, np.array(flat).reshape(n, 3)[order], *image)
-
-
-def _coco_images(data: object, where: str) -> dict[int | str, tuple[str, tuple[float, float] | None]]:
-    """id -> (file name, size)."""
-    if not isinstance(data, dict) or not all(isinstance(data.get(k), list) for k in ("images", "annotations")):
-        raise _refused(where, 'is not a COCO annotation file: it needs the lists "images" and "annotations"')
-    images = {}
-    for at, image in _objects(data["images"], _at(where, "images")):
-        if not isinstance(image.get("file_name"), str):
-            raise _refused(at, "has no file_name")
-        images[_id(image.get("id"), _at(at, "id"))] = image["file_name"], _size(image, "", at)
+def _coco_images(file: Node) -> list[Node]:
+    if not isinstance(file.value, dict) or not all(isinstance(file.value.get(key), list)
+                                                   for key in ("images", "annotations")):
+        raise file.refusal('is not a COCO file; it needs the lists "images" and "annotations"')
+    for image in (images := file["images"].objects()):
+        if not isinstance(image.value.get("file_name"), str):
+            raise image.refusal("has no file_name")
     return images
 
 
-def _coco_orders(data: dict, where: str) -> dict[int | str, tuple[int, list[int]]]:
-    """Category id -> (how many joints, where ours stand among them), for the categories that name their joints."""
-    return {_id(category.get("id"), _at(at, "id")): (len(names), _order(names, _at(at, "keypoints")))
-            for at, category in _objects(data.get("categories") or [], _at(where, "categories"))
-            if isinstance(names := category.get("keypoints"), list)}
+def _coco_people(file: Node) -> Iterator[tuple[Node, Node, dict]]:
+    """Each annotation with joints, its image, and {category id: (number of joints, our order)}."""
+    images = {image["id"].id(0): image for image in _coco_images(file)}
+    categories = file["categories"].objects() if file.value.get("categories") else []
+    orders = {category["id"].id(0): (len(names.value), names.order()) for category in categories
+              if isinstance((names := category["keypoints"]).value, list)}
+    for annotation in file["annotations"].objects():
+        told, image = annotation.value, annotation["image_id"].id(0)
+        if told.get("iscrowd") or not told.get("num_keypoints", 1) or "keypoints" not in told:
+            continue
+        if image not in images:
+            raise annotation.refusal(f"has image_id {SHORT.repr(image)}, which is not among the "
+                                     "images")
+        yield annotation, images[image], orders
 
 
-def _detections(data: object, where: str) -> Iterator[Person]:
-    """[{"keypoints": 17 x (x, y, c), "image_id": ..., ...}, ...]: COCO results, AlphaPose, openpifpaf (one picture)."""
-    for at, person in _objects(data, where):
-        if "keypoints" not in person:
-            raise _refused(at, "has no keypoints: a box alone is not a pose; run a pose model on these detections")
-        joints = _flat(person["keypoints"], 17, _at(at, "keypoints"))
-        yield Person(at, joints, _id(person.get("image_id", 1), _at(at, "image_id")))
+def _coco_person(annotation: Node, image: Node, orders: dict) -> Person:
+    n, order = orders.get(annotation["category_id"].id(0), (17, ORDERS[17]))
+    joints = annotation["keypoints"].numbers(3 * n).reshape(n, 3)[order]
+    return Person(annotation, joints, image.value["file_name"], image.size())
 
 
-def _yolo(data: object, where: str) -> Iterator[Person]:
-    """A line a person: class, box (4), then 17 x (x, y, v) and perhaps a score and a track, or just 17 x (x, y)."""
-    for i, (_, row) in enumerate(_items(data, where)):
-        if row:
-            at = f"{where}line {i + 1}"
-            numbers = np.array(_numbers(row, (56, 57, 58, 39), at))
-            xy = numbers[5:39].reshape(17, 2)
-            yield Person(at, np.column_stack([xy, xy.any(axis=1)]) if len(row) == 39 else numbers[5:56].reshape(17, 3))
+def _detections(file: Node) -> Iterator[Person]:
+    """[{"keypoints": 17 x (x, y, c), "image_id": ...}]: COCO results, AlphaPose, openpifpaf."""
+    for person in file.objects():
+        if "keypoints" not in person.value:
+            raise person.refusal("has no keypoints: a box alone is not a pose; run a pose model on "
+                                 "these detections")
+        yield Person(person, person["keypoints"].joints(17), person["image_id"].id(1))
 
 
-def _openpose(data: object, where: str, n: int) -> Iterator[Person]:
-    """{"people": [{"pose_keypoints_2d": n x (x, y, c)}], ...}, or a list of those, one a picture (ComfyUI)."""
-    for f, (at, frame) in enumerate([(where, data)] if isinstance(data, dict) else _objects(data, where)):
-        size = _size(frame, "canvas_", at)
-        for spot, person in _objects(frame.get("people"), _at(at, "people")):
-            key = next((key for key in ("pose_keypoints_2d", "pose_keypoints") if person.get(key)), None)
-            if key:                                             # else null or []: only a face or hands were found
-                yield Person(spot, _flat(person[key], n, _at(spot, key)), f + 1, size)
-            elif person.get("pose_keypoints_3d"):
-                raise _refused(spot, f"has only pose_keypoints_3d: {NO_DEPTH}")
+def _yolo(file: Node) -> Iterator[Person]:
+    """A line per person: class, box (4), 17 x (x, y, v) and perhaps score and track; or no v."""
+    for i, row in enumerate(file.items()):
+        if row.value:
+            line = Node(row.value, f"{file.where}line {i + 1}")
+            numbers = line.numbers(56, 57, 58, 39)
+            joints = numbers[5:56].reshape(17, -1)                              # [17, 3] or [17, 2]
+            seen = joints[:, 2:] if len(numbers) > 39 else joints.any(axis=1, keepdims=True)
+            yield Person(line, np.hstack([joints[:, :2], seen]))
 
 
-def _mmpose(data: object, where: str) -> Iterator[Person]:
-    """A list of instances or of frames {"frame_id", "instances"}, or {"meta_info": ..., "instance_info": that list}."""
+def _openpose(file: Node, n: int) -> Iterator[Person]:
+    """{"people": [{"pose_keypoints_2d": n x (x, y, c)}]}, or a list of these, one per image."""
+    for f, frame in enumerate([file] if isinstance(file.value, dict) else file.objects()):
+        for person in frame["people"].objects():
+            told = person.value                                 # null or []: a face or hands only
+            key = "pose_keypoints_2d" if told.get("pose_keypoints_2d") else "pose_keypoints"
+            if told.get(key):
+                yield Person(person, person[key].joints(n), f + 1, frame.size("canvas_"))
+            elif told.get("pose_keypoints_3d"):
+                raise person.refusal(f"has only pose_keypoints_3d: {NO_DEPTH}")
+
+
+def _mmpose(file: Node) -> Iterator[Person]:
+    """A list of instances or of frames {"frame_id", "instances"}; or that list as "instance_info",
+    with the names of the joints in "meta_info"."""
     n, order = 17, ORDERS[17]
-    if isinstance(data, dict):
-        if isinstance(meta := data.get("meta_info"), dict) and (names := meta.get("keypoint_id2name")) is not None:
-            named = [names.get(str(i)) for i in range(len(names))] if isinstance(names, dict) else names
-            order = _order(named, _at(where, "meta_info.keypoint_id2name"))
-            n = len(named)
-        data, where = data.get("instance_info"), _at(where, "instance_info")
-    for at, item in _objects(data, where):
-        frame = _id(item.get("frame_id", 1), _at(at, "frame_id"))
-        if item.get("instances") == []:                         # nobody, but the frame counts
-            yield Person(at, np.zeros((len(JOINTS), 3)), frame)
-        for spot, person in _objects(item["instances"], _at(at, "instances")) if "instances" in item else [(at, item)]:
-            yield Person(spot, _mmpose_joints(person, n, spot)[order], frame)
+    if isinstance(file.value, dict):
+        if _has(file.value.get("meta_info"), "keypoint_id2name"):
+            names = file["meta_info"]["keypoint_id2name"]
+            if isinstance(names.value, dict):                   # {"0": "nose", "1": ...}
+                names = Node(list(names.value.values()), names.where)
+            n, order = len(names.items()), names.order()
+        file = file["instance_info"]
+    for item in file.objects():
+        frame = item["frame_id"].id(1)
+        if item.value.get("instances") == []:                   # the frame counts, without people
+            yield Person(item, np.zeros((len(JOINTS), 3)), frame)
+        for person in item["instances"].objects() if "instances" in item.value else [item]:
+            yield Person(person, _mmpose_joints(person, n)[order], frame)
 
 
-def _mmpose_joints(person: dict, n: int, where: str) -> np.ndarray:
-    """{"keypoints": n x [x, y], "keypoint_scores": n x c} -> [n, 3]. Its box, nested or not, is not needed."""
-    at_joints, at_scores = _at(where, "keypoints"), _at(where, "keypoint_scores")
-    rows = [_numbers(row, (2, 3), at) for at, row in _items(person.get("keypoints"), at_joints)]
+def _mmpose_joints(person: Node, n: int) -> np.ndarray:
+    """{"keypoints": n x [x, y], "keypoint_scores": n x c} -> [n, 3]."""
+    keypoints = person["keypoints"]
+    rows = [row.numbers(2, 3) for row in keypoints.items()]
     if any(len(row) == 3 for row in rows):
-        raise _refused(at_joints, f"has [x, y, z]: {NO_DEPTH}")
+        raise keypoints.refusal(f"has [x, y, z]: {NO_DEPTH}")
     if len(rows) != n:
-        raise _refused(at_joints, f"has {len(rows)} joints; {n} are needed")
-    return np.column_stack([rows, _numbers(person.get("keypoint_scores", [1] * n), (n,), at_scores)])
+        raise keypoints.refusal(f"has {len(rows)} joints; {n} are needed")
+    scored = "keypoint_scores" in person.value
+    return np.column_stack([rows, person["keypoint_scores"].numbers(n) if scored else np.ones(n)])
 
 
-def _mediapipe(data: object, where: str, picture: int | None = None) -> Iterator[Person]:
-    """33 landmarks {x, y, z, visibility} or [x, y, z]: alone, in a list of frames, or a list of persons under a key."""
+def _mediapipe(file: Node, picture: int | None = None) -> Iterator[Person]:
+    """33 landmarks {x, y, z, visibility} or [x, y, z]: alone, a list of frames, or under a key."""
+    data = file.value
     if isinstance(data, dict):
         key = next((key for key in LANDMARKS if key in data), None)
         if key is None:
-            raise _refused(where, f"has no pose landmarks, only {SHORT.repr(list(data))}: {NO_METRES}")
-        yield from _mediapipe(data[key], _at(where, key), picture or 1)
-    elif isinstance(data, list) and data and ("x" in data[0] if isinstance(data[0], dict) else _are_numbers(data[0])):
-        yield Person(where, _landmarks(data, where), picture or 1)
+            raise file.refusal(f"has no pose landmarks, only {SHORT.repr(list(data))}: {NO_METRES}")
+        yield from _mediapipe(file[key], picture or 1)
+    elif isinstance(data, list) and data and (_has(data[0], "x") or _are_numbers(data[0])):
+        yield Person(file, _landmarks(file), picture or 1)
     else:
-        for i, (at, item) in enumerate(_items(data, where)):
-            yield from _mediapipe(item, at, picture or i + 1)
+        for i, item in enumerate(file.items()):
+            yield from _mediapipe(item, picture or i + 1)
 
 
-def _landmarks(points: list, where: str) -> np.ndarray:
-    """33 points -> [17, 3]; fewer are refused, and so are metres, whose origin is between the hips."""
-    if len(points) != 33:
-        raise _refused(where, f"has {len(points)} landmarks; all 33 are needed, a landmark's place in the list is its "
-                       "name: export the hidden ones too")
-    rows = [[p.get("x"), p.get("y"), p.get("visibility", 1)] if isinstance(p, dict) else
-            [*p[:2], *(p[3:4] or [1])] if isinstance(p, list) else p for p in points]
-    joints = np.array([_numbers(row, (3,), f"{where}[{i}]") for i, row in enumerate(rows)])[ORDERS[33]]
+def _landmarks(points: Node) -> np.ndarray:
+    """33 points -> [17, 3]. Fewer points and points in metres are refused."""
+    if len(points.value) != 33:
+        raise points.refusal(f"has {len(points.value)} landmarks; all 33 are needed, because the "
+                             "place in the list is a landmark's name: export the hidden ones too")
+    rows = []
+    for point in points.items():
+        if isinstance(p := point.value, dict):
+            point = Node([p.get("x"), p.get("y"), p.get("visibility", 1)], point.where)
+        elif isinstance(p, list):
+            point = Node([*p[:2], *(p[3:4] or [1])], point.where)
+        rows.append(point.numbers(3))
+    joints = np.array(rows)[ORDERS[33]]
     hips = joints[[JOINTS.index("hip_left"), JOINTS.index("hip_right")], :2]
     if np.abs(hips.mean(axis=0)).max() < AT_ORIGIN:
-        raise _refused(where, f"has its origin between the hips: {NO_METRES}")
+        raise points.refusal(f"has its origin between the hips: {NO_METRES}")
     return joints
 
 
-def _tfjs(data: object, where: str) -> Iterator[Person]:
-    """Named points: of one person, or a list of persons ({"keypoints": ...}), or a list of frames of one or several."""
-    alone = isinstance(data, dict) or isinstance(data, list) and bool(data) and _is_point(data[0])
-    for f, (at, frame) in enumerate([(where, data)] if alone else _items(data, where)):
-        several = isinstance(frame, list) and bool(frame) and not _is_point(frame[0])
-        is_person = isinstance(frame, dict) and "keypoints" in frame    # then the list is one of persons, not of frames
-        for spot, person in _items(frame, at) if several else [(at, frame)]:
-            yield Person(spot, _named_points(person, spot), 1 if is_person else f + 1)
+def _tfjs(file: Node) -> Iterator[Person]:
+    """Named points: of one person, of a list of people {"keypoints": ...}, or of a list of frames,
+    each of one person or of several."""
+    alone = isinstance(file.value, dict) or _are_points(file.value)
+    for f, frame in enumerate([file] if alone else file.items()):
+        several = isinstance(frame.value, list) and frame.value and not _are_points(frame.value)
+        picture = 1 if _has(frame.value, "keypoints") else f + 1    # a list of people, not frames
+        for person in frame.items() if several else [frame]:
+            yield Person(person, _named_points(person), picture)
 
 
-def _named_points(person: object, where: str) -> np.ndarray:
-    """{name: {x, y}} or [{name, x, y, score}] (PoseNet: part, position) -> [17, 3]; joints not named are missing."""
-    if isinstance(person, dict):
-        person = person["keypoints"] if "keypoints" in person else [
-            {"name": name, **point} if isinstance(point, dict) else point for name, point in person.items()]
-    joints, strangers = {}, []
-    for at, point in _objects(person, where):
-        name = point.get("name", point.get("part"))
-        xy = point["position"] if isinstance(point.get("position"), dict) else point
-        row = [xy.get("x"), xy.get("y"), point.get("score", 1)]
-        if (j := _joint(name)) is None:
-            strangers.append(name)
-        else:
-            joints[j] = _numbers(row, (3,), f"{at} ({JOINTS[j]})")
-    if strangers:                                               # BlazePose names 33, and all of ours are among them
-        _check_names(set(joints), strangers, where)
+def _named_points(person: Node) -> np.ndarray:
+    """{name: {x, y}} or [{name, x, y, score}] -> [17, 3]; joints that are not named are missing.
+
+    PoseNet writes part for name, and x and y under position.
+    """
+    if _has(person.value, "keypoints"):
+        person = Node(person.value["keypoints"], person.where)
+    elif isinstance(person.value, dict):
+        named = [{"name": name, **point} if isinstance(point, dict) else point
+                 for name, point in person.value.items()]
+        person = Node(named, person.where)
+    joints, names = {}, []
+    for point in person.objects():
+        told, position = point.value, point.value.get("position")
+        xy = position if isinstance(position, dict) else told
+        names.append(told.get("name", told.get("part")))
+        if (j := joint_of(names[-1])) is not None:
+            row = [xy.get("x"), xy.get("y"), told.get("score", 1)]
+            joints[j] = Node(row, f"{point.where} ({JOINTS[j]})").numbers(3)
+    if len(joints) < len(names):                # BlazePose names 33, all of ours among them
+        person.check_names(joints, names)
     return np.array([joints.get(j, (0, 0, 0)) for j in range(len(JOINTS))], dtype=np.float64)
 
 
-# What tells the formats apart: `data` is the parsed file, `first` the first thing in it that is neither list nor null.
+# ------------------------------------------------------------------------------------------ formats
+
+class Format(NamedTuple):
+    about: str                                                  # its name in messages
+    unit: str | None                                            # None: the numbers decide
+    read: Callable[[Node], Iterator[Person]]
+
+
+FORMATS = {
+    "coco": Format("COCO annotations", "pixels", _coco),
+    "openpose-25": Format("OpenPose BODY_25", None, partial(_openpose, n=25)),
+    "comfyui": Format("ComfyUI POSE_KEYPOINT, 18 joints", None, partial(_openpose, n=18)),
+    "controlnet": Format("ControlNet's OpenPose, 18 joints", None, partial(_openpose, n=18)),
+    "openpose-18": Format("OpenPose COCO-18", None, partial(_openpose, n=18)),
+    "mmpose": Format("MMPose predictions", "pixels", _mmpose),
+    "tfjs": Format("named points (tfjs MoveNet, PoseNet)", None, _tfjs),
+    "mediapipe": Format("MediaPipe landmarks", "images", _mediapipe),
+    "alphapose": Format("AlphaPose", "pixels", _detections),
+    "coco-results": Format("COCO results", "pixels", _detections),
+    "openpifpaf": Format("openpifpaf", "pixels", _detections),
+    "ours": Format("our own [x, y, visible]", "images", _ours),
+    "seed": Format("the seed's [row, col]", "pixels", _seed),
+    "blazepose": Format("BlazePose rows [x, y, z] (tfjs)", None, _mediapipe),
+    "yolo": Format("YOLO-pose lines", "images", _yolo),
+}
+
+
+def guess_format(data: object) -> str | None:
+    """The name in FORMATS of a parsed file, by its content; None if it is none of them."""
+    first, is_list = _first(data), isinstance(data, list)
+    if _has(data, "annotations"):
+        return "coco"
+    if _has(first, "people"):
+        return ("openpose-25" if _has_body(first["people"], 25) else "comfyui" if is_list else
+                "controlnet" if "canvas_width" in first else "openpose-18")
+    if (_has(data, "instance_info") or _has(first, "keypoint_scores")
+            or _has(first, "frame_id", "instances")):
+        return "mmpose"
+    if (_by_joint(first, dict) or _is_point(first)
+            or _has(first, "keypoints") and isinstance(_first(first["keypoints"]), dict)):
+        return "tfjs"
+    if _has(first, "x", "y") or isinstance(first, dict) and any("andmark" in key for key in first):
+        return "mediapipe"
+    if _has(first, "keypoints") and isinstance(first.get("image_id"), str):
+        return "alphapose"
+    if _has(first, "image_id"):
+        return "coco-results"
+    if _has(first, "keypoints"):
+        return "openpifpaf"
+    if _by_joint(data, list, 3) or _are_rows(data, 3) and len(data) == 17:
+        return "ours"
+    if _by_joint(data, list):
+        return "seed"
+    for rows in (data, data[0]) if is_list and data else ():
+        if _are_rows(rows, 3, 4) and len(rows) == 33:
+            return "blazepose"
+    return "yolo" if _are_rows(data, 39, 56, 57, 58) else None
+
 
 def _first(data: object) -> object:
+    """The first thing in nested lists that is neither a list nor null."""
     while isinstance(data, list):
         data = next((item for item in data if item not in ([], None)), None)
     return data
@@ -412,182 +485,150 @@ def _is_point(value: object) -> bool:
     return _has(value, "name") or _has(value, "part")
 
 
+def _are_points(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 0 and _is_point(value[0])
+
+
 def _are_numbers(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, int | float) for v in value)
+    return (isinstance(value, list) and len(value) > 0
+            and all(isinstance(v, int | float) for v in value))
 
 
-def _are_rows(data: object, widths: tuple[int, ...], height: int | None = None) -> bool:
-    """Is it a list (of that length) of rows of numbers, so many in the first row that has any?"""
+def _are_rows(data: object, *widths: int) -> bool:
+    """A list of rows of numbers? The first row that is not empty decides."""
     row = next((row for row in data if row != []), None) if isinstance(data, list) else None
-    return _are_numbers(row) and len(row) in widths and height in (None, len(data))
+    return _are_numbers(row) and len(row) in widths
 
 
 def _by_joint(data: object, kind: type, n: int = 0) -> bool:
-    """Is it an object whose keys are joints and whose values are of this kind, some of them with n members or more?"""
+    """An object of joints and values of this kind, some of them with n members or more?"""
     return isinstance(data, dict) and any(
-        isinstance(value, kind) and len(value) >= n for name, value in data.items() if _joint(name) is not None)
+        isinstance(value, kind) and len(value) >= n and joint_of(name) is not None
+        for name, value in data.items())
 
 
-def _has_body(first: object, n: int) -> bool:
-    """Is there a body of n joints in {"people": [...]}?"""
-    people = first["people"] if _has(first, "people") and isinstance(first["people"], list) else []
-    return any(isinstance(flat, list) and len(flat) == 3 * n for person in people if isinstance(person, dict)
-               for flat in (person.get("pose_keypoints_2d"), person.get("pose_keypoints")))
+def _has_body(people: object, n: int) -> bool:
+    """Does one of OpenPose's people have a body of n joints?"""
+    bodies = [body for person in (people if isinstance(people, list) else [])
+              if isinstance(person, dict)
+              for body in (person.get("pose_keypoints_2d"), person.get("pose_keypoints"))]
+    return any(isinstance(body, list) and len(body) == 3 * n for body in bodies)
 
 
-class Format(NamedTuple):
-    about: str                                                  # what a person is told
-    unit: str | None                                            # pixels or pictures (0..1); None: the numbers tell
-    read: Callable[[object, str], Iterator[Person]]
-    looks: Callable[[object, object], bool]                     # (data, first); the first format to say yes is taken
-
-
-FORMATS = {
-    "coco": Format("COCO annotations", "pixels", _coco, lambda data, first: _has(data, "annotations")),
-    "openpose-25": Format("OpenPose BODY_25", None, partial(_openpose, n=25), lambda data, first: _has_body(first, 25)),
-    "comfyui": Format("ComfyUI POSE_KEYPOINT, 18 joints", None, partial(_openpose, n=18),
-                      lambda data, first: isinstance(data, list) and _has(first, "people")),
-    "controlnet": Format("ControlNet's OpenPose, 18 joints", None, partial(_openpose, n=18),
-                         lambda data, first: _has(data, "people", "canvas_width")),
-    "openpose-18": Format("OpenPose COCO-18", None, partial(_openpose, n=18), lambda data, first: _has(data, "people")),
-    "mmpose": Format("MMPose predictions", "pixels", _mmpose,
-                     lambda data, first: _has(data, "instance_info") or _has(first, "keypoint_scores")
-                     or _has(first, "frame_id", "instances")),
-    "tfjs": Format("named points (tfjs MoveNet, PoseNet)", None, _tfjs,
-                   lambda data, first: _by_joint(first, dict) or _is_point(first)
-                   or _has(first, "keypoints") and isinstance(_first(first["keypoints"]), dict)),
-    "mediapipe": Format("MediaPipe landmarks", "pictures", _mediapipe,
-                        lambda data, first: _has(first, "x", "y") or isinstance(first, dict)
-                        and any("andmark" in key for key in first)),
-    "alphapose": Format("AlphaPose", "pixels", _detections,
-                        lambda data, first: _has(first, "keypoints") and isinstance(first.get("image_id"), str)),
-    "coco-results": Format("COCO results", "pixels", _detections, lambda data, first: _has(first, "image_id")),
-    "openpifpaf": Format("openpifpaf", "pixels", _detections, lambda data, first: _has(first, "keypoints")),
-    "ours": Format("our own [x, y, visible]", "pictures", _ours,
-                   lambda data, first: _by_joint(data, list, 3) or _are_rows(data, (3,), height=17)),
-    "seed": Format("the seed's [row, col]", "pixels", _seed, lambda data, first: _by_joint(data, list)),
-    "blazepose": Format("BlazePose rows [x, y, z] (tfjs)", None, _mediapipe, lambda data, first: any(
-        _are_rows(rows, (3, 4), height=33) for rows in (data, data[0] if isinstance(data, list) and data else None))),
-    "yolo": Format("YOLO-pose lines", "pictures", _yolo, lambda data, first: _are_rows(data, (39, 56, 57, 58))),
-}
-
-
-def guess_format(data: object) -> str | None:
-    """The name in FORMATS of what a parsed file looks like, by its content alone."""
-    first = _first(data)
-    return next((name for name, format in FORMATS.items() if format.looks(data, first)), None)
-
+# ----------------------------------------------------------------------------- from people to poses
 
 def _visible(person: Person, min_confidence: float) -> np.ndarray:
-    """[17] bool. Confidence decides, never the coordinates: a missing joint may be (0, 0), (0, -3) or any filler."""
+    """[17] bool, by confidence alone: a missing joint may be (0, 0), (0, -3) or any filler."""
     return (person.joints[:, 2] > 0) & (person.joints[:, 2] >= min_confidence)
-
-
-def _in_pixels(people: list[Person], unit: str | None, min_confidence: float) -> bool:
-    """Where one schema has two units, the numbers of the whole file decide, as they do in the tools themselves."""
-    reach = max((np.abs(p.joints[_visible(p, min_confidence), :2]).max(initial=0) for p in people), default=0)
-    return unit == "pixels" or unit is None and reach > PIXELS_ABOVE
 
 
 def _place(person: Person, pixels: bool, canvas: tuple[float, float] | None = None,
            min_confidence: float = MIN_CONFIDENCE) -> np.ndarray:
-    """The pose [17, 3] of a person: missing joints are (0, 0, 0), the others go to 0..1."""
+    """The pose [17, 3] of a person in 0..1; missing joints are (0, 0, 0)."""
     size = person.size or canvas
     if pixels and size is None:
-        raise _refused(person.where, "is in pixels and the file does not say of what picture; give its size, as in "
-                       "--canvas 768x512")
+        raise person.node.refusal("is in pixels, and the file does not give the image size; give "
+                                  "it, for example --canvas 768x512")
     visible = _visible(person, min_confidence)
     xy = np.where(visible[:, None], person.joints[:, :2], 0.0) / (size if pixels else 1.0)
     if (far := np.abs(xy).max(axis=1) > FAR).any():
         j, (w, h) = int(far.argmax()), size if pixels else (1, 1)
         x, y, _ = person.joints[j]
-        raise _refused(person.where, f"has {JOINTS[j]} at ({x:g}, {y:g}), far outside a picture of {w:g} x {h:g}; is "
-                       "that another unit, or another picture's size?")
+        raise person.node.refusal(f"has {JOINTS[j]} at ({x:g}, {y:g}), far outside an image of "
+                                  f"{w:g} x {h:g}; check the unit and the image size")
     return np.column_stack([xy, visible])
 
 
 def largest(poses: list[np.ndarray]) -> np.ndarray | None:
-    """The pose whose seen joints span the largest box, joints counting where boxes tie; None without a seen joint."""
-    def span(pose):
+    """The pose with the largest box around its joints, then with the most joints; None if there is
+    no joint at all."""
+    def box_and_joints(pose: np.ndarray) -> tuple[float, int]:
         seen = pose[pose[:, 2] > 0, :2]
         return float(np.prod(np.ptp(seen, axis=0))), len(seen)
-    return max((p for p in poses if (p[:, 2] > 0).any()), key=span, default=None)
+    return max((pose for pose in poses if (pose[:, 2] > 0).any()), key=box_and_joints, default=None)
 
 
 def load_poses(
     path: str | Path,
-    format: str | None = None,                      # a name in FORMATS; None: told by the content
-    person: int | None = None,                      # the k-th of each picture, from 1; None: its largest
-    canvas: tuple[float, float] | None = None,      # (width, height) of the picture, where the file does not say
+    format: str | None = None,                      # a name in FORMATS; None: by the content
+    person: int | None = None,                      # the k-th of each image, from 1; None: largest
+    canvas: tuple[float, float] | None = None,      # (width, height), if the file does not give it
     min_confidence: float = MIN_CONFIDENCE,         # below it a joint is missing
 ) -> Poses:
-    """The poses in a file of any format in FORMATS: one for each of its pictures or frames that shows somebody.
+    """The poses in a file of any format in FORMATS: one for each image or frame with a person.
 
-    Persons are counted in the file's order, those without a joint left out. PoseError, one sentence naming file and
-    place, for what cannot be read or has no place on a picture.
+    People are counted in the file's order, without those that have no joint. PoseError, one
+    sentence with file and place, for a file that cannot be used.
     """
     data = read_content(path)
-    if data == []:                              # what detectors leave for a picture without people
-        raise NobodyFound(f"{path}: nobody was found in this picture, the file is empty")
+    if data == []:                              # what detectors write for an image without people
+        raise NobodyFound(f"{path}: nobody was found in this image, the file is empty")
     format = format or guess_format(data)
-    kind = FORMATS.get(format)
-    if kind is None:
-        raise PoseError(f"{path} is no pose file known here; known formats are {', '.join(FORMATS)}")
-    try:
-        people = list(islice(kind.read(data, f"{path}: "), MAX_PEOPLE + 1))
-    except RecursionError:
-        raise PoseError(f"{path}: nested too deeply for a pose file; export it again") from None
-    if len(people) > MAX_PEOPLE:
-        raise PoseError(f"{path}: {kind.about} of more than {MAX_PEOPLE:,} people, which is the most; split it")
-    pixels = _in_pixels(people, kind.unit, min_confidence)
-    pictures: dict[int | str, list[np.ndarray]] = {}
+    if format not in FORMATS:
+        raise PoseError(f"{path} is not a known pose file; known formats are {', '.join(FORMATS)}")
+    kind = FORMATS[format]
+    people = list(kind.read(Node(data, f"{path}: ")))
+
+    # Where a format allows two units, the largest number in the file decides, as in the tools.
+    reach = max((np.abs(p.joints[_visible(p, min_confidence), :2]).max(initial=0) for p in people),
+                default=0)
+    pixels = kind.unit == "pixels" or kind.unit is None and reach > PIXELS_ABOVE
+    images: dict[int | str, list[np.ndarray]] = {}
     for p in people:
         if _visible(p, min_confidence).any():
-            pictures.setdefault(p.picture, []).append(_place(p, pixels, canvas, min_confidence))
-    most = max(map(len, pictures.values()), default=0)
+            images.setdefault(p.picture, []).append(_place(p, pixels, canvas, min_confidence))
+    most = max(map(len, images.values()), default=0)
     if not most:
-        raise NobodyFound(f"{path}: {kind.about}, but nobody with a joint of confidence {min_confidence:g} or more")
+        raise NobodyFound(f"{path}: {kind.about}, but nobody with a joint of confidence "
+                          f"{min_confidence:g} or more")
     if person is not None and not 1 <= person <= most:
-        raise PoseError(f"{path}: {kind.about} with at most {most} in a picture; there is no person {person}")
-    picked = {picture: largest(poses) if person is None else poses[person - 1]
-              for picture, poses in pictures.items() if person is None or person <= len(poses)}
-    sizes, n, m = {p.picture: p.size or canvas for p in people}, sum(map(len, pictures.values())), len(pictures)
-    about = f"{kind.about} in {'pixels' if pixels else '0..1'}, {n} {'person' if n == 1 else 'people'}"
-    return Poses(poses=list(picked.values()), sizes=[sizes[picture] for picture in picked],
-                 pictures=[_called(picture) for picture in picked], frames=[_called(picture) for picture in sizes],
-                 format=format, taken_for=about + (f" in {m} pictures" if m > 1 else ""))
+        raise PoseError(f"{path}: {kind.about} with at most {most} in one image; there is no "
+                        f"person {person}")
+    picked = {name: largest(poses) if person is None else poses[person - 1]
+              for name, poses in images.items() if person is None or person <= len(poses)}
+
+    sizes, n = {p.picture: p.size or canvas for p in people}, sum(map(len, images.values()))
+    taken_for = (f"{kind.about} in {'pixels' if pixels else '0..1'}, "
+                 f"{n} {'person' if n == 1 else 'people'}")
+    if len(images) > 1:
+        taken_for += f" in {len(images)} images"
+    return Poses(poses=list(picked.values()), sizes=[sizes[name] for name in picked],
+                 pictures=[_called(name) for name in picked],
+                 frames=[_called(name) for name in sizes], format=format, taken_for=taken_for)
 
 
-def _called(picture: str | int) -> str:
-    """What a picture is called in messages: of a path the end, where its name is."""
-    return "".join(c if c.isprintable() else "?" for c in str(picture)[-60:])
+def _called(name: str | int) -> str:
+    """The name of an image in messages: the end of a path, where the file name is."""
+    return "".join(c if c.isprintable() else "?" for c in str(name)[-60:])
 
 
 def read_seed(path: str | Path) -> np.ndarray:
-    """The pose [17, 3] float64 of a file in the seed's layout, {"nose": [row, col], ...} on a 512 canvas.
+    """The pose [17, 3] float64 of a file in the seed's layout, {"nose": [row, col], ...} on 512.
 
-    float64, because the seed's cell ids are floors of these numbers: 175.99999999999997 must not become 176, and
-    dividing by 512 is exact. (Datasets hold float32, so in training such a joint may fall one cell further.)
+    float64, because the seed's cell ids are floors of these numbers: 175.99999999999997 must not
+    become 176, and dividing by 512 is exact. (Datasets hold float32, so in training such a joint
+    may fall into the next cell.)
     """
-    (person,) = _seed(read_json(path), f"{path}: ")
+    (person,) = _seed(Node(read_json(path), f"{path}: "))
     return _place(person, pixels=True)
 
 
-def read_coco(path: str | Path) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
-    """COCO person keypoints: file name -> poses [17, 3] float64, normalised by that image's width and height; and
-    file name -> reason, of the images with a person that cannot be used.
+def read_coco(path: str | Path, content: object = None
+              ) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
+    """COCO person keypoints: {file name: poses [17, 3] float64 in 0..1}, and {file name: reason} of
+    the images with a person that cannot be used. `content` is the parsed file, if it is at hand.
 
-    Crowd regions and persons without any labelled joint are left out (an image may keep an empty list).
+    Crowd regions and people without a labelled joint are left out, so a list may be empty.
     """
-    data, where = read_json(path, limit=None), f"{path}: "      # a whole dataset: COCO's own file has 238 MB
-    images, orders, refused = _coco_images(data, where), _coco_orders(data, where), {}
-    poses: dict[str, list] = {name: [] for name, _ in images.values()}
-    place = {image["file_name"]: at for at, image in _objects(data["images"], _at(where, "images"))}
-    for at, told, (name, size) in _coco_people(data, images, where):
+    file = Node(content or read_json(path, limit=None), f"{path}: ")    # COCO's own has 238 MB
+    poses: dict[str, list] = {image.value["file_name"]: [] for image in _coco_images(file)}
+    refused: dict[str, str] = {}
+    for annotation, image, orders in _coco_people(file):
+        name = image.value["file_name"]
         try:
-            if size is None:
-                raise _refused(place[name], "has no width and height; a dataset needs them")
-            pose = _place(_coco_person(at, told, (name, size), orders), pixels=True)
+            if image.size() is None:
+                raise image.refusal("has no width and height; a dataset needs them")
+            pose = _place(_coco_person(annotation, image, orders), pixels=True)
         except PoseError as error:
             refused.setdefault(name, str(error))
             continue
@@ -597,10 +638,10 @@ def read_coco(path: str | Path) -> tuple[dict[str, list[np.ndarray]], dict[str, 
 
 
 def fitted(found: Poses, i: int, fit_how: str) -> np.ndarray:
-    """The i-th pose on the square picture."""
-    return fit(found.poses[i], found.sizes[i] or (1, 1), fit_how)       # nothing said, nothing to correct
+    """The i-th pose on a square image; an image of unknown size counts as square."""
+    return fit(found.poses[i], found.sizes[i] or (1, 1), fit_how)
 
 
 def name_of(picture: str, of: list, path: str | Path) -> str:
-    """The file's, and where it has several pictures that of this one of them."""
+    """The name of a file, with that of the image if the file has several."""
     return Path(path).stem + (f" {picture}" if len(of) > 1 else "")

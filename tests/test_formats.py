@@ -1,7 +1,6 @@
-"""The pose files that tools write: one made-up person as each of them would write it, the traps, and 20,000 wrecks."""
+"""Pose files as each tool writes them, their traps, and thousands of damaged files."""
 import json
 import random
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,24 +12,28 @@ from formats.pose_files import FORMATS
 from keypoints import JOINTS, PoseError
 
 W, H = 640, 480
-XY = {name: (40.0 + 32 * j, 470.0 - 25 * j) for j, name in enumerate(JOINTS)}          # pixels; no two alike
+XY = {name: (40.0 + 32 * j, 470.0 - 25 * j) for j, name in enumerate(JOINTS)}  # no two alike
 MISSING = "wrist_left"
-# The tools' own orders by the tools' own names (their documentation), so that the tables of indices are not their
-# own judge. The first letter is the person's own side.
-OPENPOSE_18 = "Nose Neck RSho RElb RWri LSho LElb LWri RHip RKnee RAnk LHip LKnee LAnk REye LEye REar LEar".split()
-OPENPOSE_25 = ("Nose Neck RSho RElb RWri LSho LElb LWri MidHip RHip RKnee RAnk LHip LKnee LAnk REye LEye REar LEar "
-               "LBigToe LSmallToe LHeel RBigToe RSmallToe RHeel").split()
-MEDIAPIPE = ("nose left_eye_inner left_eye left_eye_outer right_eye_inner right_eye right_eye_outer left_ear right_ear "
-             "mouth_left mouth_right left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist "
-             "left_pinky right_pinky left_index right_index left_thumb right_thumb left_hip right_hip left_knee "
-             "right_knee left_ankle right_ankle left_heel right_heel left_foot_index right_foot_index").split()
-COCO = ("nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
-        "right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle").split()
+# The tools' orders by the names in their documentation, which the tables of indices must match.
+# The first letter is the person's own side.
+OPENPOSE_18 = ("Nose Neck RSho RElb RWri LSho LElb LWri RHip RKnee RAnk LHip LKnee LAnk REye LEye "
+               "REar LEar").split()
+OPENPOSE_25 = ("Nose Neck RSho RElb RWri LSho LElb LWri MidHip RHip RKnee RAnk LHip LKnee LAnk "
+               "REye LEye REar LEar LBigToe LSmallToe LHeel RBigToe RSmallToe RHeel").split()
+MEDIAPIPE = ("nose left_eye_inner left_eye left_eye_outer right_eye_inner right_eye "
+             "right_eye_outer left_ear right_ear mouth_left mouth_right left_shoulder "
+             "right_shoulder left_elbow right_elbow left_wrist right_wrist left_pinky right_pinky "
+             "left_index right_index left_thumb right_thumb left_hip right_hip left_knee "
+             "right_knee left_ankle right_ankle left_heel right_heel left_foot_index "
+             "right_foot_index").split()
+COCO = ("nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow "
+        "right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle "
+        "right_ankle").split()
 POSETRACK = [COCO[0], "head_bottom", "head_top", *COCO[3:]]
-H36M = ("root right_hip right_knee right_foot left_hip left_knee left_foot spine thorax neck_base head left_shoulder "
-        "left_elbow left_wrist right_shoulder right_elbow right_wrist").split()
-PARTS = {"Nose": "nose", "Eye": "eye", "Ear": "ear", "Sho": "shoulder", "Elb": "elbow", "Wri": "wrist", "Hip": "hip",
-         "Knee": "knee", "Ank": "ankle"}
+H36M = ("root right_hip right_knee right_foot left_hip left_knee left_foot spine thorax neck_base "
+        "head left_shoulder left_elbow left_wrist right_shoulder right_elbow right_wrist").split()
+PARTS = {"Nose": "nose", "Eye": "eye", "Ear": "ear", "Sho": "shoulder", "Elb": "elbow",
+         "Wri": "wrist", "Hip": "hip", "Knee": "knee", "Ank": "ankle"}
 
 
 def ours(name: str) -> str:
@@ -41,9 +44,11 @@ def ours(name: str) -> str:
     return f"{part}_{side}" if side in ("left", "right") else name.lower()
 
 
-def points(order: list[str], missing: tuple = (0, 0, 0), c: float = 0.9, scale: tuple = (1, 1), move: int = 0) -> list:
-    """[[x, y, c], ...] in a tool's order; joints that are not ours get numbers that must not come through."""
-    at = {name: [(x + move) / scale[0], y / scale[1], c] for name, (x, y) in XY.items()} | {MISSING: list(missing)}
+def points(order: list[str], missing: tuple = (0, 0, 0), c: float = 0.9, scale: tuple = (1, 1),
+           move: int = 0) -> list:
+    """[[x, y, c], ...] in a tool's order; other joints have numbers that must not appear."""
+    at = {name: [(x + move) / scale[0], y / scale[1], c] for name, (x, y) in XY.items()}
+    at[MISSING] = list(missing)
     return [at.get(ours(name), [7 / scale[0], 9 / scale[1], c]) for name in order]
 
 
@@ -58,13 +63,14 @@ def named(order: list[str], *keys: str, **how) -> list:
 
 def openpose(order: list[str], key: str = "pose_keypoints_2d", **how) -> dict:
     return {"people": [{"person_id": [-1], key: flat(order, **how), "face_keypoints_2d": None,
-                        "hand_left_keypoints_2d": [-1 / W, -1 / H, 1] * 21, "pose_keypoints_3d": []}]}
+                        "hand_left_keypoints_2d": [-1 / W, -1 / H, 1] * 21,
+                        "pose_keypoints_3d": []}]}
 
 
 def coco(names: list[str] = COCO, **person) -> dict:
     return {"images": [{"id": 5, "file_name": "a.jpg", "width": W, "height": H}],
-            "annotations": [{"image_id": 5, "category_id": 1, "iscrowd": 0, "num_keypoints": 16, "bbox": [0, 0, 9, 9],
-                             "keypoints": flat(names, c=2)} | person],
+            "annotations": [{"image_id": 5, "category_id": 1, "iscrowd": 0, "num_keypoints": 16,
+                             "bbox": [0, 0, 9, 9], "keypoints": flat(names, c=2)} | person],
             "categories": [{"id": 1, "name": "person", "keypoints": names}]}
 
 
@@ -74,7 +80,8 @@ def mediapipe(**how) -> list[dict]:
 
 
 def protobuf(landmarks: list[dict]) -> str:
-    body = "".join("  landmark {\n" + "".join(f"    {k}: {v!r}\n" for k, v in p.items()) + "  }\n" for p in landmarks)
+    body = "".join("  landmark {\n" + "".join(f"    {k}: {v!r}\n" for k, v in p.items()) + "  }\n"
+                   for p in landmarks)
     return "# proto-message: LandmarksDetectionResult\nlandmarks {\n" + body + "}\n"
 
 
@@ -96,9 +103,12 @@ FILES = {
     "ours, rows": ("ours", points(COCO, scale=(W, H))),
     "COCO annotations": ("coco", coco()),
     "COCO annotations in another order": ("coco", coco(["neck", *COCO[::-1]])),
-    "COCO results, filler": ("coco-results", [{"image_id": 785, "keypoints": flat(COCO, (20.2, 191, 0)), "score": .9}]),
-    "AlphaPose": ("alphapose", [{"image_id": "1.jpg", "keypoints": flat(COCO, (99, 99, 0.04), 1.07), "score": 3.0}]),
-    "openpifpaf": ("openpifpaf", [{"keypoints": flat(COCO, (0, -3, 0)), "bbox": [1, 2, 3, 4], "score": .8}]),
+    "COCO results, filler": ("coco-results", [
+        {"image_id": 785, "keypoints": flat(COCO, (20.2, 191, 0)), "score": .9}]),
+    "AlphaPose": ("alphapose", [
+        {"image_id": "1.jpg", "keypoints": flat(COCO, (99, 99, 0.04), 1.07), "score": 3.0}]),
+    "openpifpaf": ("openpifpaf", [
+        {"keypoints": flat(COCO, (0, -3, 0)), "bbox": [1, 2, 3, 4], "score": .8}]),
     "YOLO": ("yolo", yolo()),
     "YOLO, score and track": ("yolo", "\n" + yolo(0.93, 4)),
     "YOLO without visibility": ("yolo", " ".join(map(str, [0, .5, .5, .4, .8, *(
@@ -109,27 +119,33 @@ FILES = {
     "ComfyUI": ("comfyui", [openpose(OPENPOSE_18, c=1) | CANVAS]),
     "ControlNet": ("controlnet", openpose(OPENPOSE_18, c=1, scale=(W, H)) | CANVAS),
     "MMPose": ("mmpose", [{"keypoints": XYS, "bbox": [[0, 0, 9, 9]], "bbox_score": 1.0} | SCORES]),
-    "MMPose with meta_info": ("mmpose", {"meta_info": {"keypoint_id2name": NAMES}, "instance_info": [
-        {"frame_id": 1, "instances": [{"keypoints": XYS} | SCORES]}]}),
+    "MMPose with meta_info": ("mmpose", {
+        "meta_info": {"keypoint_id2name": NAMES},
+        "instance_info": [{"frame_id": 1, "instances": [{"keypoints": XYS} | SCORES]}]}),
     "MMPose, names in a list and another order": ("mmpose", {
-        "meta_info": {"keypoint_id2name": ["neck", *COCO[::-1]]}, "instance_info": [{"frame_id": 1, "instances": [
-            {"keypoints": [[0, 0], *XYS[::-1]], "keypoint_scores": [1, *SCORES["keypoint_scores"][::-1]]}]}]}),
-    "MMPose, frames of a video": ("mmpose", [{"frame_id": 0, "instances": []}, {"frame_id": 1, "instances": [
-        {"keypoints": XYS} | SCORES]}]),
-    "MediaPipe": ("mediapipe", {"pose_landmarks": [mediapipe()], "pose_world_landmarks": [[{"x": 0, "y": 0, "z": 0}]]}),
+        "meta_info": {"keypoint_id2name": ["neck", *COCO[::-1]]}, "instance_info": [
+            {"frame_id": 1, "instances": [{
+                "keypoints": [[0, 0], *XYS[::-1]],
+                "keypoint_scores": [1, *SCORES["keypoint_scores"][::-1]]}]}]}),
+    "MMPose, frames of a video": ("mmpose", [
+        {"frame_id": 0, "instances": []},
+        {"frame_id": 1, "instances": [{"keypoints": XYS} | SCORES]}]),
+    "MediaPipe": ("mediapipe", {"pose_landmarks": [mediapipe()],
+                                "pose_world_landmarks": [[{"x": 0, "y": 0, "z": 0}]]}),
     "MediaPipe, bare": ("mediapipe", mediapipe()),
     "MediaPipe, protobuf text": ("mediapipe", protobuf(mediapipe())),
     "BlazePose rows": ("blazepose", [points(MEDIAPIPE, (*XY[MISSING], -100), -100)]),
-    "MoveNet": ("tfjs", [{p["name"]: {"x": p["x"], "y": p["y"]} for p in named(COCO, "name", "x", "y")
-                          if ours(p["name"]) != MISSING}]),
+    "MoveNet": ("tfjs", [{p["name"]: {"x": p["x"], "y": p["y"]}
+                          for p in named(COCO, "name", "x", "y") if ours(p["name"]) != MISSING}]),
     "MoveNet, detector": ("tfjs", [{"score": .8, "keypoints": SCORED}]),
     "MoveNet, one frame": ("tfjs", SCORED),
     "MoveNet, frames": ("tfjs", [[], SCORED]),
     "PoseNet": ("tfjs", {"score": .9, "keypoints": [
-        {"part": name.split("_")[0] + "".join(w.title() for w in name.split("_")[1:]), "position": {"x": x, "y": y},
-         "score": c} for name, (x, y, c) in zip(COCO, points(COCO, LOW), strict=True)]}),
+        {"part": name.split("_")[0] + "".join(w.title() for w in name.split("_")[1:]),
+         "position": {"x": x, "y": y}, "score": c}
+        for name, (x, y, c) in zip(COCO, points(COCO, LOW), strict=True)]}),
 }
-UNMARKED = ("seed", "BlazePose rows")                                                   # they mark no joint missing
+UNMARKED = ("seed", "BlazePose rows")                           # they cannot mark a missing joint
 
 
 def write(path, content) -> str:
@@ -149,7 +165,7 @@ def refusal(path, content, **how) -> str:
 TRUTH = np.array([(x / W, y / H, 1.0) for x, y in XY.values()])
 
 
-# ---------------------------------------------------------------------------------------- every tool, one person
+# --------------------------------------------------------------------------- every tool, one person
 
 def test_every_format_has_a_file():
     assert {format for format, _ in FILES.values()} == set(FORMATS)
@@ -172,7 +188,7 @@ def test_the_same_person_comes_out_of_every_tools_file(tmp_path, case):
 @pytest.mark.parametrize("case", FILES)
 def test_a_file_that_needs_a_canvas_says_so(tmp_path, case):
     format, content = FILES[case]
-    normalised = FORMATS[format].unit == "pictures" or case == "ControlNet"
+    normalised = FORMATS[format].unit == "images" or case == "ControlNet"
     if normalised or case in ("seed", "ComfyUI") or format == "coco":
         pose_files.load_poses(write(tmp_path / "p.json", content))
     else:
@@ -188,24 +204,24 @@ def test_left_is_the_persons_own_and_y_points_down():
 
 def test_format_overrides_the_guess(tmp_path):
     file = write(tmp_path / "p.json", FILES["openpifpaf"][1])
-    assert pose_files.load_poses(file, format="coco-results", canvas=(W, H)).taken_for.startswith("COCO results")
+    found = pose_files.load_poses(file, format="coco-results", canvas=(W, H))
+    assert found.taken_for.startswith("COCO results")
     assert "annotations" in refusal(tmp_path, FILES["openpifpaf"][1], format="coco")
-    with pytest.raises(SystemExit):
-        sample.parse_args([file, "--format", "jpeg"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_encodings_of_a_windows_shell(tmp_path, encoding):
     for case in ("ControlNet", "YOLO", "MediaPipe, protobuf text"):
         content = FILES[case][1]
-        (tmp_path / "p.txt").write_text(content if isinstance(content, str) else json.dumps(content), encoding=encoding)
+        content = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / "p.txt").write_text(content, encoding=encoding)
         assert len(pose_files.load_poses(tmp_path / "p.txt").poses) == 1
 
 
-# ------------------------------------------------------------------------------------------------- the eight traps
+# ---------------------------------------------------------------------------------- the eight traps
 
 def test_trap_1_one_schema_two_units(tmp_path):
-    """Pixels or 0..1 under the same keys; a joint a little outside does not turn 0..1 into pixels."""
+    """Pixels or 0..1 under the same keys; a joint just outside does not make 0..1 into pixels."""
     pixels = pose_files.load_poses(write(tmp_path / "a.json", openpose(OPENPOSE_18) | CANVAS))
     ratios = openpose(OPENPOSE_18, scale=(W, H)) | CANVAS
     ratios["people"][0]["pose_keypoints_2d"][:2] = [1.04, -0.02]                        # the nose
@@ -216,30 +232,35 @@ def test_trap_1_one_schema_two_units(tmp_path):
 
 
 def test_trap_2_seventeen_joints_need_not_be_cocos(tmp_path):
-    assert "eye_left" in refusal(tmp_path, coco(POSETRACK)) and "head_top" in refusal(tmp_path, coco(POSETRACK))
-    depth = [{"keypoints": [[1, 2, 3]] * 17, "keypoint_scores": [1] * 17}]
-    h36m = {"meta_info": {"keypoint_id2name": {str(i): name for i, name in enumerate(H36M)}},
-            "instance_info": [{"frame_id": 1, "instances": depth}]}
-    assert "nose" in refusal(tmp_path, h36m) and "meta_info.keypoint_id2name" in refusal(tmp_path, h36m)
-    h36m = {"meta_info": {"keypoint_id2name": H36M}, "instance_info": [{"instances": [{"keypoints": XYS} | SCORES]}]}
-    assert "no nose, eye_left" in refusal(tmp_path, h36m) and "meta_info.keypoint_id2name" in refusal(tmp_path, h36m)
-    assert "head_top" in refusal(tmp_path, [dict.fromkeys(POSETRACK, {"x": 1, "y": 2})])
-    assert "5 joints" in refusal(tmp_path, [{"keypoints": [[1, 2]] * 5, "keypoint_scores": [1] * 5}])
-    assert "3-D" in refusal(tmp_path, depth) and "[0].keypoints" in refusal(tmp_path, depth)
-    assert "3-D" in refusal(tmp_path, {"people": [{"pose_keypoints_3d": [1.0] * 72}]})
+    depth = {"keypoints": [[1, 2, 3]] * 17, "keypoint_scores": [1] * 17}
+    names = {str(i): name for i, name in enumerate(H36M)}
+    for content, *words in (
+            (coco(POSETRACK), "eye_left", "head_top"),
+            ([dict.fromkeys(POSETRACK, {"x": 1, "y": 2})], "head_top"),
+            ({"meta_info": {"keypoint_id2name": names}, "instance_info": [
+                {"frame_id": 1, "instances": [depth]}]}, "nose", "meta_info.keypoint_id2name"),
+            ({"meta_info": {"keypoint_id2name": H36M}, "instance_info": [
+                {"instances": [{"keypoints": XYS} | SCORES]}]}, "no nose, eye_left"),
+            ([{"keypoints": [[1, 2]] * 5, "keypoint_scores": [1] * 5}], "5 joints"),
+            ([depth], "3-D", "[0].keypoints"),
+            ({"people": [{"pose_keypoints_3d": [1.0] * 72}]}, "3-D")):
+        said = refusal(tmp_path, content)
+        assert all(word in said for word in words), said
 
 
 def test_trap_3_confidence_decides_what_is_missing(tmp_path):
     content = [{"image_id": "a.jpg", "keypoints": flat(COCO, (99, 99, 0.29), c=0.3), "score": 1}]
-    content[0]["keypoints"][:3] = [0, 0, 0.9]                                           # seen, at the corner
+    content[0]["keypoints"][:3] = [0, 0, 0.9]                               # visible, at the corner
     file = write(tmp_path / "p.json", content)
     pose = pose_files.load_poses(file, canvas=(W, H)).poses[0]
-    assert pose[0].tolist() == [0, 0, 1] and pose[9].tolist() == [0, 0, 0] and pose[:, 2].sum() == 16
+    assert pose[0].tolist() == [0, 0, 1] and pose[9].tolist() == [0, 0, 0]
+    assert pose[:, 2].sum() == 16
     low = pose_files.load_poses(file, canvas=(W, H), min_confidence=0.2).poses[0]
     assert low[9].tolist() == [99 / W, 99 / H, 1]
     assert pose_files.load_poses(file, canvas=(W, H), min_confidence=0.5).poses[0][:, 2].sum() == 1
     coco_file = write(tmp_path / "c.json", coco(keypoints=[5, 5, 1] * 16 + [0, 0, 0]))
-    assert pose_files.load_poses(coco_file, min_confidence=0).poses[0][:, 2].tolist() == [1] * 16 + [0]  # v = 1: hidden
+    hidden = pose_files.load_poses(coco_file, min_confidence=0).poses[0]    # 1: labelled, hidden
+    assert hidden[:, 2].tolist() == [1] * 16 + [0]
 
 
 def test_trap_4_mmpose_nests_its_box(tmp_path):
@@ -251,84 +272,103 @@ def test_trap_4_mmpose_nests_its_box(tmp_path):
 def test_trap_5_coco_has_crowds_empty_persons_and_boxes(tmp_path):
     data = coco()
     person = data["annotations"][0]
-    data["annotations"] = [person | {"iscrowd": 1, "keypoints": [9] * 51}, person | {"num_keypoints": 0},
-                           {"image_id": 5, "bbox": [1, 2, 3, 4]}, person, person | {"keypoints": [0] * 51}]
-    found = pose_files.load_poses(write(tmp_path / "p.json", data))
+    data["annotations"] = [
+        person | {"iscrowd": 1, "keypoints": [9] * 51}, person | {"num_keypoints": 0},
+        {"image_id": 5, "bbox": [1, 2, 3, 4]}, person, person | {"keypoints": [0] * 51}]
+    file = write(tmp_path / "p.json", data)
+    found = pose_files.load_poses(file)
     assert found.taken_for.endswith("1 person") and found.pictures == ["a.jpg"]
-    boxes = [{"bbox": [277.1, 45.6, 225.0, 333.5], "category_id": 1, "image_id": 785, "score": 0.99}]
+    poses, refused = pose_files.read_coco(file)
+    assert not refused and len(poses["a.jpg"]) == 1
+    np.testing.assert_array_equal(poses["a.jpg"][0], found.poses[0])
+    boxes = [{"bbox": [277.1, 45.6, 225, 333.5], "category_id": 1, "image_id": 785, "score": 0.99}]
     assert "no keypoints" in refusal(tmp_path, boxes) and "[0]" in refusal(tmp_path, boxes)
 
 
 def test_trap_6_nobody_somebody_several(tmp_path):
     big, small = openpose(OPENPOSE_18)["people"], openpose(OPENPOSE_18)["people"]
-    small[0]["pose_keypoints_2d"] = [v if i % 3 == 2 else v / 4 for i, v in enumerate(small[0]["pose_keypoints_2d"])]
+    small[0]["pose_keypoints_2d"] = [v if i % 3 == 2 else v / 4
+                                     for i, v in enumerate(small[0]["pose_keypoints_2d"])]
     nobody = {"pose_keypoints_2d": None, "face_keypoints_2d": None, "hand_left_keypoints_2d": None}
     file = write(tmp_path / "p.json", {"people": [nobody, *small, *big]} | CANVAS)
-    spread = {k: np.ptp(pose_files.load_poses(file, person=k).poses[0][:, 0]) for k in (None, 1, 2)}
+    spread = {k: np.ptp(pose_files.load_poses(file, person=k).poses[0][:, 0])
+              for k in (None, 1, 2)}
     assert spread[None] == spread[2] == pytest.approx(4 * spread[1], rel=0.2)
     assert "2 people" in pose_files.load_poses(file).taken_for
     assert "no person 3" in refusal(tmp_path, {"people": [*small, *big]} | CANVAS, person=3)
-    for empty in ({"people": []}, {"people": [nobody]}, [{"people": []} | CANVAS], {"landmarks": []}):
+    for empty in ({"people": []}, {"people": [nobody]}, [{"people": []} | CANVAS],
+                  {"landmarks": []}):
         assert "nobody" in refusal(tmp_path, empty)
 
 
 def test_trap_7_landmarks_in_metres_or_only_the_visible_ones(tmp_path):
-    hips = [(p["x"], p["y"]) for name, p in zip(MEDIAPIPE, mediapipe(), strict=True) if name.endswith("_hip")]
+    hips = [(p["x"], p["y"]) for name, p in zip(MEDIAPIPE, mediapipe(), strict=True)
+            if name.endswith("_hip")]
     x0, y0 = np.mean(hips, axis=0).tolist()
     metres = [p | {"x": p["x"] - x0, "y": p["y"] - y0} for p in mediapipe()]
-    for content in (metres, [metres], {"landmarks": [metres]}, {"pose_world_landmarks": [mediapipe()]},
-                    protobuf(metres), protobuf(mediapipe()).replace("landmarks {", "world_landmarks {")):
+    for content in (metres, [metres], {"landmarks": [metres]}, protobuf(metres),
+                    {"pose_world_landmarks": [mediapipe()]},
+                    protobuf(mediapipe()).replace("landmarks {", "world_landmarks {")):
         assert "metres" in refusal(tmp_path, content)
     visible = [p for p in mediapipe() if p["visibility"] > 0.5]
-    assert "all 33" in refusal(tmp_path, visible) and f"{len(visible)} landmarks" in refusal(tmp_path, visible)
+    assert f"{len(visible)} landmarks; all 33" in refusal(tmp_path, visible)
 
 
 def test_trap_8_the_seeds_row_is_x_for_its_condition_and_y_for_the_drawing(tmp_path):
-    """A joint in row 100, column 400: drawn at x = 400 of 512; its token is row + col * 32 in cells of 16."""
+    """Row 100, column 400: drawn at x = 400 of 512; the token is row + col * 32 in cells of 16."""
     file = write(tmp_path / "p.json", {name: [100.0, 400.0] for name in JOINTS})
     (pose,) = pose_files.load_poses(file).poses
     assert pose[0].tolist() == [400 / 512, 100 / 512, 1]
     assert K.seed_context(pose[None], 32)[0, 0].tolist() == [100 // 16 + (400 // 16) * 32] * 17
     rows, cols = np.nonzero((K.draw(pose, 512) != K.draw(np.zeros((17, 3)), 512)).any(-1))
     assert abs(cols.mean() - 400) < 1 and abs(rows.mean() - 100) < 1
-    poses, _ = sample.read_poses([file])                                                # and untouched by the fitting
+    poses, _ = sample.read_poses([file])                                # and not changed by fitting
     np.testing.assert_array_equal(poses[0], pose)
 
 
-# ---------------------------------------------------------------------------------------- frames, units, sentences
+# ------------------------------------------------------------------------- frames, units, sentences
 
 def test_frames_and_pictures_give_one_pose_each_and_sample_draws_some(tmp_path, capsys):
-    video = [{ours(n) if n == "nose" else n: {"x": p[0] + 10 * f, "y": p[1]} for n, p in
-              zip(COCO, points(COCO, XY[MISSING] + (1,)), strict=True)} for f in range(20)]
+    video = [{n: {"x": x + 10 * f, "y": y} for n, (x, y, _) in zip(COCO, points(COCO), strict=True)}
+             for f in range(20)]
     file = write(tmp_path / "video.json", video)
     found = pose_files.load_poses(file, canvas=(W, W))
-    assert "20 people in 20 pictures" in found.taken_for and found.pictures[:3] == ["1", "2", "3"]
-    np.testing.assert_allclose([pose[0, 0] * W for pose in found.poses], [XY["nose"][0] + 10 * f for f in range(20)])
+    assert "20 people in 20 images" in found.taken_for and found.pictures[:3] == ["1", "2", "3"]
+    np.testing.assert_allclose([pose[0, 0] * W for pose in found.poses],
+                               [XY["nose"][0] + 10 * f for f in range(20)])
     poses, names = sample.read_poses([file], frames=3, canvas=(W, W))
-    assert names == ["video 1", "video 11", "video 20"] and poses[2][0, 0] * W == pytest.approx(XY["nose"][0] + 190)
+    assert names == ["video 1", "video 11", "video 20"]
+    assert poses[2][0, 0] * W == pytest.approx(XY["nose"][0] + 190)
     assert "3 of them drawn" in capsys.readouterr().out
     results = [{"image_id": i, "keypoints": flat(COCO, move=i), "score": 1} for i in (7, 7, 9)]
     found = pose_files.load_poses(write(tmp_path / "r.json", results), person=2, canvas=(W, H))
-    assert found.pictures == ["7"] and len(found.poses) == 1                            # 9 shows one person only
+    assert found.pictures == ["7"] and len(found.poses) == 1            # 9 has one person only
 
 
 def test_the_files_own_size_counts_before_the_flag(tmp_path):
-    assert pose_files.load_poses(write(tmp_path / "p.json", coco()), canvas=(10, 10)).sizes == [(W, H)]
+    found = pose_files.load_poses(write(tmp_path / "p.json", coco()), canvas=(10, 10))
+    assert found.sizes == [(W, H)]
 
 
-def test_another_unit_or_another_pictures_size_is_refused(tmp_path):
-    assert "nose at (40, 470)" in refusal(tmp_path, points(COCO))                       # pixels where ratios belong
-    assert "another unit" in refusal(tmp_path, FILES["openpifpaf"][1], canvas=(30, 20))
+def test_another_unit_or_another_images_size_is_refused(tmp_path):
+    assert "nose at (40, 470)" in refusal(tmp_path, points(COCO))       # pixels where 0..1 belongs
+    assert "image of 30 x 20" in refusal(tmp_path, FILES["openpifpaf"][1], canvas=(30, 20))
+
+
+SEED = dict.fromkeys(JOINTS, [1, 2])
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", ["nobody was found"]), ("hello\nworld", ["line 1", "hello"]), ("0 1 2\n", ["no pose file known"]),
-    (yolo() + yolo() + "0 0.5\n", ["line 3", "2 values"]), ("[" * 5000, ["valid JSON"]), ("\x00\x01", ["line 1"]),
-    (openpose(OPENPOSE_18) | {"canvas_width": 0, "canvas_height": 5}, ["positive"]),
+    ("", ["nobody was found"]), ("[]", ["nobody was found"]), ("hello\nworld", ["line 1", "hello"]),
+    ("0 1 2\n", ["not a known pose file"]), (yolo() + yolo() + "0 0.5\n", ["line 3", "2 values"]),
+    ("[" * 5000, ["valid JSON"]), ("{not json", ["valid JSON"]), ("\x00\x01", ["line 1"]),
+    (openpose(OPENPOSE_18) | {"canvas_width": 0, "canvas_height": 5}, ["width 0"]),
     ({"people": [{"pose_keypoints_2d": [1.0] * 53}]}, ["people[0].pose_keypoints_2d", "53", "54"]),
     ([{"image_id": 1, "keypoints": flat(COCO)[:-1] + [float("nan")]}], ["[0].keypoints", "NaN"]),
     (coco(image_id=6), ["annotations[0]", "not among the images"]),
     ({"instance_info": [{"instances": 3}]}, ["instance_info[0].instances", "a list"]),
+    ({"nose": [1, 2]}, ["eye_left"]), (SEED | {"nose": [1, "a"]}, ["nose is [1, 'a']"]),
+    (SEED | {"nose": [1, 10 ** 400]}, ["nose"]), (SEED | {"nose": [1, 2, 1]}, ["3 numbers"]),
 ])
 def test_a_refusal_names_the_place(tmp_path, content, words):
     sentence = refusal(tmp_path, content, canvas=(W, H))
@@ -337,104 +377,37 @@ def test_a_refusal_names_the_place(tmp_path, content, words):
 
 def test_what_is_no_file_or_too_large_is_refused(tmp_path):
     (tmp_path / "large.json").write_bytes(b" " * (pose_files.MAX_BYTES + 1))
-    for path, word in ((tmp_path, "is a folder"), (tmp_path / "none.json", "does not exist"),
-                       (tmp_path / "large.json", "at most 32"), ("/dev/zero", "not a file")):
+    (tmp_path / "image.json").write_bytes(b"\x89PNG\r\n\xff\xff")
+    for path, word in ((tmp_path, "is a folder"), (tmp_path / "none.json", "there is no pose file"),
+                       (tmp_path / "large.json", "at most 32"), ("/dev/zero", "there is no"),
+                       (tmp_path / "image.json", "is not a text file")):
         with pytest.raises(PoseError, match=word):
             pose_files.load_poses(path)
 
 
-# ------------------------------------------------------------------------------------------------------ fitting
+# ------------------------------------------------------------------------------------ damaged files
 
-def test_too_many_people_are_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
-    file = write(tmp_path / "crowd.json", [{"nose": {"x": 1, "y": 1}}] * 40_000)
-    monkeypatch.setattr(pose_files, "MAX_PEOPLE", 1_000)
-    tracemalloc.start()
-    with pytest.raises(PoseError, match="crowd.json: named points .* more than 1,000 people"):
-        pose_files.load_poses(file)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 30e6                                                                  # all of them: 80 MB
-    monkeypatch.setattr(pose_files, "MAX_PEOPLE", 40_000)
-    assert len(pose_files.load_poses(file).poses) == 40_000
-
-
-def test_fit_keeps_shapes_undistorted_by_hand():
-    """A 400 x 200 picture, a square of 100 pixels in it: it is square after either fit, and lies where it must."""
-    pose = np.zeros((17, 3))
-    corners = ((250, 50), (350, 50), (250, 150), (350, 150))
-    pose[[5, 6, 11, 12]] = [(x / 400, y / 200, 1) for x, y in corners]
-    letterbox, cut = K.fit(pose, (400, 200), "letterbox"), K.fit(pose, (400, 200), "crop")
-    np.testing.assert_allclose(letterbox[[5, 12], :2], [[250 / 400, 150 / 400], [350 / 400, 250 / 400]])   # bars of 100
-    np.testing.assert_allclose(cut[[5, 12], :2], [[50 / 200, 50 / 200], [150 / 200, 150 / 200]])           # from x 200
-    tall = K.fit(pose[:, [1, 0, 2]], (200, 400), "letterbox")
-    np.testing.assert_allclose(tall[[5, 12], :2], letterbox[[5, 12]][:, [1, 0]])
-    for fitted in (letterbox, cut, tall):
-        assert np.ptp(fitted[[5, 6, 11, 12], 0]) == pytest.approx(np.ptp(fitted[[5, 6, 11, 12], 1]))
-        assert (fitted[0] == 0).all() and fitted[:, 2].sum() == 4
-
-
-def test_crop_stays_in_the_picture_and_squares_stay_as_they_are():
-    pose = np.zeros((17, 3))
-    pose[0] = 0.99, 0.5, 1                                                              # near the right edge
-    assert K.fit(pose, (400, 200), "crop")[0, 0] == pytest.approx((396 - 200) / 200)
-    rng = np.random.default_rng(0)
-    pose = np.column_stack([rng.uniform(-0.2, 1.2, (17, 2)), np.ones(17)])
-    for how in ("letterbox", "crop"):
-        np.testing.assert_array_equal(K.fit(pose, (512, 512), how), pose)               # bit for bit: the seed's tokens
-
-
-@pytest.mark.parametrize("how", ["letterbox", "crop"])
-def test_the_drawn_skeleton_is_not_squeezed(tmp_path, how):
-    """A square of 200 x 200 pixels in a 640 x 480 picture is a square on the skeleton that sample.py draws."""
-    at = {name: [0, 0, 0] for name in COCO}
-    at |= {"left_shoulder": [420, 140, 2], "right_hip": [220, 340, 2], "right_shoulder": [220, 140, 2],
-           "left_hip": [420, 340, 2]}
-    file = write(tmp_path / "p.json", coco(keypoints=[v for name in COCO for v in at[name]]))
-    (pose,), _ = sample.read_poses([file], how)
-    rows, cols = np.nonzero((K.draw(pose, 256) != K.draw(np.zeros((17, 3)), 256)).any(-1))
-    assert abs(np.ptp(rows) - np.ptp(cols)) <= 1
-    assert np.ptp(rows) == pytest.approx(200 / {"letterbox": 640, "crop": 480}[how] * 256, abs=12)      # + the joints
-
-
-@pytest.mark.parametrize("flags, word", [
-    (["--canvas", "0x5"], "size"), (["--canvas", "640"], "size"), (["--fit", "stretch"], "invalid choice"),
-])
-def test_flags_that_cannot_be(capsys, flags, word):
-    with pytest.raises(SystemExit):
-        sample.parse_args(["p.json", *flags])
-    assert word in capsys.readouterr().err
-
-
-def test_flags_reach_the_reader(tmp_path):
-    args = sample.parse_args("p.json --canvas 640x480 --person 2 --min-confidence 0.5 --fit crop --format yolo "
-                             "--frames 3".split())
-    assert (args.canvas, args.person, args.min_confidence, args.fit, args.format, args.frames) == (
-        (640, 480), 2, 0.5, "crop", "yolo", 3)
-    for flags in (["--person", "0"], ["--frames", "0"], ["--min-confidence", "nan"]):
-        with pytest.raises(ValueError, match=flags[0]):
-            sample.check_args(sample.parse_args(["p.json", *flags, "--out", str(tmp_path / "o.png")]))
-
-
-# -------------------------------------------------------------------------------------------------------- wrecks
-
-TOKENS = ["null", "[]", "{}", '"x"', "1e999", "-1", "true", "NaN", "Infinity", "9" * 400, "9" * 5000, "1e308", "[[",
-          "}", '"\\ud800"', "{", "0", ":", "\n", "landmark {", "\ufeff", "[" * 2000, '{"a":' * 500, "1e-320", ","]
+TOKENS = ["null", "[]", "{}", '"x"', "1e999", "-1", "true", "NaN", "Infinity", "9" * 400,
+          "9" * 5000, "1e308", "[[", "}", '"\\ud800"', "{", "0", ":", "\n", "landmark {", "\ufeff",
+          "[" * 2000, '{"a":' * 500, "1e-320", ","]
 
 
 def values_replaced(rng: random.Random, value: object, chance: float) -> object:
     """The JSON value with some of its parts replaced, dropped, doubled or nested."""
     if rng.random() < chance:
-        return rng.choice([None, [], {}, "x", "nose", -1, True, float("nan"), float("inf"), 10 ** 400, 1e308, -1e308, 0,
-                           1e-320, [value], [[value]] * 2, {"people": value}, {"keypoints": value}, "\ud800",
-                           [value] * 17, {"x": 1}])
+        return rng.choice([None, [], {}, "x", "nose", -1, True, float("nan"), float("inf"),
+                           10 ** 400, 1e308, -1e308, 0, 1e-320, [value], [[value]] * 2,
+                           {"people": value}, {"keypoints": value}, {"x": 1}, "\ud800",
+                           [value] * 17])
     if isinstance(value, dict):
-        return {k: values_replaced(rng, v, chance) for k, v in value.items() if rng.random() > chance / 3}
+        return {k: values_replaced(rng, v, chance) for k, v in value.items()
+                if rng.random() > chance / 3}
     if isinstance(value, list):
         return [values_replaced(rng, v, chance) for v in value if rng.random() > chance / 9]
     return value
 
 
-def wreck(rng: random.Random) -> bytes:
+def damaged(rng: random.Random) -> bytes:
     """One file, in one of seven ways."""
     content = rng.choice(list(FILES.values()))[1]
     kind = rng.randrange(7)
@@ -445,7 +418,8 @@ def wreck(rng: random.Random) -> bytes:
         for _ in range(rng.randint(1, 3)):
             i = rng.randrange(len(text) + 1)
             text = text[:i] + rng.choice(TOKENS) + text[i + rng.randint(0, 6):]
-    raw = bytearray(text.encode(rng.choice(["utf-8", "utf-16", "utf-32", "utf-8-sig"]) if kind == 4 else "utf-8"))
+    encodings = ["utf-8", "utf-16", "utf-32", "utf-8-sig"] if kind == 4 else ["utf-8"]
+    raw = bytearray(text.encode(rng.choice(encodings)))
     if kind == 5:                                                   # bytes flipped
         for _ in range(rng.randint(1, 8)):
             raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
@@ -454,31 +428,23 @@ def wreck(rng: random.Random) -> bytes:
     return bytes(raw)
 
 
-def load_wrecks(folder, count: int, seed: int) -> int:
-    """How many of `count` wrecks were refused; poses must be poses, a refusal one sentence that names the file."""
-    rng, file, refused = random.Random(seed), folder / "wreck.json", 0
-    for _ in range(count):
-        file.write_bytes(wreck(rng))
+def test_damaged_files_give_poses_or_a_sentence(tmp_path):
+    rng, file, refused = random.Random(2), tmp_path / "damaged.json", 0
+    for _ in range(5_000):
+        file.write_bytes(damaged(rng))
         how = {"format": rng.choice(list(FORMATS)) if rng.random() < 0.2 else None,
-               "canvas": rng.choice([None, *[(W, H)] * 4]), "person": rng.choice([2, *[None] * 9])}
+               "canvas": rng.choice([None, *[(W, H)] * 4]),
+               "person": rng.choice([2, *[None] * 9])}
         try:
             found = pose_files.load_poses(file, **how)
         except PoseError as e:
-            refused, sentence = refused + 1, str(e).removeprefix("pose file ").removeprefix(str(file))
-            assert sentence != str(e) and "\n" not in sentence and len(sentence) < 700
-        else:
-            assert len(found.poses) == len(found.sizes) == len(found.pictures) > 0
-            for pose, size in zip(found.poses, found.sizes, strict=True):
-                assert pose.shape == (17, 3) and (np.abs(pose) <= pose_files.FAR).all() and set(pose[:, 2]) <= {0, 1}
-                assert (pose[pose[:, 2] == 0] == 0).all() and pose[:, 2].any()
-                assert np.isfinite(K.fit(pose, size or (1, 1), "crop")).all()
-    return refused
-
-
-def test_wrecked_files_give_poses_or_a_sentence(tmp_path):
-    assert 200 < load_wrecks(tmp_path, 1000, seed=1) < 950
-
-
-@pytest.mark.slow
-def test_twenty_thousand_wrecked_files_give_poses_or_a_sentence(tmp_path):
-    assert 4_000 < load_wrecks(tmp_path, 20_000, seed=2) < 19_000
+            refused += 1
+            assert str(file) in str(e) and "\n" not in str(e) and len(str(e)) < 700
+            continue
+        assert len(found.poses) == len(found.sizes) == len(found.pictures) > 0
+        for pose, size in zip(found.poses, found.sizes, strict=True):
+            assert pose.shape == (17, 3) and (np.abs(pose) <= pose_files.FAR).all()
+            assert set(pose[:, 2]) <= {0, 1} and pose[:, 2].any()
+            assert (pose[pose[:, 2] == 0] == 0).all()
+            assert np.isfinite(K.fit(pose, size or (1, 1), "crop")).all()
+    assert 1_000 < refused < 4_750
