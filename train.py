@@ -791,7 +791,11 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
             def encode(x: Tensor) -> Tensor:
                 with torch.no_grad(), autocast(c):
                     return vq.encode(x.to(c.device)).float()
+            if rank():
+                barrier()                   # rank 0 fills the cache, and the others open what it wrote
             cache = LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, ENCODED, c.device, c.workers)
+            if rank() == 0:
+                barrier()
             loop, needs = train_ldm, (vq, cache, val)
         if c.steps is None or c.eval_every is None:
             measured = time.monotonic()
@@ -1063,6 +1067,9 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         if args.compile and type(e).__module__.startswith("torch._"):           # of _dynamo or _inductor
             complain(f"torch.compile cannot compile this here ({type(e).__name__}); leave --compile out")
+            return 2
+        if data.worker_died(e):
+            complain(data.WORKER_DIED)
             return 2
         if not lost_rank(e):
             raise
