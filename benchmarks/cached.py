@@ -42,7 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     diffusion, context = Diffusion(**c.schedule), torch.rand(args.batch, 1, c.unet_config.context_dim, device=device)
     train.set_up(c.device)
     figures = data.InMemory(Figures(args.pictures, c.size))
-    data.remember_all(figures)
     loaded = data.batches(figures, args.batch, 0, 0, sys.maxsize, c.workers, augment=True, device=device)
 
     def encode(x: Tensor) -> Tensor:

@@ -573,13 +573,14 @@ def read_seed(path: str | Path) -> np.ndarray:
     return _place(person, pixels=True)
 
 
-def read_coco(path: str | Path) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
+def read_coco(path: str | Path, content: object = None) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
     """COCO person keypoints: file name -> poses [17, 3] float64, normalised by that image's width and height; and
     file name -> reason, of the images with a person that cannot be used.
 
     Crowd regions and persons without any labelled joint are left out (an image may keep an empty list).
     """
-    data, where = read_json(path, limit=None), f"{path}: "      # a whole dataset: COCO's own file has 238 MB
+    where = f"{path}: "
+    data = content or read_json(path, limit=None)               # a whole dataset: COCO's own file has 238 MB
     images, orders, refused = _coco_images(data, where), _coco_orders(data, where), {}
     poses: dict[str, list] = {name: [] for name, _ in images.values()}
     place = {image["file_name"]: at for at, image in _objects(data["images"], _at(where, "images"))}

@@ -30,6 +30,7 @@ READER_BLUR, READER_BLOTCH = (0.35, 0.8), (1 / 16, 1 / 4)       # down to so muc
 READER_NOISE = 0.15                 # most noise and blotches, pictures being in [-1, 1]
 READER_WINDOW = 3                   # cells about the highest whose mean is the joint's place
 SHIPPED_READER = Path(__file__).parent.parent / "assets/pose-reader.pt"     # of figures of 64 pixels, in half precision
+SHIPPED_FIGURES = 10_000         # how many it learnt from
 
 
 class ReaderBlock(nn.Module):
@@ -144,7 +145,6 @@ def train_reader(pictures: data.Pictures, device: str = "cpu", steps: int = READ
         reader = PoseReader(reader_side(pictures))
     reader = reader.to(device)
     opt = torch.optim.AdamW(reader.parameters(), lr=READER_LR, betas=(0.9, 0.99), fused=True)
-    data.remember_all(pictures)
     batches = data.batches(pictures, READER_BATCH, 0, 0, steps, data.find_workers(device), augment=True,
                            zoom=(1.0, 1.0), device=device)
     bf16, generator, (first, last) = checkpoint.has_bf16(device), torch.Generator().manual_seed(0), READER_SHARE
@@ -184,7 +184,7 @@ def find_reader(spec: str, pictures: data.Pictures, device: str = "cpu",
         print(f"pose reader {path}, trained before")
         return reader.to(device)
     if not data.is_folder(spec):
-        first = Figures(data.FIGURES_TRAIN, pictures.size, seed=0)     # who learnt from these reads any number
+        first = Figures(SHIPPED_FIGURES, pictures.size, seed=0)         # who learnt from these reads any number
         if reader := kept_reader(SHIPPED_READER, about | {"pictures": first.fingerprint()}):
             print(f"pose reader {os.path.relpath(SHIPPED_READER)}, which ships")
             return reader.to(device)

@@ -149,7 +149,7 @@ def test_the_reader_is_cached_beside_the_dataset_and_made_anew_for_other_picture
 
 def test_the_reader_that_ships_reads_any_number_of_figures_and_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "FIGURES_TRAIN", 6)
+    monkeypatch.setattr(keypoint_detector, "SHIPPED_FIGURES", 6)
     torch.manual_seed(0)
     reader = keypoint_detector.PoseReader(64).eval()
     about = {"version": keypoint_detector.READER_VERSION, "side": 64, "steps": 1,
