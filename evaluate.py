@@ -141,9 +141,9 @@ def open_images(args: argparse.Namespace, spec: str, val: str | None,
                 size: int) -> tuple[data.Pictures, str]:
     """The images that `recon` measures on, at most --limit, and a name for them."""
     if args.all or data.is_folder(spec) and not data.has_keypoints(spec):
-        images, which = data.open_all(spec, size, poseless=True), f"all of {spec}"
+        images, which = data.open_all(spec, size, True, args.trim_bars), f"all of {spec}"
     else:
-        _, images = data.open_data(spec, size, val, remember=False)
+        _, images = data.open_data(spec, size, val, False, args.trim_bars)
         which = f"all of {val}" if val else f"held out of {spec}"
     return data.spread(images, args.limit), which
 
@@ -176,7 +176,8 @@ def condition(args: argparse.Namespace) -> None:
     """Prints the eps loss with right, shuffled and no poses, in float32, and shuffled / right."""
     ldm, _, spec, val, size = open_ldm(args)
     device = ldm.mean.device
-    held_out = data.spread(data.open_data(spec, size, val, remember=False)[1], args.limit)
+    _, held_out = data.open_data(spec, size, val, False, args.trim_bars)
+    held_out = data.spread(held_out, args.limit)
     with torch.no_grad(), progress(held_out, "encoding") as bar:
         pairs = [(ldm.encode(x.to(device)), pose) for x, pose, _ in bar]
     z, poses = (torch.cat(part).to(device) for part in zip(*pairs, strict=True))
@@ -243,7 +244,7 @@ def draw_and_read(args: argparse.Namespace, out: Path | None) -> tuple[Drawn, di
     if out:
         make_out(args.out, spec, val)
         detections.earlier_images(out)                      # before the work: are they ours?
-    train, held_out = data.open_data(spec, size, val)
+    train, held_out = data.open_data(spec, size, val, trim_bars=args.trim_bars)
     held_out = data.spread(held_out, args.limit)
     about = {"checkpoint": checkpoint.hash_of(ldm.unet.state_dict()), "data": spec, "val": val,
              "size": size, "pictures": len(held_out), **sample.settings_of(args), "seed": args.seed,
@@ -323,7 +324,6 @@ def find_detector(spec: str, train: data.Pictures, device: str = "cpu",
         if detector := load_detector(file, wanted):
             print(f"Using the {which} keypoint detector {file}.")
             return detector.to(device)
-    data.remember_all(train)
     batches = data.batches(train, keypoint_detector.BATCH, 0, 0, steps, data.find_workers(device),
                            augment=True, zoom=(1.0, 1.0), device=device)
     amp = "bf16" if checkpoint.has_bf16(device) else "off"
@@ -363,7 +363,8 @@ def overfit(args: argparse.Namespace) -> None:
     run, out = Path(args.run), Path(args.out or args.run)
     size, device = config["size"], ldm.mean.device
     make_out(str(out), config["data"], config["val"])
-    train, held_out = data.open_data(config["data"], size, config["val"], remember=False)
+    train, held_out = data.open_data(config["data"], size, config["val"], False,
+                                     config.get("trim_bars", False))
     if config.get("data_hash") not in (None, data.data_hash(train, config["val"] and held_out)):
         raise ValueError(f"the images of {config['data']} are not those that {run} was trained on; "
                          "restore them to tell what was memorised")
@@ -437,6 +438,7 @@ def film(run: Path, poses: Tensor, size: int,
 
 def resolve(args: argparse.Namespace, configs: list[dict]) -> tuple[str, str | None, int]:
     """(data, val, size): the flags, else what the first training configuration with them says."""
+    args.trim_bars = any(config.get("trim_bars") for config in configs)     # as they were trained
     known = next((config for config in configs if config.get("data")), {})
     if not (args.data or known):
         raise ValueError("the checkpoint does not say what it was trained on; name it with --data")

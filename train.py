@@ -190,6 +190,7 @@ class Config:
     preset: str
     data: str
     val: str | None
+    trim_bars: bool
     out: str
     vq: str | None                      # stage 2: the checkpoint of stage 1
     seed: int
@@ -236,7 +237,8 @@ def make_config(args: argparse.Namespace) -> Config:
     device = checkpoint.find_device(args.device)
     data.check_out(out, args.data, args.val)
     return Config(
-        stage=args.stage, preset=args.preset, data=args.data, val=args.val, out=out,
+        stage=args.stage, preset=args.preset, data=args.data, val=args.val,
+        trim_bars=args.trim_bars, out=out,
         vq=(args.vq or STAGE_1) if ldm else None, seed=args.seed, device=device,
         amp=find_amp(args.amp, device), compile=args.compile,
         workers=data.find_workers(device) if args.workers is None else args.workers,
@@ -837,7 +839,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         check_latents(c, vq.config, stage_1["config"]["size"])
         c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]))
     train, val = data.open_data(c.data, c.size, c.val,
-                                remember=c.stage == "vq" and c.workers == 0)
+                                c.stage == "vq" and c.workers == 0, c.trim_bars)
     c = replace(c, images=len(train), data_hash=data.data_hash(train, c.val and val))
     run = RunDir(c.out, c.stage, fresh)
     if run.resumed:
@@ -865,8 +867,13 @@ def open_latents(c: Config, folder: Path, vq: VQModel, train: data.Pictures) -> 
         with torch.no_grad(), autocast(c):
             return vq.encode(x.to(c.device)).float()
 
+    if rank() > 0:
+        barrier()                               # rank 0 fills the cache, the others open it
     key = f"{c.vq_hash} {c.amp}"
-    return LatentCache(folder, key, train, encode, ENCODED, c.device, c.workers)
+    cache = LatentCache(folder, key, train, encode, ENCODED, c.device, c.workers)
+    if rank() == 0:
+        barrier()
+    return cache
 
 
 def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
@@ -1045,6 +1052,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="figures",
         help="figures[:N], a folder with images/ and keypoints/, a list file, or COCO")
     add("--val", help="held-out images, in the same forms (default: a tenth of --data, by groups)")
+    add("--trim-bars", action="store_true", help="cut letterbox bars off the images as they are read")
     add("--out", help="run folder (default runs/vq or runs/ldm)")
     add("--vq", help=f"stage 2: the checkpoint of stage 1 (default {STAGE_1})")
     add("--condition", choices=("maps", "tokens", "tokens+maps"),
@@ -1140,6 +1148,9 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         if args.compile and type(e).__module__.startswith("torch._"):       # _dynamo or _inductor
             complain(f"torch.compile fails here ({type(e).__name__}); leave --compile out")
+            return 2
+        if data.worker_died(e):
+            complain(data.WORKER_DIED)
             return 2
         if not lost_rank(e):
             raise

@@ -44,9 +44,8 @@ def main() -> None:
     C = c.vq_config.embed_dim
     ldm = LDM(vq, c.unet_config, c.cond_config, torch.zeros(C, 1, 1), torch.ones(C, 1, 1),
               c.schedule, True).to(c.device, memory_format=torch.channels_last)
-    optimizers, diffusion = train.ldm_optimizers(ldm, c.recipe), Diffusion(**c.schedule)
+    optimizer, diffusion = train.ldm_optimizer(ldm, c.recipe), Diffusion(**c.schedule)
     figures = data.InMemory(Figures(args.pictures, c.size))
-    data.remember_all(figures)
     loaded = data.batches(figures, args.batch, 0, 0, sys.maxsize, c.workers, augment=True,
                           device=c.device)
 
@@ -58,9 +57,8 @@ def main() -> None:
         with train.autocast(c):
             loss = diffusion.loss(ldm, h.to(c.device), pose.to(c.device)).mean()
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def encoded() -> None:
         x, pose, _ = next(loaded)
