@@ -1052,7 +1052,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="figures",
         help="figures[:N], a folder with images/ and keypoints/, a list file, or COCO")
     add("--val", help="held-out images, in the same forms (default: a tenth of --data, by groups)")
-    add("--trim-bars", action="store_true", help="cut letterbox bars off the images as they are read")
+    add("--trim-bars", action="store_true", help="cut letterbox bars off while images are read")
     add("--out", help="run folder (default runs/vq or runs/ldm)")
     add("--vq", help=f"stage 2: the checkpoint of stage 1 (default {STAGE_1})")
     add("--condition", choices=("maps", "tokens", "tokens+maps"),
