@@ -364,7 +364,9 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     angle = cosine.clamp(-1, 1).acos().item()
     if not np.sin(angle) >= 1e-6:               # parallel or opposite; NaN where one is 0
         return (1 - share) * a + share * b
-    return (np.sin((1 - share) * angle) * a + np.sin(share * angle) * b) / np.sin(angle)
+    # Divided first: at share 0 and 1 the factors are then exactly 1 and 0.
+    return (np.sin((1 - share) * angle) / np.sin(angle) * a
+            + np.sin(share * angle) / np.sin(angle) * b)
 
 
 # ------------------------------------------------------------------------------ variations
