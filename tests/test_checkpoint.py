@@ -215,9 +215,9 @@ def test_sample_py_draws_from_a_published_file(ckpt, tmp_path, capsys, monkeypat
     seen = {}
     original = sample.ddim
 
-    def spy(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing):
+    def spy(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, *more):
         seen.update(eta=eta, spacing=spacing)
-        return original(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing)
+        return original(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, *more)
     monkeypatch.setattr(sample, "ddim", spy)
     pose, out = str(ROOT / "examples/poses/waving.json"), tmp_path / "s.png"
     assert sample.main([pose, "--ckpt", str(ckpt), "--preset", "tiny", "-n", "1", "--out", str(out),

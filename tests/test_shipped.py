@@ -35,7 +35,7 @@ def test_bare_sample_py_draws_all_example_poses_without_any_training(tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert sample.main([*POSES, "--device", "cpu"]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
-    assert "model that ships" in printed and "toy.pt" in printed and "16 pictures" in printed
+    assert "bundled toy model" in printed and "toy.pt" in printed and "16 images" in printed
     assert Image.open("samples.png").width > 3 * 64
     assert passes == [2 * 16] * 20                          # each picture under its pose and, for guidance, under none
 
