@@ -495,11 +495,11 @@ def test_the_flags_for_pose_files_reach_the_reader(tmp_path):
     people = [{"keypoints": [v for j in range(17) for v in (x + j, 9 + j, 0.4 + j % 2)],
                "image_id": 1, "category_id": 1} for x in (10, 60)]
     (tmp_path / "two.json").write_text(json.dumps(people))
-    args = sample.parse_args([str(tmp_path / "two.json"), "--person", "2", "--canvas", "128x64",
-                              "--fit", "crop", "--min-confidence", "0.5", "--format", "coco-results"])
-    plan = sample.plan_of(args, payload={})
+    flags = "--person 2 --canvas 128x64 --fit crop --min-confidence 0.5 --format coco-results"
+    args = sample.parse_args([str(tmp_path / "two.json"), *flags.split()])
+    pose, = sample.plan_of(args, payload={}).poses
     found = load_poses(tmp_path / "two.json", "coco-results", 2, (128, 64), 0.5)
-    assert np.array_equal(plan.poses, fitted(found, 0, "crop")[None]) and plan.poses[0, :, 2].sum() == 8
+    assert np.array_equal(pose, fitted(found, 0, "crop")) and pose[:, 2].sum() == 8
 
 
 def test_the_python_of_the_docstring_draws_what_the_command_draws(go, ckpt):
