@@ -62,7 +62,7 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
     return x.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 
 
-def read_picture(path: str | Path, at_least: int | None = None) -> Image.Image:
+def read_image(path: str | Path, at_least: int | None = None) -> Image.Image:
     """A file as an upright RGB image, transparency laid on white.
 
     With `at_least`, a large JPEG is decoded at a reduced size of at least that many pixels a side.
@@ -107,7 +107,7 @@ def cut_bars(image: Image.Image, pose: np.ndarray) -> tuple[Image.Image, np.ndar
     return image.crop((x0, y0, x1, y1)), keypoints.crop(pose, (x0 / W, y0 / H, x1 / W, y1 / H))
 
 
-def to_square(
+def crop_resize(
     image: Image.Image | np.ndarray,            # any size
     pose: np.ndarray,                           # [17, 3], normalised to that image
     size: int,                                  # side of the square that comes out
@@ -142,7 +142,7 @@ def to_square(
 
 # -------------------------------------------------------------------------------------- datasets
 
-class Pictures(Dataset):
+class ImageDataset(Dataset):
     """What a loader needs of a dataset. A subclass has `size`, len and source(i); the other
     defaults are right for images that are drawn, not read."""
     size: int                       # side of the square that ds[i] is
@@ -170,10 +170,10 @@ class Pictures(Dataset):
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Image i in centre geometry: uint8 [size, size, 3], float32 [17, 3]."""
-        return to_square(*self.source(i), self.size)
+        return crop_resize(*self.source(i), self.size)
 
 
-class PoseFolder(Pictures):
+class PoseFolder(ImageDataset):
     """A person's own images. `root` is one of
     - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json, the seed's;
     - a text file that lists such images, one a line, absolute or relative to the file;
@@ -204,11 +204,11 @@ class PoseFolder(Pictures):
         elif root.is_file():
             self._pair(root.parent, read_list(root))
         elif (root / "keypoints").is_dir():
-            self._pair(root, find_pictures(root / "images"))
+            self._pair(root, find_images(root / "images"))
         elif found := find_coco(root):
             self._read_coco(*found, [root])
         elif poseless:
-            self._pair(root, find_pictures(root))
+            self._pair(root, find_images(root))
         else:
             raise DataError(f"{root}: no keypoints in it; put images into {root}/images and their "
                             f"poses into {root}/keypoints, or one COCO json into {root}")
@@ -277,8 +277,8 @@ class PoseFolder(Pictures):
 
     def source(self, i: int) -> tuple[Image.Image, np.ndarray]:
         if self.trim_bars:          # found among all pixels, as the check finds them
-            return cut_bars(read_picture(self.paths[i]), self.pose(i))
-        return read_picture(self.paths[i], at_least=2 * self.size), self.pose(i)
+            return cut_bars(read_image(self.paths[i]), self.pose(i))
+        return read_image(self.paths[i], at_least=2 * self.size), self.pose(i)
 
     def groups(self) -> list[str]:
         """The clip of each image: metadata.csv's, else the name without its frame number."""
@@ -305,10 +305,10 @@ class PoseFolder(Pictures):
         return digest.hexdigest()
 
 
-class Part(Pictures):
+class Part(ImageDataset):
     """The images `indices` of ds, in that order."""
 
-    def __init__(self, ds: Pictures, indices: Iterable[int]):
+    def __init__(self, ds: ImageDataset, indices: Iterable[int]):
         self.ds, self.indices, self.size = ds, list(indices), ds.size
         self.broken, self.most_broken = ds.broken, ds.most_broken       # one dict for all parts
 
@@ -333,7 +333,7 @@ class InMemory(Part):
     """All of ds; images stay in RAM once decoded or drawn, until `budget` bytes are full. For
     loading without workers, each of which would have a memory of its own."""
 
-    def __init__(self, ds: Pictures, budget: int = REMEMBER_BYTES):
+    def __init__(self, ds: ImageDataset, budget: int = REMEMBER_BYTES):
         super().__init__(ds, range(len(ds)))
         self.free, self.memory = budget, {}
 
@@ -351,7 +351,7 @@ class InMemory(Part):
         return self.ds.fingerprint()
 
 
-def note_broken(ds: Pictures, broken: dict[str, str]) -> None:
+def note_broken(ds: ImageDataset, broken: dict[str, str]) -> None:
     """Adds the broken images {file: reason} to ds.broken and prints those that are new; DataError
     once there are more than ds.most_broken."""
     new = {file: reason for file, reason in broken.items() if file not in ds.broken}
@@ -364,7 +364,7 @@ def note_broken(ds: Pictures, broken: dict[str, str]) -> None:
 
 
 @contextmanager
-def naming_broken(path: str | Path, *datasets: Pictures) -> Iterator[None]:
+def naming_broken(path: str | Path, *datasets: ImageDataset) -> Iterator[None]:
     """However the block ends, the file `path` then names the broken images, if there are any."""
     try:
         yield
@@ -378,7 +378,7 @@ def naming_broken(path: str | Path, *datasets: Pictures) -> Iterator[None]:
             print(f"{len(lines)} broken images were left out; {path} names them", file=sys.stderr)
 
 
-def split(ds: Pictures, fraction: float = 0.1) -> tuple[Part, Part]:
+def split(ds: ImageDataset, fraction: float = 0.1) -> tuple[Part, Part]:
     """(training, validation) by group, never by frame: neighbouring frames of a clip would leak.
 
     Groups are taken in the order of their names' crc32: the split is the same on every machine, and
@@ -403,7 +403,7 @@ def split(ds: Pictures, fraction: float = 0.1) -> tuple[Part, Part]:
 
 # ----------------------------------------------------------------------------- files and folders
 
-def find_pictures(folder: Path) -> list[str]:
+def find_images(folder: Path) -> list[str]:
     """The image files in a folder and below it, by name."""
     found = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names
                    if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."))
@@ -479,7 +479,7 @@ def read_groups(path: Path) -> dict[str, str]:
         raise DataError(f"{path}: not a csv table ({error}); fix it or take it out") from error
 
 
-def data_hash(train: Pictures, val: Pictures | None = None) -> str:
+def data_hash(train: ImageDataset, val: ImageDataset | None = None) -> str:
     """Changes with the images and poses; a copy with other file times counts as another. `val` is
     given where --val names files of its own."""
     return "+".join(ds.fingerprint()[:16] for ds in filter(None, (train, val)))
@@ -530,8 +530,8 @@ class Steps(Dataset):
     {file: reason} of the broken).
     """
 
-    def __init__(self, ds: Pictures, batch_size: int, seed: int | None = None,
-                 zoom: tuple | None = None,             # of to_square; None: centre crops
+    def __init__(self, ds: ImageDataset, batch_size: int, seed: int | None = None,
+                 zoom: tuple | None = None,             # of crop_resize; None: centre crops
                  places: slice = slice(None)):          # the part of the batch to make
         self.ds, self.batch_size, self.seed = ds, batch_size, seed
         self.zoom, self.places = zoom, places
@@ -562,7 +562,7 @@ class Steps(Dataset):
         if self.zoom is None:
             return self.ds[i]
         rng = np.random.default_rng((AUGMENT_STREAM, self.seed, k, j))
-        return to_square(*self.ds.source(i), self.ds.size, rng, self.zoom, flip=True)
+        return crop_resize(*self.ds.source(i), self.ds.size, rng, self.zoom, flip=True)
 
 
 def worker_died(error: BaseException) -> bool:
@@ -608,7 +608,7 @@ def share(batch_size: int, rank: int, world: int) -> slice:
 
 
 def batches(
-    ds: Pictures,
+    ds: ImageDataset,
     batch_size: int,                    # of all processes together
     seed: int,
     start: int,                         # the first step; the steps before it cost nothing
@@ -636,13 +636,13 @@ def evenly(n: int, limit: int) -> np.ndarray:
     return np.linspace(0, n - 1, min(n, limit)).round().astype(int)
 
 
-def spread(ds: Pictures, limit: int) -> Pictures:
+def spread(ds: ImageDataset, limit: int) -> ImageDataset:
     """At most `limit` images of ds, spread evenly over it."""
     return ds if limit >= len(ds) else Part(ds, evenly(len(ds), limit).tolist())
 
 
 def numbered(
-    ds: Pictures, batch_size: int,
+    ds: ImageDataset, batch_size: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Batches (images [B, 3, S, S] in [-1, 1], poses [B, 17, 3], indices [B]) of ds in order,
     without the broken ones."""
@@ -653,7 +653,7 @@ def numbered(
 
 
 def in_order(
-    ds: Pictures, batch_size: int, limit: int,
+    ds: ImageDataset, batch_size: int, limit: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The images and poses of `numbered`, of at most `limit` images spread evenly over ds."""
     for images, poses, _ in numbered(spread(ds, limit), batch_size):
@@ -667,7 +667,7 @@ def is_folder(spec: str) -> bool:
     return spec != "figures" and not spec.startswith("figures:")
 
 
-def open_all(spec: str, size: int, poseless: bool = False, trim_bars: bool = False) -> Pictures:
+def open_all(spec: str, size: int, poseless: bool = False, trim_bars: bool = False) -> ImageDataset:
     """Every image that `spec` names: figures, figures:N, or what PoseFolder takes."""
     if is_folder(spec):
         return PoseFolder(spec, size, poseless, trim_bars=trim_bars)
@@ -684,7 +684,7 @@ def open_data(
     val: str | None = None,         # of --val; None: a tenth of the groups, or other figures
     remember: bool = True,          # keep decoded training images in RAM
     trim_bars: bool = False,        # cut letterbox bars off; figures have none
-) -> tuple[Pictures, Pictures]:
+) -> tuple[ImageDataset, ImageDataset]:
     """(training images, held-out images); DataError where a flag or a file is wrong."""
     train = open_all(spec, size, trim_bars=trim_bars)
     if not is_folder(spec):

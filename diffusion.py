@@ -35,8 +35,8 @@ Guidance. eps = eps_null + w (eps_pose - eps_null); w = 1 is the conditional mod
 unconditional one. (CFG (6) counts differently: its w is ours minus 1.)
 
 Variations. A sampler can skip its first steps and start from x_t of a given x0 (SDEdit,
-arXiv:2108.01073). `held` keeps a part of x0 as given (RePaint, arXiv:2201.09865); there eps is (4)
-solved for it:
+arXiv:2108.01073). `inpaint` keeps a part of x0 as given (RePaint, arXiv:2201.09865); there eps is
+(4) solved for it:
     eps = (x_t - sqrt(alpha_bar_t) x0) / sqrt(1 - alpha_bar_t)
 The rest of the image sees only a noisy version of that part. RePaint therefore repeats each step in
 several rounds, with noise added back in between:
@@ -371,14 +371,14 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 
 # ------------------------------------------------------------------------------ variations
 
-def held(diffusion: Diffusion, eps_fn: EpsFn, x0: Tensor, known: Tensor) -> EpsFn:
+def inpaint(diffusion: Diffusion, eps_fn: EpsFn, x0: Tensor, known: Tensor) -> EpsFn:
     """eps_fn for inpainting with any sampler: where `known` (bool, like x or broadcast) is true, x0
     stays as given."""
 
-    def held_eps_fn(x: Tensor, t: Tensor) -> Tensor:
+    def inpaint_eps_fn(x: Tensor, t: Tensor) -> Tensor:
         return torch.where(known, diffusion.predict_eps(x, t, x0), eps_fn(x, t).float())
 
-    return held_eps_fn
+    return inpaint_eps_fn
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ from metrics import keypoint_detector
 from metrics.codebook import code_counts, code_overlap
 from metrics.condition import condition_losses
 from metrics.images import compare, inception, l1, psnr, ssim, typical_and_worst
-from metrics.keypoint_detector import PoseReader
+from metrics.keypoint_detector import KeypointDetector
 from metrics.overfit import HELD_OUT, headline, nearest, verdict
 from metrics.pose import Drawn, assess, judge, oks
 from plots import ERROR_WHITE, extremes_figure, overfit_figure, recon_figure
@@ -138,7 +138,7 @@ def short_names(paths: list[str]) -> list[str]:
 
 
 def open_images(args: argparse.Namespace, spec: str, val: str | None,
-                size: int) -> tuple[data.Pictures, str]:
+                size: int) -> tuple[data.ImageDataset, str]:
     """The images that `recon` measures on, at most --limit, and a name for them."""
     if args.all or data.is_folder(spec) and not data.has_keypoints(spec):
         images, which = data.open_all(spec, size, True, args.trim_bars), f"all of {spec}"
@@ -148,8 +148,8 @@ def open_images(args: argparse.Namespace, spec: str, val: str | None,
     return data.spread(images, args.limit), which
 
 
-def draw_recon(path: Path, models: dict[str, VQModel], images: data.Pictures, scores: list[float],
-               title: str) -> dict[str, list[str]]:
+def draw_recon(path: Path, models: dict[str, VQModel], images: data.ImageDataset,
+               scores: list[float], title: str) -> dict[str, list[str]]:
     """Draws typical images and the worst by `scores`; returns their names."""
     sound = [i for i in range(len(images)) if images.name(i) not in images.base.broken]
     typical, worst = ([sound[k] for k in places] for places in typical_and_worst(scores, SHOWN))
@@ -181,10 +181,11 @@ def condition(args: argparse.Namespace) -> None:
     with torch.no_grad(), progress(held_out, "encoding") as bar:
         pairs = [(ldm.encode(x.to(device)), pose) for x, pose, _ in bar]
     z, poses = (torch.cat(part).to(device) for part in zip(*pairs, strict=True))
-    losses = condition_losses(ldm, Diffusion(**ldm.schedule), z, poses, BATCH, null=ldm.knows_null)
+    losses = condition_losses(ldm, Diffusion(**ldm.schedule), z, poses, BATCH,
+                              null=ldm.supports_guidance)
     for name, value in losses.items():
         print(f"{name:12s} {value:.4f}")
-    if not ldm.knows_null:
+    if not ldm.supports_guidance:
         print("There is no loss without a pose: training did not drop poses.")
 
 
@@ -284,7 +285,7 @@ def describe_pose(rows: dict[str, dict], detector: str) -> Iterator[str]:
 
 def draw_held_out(
     ldm: LDM,
-    held_out: data.Pictures,
+    held_out: data.ImageDataset,
     seed: int = 0,
     about: dict | None = None,
     interval: tuple[int, int] | None = None,    # timesteps with guidance; None: all
@@ -296,7 +297,7 @@ def draw_held_out(
     if sum(len(x) for x, _ in pairs) < 2:
         raise ValueError("shuffling poses needs at least 2 held-out images; add images")
     real, poses = np.concatenate([x for x, _ in pairs]), torch.cat([pose for _, pose in pairs])
-    samples = sample.draw_pictures(ldm, poses, [seed + i for i in range(len(poses))],
+    samples = sample.draw_images(ldm, poses, [seed + i for i in range(len(poses))],
                                    held_out.size, interval=interval, **sample.settings(ldm, **how))
     return Drawn(poses.double().numpy(), np.stack(samples), real, about or {})
 
@@ -305,8 +306,8 @@ BUNDLED = Path(__file__).parent / "assets/pose-reader.pt"   # for 64 pixels, in 
 BUNDLED_FIGURES = 10_000        # that it was trained on
 
 
-def find_detector(spec: str, train: data.Pictures, device: str = "cpu",
-                  steps: int = keypoint_detector.STEPS) -> PoseReader:
+def find_detector(spec: str, train: data.ImageDataset, device: str = "cpu",
+                  steps: int = keypoint_detector.STEPS) -> KeypointDetector:
     """The detector of the training images of --data `spec`: saved before, bundled, or trained now.
 
     The bundled one is for figures, any number of them.
@@ -339,13 +340,14 @@ def find_detector(spec: str, train: data.Pictures, device: str = "cpu",
     return detector
 
 
-def load_detector(path: Path, about: dict) -> PoseReader | None:
+def load_detector(path: Path, about: dict) -> KeypointDetector | None:
     """The detector in a file; None if there is none, or it is damaged or of other images."""
     try:
         found = checkpoint.read(path) if path.exists() else {}
         if found.get("about") != about:
             return None
-        detector = checkpoint.build(lambda: PoseReader(about["side"]), found["reader"], str(path))
+        detector = checkpoint.build(lambda: KeypointDetector(about["side"]), found["reader"],
+                                    str(path))
     except ValueError:                                      # a new one replaces it
         return None
     return detector.eval().requires_grad_(False)
@@ -465,7 +467,7 @@ def settle_sampling(args: argparse.Namespace, ldm: LDM) -> None:
     sample.visited(ldm, args.sampler, args.steps, args.spacing)     # ValueError for too many steps
 
 
-def progress(ds: data.Pictures, what: str) -> tqdm:
+def progress(ds: data.ImageDataset, what: str) -> tqdm:
     """The batches of data.numbered with a bar; use it in `with`, so that an error ends the bar."""
     return tqdm(data.numbered(ds, BATCH), total=math.ceil(len(ds) / BATCH), desc=what, unit="batch",
                 dynamic_ncols=True)

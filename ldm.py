@@ -24,7 +24,7 @@ class LDM(nn.Module):
     """Diffusion works on z = (h - mean) / std, per channel; mean and std [C, 1, 1] come from the
     latent cache.
 
-    `schedule` are the arguments of diffusion.Diffusion. `knows_null`: poses were dropped in
+    `schedule` are the arguments of diffusion.Diffusion. `supports_guidance`: poses were dropped in
     training, so guidance is meaningful. `spacing` of DDIM's timesteps is the reference's for
     published models. To sample in half precision: `ldm.unet.to(torch.bfloat16)`; latents stay
     float32.
@@ -32,7 +32,7 @@ class LDM(nn.Module):
     spacing = "even"
 
     def __init__(self, vq: VQModel, unet_config: UNetConfig, cond_config: ConditionConfig,
-                 mean: Tensor, std: Tensor, schedule: dict, knows_null: bool):
+                 mean: Tensor, std: Tensor, schedule: dict, supports_guidance: bool):
         super().__init__()
         wanted = (vq.config.embed_dim + cond_config.map_channels, vq.config.embed_dim,
                   cond_config.context_dim)
@@ -40,7 +40,7 @@ class LDM(nn.Module):
         if found != wanted:         # a wrong context_dim would mean that no pose reaches the UNet
             raise ValueError(f"the UNet has (in_channels, out_channels, context_dim) = {found}; "
                              f"autoencoder and pose conditioning need {wanted}")
-        self.vq, self.schedule, self.knows_null = vq, schedule, knows_null
+        self.vq, self.schedule, self.supports_guidance = vq, schedule, supports_guidance
         self.unet, self.cond = UNet(unet_config), PoseCondition(cond_config)
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
@@ -65,7 +65,7 @@ class LDM(nn.Module):
         computed once here, not in every step of a sampler.
         """
         row = torch.arange(len(pose) + 1, device=pose.device)
-        poses = torch.cat([pose[:1], pose])                             # row 0 is the null condition
+        poses = torch.cat([pose[:1], pose])                         # row 0 is the null condition
         context, maps = self._condition(poses, size, drop=row == 0)
         keys_values = self.unet.keys_values(context)
 
@@ -84,12 +84,12 @@ class LDM(nn.Module):
     @property
     def guidance(self) -> float:
         """The default guidance; 1 for a model trained without dropping poses."""
-        return DEFAULT_GUIDANCE if self.knows_null else 1.0
+        return DEFAULT_GUIDANCE if self.supports_guidance else 1.0
 
     @property
     def eta(self) -> float:
         """The default eta; 0, the reference's, for a model trained the reference's way."""
-        return DEFAULT_ETA if self.knows_null else 0.0
+        return DEFAULT_ETA if self.supports_guidance else 0.0
 
     def encode(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> z [B, C, h, w]."""

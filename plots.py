@@ -41,7 +41,7 @@ def save_grid(
     captions: list[list[str]] = (),         # a line under each image
     title: str = "",
     scale: int | None = None,               # integer enlargement; None: to about 150 pixels
-    words: dict[str, str] | None = None,    # see save_picture
+    words: dict[str, str] | None = None,    # see save_image
 ) -> Image.Image:
     """Images in rows on white, with words around them."""
     cells = [cell for row in rows for cell in row if cell is not None]
@@ -83,7 +83,7 @@ def save_grid(
                 pen.multiline_text(at, text, "dimgray", small, anchor="ma", align="center")
         y += H + GAP + below[r]
     if path is not None:
-        save_picture(path, page, words)
+        save_image(path, page, words)
     return page
 
 
@@ -123,7 +123,7 @@ def enlarged(image: np.ndarray, scale: int) -> np.ndarray:
     return np.repeat(np.repeat(image, scale, 0), scale, 1)
 
 
-def save_picture(path: str | Path, picture: Image.Image | np.ndarray,
+def save_image(path: str | Path, picture: Image.Image | np.ndarray,
                  words: dict[str, str] | None = None) -> None:
     """Writes an image; a PNG carries `words` (keyword -> ASCII text), other formats carry none.
 

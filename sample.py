@@ -18,7 +18,7 @@ In Python:
 
     ldm, payload = checkpoint.load_ldm("assets/toy.pt")
     poses, names = read_poses(["mine.json"])
-    images = draw_pictures(ldm, torch.from_numpy(np.stack(poses)), seeds=[0],
+    images = draw_images(ldm, torch.from_numpy(np.stack(poses)), seeds=[0],
                            size=payload["config"]["size"], **settings(ldm))
 
 The format of a pose file is detected from its content (README.md lists the formats). Each image or
@@ -63,7 +63,7 @@ from diffusion import (
     ddpm,
     dpm_solver,
     guided,
-    held,
+    inpaint,
     invert,
     per_image_noise,
 )
@@ -167,7 +167,7 @@ def sample(
     model, rows = ldm.prepared(poses.to(device), shape[1:])
     eps_fn = guided(diffusion.eps_model(model), rows, guidance, interval, rescale)
     if known is not None:
-        eps_fn = held(diffusion, eps_fn, given, known)
+        eps_fn = inpaint(diffusion, eps_fn, given, known)
 
     if sampler == "ddpm":
         return ddpm(diffusion, eps_fn, x_T, noise_fn, skip)
@@ -209,7 +209,7 @@ def decode(ldm: LDM, z: Tensor) -> list[np.ndarray]:
             for image in data.to_uint8(ldm.decode(part.to(ldm.mean.device)))]
 
 
-def draw_pictures(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int,
+def draw_images(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int,
                   **how: object) -> list[np.ndarray]:
     """An image uint8 [S, S, 3] for each pose [B, 17, 3] and seed; `how` as in `sample`."""
     return decode(ldm, denoise(ldm, poses, seeds, size, **how)[-1].x)
@@ -266,19 +266,19 @@ def read_given(args: argparse.Namespace, ldm: LDM, size: int) -> Given | None:
     path = args.init or args.inpaint or args.noise_from
     if path is None:
         return None
-    image = data.read_picture(path)
+    image = data.read_image(path)
     if image.width != image.height:
         print(f"{path}: {image.width} x {image.height}; only the central square is used")
-    square, _ = data.to_square(image, data.NO_POSE, size)
+    square, _ = data.crop_resize(image, data.NO_POSE, size)
     with torch.no_grad():
         z = ldm.encode(data.to_tensor(square)[None].to(ldm.mean.device))
     hole = None
     if args.inpaint:
-        mask = data.read_picture(args.mask)
+        mask = data.read_image(args.mask)
         if mask.size != image.size:
             raise ValueError(f"the mask {args.mask} is {mask.width} x {mask.height}, but {path} is "
                              f"{image.width} x {image.height}; the sizes must be equal")
-        hole = data.to_square(mask, data.NO_POSE, size)[0].mean(axis=-1) >= 128
+        hole = data.crop_resize(mask, data.NO_POSE, size)[0].mean(axis=-1) >= 128
         if not hole.any():
             raise ValueError(f"the mask {args.mask} has no white pixels; white marks the region to "
                              "inpaint")
@@ -299,7 +299,7 @@ def start_from(given: Given, args: argparse.Namespace, ldm: LDM, pose: Tensor) -
         hole = torch.from_numpy(given.hole)[None, None].float()             # [1, 1, S, S]
         known = F.max_pool2d(hole, ldm.vq.config.factor) == 0               # [1, 1, h, w]
         return {"given": given.z, "known": known.to(given.z.device), "rounds": args.rounds}
-    diffusion, w = Diffusion(**ldm.schedule), 0.0 if ldm.knows_null else 1.0
+    diffusion, w = Diffusion(**ldm.schedule), 0.0 if ldm.supports_guidance else 1.0
     eps_fn = guided(diffusion.eps_model(ldm), pose.to(given.z.device), w)
     steps = invert(diffusion, eps_fn, given.z, args.steps, args.spacing)
     *_, last = tqdm(steps, desc="inverting", unit="step", total=args.steps)
@@ -358,7 +358,7 @@ def save_separate(folder: str, plan: Plan, images: list[np.ndarray], words: dict
     for i, (image, seed) in enumerate(zip(images, plan.seeds, strict=True)):
         name = re.sub(r"[^\w.-]+", "-", plan.names[i // plan.n])[:80]
         path = Path(folder) / f"{i + 1:04d}-{name}.png"
-        plots.save_picture(path, image, words | {"seed": str(seed)})
+        plots.save_image(path, image, words | {"seed": str(seed)})
 
 
 def save_latents(path: str, z: Tensor, plan: Plan) -> None:
@@ -522,7 +522,7 @@ def ask_model(args: argparse.Namespace, ldm: LDM) -> None:
     ValueError for --guidance if the model has no null condition.
     """
     vars(args).update(settings(ldm, **settings_of(args)))
-    if args.guidance != 1 and not ldm.knows_null:
+    if args.guidance != 1 and not ldm.supports_guidance:
         raise ValueError(f"--guidance is {args.guidance:g}, but {args.ckpt} was trained without "
                          "dropping poses, so only 1 has a meaning; leave --guidance out")
 

@@ -64,7 +64,7 @@ from keypoints import ConditionConfig, draw
 from ldm import LDM
 from metrics.condition import condition_each, condition_means, loss_each
 from metrics.images import box_baseline, reconstruction
-from metrics.overfit import ROW_OF, Watch, overfitting, standard_error
+from metrics.overfit import ROW_OF, OverfitMonitor, overfitting, standard_error
 from unet import UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
@@ -233,7 +233,7 @@ def make_config(args: argparse.Namespace) -> Config:
         recipe = replace(recipe, loss=make_loss(recipe.loss, args))
     out, cond, latent = args.out or f"runs/{args.stage}", preset.cond, preset.vq_config.embed_dim
     if args.condition:
-        cond = replace(cond, doors=tuple(args.condition.split("+")))
+        cond = replace(cond, conditioning=tuple(args.condition.split("+")))
     device = checkpoint.find_device(args.device)
     data.check_out(out, args.data, args.val)
     return Config(
@@ -454,7 +454,7 @@ def steps_bar(run: RunDir, steps: int) -> tqdm:
 
 # ------------------------------------------------------------------------------ stage 1
 
-def train_vq(c: Config, run: RunDir, train: data.Pictures, val: data.Pictures,
+def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDataset,
              lpips: LPIPS | None) -> int:
     """Trains the autoencoder; returns the steps made, fewer than c.steps where it was stopped."""
     r, device = c.recipe, torch.device(c.device)
@@ -569,7 +569,7 @@ def log_step(run: RunDir, bar: tqdm, step: int, c: Config, bad_steps: Tensor,
 
 
 def evaluate_vq(run: RunDir, bar: tqdm, step: int, c: Config, model: VQModel,
-                val: data.Pictures) -> float:
+                val: data.ImageDataset) -> float:
     """Reconstruction of held-out images: log, picture, curves. Returns the score: the PSNR."""
     began = time.monotonic()
     bar.set_description(f"{run.title}, evaluating")
@@ -612,7 +612,7 @@ SHARED_PANELS: plots.Panels = {
 
 
 @torch.no_grad()
-def preview_vq(path: Path, model: VQModel, val: data.Pictures, c: Config, result: dict) -> None:
+def preview_vq(path: Path, model: VQModel, val: data.ImageDataset, c: Config, result: dict) -> None:
     """A grid of original | box | reconstruction | error for the first held-out images."""
     x = next(data.in_order(val, PREVIEWS, PREVIEWS))[0].to(c.device)
     model.eval()
@@ -641,7 +641,8 @@ def load_lpips(c: Config) -> LPIPS | None:
 
 # ------------------------------------------------------------------------------ stage 2
 
-def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache, val: data.Pictures) -> int:
+def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
+              val: data.ImageDataset) -> int:
     """Trains the diffusion model in the latents of `vq`; returns the steps made."""
     r, device, C = c.recipe, torch.device(c.device), c.vq_config.embed_dim
     mean, std = torch.zeros(C, 1, 1), torch.ones(C, 1, 1)
@@ -651,7 +652,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache, val: data
         mean, std = run.resumed["mean"], run.resumed["std"]
     torch.manual_seed(c.seed)
     ldm = prepare(LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule,
-                      knows_null=r.p_drop > 0), c)
+                      supports_guidance=r.p_drop > 0), c)
     average = copy.deepcopy(ldm).eval().requires_grad_(False)
     average.vq = vq                                         # frozen: one copy is enough
     params = [p for p in ldm.parameters() if p.requires_grad]
@@ -721,7 +722,7 @@ class HeldOut:
     for a preview."""
 
     def __init__(self, c: Config, average: LDM, diffusion: Diffusion, cache: LatentCache,
-                 val: data.Pictures):
+                 val: data.ImageDataset):
         self.c, self.average, self.diffusion = c, average, diffusion
         with torch.no_grad(), autocast(c):
             pairs = [(average.encode(x.to(c.device)), pose) for x, pose in
@@ -734,7 +735,7 @@ class HeldOut:
         h, pose = cache.rows(rows)
         self.z_train = (h.to(c.device) - average.mean) / average.std
         self.pose_train = pose.to(c.device)
-        self.monitor = Watch(diffusion, self.z, self.z_train)
+        self.monitor = OverfitMonitor(diffusion, self.z, self.z_train)
         self.preview = next(data.in_order(val, PREVIEWS, PREVIEWS))
 
     def evaluate(self, run: RunDir, bar: tqdm, step: int, ldm: LDM) -> tuple[float, str | None]:
@@ -748,7 +749,7 @@ class HeldOut:
         losses = partial(loss_each, diffusion=self.diffusion, batch_size=in_network(c),
                          autocast=partial(autocast, c))
         each = condition_each(self.average, self.diffusion, self.z, self.pose, in_network(c),
-                              ldm.knows_null, partial(autocast, c))
+                              ldm.supports_guidance, partial(autocast, c))
         seen = losses(self.average, z=self.z_train, poses=self.pose_train)
         ldm.unet.eval()
         raw = losses(ldm, z=self.z, poses=self.pose)
@@ -862,7 +863,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
     return say_end(c, run, step, (time.monotonic() - began) / 60)
 
 
-def open_latents(c: Config, folder: Path, vq: VQModel, train: data.Pictures) -> LatentCache:
+def open_latents(c: Config, folder: Path, vq: VQModel, train: data.ImageDataset) -> LatentCache:
     def encode(x: Tensor) -> Tensor:
         with torch.no_grad(), autocast(c):
             return vq.encode(x.to(c.device)).float()

@@ -88,7 +88,7 @@ class PlacedCondition(keypoints.PoseCondition):
         return context, waves if maps is None else torch.cat([maps, waves], dim=1)
 
 
-# name: doors, encoder of the tokens, does a pixel know its place
+# name: conditioning, encoder of the tokens, does a pixel know its place
 VARIANTS = {
     "seed": (("seed",), keypoints.PoseEncoder, False),
     "cells": (("tokens",), CellEncoder, False),
@@ -120,7 +120,7 @@ def config(args: argparse.Namespace, name: str, seed: int, steps: int) -> train.
     c = train.make_config(train.parse_args([
         "--stage", "ldm", "--vq", args.vq, "--data", args.data, "--steps", str(steps),
         "--seed", str(seed), "--out", str(Path(args.out, f"{name}-{seed}"))]))
-    cond, latent = replace(c.cond_config, doors=VARIANTS[name][0]), c.vq_config.embed_dim
+    cond, latent = replace(c.cond_config, conditioning=VARIANTS[name][0]), c.vq_config.embed_dim
     return replace(c, cond_config=cond, unet_config=replace(
         c.unet_config, in_channels=latent + cond.map_channels, context_dim=cond.context_dim))
 

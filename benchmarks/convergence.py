@@ -136,13 +136,13 @@ def random_eps() -> EpsFn:
     return eps_fn
 
 
-def quality(ldm: LDM, reader: nn.Module, held_out: data.Pictures, n: int, S: int,
+def quality(ldm: LDM, reader: nn.Module, held_out: data.ImageDataset, n: int, S: int,
             sampler: str, spacing: str, eta: float) -> dict:
     """Pose fidelity and Frechet distance of n held-out poses, each from the same x_T whatever the
     sampler."""
     images, poses = zip(*data.in_order(held_out, 64, n), strict=True)
     poses, real = torch.cat(poses), np.concatenate([data.to_uint8(x) for x in images])
-    samples = sample.draw_pictures(ldm, poses, list(range(len(poses))), held_out.size,
+    samples = sample.draw_images(ldm, poses, list(range(len(poses))), held_out.size,
                                    sampler=sampler, steps=S, eta=eta, guidance=ldm.guidance,
                                    spacing=spacing)
     drawn = metrics.pose.Drawn(poses.double().numpy(), np.stack(samples), real, {})

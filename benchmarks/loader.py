@@ -32,7 +32,7 @@ SIDE, BATCH, NEEDED = 256, 32, {"images": 60, "latents": 5000}
 LATENTS = {"danbooru [3,64,64]": (3, 64, 64), "toy [3,16,16]": (3, 16, 16)}
 
 
-class Jpegs(data.Pictures):
+class Jpegs(data.ImageDataset):
     """The files of a folder; their pose has no visible joint."""
     size = SIDE
 
@@ -43,10 +43,10 @@ class Jpegs(data.Pictures):
         return len(self.files)
 
     def source(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        return data.read_picture(self.files[i], at_least=2 * SIDE), data.NO_POSE
+        return data.read_image(self.files[i], at_least=2 * SIDE), data.NO_POSE
 
 
-class Blank(data.Pictures):
+class Blank(data.ImageDataset):
     """n images that cost nothing: what is measured are the latents."""
     size, seed = 8, 0
 

@@ -25,19 +25,19 @@ from metrics.condition import derangement  # noqa: E402
 # figures, steps, batch size, learning rate, what the verdict must say
 CASES = {
     "few": (200, 20_000, 8, 1.5e-3, {"verdict": "memorising"}),
-    "many": (20_000, 6000, 32, 4e-4, {"verdict": "good", "pose": "heeded"}),
+    "many": (20_000, 6000, 32, 4e-4, {"verdict": "good", "pose": "followed"}),
     "shuffled": (2_000, 600, 16, 8e-4, {"pose": "ignored"}),
 }
 KEPT = 8                        # checkpoints for the film strip
 
 
-def write(folder: Path, ds: data.Pictures, pose_of: list[int]) -> str:
+def write(folder: Path, ds: data.ImageDataset, pose_of: list[int]) -> str:
     """A folder of the images of ds, image i with the pose of image pose_of[i]."""
     poses = folder / "keypoints"
     if not (poses / f"{len(pose_of) - 1}.json").exists():
         poses.mkdir(parents=True, exist_ok=True)
         for i, j in enumerate(pose_of):
-            plots.save_picture(folder / "images" / f"{i}.png", ds.source(i)[0])
+            plots.save_image(folder / "images" / f"{i}.png", ds.source(i)[0])
             joints = (512 * ds.source(j)[1][:, 1::-1]).tolist()         # [row, column] of 512
             (poses / f"{i}.json").write_text(json.dumps(dict(zip(JOINTS, joints, strict=True))))
     return str(folder)

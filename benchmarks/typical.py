@@ -49,7 +49,7 @@ def main() -> None:
     for kind, given in (("held out", poses), (f"noise {args.noise:g}", poses + [1, 1, 0] * noise)):
         for amount in args.amounts:
             asked = density.typical(given, amount)
-            images = sample.draw_pictures(
+            images = sample.draw_images(
                 ldm, torch.from_numpy(asked), list(range(len(asked))), c["size"], sampler="ddim",
                 steps=args.steps, eta=ldm.eta, guidance=ldm.guidance, spacing="even")
             read, _ = read_all(reader, np.stack(images))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import data
 import keypoints
-from data import DataError, Pictures, PoseFolder
+from data import DataError, ImageDataset, PoseFolder
 from dataset.figures import SIDES
 from plots import draw_overview
 
@@ -80,8 +80,8 @@ class Suspect(NamedTuple):
 
 class Checked(NamedTuple):
     """What the finders look at: N images, those of --val after the others."""
-    train: Pictures
-    val: Pictures | None        # of --val
+    train: ImageDataset
+    val: ImageDataset | None        # of --val
     files: list[str]            # of image i
     held: np.ndarray            # bool [N]: not trained on
     rows: np.ndarray            # RECORD [N]
@@ -134,10 +134,10 @@ def _soft_edge(lines: np.ndarray, n: int) -> int | None:
     return int(full.argmax()) if full.any() else None
 
 
-def whole(ds: Pictures, i: int) -> tuple[Image.Image, np.ndarray]:
+def whole(ds: ImageDataset, i: int) -> tuple[Image.Image, np.ndarray]:
     """Image i with all its pixels, a large JPEG too, and its pose."""
     if isinstance(ds, PoseFolder):
-        return data.read_picture(ds.paths[i]), ds.pose(i)
+        return data.read_image(ds.paths[i]), ds.pose(i)
     image, pose = ds.source(i)
     return Image.fromarray(image), pose
 
@@ -145,7 +145,7 @@ def whole(ds: Pictures, i: int) -> tuple[Image.Image, np.ndarray]:
 class Examination(Dataset):
     """Item k: RECORD [CHUNK] from image k CHUNK on, and {number: why} of those that are broken."""
 
-    def __init__(self, ds: Pictures):
+    def __init__(self, ds: ImageDataset):
         self.ds = ds
 
     def __len__(self) -> int:
@@ -169,7 +169,7 @@ def _unchanged(item: tuple) -> tuple:
     return item
 
 
-def examine(ds: Pictures, workers: int) -> tuple[np.ndarray, dict[int, str]]:
+def examine(ds: ImageDataset, workers: int) -> tuple[np.ndarray, dict[int, str]]:
     """RECORD [N] of ds, the same for any number of processes, and {number: why} of the broken."""
     loader = DataLoader(Examination(ds), batch_size=None, num_workers=workers,
                         collate_fn=_unchanged, generator=torch.Generator())
@@ -352,7 +352,7 @@ def judge(body: Bodies) -> tuple[dict[str, str], dict]:
 
 # --------------------------------------------------------------------------------- files and bars
 
-def orphans(datasets: dict[str, Pictures]) -> list[Suspect]:
+def orphans(datasets: dict[str, ImageDataset]) -> list[Suspect]:
     """Of {root: dataset}: keypoint files without an image, and images beside those of a COCO json
     that no json names. A list is a choice, so it has none."""
     found, folders = [], {root: ds for root, ds in datasets.items() if isinstance(ds, PoseFolder)}
@@ -491,7 +491,7 @@ def write_files(out: Path, checked: Checked, suspects: list[Suspect], report: di
 
 # ---------------------------------------------------------------------------------------- command
 
-def gather(datasets: list[Pictures], workers: int) -> Checked:
+def gather(datasets: list[ImageDataset], workers: int) -> Checked:
     """Looks at every image once."""
     files, parts, broken, (train, *val) = [], [], {}, datasets
     for ds in datasets:

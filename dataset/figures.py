@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import keypoints
-from data import Pictures
+from data import ImageDataset
 
 SUPERSAMPLE = 4                 # drawn 4 times larger, then averaged down
 Colour = tuple[int, int, int]
@@ -662,7 +662,7 @@ def _draw_backdrop(canvas: _Canvas, rng: random.Random, palette: list[list[Colou
     rect(0, floor, 1, floor + 0.012, _mix(ground, near, 0.5))
 
 
-class Figures(Pictures):
+class Figures(ImageDataset):
     """n images of people; image i depends on (seed, i) alone, not on the size or who asks when."""
 
     def __init__(self, n: int, size: int = 64, seed: int = 0):

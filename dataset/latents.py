@@ -40,7 +40,7 @@ class LatentCache:
         self,
         folder: str | Path,
         key: str,                           # identifies the encoder, such as a hash of its weights
-        ds: data.Pictures,
+        ds: data.ImageDataset,
         encode: Callable,                   # images [B, 3, S, S] in [-1, 1] -> h [B, C, h, w]
         batch_size: int = 32,
         device: str | torch.device = "cpu",
@@ -70,7 +70,7 @@ class LatentCache:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(C, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(C, 1, 1)
 
-    def _fill(self, ds: data.Pictures, encode: Callable, batch_size: int,
+    def _fill(self, ds: data.ImageDataset, encode: Callable, batch_size: int,
               device: str | torch.device, workers: int) -> None:
         """Appends the rows of all batches that are not on record, then renames the record."""
         record = Path(f"{self.json}.tmp")

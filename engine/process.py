@@ -54,8 +54,8 @@ def locked(folder: Path) -> Iterator[None]:
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
     """The event is set by Ctrl-C, SIGTERM (a machine that is taken away) or SIGHUP (a closed
-    terminal), so that no step is cut in two; a second Ctrl-C interrupts at once. Ignored signals, as
-    SIGHUP under nohup, stay ignored.
+    terminal), so that no step is cut in two; a second Ctrl-C interrupts at once. Ignored signals
+    stay ignored, as SIGHUP under nohup.
     """
     stop, pid = threading.Event(), os.getpid()
 

@@ -1,4 +1,4 @@
-"""The folder of a training run: where it resumes, when it logs, evaluates and saves. Knows no model.
+"""The folder of a training run: where it resumes, when it logs, evaluates, saves. Knows no model.
 
     config.json  log.jsonl  last.pt  best.pt  samples/STEP.png  curves.png
     step-STEP.pt with --keep-every
@@ -50,7 +50,7 @@ def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, obje
 
 
 class RunDir:
-    """One run in one folder. `start` is the first step to make, `resumed` the payload of last.pt."""
+    """One run in one folder; `start` is its first step, `resumed` the payload of last.pt."""
 
     def __init__(self, folder: str | Path, stage: str, fresh: bool = False, dry: bool = False):
         """`dry`: a run that only measures its speed and saves nothing."""
@@ -129,7 +129,7 @@ class RunDir:
         return self.dir / "samples" / f"{step + 1:07d}.png"
 
     def images_per_second(self, step: int, batch_size: int) -> dict[str, float]:
-        """Of training alone, since the last line of the log; empty after an evaluation or a save."""
+        """Of training alone, since the last line of the log; {} after an evaluation or a save."""
         since, self.timed_from = self.timed_from, (step, time.monotonic())
         if since is None or step == since[0]:
             return {}
@@ -155,7 +155,7 @@ class RunDir:
         payload["train"] = payload["train"] | {"best": self.best}
         model = {key: value for key, value in payload.items() if key != "train"}
         with self.writing(self.log_path), open(self.log_path, "a") as f:
-            os.fsync(f.fileno())        # no power cut leaves a checkpoint whose steps were not logged
+            os.fsync(f.fileno())    # a power cut leaves no checkpoint whose steps were not logged
         kept = self.dir / f"step-{step + 1:07d}.pt"
         for path, due, content in ((kept, self._kept(step + 1), model),
                                    (self.best_path, better, model), (self.last, True, payload)):

@@ -31,7 +31,7 @@ BLUR, BLOTCH = (0.35, 0.8), (1 / 16, 1 / 4)     # reduced resolution; cells of c
 NOISE = 0.15                    # maximum of noise and blotches, for images in [-1, 1]
 
 
-class ReaderBlock(nn.Module):
+class DetectorBlock(nn.Module):
     """[B, in, h, w] -> [B, out, h/stride, w/stride]: a residual block (arXiv:1512.03385)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
@@ -48,7 +48,7 @@ class ReaderBlock(nn.Module):
         return F.relu(self.shortcut(x) + self.norm2(y))
 
 
-class PoseReader(nn.Module):
+class KeypointDetector(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] -> logits of a map per joint [B, J, n, n], features [B, D].
 
     One hourglass (arXiv:1603.06937): down to 1/16 of `side` and up again with skip connections.
@@ -61,10 +61,10 @@ class PoseReader(nn.Module):
         levels = list(zip(WIDTHS, WIDTHS[1:], strict=False))
         conv = nn.Conv2d(3, first, 5, stride=2, padding=2, bias=False)
         self.stem = nn.Sequential(conv, nn.BatchNorm2d(first), nn.ReLU())
-        self.down = nn.ModuleList([ReaderBlock(first, first)] + [
-            nn.Sequential(ReaderBlock(a, b, stride=2), ReaderBlock(b, b)) for a, b in levels])
+        self.down = nn.ModuleList([DetectorBlock(first, first)] + [
+            nn.Sequential(DetectorBlock(a, b, stride=2), DetectorBlock(b, b)) for a, b in levels])
         self.narrow = nn.ModuleList([nn.Conv2d(b, a, 1) for a, b in levels])
-        self.up = nn.ModuleList([ReaderBlock(a, a) for a, _ in levels])
+        self.up = nn.ModuleList([DetectorBlock(a, a) for a, _ in levels])
         self.head = nn.Conv2d(first, len(JOINTS), 1)
         self.to(memory_format=torch.channels_last)
 
@@ -150,11 +150,11 @@ def train_detector(
     side: int,
     device: str | torch.device = "cpu",
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> PoseReader:
+) -> KeypointDetector:
     """A detector, in eval mode; STEPS batches of figures take 3 minutes on two cores."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        detector = PoseReader(side)
+        detector = KeypointDetector(side)
     detector = detector.to(device)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=LR, betas=(0.9, 0.99), fused=True)
     generator, (first, last) = torch.Generator().manual_seed(0), DEGRADED

@@ -43,7 +43,7 @@ HELD_OUT = "held out"           # the key of the held-out images among the dista
 
 # --------------------------------------------------------------------------------- during training
 
-class Watch:
+class OverfitMonitor:
     """Held-out and training losses of a run, compared with its evaluation of lowest held-out loss.
 
     Over all timesteps (key "") and in bins (keys "_t000", "_t100", ...), each with its own best.
@@ -238,7 +238,7 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
     """Is a run of stage 2 underfit, good or memorising? From its log, and distances as in `copies`.
 
     "verdict"; "since", the step since which losses show memorising, or None; "best", the step of
-    best.pt; "pose", heeded or ignored; "reasons", sentences; "numbers". ValueError if the log
+    best.pt; "pose", followed or ignored; "reasons", sentences; "numbers". ValueError if the log
     cannot tell.
     """
     found = evaluations(rows)
@@ -280,7 +280,7 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
                "limit": limit, "copies": copied,
                "rise": {key: share for key, share in risen(last).items() if math.isfinite(share)}}
     return {"verdict": word, "since": found[-since]["step"] + 1 if since else None,
-            "best": best_step(rows), "pose": "heeded" if follows else "ignored",
+            "best": best_step(rows), "pose": "followed" if follows else "ignored",
             "reasons": reasons, "numbers": numbers}
 
 
@@ -331,6 +331,6 @@ def underfit_or_good(loss: float, training: float, fell: float | None, steps: in
 def headline(found: dict) -> str:
     """A `verdict` in a few words."""
     since = f" since step {found['since']:,}" if found["since"] else ""
-    pose = "follows" if found["pose"] == "heeded" else "ignores"
+    pose = "follows" if found["pose"] == "followed" else "ignores"
     return (f"{found['verdict'].upper()}{since}; the best step was {found['best']:,}; "
             f"the model {pose} the pose")

@@ -12,7 +12,7 @@ import torch
 from keypoints import JOINTS, on_canvas
 from metrics.condition import SHUFFLE_SEED, derangement
 from metrics.images import Moments, frechet
-from metrics.keypoint_detector import BATCH, PoseReader
+from metrics.keypoint_detector import BATCH, KeypointDetector
 
 # Standard deviation of annotators per joint, as a fraction of the person's size: COCO's constants
 # (cocoapi, pycocotools/cocoeval.py), kappa of OKS.
@@ -73,7 +73,7 @@ def fidelity(read: np.ndarray, asked: np.ndarray) -> dict:
             "joints": dict(zip(JOINTS, joints.tolist(), strict=True))}
 
 
-def read_all(reader: PoseReader, images: np.ndarray) -> tuple[np.ndarray, Moments]:
+def read_all(reader: KeypointDetector, images: np.ndarray) -> tuple[np.ndarray, Moments]:
     """The poses [N, J, 3] in images uint8 [N, S, S, 3], and the moments of their features."""
     moments, poses = Moments(), []
     for i in range(0, len(images), BATCH):
@@ -103,7 +103,7 @@ def judge(drawn: Drawn, read: dict[str, np.ndarray]) -> dict[str, dict]:
     return rows | {"shuffled": fidelity(read["samples"], wrong)}
 
 
-def assess(reader: PoseReader, drawn: Drawn,
+def assess(reader: KeypointDetector, drawn: Drawn,
            **more: np.ndarray) -> tuple[dict[str, dict], np.ndarray]:
     """The rows of `judge` with Frechet distances to the real images, and the poses in the samples.
 

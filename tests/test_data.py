@@ -12,7 +12,7 @@ from PIL import Image
 import data
 import keypoints
 import plots
-from data import DataError, InMemory, Part, PoseFolder, batches, split, to_square
+from data import DataError, InMemory, Part, PoseFolder, batches, crop_resize, split
 from dataset.figures import Figures
 
 
@@ -59,7 +59,7 @@ def write_coco(path, images: dict, folder_of_images=None) -> None:
     path.write_text(json.dumps({"images": listed, "annotations": people, "categories": []}))
 
 
-class Numbered(data.Pictures):
+class Numbered(data.ImageDataset):
     """n images; every pixel says which one it is."""
 
     def __init__(self, n, size=4):
@@ -93,7 +93,7 @@ def test_every_byte_survives_the_way_to_a_tensor_and_back():
 ])
 def test_modes_become_rgb(tmp_path, mode, value, expected):
     Image.new(mode, (5, 5), value).save(tmp_path / "a.png")
-    assert data.read_picture(tmp_path / "a.png").getpixel((2, 2)) == expected
+    assert data.read_image(tmp_path / "a.png").getpixel((2, 2)) == expected
 
 
 def test_palette_with_a_transparent_colour(tmp_path):
@@ -101,7 +101,7 @@ def test_palette_with_a_transparent_colour(tmp_path):
     image.putpalette([0, 0, 0, 9, 9, 9])
     image.putpixel((0, 0), 0)
     image.save(tmp_path / "a.png", transparency=1)
-    read = data.read_picture(tmp_path / "a.png")
+    read = data.read_image(tmp_path / "a.png")
     assert read.getpixel((3, 3)) == (255, 255, 255) and read.getpixel((0, 0)) == (0, 0, 0)
 
 
@@ -111,7 +111,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                # ... which a viewer turns to the right
     image.save(tmp_path / "a.png", exif=exif)
-    upright = data.read_picture(tmp_path / "a.png")
+    upright = data.read_image(tmp_path / "a.png")
     assert upright.size == (40, 60)
     assert upright.getpixel((38, 50)) == (255, 255, 255) and upright.getpixel((2, 50)) == (0, 0, 0)
 
@@ -123,14 +123,14 @@ def test_a_truncated_file_is_an_error_not_half_an_image(tmp_path, suffix, left):
     noise(64, 64).save(path)
     path.write_bytes(path.read_bytes()[:int(left * path.stat().st_size)])
     with pytest.raises(DataError, match=rf"a\.{suffix}: not a readable image"):
-        data.read_picture(path)
+        data.read_image(path)
 
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     Image.new("L", (30, 30)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)         # PIL warns above, raises above 1600
     with pytest.raises(DataError, match="more than 800 pixels"):
-        data.read_picture(tmp_path / "a.png")
+        data.read_image(tmp_path / "a.png")
 
 
 # -------------------------------------------------------------------------------------- geometry
@@ -160,8 +160,8 @@ def test_image_and_pose_move_together(W, H, size):
         image = dotted(joint, W, H, pose)
         rngs = [np.random.default_rng(seed) if random else None for _ in range(2)]  # equal draws
         zoom = (0.6, 1.0) if random else (1, 1)
-        _, plain = to_square(image, pose, size, rngs[0], zoom)
-        square, moved = to_square(image, pose, size, rngs[1], zoom, flip=True)
+        _, plain = crop_resize(image, pose, size, rngs[0], zoom)
+        square, moved = crop_resize(image, pose, size, rngs[1], zoom, flip=True)
         assert square.shape == (size, size, 3) and moved.dtype == np.float32
         mirrored = not np.allclose(moved, plain)
         now = keypoints.MIRROR[joint] if mirrored else joint    # the other side's joint
@@ -174,7 +174,7 @@ def test_image_and_pose_move_together(W, H, size):
 def test_a_crop_that_needs_no_scaling_copies_pixels_and_keeps_joints_outside():
     image, pose = np.asarray(noise(60, 20)), some_pose(0)
     pose[0], pose[1] = (0.95, 0.5, 1), (0, 0, 0)
-    out, moved = to_square(image, pose, 20)
+    out, moved = crop_resize(image, pose, 20)
     assert (out == image[:, 20:40]).all()
     assert moved[0] == pytest.approx([(0.95 - 1 / 3) * 3, 0.5, 1]) and (moved[1] == 0).all()
 
@@ -182,9 +182,9 @@ def test_a_crop_that_needs_no_scaling_copies_pixels_and_keeps_joints_outside():
 def test_a_small_image_is_not_cropped_to_be_enlarged_again():
     image = np.asarray(noise(16, 16))
     for seed in range(20):
-        out, pose = to_square(image, some_pose(1), 16, np.random.default_rng(seed), (0.5, 1.0))
+        out, pose = crop_resize(image, some_pose(1), 16, np.random.default_rng(seed), (0.5, 1.0))
         assert np.array_equal(out, image) and np.allclose(pose, some_pose(1))
-        _, pose = to_square(image, some_pose(1), 12, np.random.default_rng(seed), (0.5, 1.0))
+        _, pose = crop_resize(image, some_pose(1), 12, np.random.default_rng(seed), (0.5, 1.0))
         grown = np.ptp(pose[:, 0]) / np.ptp(some_pose(1)[:, 0])
         assert 1 <= grown + 1e-5 and grown <= 16 / 12 + 1e-5
 

@@ -461,14 +461,14 @@ def test_noise_is_normal_and_new_in_every_step():
 
 # ---- a whole model
 
-def random_ldm(*doors: str) -> LDM:
+def random_ldm(*conditioning: str) -> LDM:
     """A small model whose every weight counts: layers that start at zero would hide the pose and the network."""
     torch.manual_seed(0)
-    cond = ConditionConfig(doors, dim=16)
+    cond = ConditionConfig(conditioning, dim=16)
     config = UNetConfig(in_channels=3 + cond.map_channels, model_channels=32, num_res_blocks=1, channel_mult=(1, 2),
                         attention_resolutions=(2,), num_heads=2, context_dim=cond.context_dim)
     vq = VQModel(VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32))
-    ldm = LDM(vq, config, cond, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), {"timesteps": 1000}, knows_null=True)
+    ldm = LDM(vq, config, cond, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), {"timesteps": 1000}, supports_guidance=True)
     with torch.no_grad():
         for parameter in ldm.unet.parameters():
             parameter.copy_(torch.randn(parameter.shape) / max(parameter[0].numel(), 10) ** 0.5)
@@ -481,13 +481,13 @@ def random_poses(n: int) -> Tensor:
     return poses * poses[..., 2:]
 
 
-DOORS = [("maps",), ("tokens",), ("tokens", "maps"), ("seed",)]
+CONDITIONINGS = [("maps",), ("tokens",), ("tokens", "maps"), ("seed",)]
 
 
-@pytest.mark.parametrize("doors", DOORS)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
 @pytest.mark.parametrize("w, interval", [(0, None), (1, None), (3, None), (3, (0, 400))])
-def test_a_prepared_model_is_the_model(doors, w, interval):
-    ldm, poses, x = random_ldm(*doors), random_poses(3), torch.randn(3, 3, 8, 8)
+def test_a_prepared_model_is_the_model(conditioning, w, interval):
+    ldm, poses, x = random_ldm(*conditioning), random_poses(3), torch.randn(3, 3, 8, 8)
     prepared = guided(*ldm.prepared(poses, (8, 8)), w, interval)
     for t in (900, 100):
         ts = torch.full((3,), t)
@@ -497,9 +497,9 @@ def test_a_prepared_model_is_the_model(doors, w, interval):
         assert relative_error(guided(ldm, poses[[1, 2, 0]], w, interval)(x, ts), wanted) > 1e-3      # the pose counts
 
 
-@pytest.mark.parametrize("doors", DOORS)
-def test_a_network_in_half_precision_draws_nearly_the_same_from_float32_latents(doors):
-    ldm, poses = random_ldm(*doors), random_poses(2)
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_a_network_in_half_precision_draws_nearly_the_same_from_float32_latents(conditioning):
+    ldm, poses = random_ldm(*conditioning), random_poses(2)
     x, ts = torch.randn(2, 3, 8, 8), torch.full((2,), 300)
     wanted = guided(ldm, poses, 3)(x, ts)
     ldm.unet.to(torch.bfloat16)
@@ -510,9 +510,9 @@ def test_a_network_in_half_precision_draws_nearly_the_same_from_float32_latents(
             assert all(step.x.dtype == torch.float32 for step in sampler(Diffusion(), eps_fn, x, 3))
 
 
-@pytest.mark.parametrize("doors", DOORS)
-def test_the_pose_is_looked_at_once_a_picture_and_not_once_a_step(doors):
-    ldm, calls = random_ldm(*doors), {"cond": 0, "keys": 0, "unet": 0}
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_the_pose_is_looked_at_once_a_picture_and_not_once_a_step(conditioning):
+    ldm, calls = random_ldm(*conditioning), {"cond": 0, "keys": 0, "unet": 0}
 
     def count(module, name):
         module.register_forward_hook(lambda *ignored: calls.update({name: calls[name] + 1}))

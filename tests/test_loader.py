@@ -19,7 +19,7 @@ from test_data import Numbered, centroid, dotted, folder, some_pose
 import data
 import dataset.latents
 import train
-from data import DataError, InMemory, Part, PoseFolder, batches, to_square
+from data import DataError, InMemory, Part, PoseFolder, batches, crop_resize
 from dataset.latents import LatentCache, latent_batch
 
 PATIENCE = 600                      # seconds for a process, before it counts as hung
@@ -41,10 +41,10 @@ def test_joints_stay_on_their_pixels_in_a_reduced_jpeg(tmp_path, W, H, orientati
         for turn in TURNS[orientation]:                     # as it is stored
             image = image.transpose(turn)
         image.save(file, "JPEG", quality=95, exif=exif)
-        reduced = data.read_picture(file, at_least=128)
+        reduced = data.read_image(file, at_least=128)
         assert 128 <= min(reduced.size) < 256
         assert abs(reduced.width * H / W - reduced.height) < 2
-        square, moved = to_square(reduced, pose, 64)
+        square, moved = crop_resize(reduced, pose, 64)
         if (np.abs(moved[joint, :2] - 0.5) < 0.42).all():
             apart = np.abs(moved[joint, :2] * 64 - centroid(square)).max()
             assert apart < 0.08                             # unstretched 0.4 pixels
@@ -58,9 +58,9 @@ def test_a_reduced_jpeg_looks_like_the_whole_one(tmp_path):
     grainy = np.asarray(coarse.resize((1024, 1024), Image.BICUBIC)) + rng.normal(
         0, 8, (1024, 1024, 3))
     Image.fromarray(grainy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-    reduced = data.read_picture(file, at_least=256)
-    whole, small = (to_square(image, some_pose(0), 128)[0].astype(int)
-                    for image in (data.read_picture(file), reduced))
+    reduced = data.read_image(file, at_least=256)
+    whole, small = (crop_resize(image, some_pose(0), 128)[0].astype(int)
+                    for image in (data.read_image(file), reduced))
     error = np.abs(whole - small)
     assert reduced.size == (256, 256) and error.mean() < 0.6 and error.max() <= 8       # of 255
 
@@ -129,10 +129,10 @@ def test_images_that_vanish_or_are_cut_while_it_runs_are_named_and_left_out(
 
 
 def test_a_batch_is_full_however_many_images_in_a_row_are_gone(tmp_path, monkeypatch):
-    ds, sought, read = PoseFolder(folder(tmp_path, 700), 12), [], data.read_picture
+    ds, sought, read = PoseFolder(folder(tmp_path, 700), 12), [], data.read_image
     for i in range(100, 107):                   # 7 of 700 are allowed, all 7 in the 200 that train
         os.unlink(ds.paths[i])
-    monkeypatch.setattr(data, "read_picture",
+    monkeypatch.setattr(data, "read_image",
                         lambda path, **how: sought.append(path) or read(path, **how))
     for images, *_ in batches(Part(ds, range(200)), 200, seed=0, start=0, stop=1):
         assert len(images) == 200
@@ -141,10 +141,10 @@ def test_a_batch_is_full_however_many_images_in_a_row_are_gone(tmp_path, monkeyp
 
 
 def test_a_folder_that_goes_away_ends_the_run_soon(tmp_path, monkeypatch, capsys):
-    ds, sought, read = PoseFolder(folder(tmp_path / "set", 400), 12), [], data.read_picture
+    ds, sought, read = PoseFolder(folder(tmp_path / "set", 400), 12), [], data.read_image
     steps = batches(ds, 32, seed=0, start=0, stop=30)
     next(steps)
-    monkeypatch.setattr(data, "read_picture",
+    monkeypatch.setattr(data, "read_image",
                         lambda path, **how: sought.append(path) or read(path, **how))
     os.rename(tmp_path / "set" / "images", tmp_path / "away")
     with pytest.raises(DataError, match="5 images cannot be used.*there is no such file"):
@@ -175,7 +175,7 @@ def test_rows_are_the_images_and_their_mirror_images(tmp_path):
     latents, poses = cache.rows(torch.arange(22))
     for i in range(11):
         for row, flip in ((2 * i, False), (2 * i + 1, True)):
-            image, pose = to_square(*ds.source(i), 16, flip=flip)
+            image, pose = crop_resize(*ds.source(i), 16, flip=flip)
             with torch.no_grad():
                 truth = encode(data.to_tensor(image)[None])[0].half().float()
             assert torch.allclose(latents[row], truth, atol=2e-3)

@@ -41,7 +41,7 @@ def planted(val, train, wander: float = 0.0, evals: int = EVALS) -> list[dict]:
     Each latent has a difficulty of its own; its loss wanders around it by that share.
     """
     g = torch.Generator().manual_seed(0)
-    watch = overfit.Watch(DIFFUSION, LATENTS, LATENTS)
+    watch = overfit.OverfitMonitor(DIFFUSION, LATENTS, LATENTS)
     hard = [0.5 + torch.rand(N, generator=g, dtype=torch.float64) for _ in range(2)]
     rows = []
     for k in range(evals):
@@ -77,7 +77,7 @@ def rising(after: int, bins: set[int], by: float = 0.02):
 def test_a_run_that_levels_off_is_good():
     rows = planted(falling, falling, wander=0.02)
     found = overfit.verdict(rows)
-    assert (found["verdict"], found["since"], found["pose"]) == ("good", None, "heeded")
+    assert (found["verdict"], found["since"], found["pose"]) == ("good", None, "followed")
     assert overfit.overfitting(rows) is None
     last, then = (rows[2 * k + 1]["val_right"] for k in (19, 14))      # evaluations 20 and 15
     assert found["numbers"]["loss"] == last and found["numbers"]["evaluations"] == EVALS
@@ -139,7 +139,7 @@ def test_losses_that_all_rise_and_a_rise_that_is_over_are_no_memorising():
 
 def test_the_pose_is_ignored_where_the_ratio_is_small_or_within_its_error():
     rows = planted(falling, falling)
-    assert overfit.verdict(rows)["pose"] == "heeded"
+    assert overfit.verdict(rows)["pose"] == "followed"
     for change in ({"val_ratio": 1.015}, {"val_shuffled_se": 0.01}):
         assert overfit.verdict([*rows[:-1], rows[-1] | change])["pose"] == "ignored"
 
@@ -158,7 +158,7 @@ def test_logs_without_training_losses():
 # -------------------------------------------------------------------------------------- the monitor
 
 def test_each_bin_is_compared_with_its_own_best_latent_by_latent():
-    watch = overfit.Watch(DIFFUSION, LATENTS, LATENTS)
+    watch = overfit.OverfitMonitor(DIFFUSION, LATENTS, LATENTS)
     g = torch.Generator().manual_seed(1)
     losses = torch.rand(6, 2, N, generator=g, dtype=torch.float64)
     for k, (v, u) in enumerate(losses):
@@ -173,16 +173,16 @@ def test_each_bin_is_compared_with_its_own_best_latent_by_latent():
                       "grown_se": ((rise.var() + moved.var()) / n).sqrt()}
             for name, value in wanted.items():
                 assert figures[f"{name}_t{100 * b:03d}"] == pytest.approx(float(value))
-    again = overfit.Watch(DIFFUSION, LATENTS, LATENTS)
+    again = overfit.OverfitMonitor(DIFFUSION, LATENTS, LATENTS)
     again.load_state_dict(watch.state_dict())
     assert again.rises(*losses[3]) == watch.rises(*losses[3])
-    other = overfit.Watch(DIFFUSION, LATENTS[:100], LATENTS)
+    other = overfit.OverfitMonitor(DIFFUSION, LATENTS[:100], LATENTS)
     other.load_state_dict(watch.state_dict())                           # of other latents
     assert other.best == {}
 
 
 def test_few_latents_and_losses_that_are_not_finite_do_not_count():
-    watch = overfit.Watch(DIFFUSION, LATENTS[:30], LATENTS[:30])        # three a bin
+    watch = overfit.OverfitMonitor(DIFFUSION, LATENTS[:30], LATENTS[:30])        # three a bin
     found = watch.rises(torch.rand(30), torch.rand(30))
     assert set(found) == {"rise", "rise_se", "grown", "grown_se"}
     assert watch.rises(torch.full((30,), math.nan), torch.rand(30)) == {}

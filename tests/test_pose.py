@@ -28,7 +28,7 @@ def poses_of(n: int) -> np.ndarray:
     return np.concatenate([RNG.uniform(0.1, 0.9, (n, J, 2)), np.ones((n, J, 1))], axis=2)
 
 
-def trained_on(figures: Figures, steps: int) -> keypoint_detector.PoseReader:
+def trained_on(figures: Figures, steps: int) -> keypoint_detector.KeypointDetector:
     batches = data.batches(figures, keypoint_detector.BATCH, 0, 0, steps, augment=True)
     return keypoint_detector.train_detector(((x, poses) for x, poses, _ in batches), steps, 64)
 
@@ -72,7 +72,7 @@ def test_joints_that_nobody_can_see_teach_nothing(place):
 
 
 def test_an_image_has_the_same_pose_in_any_batch_and_its_mirror_image_the_mirrored_one():
-    reader = keypoint_detector.PoseReader(64).eval()
+    reader = keypoint_detector.KeypointDetector(64).eval()
     images = RNG.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
     together, moments = metrics.pose.read_all(reader, images)
     alone, _ = metrics.pose.read_all(reader, images[3:4])
@@ -163,7 +163,7 @@ def test_the_bundled_detector_is_for_any_number_of_figures_and_nothing_else(
         tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(keypoint_detector, "train_detector",
-                        lambda *args: keypoint_detector.PoseReader(64).eval())
+                        lambda *args: keypoint_detector.KeypointDetector(64).eval())
     steps = keypoint_detector.STEPS
     for spec, size, n in (("figures:3", 64, steps), ("mine", 64, steps), ("figures:3", 32, steps),
                           ("figures:3", 64, 2)):
@@ -216,8 +216,8 @@ def asked() -> list[dict]:
 
 
 def test_pose_end_to_end_and_with_a_perfect_detector(pose, monkeypatch, capsys):
-    draw, given = evaluate.sample.draw_pictures, []
-    monkeypatch.setattr(evaluate.sample, "draw_pictures",
+    draw, given = evaluate.sample.draw_images, []
+    monkeypatch.setattr(evaluate.sample, "draw_images",
                         lambda *a, **k: given.append((a, draw(*a, **k))) or given[-1][1])
     assert pose("--out", "o", "--seed", "7") == 0
     printed, own = capsys.readouterr().out, report()

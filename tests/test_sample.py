@@ -29,7 +29,7 @@ from diffusion import (
     ddim_table,
     ddpm,
     dpm_solver,
-    held,
+    inpaint,
     invert,
     log_snr,
     per_image_noise,
@@ -105,7 +105,7 @@ def test_the_kept_part_comes_out_as_given_and_the_rest_as_without(diffusion, how
             return list(ddpm(diffusion, eps_fn, x_T, noise_fn))
         sampler = ddim if how.startswith("ddim") else dpm_solver
         return list(sampler(diffusion, eps_fn, x_T, 50, float(how[-1]), noise_fn))
-    kept, plain = run(held(diffusion, eps_fn, x0, known)), run(eps_fn)
+    kept, plain = run(inpaint(diffusion, eps_fn, x0, known)), run(eps_fn)
     wanted = x0.expand(2, 1, 4, 4)[..., :2]
     torch.testing.assert_close(kept[-1].x[..., :2], wanted, atol=1e-5, rtol=0)
     assert torch.equal(kept[-1].x[..., 2:], plain[-1].x[..., 2:])
@@ -130,7 +130,7 @@ def test_more_rounds_of_repaint_fit_the_rest_to_the_kept_part(diffusion):
         return x @ ((1 - ab).sqrt() * inverse).float().T
     x0, known, off = torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]]), []
     for rounds in (1, 2, 5, 20):
-        x = last(ddim(diffusion, held(diffusion, eps_fn, x0, known), torch.zeros(1, 2), 50, 1.0,
+        x = last(ddim(diffusion, inpaint(diffusion, eps_fn, x0, known), torch.zeros(1, 2), 50, 1.0,
                       lambda i, x: torch.zeros_like(x), rounds=rounds))
         off.append(rho - x[0, 1].item())
     assert off == sorted(off, reverse=True) and off[0] > 0.25 and abs(off[-1]) < 0.05, off
@@ -506,7 +506,7 @@ def test_the_python_of_the_docstring_draws_what_the_command_draws(go, ckpt):
     ldm, payload = checkpoint.load_ldm(ckpt)
     poses, names = sample.read_poses([KICKING])
     how = sample.settings(ldm, steps=6)
-    images = sample.draw_pictures(ldm, torch.from_numpy(np.stack(poses)), seeds=[4],
+    images = sample.draw_images(ldm, torch.from_numpy(np.stack(poses)), seeds=[4],
                                   size=payload["config"]["size"], **how)
     assert names == ["kicking"] and np.array_equal(images, go(KICKING, "-n", "1", "--seed", "4"))
 
