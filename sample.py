@@ -560,6 +560,9 @@ def run(args: argparse.Namespace, command: str) -> str:
              "checkpoint": checkpoint.hash_of(ldm.state_dict()),        # before --amp rounds it
              "settings": json.dumps(options | rest)}
     ldm.unet.to(checkpoint.AMP[args.amp])
+    if args.amp == "bf16" and args.device == "cpu":
+        from engine.cpu import use_fast_norms       # 1.2 s instead of 1.5 for 20 guided steps
+        use_fast_norms(ldm.unet)
 
     began = time.monotonic()
     poses = torch.from_numpy(plan.poses).repeat_interleave(plan.n, dim=0)               # [B, 17, 3]

@@ -41,7 +41,8 @@ MAY_IMPORT = {
     "extras": ("keypoints", "diffusion", "data", "formats"),
 }
 # The same within functions, for what only some who use a file ever need.
-LAZILY = {"data": ("dataset", "formats"), "checkpoint": ("formats",), "train": ("formats",)}
+LAZILY = {"data": ("dataset", "formats"), "checkpoint": ("formats",), "train": ("formats",),
+          "sample": ("engine.cpu",)}
 
 
 def modules() -> dict[str, Path]:
