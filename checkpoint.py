@@ -53,6 +53,9 @@ AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}     
 AGES = (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second")
 
 
+SIZES = range(8, 4097)              # of images, pixels
+
+
 class WrongStage(ValueError):
     """A valid checkpoint of the other stage."""
 
@@ -166,9 +169,15 @@ def load(path: str | Path, stage: str, advice: str | None = None, preset: str | 
             raise ValueError(f"{path} holds the EMA weights only; for the raw weights, use the "
                              "last.pt of its run")
         payload |= {name: payload["train"][name] for name in ("unet", "cond")}
-    for name in ("vq", "unet", "cond"):
-        check_bytes(payload.get(name, {}), path)
-    trained_with = payload["config"].get("preset")
+    config, states = payload["config"], [payload.get(name, {}) for name in ("vq", "unet", "cond")]
+    if not (isinstance(config, dict) and config.get("size") in SIZES and all(
+            isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+            for state in states)):
+        raise ValueError(f"{path} is damaged: its config or its weights are not what they should "
+                         "be; use another checkpoint")
+    for state in states:
+        check_bytes(state, path)
+    trained_with = config.get("preset")
     if preset not in (None, trained_with):
         raise ValueError(f"--preset is {preset}, but {path} was trained with preset {trained_with} "
                          "and needs no --preset")

@@ -357,8 +357,9 @@ def note_broken(ds: ImageDataset, broken: dict[str, str]) -> None:
     new = {file: reason for file, reason in broken.items() if file not in ds.broken}
     ds.broken.update(new)
     if len(ds.broken) > ds.most_broken:
-        raise DataError(f"{len(ds.broken)} images cannot be used, and at most {ds.most_broken:.0f} "
-                        f"may be broken; the first is {next(iter(ds.broken.values()))}")
+        most = math.floor(ds.most_broken)
+        raise DataError(f"{len(ds.broken)} images cannot be used, and at most {most} may be "
+                        f"broken; the first is {next(iter(ds.broken.values()))}")
     for reason in new.values():
         tqdm.write(f"left out: {reason}", file=sys.stderr)
 
@@ -433,9 +434,13 @@ def find_coco(root: Path) -> tuple[Path, dict] | None:
     for pattern in ("*person_keypoints*.json", "*.json"):
         files = sorted(p for at in (root, root / "annotations", root / "coco")
                        for p in at.glob(pattern) if p.is_file())
-        parsed = [(path, pose_files.read_json(path, limit=None)) for path in files]
-        found = [(path, content) for path, content in parsed
-                 if isinstance(content, dict) and {"images", "annotations"} <= content.keys()]
+        found = []
+        for path in files:
+            text = path.read_bytes()
+            if b'"images"' in text and b'"annotations"' in text:        # else it need not be parsed
+                content = pose_files.read_json(path, limit=None)
+                if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
+                    found.append((path, content))
         if len(found) > 1:
             raise DataError(f"{root}: {len(found)} COCO files, {found[0][0].name}, "
                             f"{found[1][0].name}, ...; name one of them")

@@ -64,7 +64,7 @@ from torch import Tensor
 Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]      # (x, t [B], cond [B, ...], drop)
 EpsFn = Callable[[Tensor, Tensor], Tensor]                      # (x, t [B]) -> eps
 NoiseFn = Callable[[int, Tensor], Tensor]                       # (step i, x) -> noise like x
-PREDICTIONS = "eps", "v"
+PREDICTIONS, MOST_TIMESTEPS = ("eps", "v"), 10_000
 
 
 class Diffusion:
@@ -72,8 +72,10 @@ class Diffusion:
 
     def __init__(self, timesteps: int = 1000, linear_start: float = 0.0015,
                  linear_end: float = 0.0195, prediction: str = "eps"):
-        assert prediction in PREDICTIONS and timesteps > 1 and 0 < linear_start <= linear_end < 1, (
-            prediction, timesteps, linear_start, linear_end)
+        if (prediction not in PREDICTIONS or not 2 <= timesteps <= MOST_TIMESTEPS
+                or not 0 < linear_start <= linear_end < 1):         # from a damaged checkpoint
+            raise ValueError(f"no schedule has {timesteps} timesteps from {linear_start} to "
+                             f"{linear_end} and prediction {prediction!r}")
         self.timesteps, self.prediction = timesteps, prediction
         # float64: 1 - alpha_bar loses its digits in float32 where alpha_bar is near 1
         self.betas = torch.linspace(                                                        # [T]

@@ -85,7 +85,7 @@ def recon(args: argparse.Namespace) -> None:
     spec, val, size = resolve(args, [payload["config"] for payload in payloads])
     check_size(size, math.lcm(*(model.config.factor for model in models)))
     images, which = open_images(args, spec, val, size)
-    other = data.open_all(args.against, size, poseless=True) if args.against else None
+    other = data.open_all(args.against, size, True, args.trim_bars) if args.against else None
     make_out(args.out, spec, val, args.against)
     measures = {"l1": l1, "psnr": psnr, "ssim": ssim}
     if args.lpips_weights:
@@ -151,7 +151,7 @@ def open_images(args: argparse.Namespace, spec: str, val: str | None,
 def draw_recon(path: Path, models: dict[str, VQModel], images: data.ImageDataset,
                scores: list[float], title: str) -> dict[str, list[str]]:
     """Draws typical images and the worst by `scores`; returns their names."""
-    sound = [i for i in range(len(images)) if images.name(i) not in images.base.broken]
+    sound = [i for i in range(len(images)) if images.name(i) not in images.broken]
     typical, worst = ([sound[k] for k in places] for places in typical_and_worst(scores, SHOWN))
     pairs = [images[i] for i in typical + worst]
     originals, poses = (np.stack(part) for part in zip(*pairs, strict=True))

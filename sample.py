@@ -500,6 +500,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument --common: not allowed with the pose file {args.poses[0]}")
     if args.inpaint and not args.mask:
         parser.error("--inpaint needs --mask IMAGE, in which white marks the region to redraw")
+    if args.interval and args.interval[0] > args.interval[1]:
+        parser.error("--interval LO HI: LO must not be above HI")
+    if args.amp == "fp16" and not args.device.startswith("cuda") and args.device != "auto":
+        parser.error("--amp fp16 needs a CUDA GPU; use bf16 or off")
     if Path(args.out).suffix.lower() not in SUFFIXES:
         parser.error(f"--out is {args.out}; the name must end in {', '.join(SUFFIXES)}")
     if args.n is None:

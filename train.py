@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -530,18 +530,19 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
             bad_steps = (bad_steps + 1) * ~grad_norm.isfinite()
             if run.log_due(step):
                 log_step(run, bar, step, c, bad_steps, numbers | {"grad_norm": grad_norm})
-                stop = any_rank(stop, device)
-            elif world() > 1:
-                stop = False                            # all ranks stop after the same step
+            # All ranks stop after the same step; on GPUs they agree when the log waits for them.
+            may_stop = run.log_due(step) or device.type == "cpu"
+            stop = may_stop and any_rank(stop, device) if world() > 1 else stop
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
-                if run.eval_due(step):
+                if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: save now
                     score = evaluate_vq(run, bar, step, c, model, val)
                 training = state_of(parts) | {"usage": codebook.usage}
                 run.save(step, {"stage": "vq", "vq": model.state_dict(),
                                 "vq_config": asdict(c.vq_config), "train": training}, score)
             if stop:
                 break
+        run.stopped = any_rank(stopped.is_set(), device)
     return step + 1
 
 
@@ -594,7 +595,8 @@ def report(run: RunDir, bar: tqdm, step: int, said: str, result: dict, began: fl
             rows = [*read_log(run.log_path), {"step": step} | row]
             plots.plot_curves(run.dir / "curves.png", rows, panels | SHARED_PANELS,
                               f"{run.dir}, step {step + 1}: {said}")
-        bar.write(f"step {step + 1:6d}  {said}")
+        with suppress(OSError):                             # a closed terminal
+            bar.write(f"step {step + 1:6d}  {said}")
     run.log(step, **row, eval_s=time.monotonic() - began)
     bar.set_description(run.title)
 
@@ -701,12 +703,12 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
             bad_steps = (bad_steps + 1) * ~grad_norm.isfinite()
             if run.log_due(step):
                 log_step(run, bar, step, c, bad_steps, numbers | {"grad_norm": grad_norm})
-                stop = any_rank(stop, device)
-            elif world() > 1:
-                stop = False                            # all ranks stop after the same step
+            # All ranks stop after the same step; on GPUs they agree when the log waits for them.
+            may_stop = run.log_due(step) or device.type == "cpu"
+            stop = may_stop and any_rank(stop, device) if world() > 1 else stop
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
-                if run.eval_due(step):
+                if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: save now
                     score, alarm = held_out.evaluate(run, bar, step, ldm)
                 payload = checkpoint.ldm_payload(average) | {"poses": poses}
                 run.save(step, payload | {"train": state_of(parts)}, score)
@@ -714,6 +716,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
                 stop = stop or any_rank(alarm is not None, device)
             if stop:
                 break
+        run.stopped = any_rank(stopped.is_set(), device)
     return step + 1
 
 
@@ -891,7 +894,8 @@ def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
                          f"{now}; give {advice}, or another --out, or --fresh")
     if (c.steps or old["steps"]) != old["steps"] or c.minutes not in (None, old["minutes"]):
         print0(f"{c.out} keeps its length of {old['steps']} steps; --fresh starts over")
-    return replace(c, **{name: old[name] for name in ("steps", "minutes", "eval_every")})
+    return replace(c, steps=old["steps"], minutes=old["minutes"],
+                   eval_every=c.eval_every or old["eval_every"])
 
 
 def measure_speed(c: Config, loop: Callable[..., int], needs: tuple) -> tuple[float, float, float]:
@@ -900,15 +904,17 @@ def measure_speed(c: Config, loop: Callable[..., int], needs: tuple) -> tuple[fl
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         loss = replace(c.recipe.loss, disc_start=0.0, disc_ramp=0.0)    # with all that costs time
-        short = replace(c, out=folder, steps=MEASURED, eval_every=MEASURED, keep_every=None,
+        steps = max(MEASURED, 3 * c.workers)                            # more than are prefetched
+        short = replace(c, out=folder, steps=steps, eval_every=steps, keep_every=None,
                         patience=None, recipe=replace(c.recipe, quantize_start=0.0, loss=loss))
         run = RunDir(folder, c.stage, dry=True)
-        if loop(short, run, *needs) < MEASURED:
-            raise KeyboardInterrupt                                     # stopped by a signal
+        loop(short, run, *needs)
+        if run.stopped:
+            raise KeyboardInterrupt
         rows = read_log(run.log_path)
     if rank() == 0:
         step_s, eval_s = c.recipe.batch_size / rows[-2]["img_s"], rows[-1]["eval_s"]
-        build_s = time.monotonic() - began - MEASURED * step_s - eval_s
+        build_s = time.monotonic() - began - steps * step_s - eval_s
     return from_rank_0((step_s, eval_s, build_s) if rank() == 0 else None)
 
 
@@ -1015,7 +1021,7 @@ def measure_figures(c: Config) -> float:
     if c.stage == "vq":
         lpips = LPIPS() if c.recipe.loss.perceptual else None       # its weights do not matter here
         return measure_speed(c, train_vq, (train, val, lpips))[0]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:     # Windows: mapped
         vq = prepare(VQModel(c.vq_config).eval().requires_grad_(False), c)
         cache = open_latents(c, Path(folder), vq, train)
         return measure_speed(c, train_ldm, (vq, cache, val))[0]

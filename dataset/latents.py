@@ -58,8 +58,9 @@ class LatentCache:
                     file.unlink()
         about = json.loads(self.json.read_text())
         for file, size in zip(self.files, file_sizes(about), strict=True):
-            if file.stat().st_size != size:
-                raise data.DataError(f"{file}: {file.stat().st_size:,} bytes long instead of "
+            found = file.stat().st_size if file.exists() else 0
+            if found != size:
+                raise data.DataError(f"{file}: {found:,} bytes long instead of "
                                      f"{size:,}; delete {self.json}, then rerun the same command")
         self.n, (C, h, w) = about["rows"], about["shape"]
         self.latents, self.poses = (
@@ -75,7 +76,10 @@ class LatentCache:
         """Appends the rows of all batches that are not on record, then renames the record."""
         record = Path(f"{self.json}.tmp")
         about = json.loads(record.read_text()) if record.exists() else {}
-        if about.get("batch_size") != batch_size:       # sums and squares are by channel
+        whole = about.get("batch_size") == batch_size and all(
+            file.exists() and file.stat().st_size >= size
+            for file, size in zip(self.files, file_sizes(about), strict=True))
+        if not whole:                                   # start over; sums are by channel
             about = {"batch_size": batch_size, "batches": 0, "broken": {}, "rows": 0, "shape": [],
                      "sum": 0.0, "squares": 0.0}
         data.note_broken(ds, about["broken"])

@@ -43,7 +43,7 @@ def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, obje
             continue
         name, a, b = key, old.get(key), new[key]
         while isinstance(a, dict) and isinstance(b, dict):
-            key = next(k for k in [*b, *a] if a.get(k) != b.get(k))
+            key = next(k for k in [*b, *a] if a.get(k, ...) != b.get(k, ...))
             name, a, b = f"{name}.{key}", a.get(key), b.get(key)
         return name, a, b
     return None
@@ -64,6 +64,7 @@ class RunDir:
         self.start = self.resumed["step"] if self.resumed else 0
         self.best = self.resumed["train"]["best"] if self.resumed else None     # score so far
         self.saved_step, self.saved_at = self.start, time.monotonic()
+        self.stopped = False                    # by a signal
         self.timed_from: tuple[int, float] | None = None    # (step, time): only steps since then
 
     def _resume(self) -> None:
@@ -117,8 +118,8 @@ class RunDir:
         return left == 0 or ((step + 1) % self.eval_every == 0 and left >= self.eval_every / 2)
 
     def save_due(self, step: int) -> bool:
-        return (self.eval_due(step) or self._kept(step + 1)
-                or time.monotonic() - self.saved_at >= SAVE_SECONDS)
+        late = not self.dry and time.monotonic() - self.saved_at >= SAVE_SECONDS
+        return self.eval_due(step) or self._kept(step + 1) or late
 
     def _kept(self, step: int) -> bool:
         return self.keep_every is not None and step % self.keep_every == 0
@@ -143,9 +144,9 @@ class RunDir:
         """After step `step`: step-*.pt every `keep_every` steps, best.pt where `score` (higher is
         better) is the best so far, last.pt. The first two lack the training state. ValueError where
         the weights are not finite."""
-        self.timed_from = None
         if self.dry:
             return
+        self.timed_from = None
         if name := checkpoint.not_finite(payload):
             raise self.diverged(f"{name} is not finite after step {step}")
         better = (score is not None and math.isfinite(score)
