@@ -30,7 +30,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
-# Before torch is imported: idle threads soon sleep instead of spinning, which shares the cores.
+# This must precede `import torch`: idle OpenMP threads soon sleep instead of busy-waiting.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-# Before torch is imported: idle threads soon sleep instead of spinning, which shares the cores.
+# This must precede `import torch`: idle OpenMP threads soon sleep instead of busy-waiting.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -66,7 +66,7 @@ def read_image(path: str | Path, at_least: int | None = None) -> Image.Image:
     """A file as an upright RGB image, transparency laid on white.
 
     With `at_least`, a large JPEG is decoded at a reduced size of at least that many pixels a side.
-    DataError for a file that cannot be read whole: half an image would be trained on as it is.
+    DataError for a file that cannot be read whole, so no truncated image is used in training.
     """
     try:
         with warnings.catch_warnings():
@@ -89,7 +89,8 @@ def read_image(path: str | Path, at_least: int | None = None) -> Image.Image:
         raise DataError(f"{path}: not a readable image ({error}); replace it or take it out"
                         ) from error
     if image.mode == "F":
-        raise DataError(f"{path}: floating point pixels have no agreed white; save 8 or 16 bits")
+        raise DataError(f"{path}: floating point pixels are not supported; save the image with 8 "
+                        "or 16 bits")
     if image.mode.startswith("I"):      # 16-bit grey; PIL's own convert() would clip at 255
         grey = (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
@@ -148,7 +149,7 @@ class ImageDataset(Dataset):
     size: int                       # side of the square that ds[i] is
     seed: int = 0
     broken: dict[str, str] = {}     # file known to be unusable -> why, a sentence with a file in it
-    most_broken = math.inf          # how many may be
+    most_broken = math.inf          # at most so many
     skipped: Sequence[str] = ()     # files of images without a person
 
     def source(self, i: int) -> tuple[Image.Image | np.ndarray, np.ndarray]:
@@ -485,7 +486,7 @@ def read_groups(path: Path) -> dict[str, str]:
 
 
 def data_hash(train: ImageDataset, val: ImageDataset | None = None) -> str:
-    """Changes with the images and poses; a copy with other file times counts as another. `val` is
+    """Changes with the images and poses; a copy with other file times has another hash. `val` is
     given where --val names files of its own."""
     return "+".join(ds.fingerprint()[:16] for ds in filter(None, (train, val)))
 

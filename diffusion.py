@@ -27,22 +27,23 @@ Sampling. Every sampler turns eps into an estimate of x0, and steps to an earlie
     sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
                                                                                     DDIM (16)
 `dpm_solver` is DPM-Solver++(2M). Between two steps x0 changes too, about linearly in
-lambda = log(alpha_bar / (1 - alpha_bar)) / 2. The jump over h = lambda_s - lambda_t is therefore
-DDIM's with the x0 from the middle of it, extrapolated from this x0 and the one h_before earlier:
+lambda = log(alpha_bar / (1 - alpha_bar)) / 2. A step over h = lambda_s - lambda_t is therefore a
+DDIM step in which D, an estimate of x0 in the middle of the step, replaces x0. D extrapolates from
+this x0 and the one before it, h_before earlier:
     D = x0 + h / (2 h_before) (x0 - x0_before)                                      algorithm 2
 
 Guidance. eps = eps_null + w (eps_pose - eps_null); w = 1 is the conditional model, w = 0 the
 unconditional one. (CFG (6) counts differently: its w is ours minus 1.)
 
 Variations. A sampler can skip its first steps and start from x_t of a given x0 (SDEdit,
-arXiv:2108.01073). `inpaint` keeps a part of x0 as given (RePaint, arXiv:2201.09865); there eps is
-(4) solved for it:
+arXiv:2108.01073). `inpaint` keeps a part of x0 as given (RePaint, arXiv:2201.09865); in that
+part eps follows from (4):
     eps = (x_t - sqrt(alpha_bar_t) x0) / sqrt(1 - alpha_bar_t)
 The rest of the image sees only a noisy version of that part. RePaint therefore repeats each step in
 several rounds, with noise added back in between:
     x_t = sqrt(alpha_bar_t / alpha_bar_s) x_s + sqrt(1 - alpha_bar_t / alpha_bar_s) noise
-`invert` solves (12) with eta = 0 for x_t: which noise becomes this x0? With
-a = sqrt(alpha_bar_s / alpha_bar_t)
+`invert` finds the noise from which DDIM samples a given x0: it solves (12) with eta = 0 for x_t.
+With a = sqrt(alpha_bar_s / alpha_bar_t)
     x_t = (x_s - (sqrt(1 - alpha_bar_s) - a sqrt(1 - alpha_bar_t)) eps(x_t, t)) / a
 a fixed point, because eps is evaluated at the x_t that is sought (arXiv:2309.04907).
 `slerp` interpolates between two noises on the sphere that both lie on (arXiv:1609.04468):
@@ -68,7 +69,7 @@ PREDICTIONS, MOST_TIMESTEPS = ("eps", "v"), 10_000
 
 
 class Diffusion:
-    """The schedule and what follows from it. Has no parameters."""
+    """The noise schedule, its precomputed tables and the training loss. Has no parameters."""
 
     def __init__(self, timesteps: int = 1000, linear_start: float = 0.0015,
                  linear_end: float = 0.0195, prediction: str = "eps"):
@@ -89,14 +90,14 @@ class Diffusion:
         self.posterior_x0_coef = self.alphas_bar_prev.sqrt() * self.betas / noise_var
         self.posterior_x_t_coef = (1 - self.betas).sqrt() * noise_var_prev / noise_var
         self.posterior_variance = self.betas * noise_var_prev / noise_var
-        # The variance at t = 0 is 0, so its logarithm is that of t = 1; no noise is added there.
+        # log(0) is -inf, so t = 0 uses the value of t = 1; the last step adds no noise.
         self.posterior_log_variance = self.posterior_variance[[1, *range(1, timesteps)]].log()
         self._moved: dict[tuple[str, torch.device], Tensor] = {}
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Table `name` at t, float32 [B, 1, ...] ready to broadcast over `like` [B, ...]."""
         key = (name, like.device)
-        if key not in self._moved:          # once a device: a copy in every step would stall a GPU
+        if key not in self._moved:          # copied once per device, not in every step
             self._moved[key] = getattr(self, name).to(torch.float32).to(like.device)
         return self._moved[key][t.to(like.device)].view(-1, *[1] * (like.ndim - 1))
 
@@ -176,7 +177,7 @@ def guided(
 
     w = 1 and w = 0 cost one evaluation of B samples, any other w one of 2 B. `interval` is that of
     arXiv:2404.07724; outside it w is 1, and all samples must be at the same t. `rescale` is the phi
-    of arXiv:2305.08891 section 3.4: a large w makes eps too large, and the image glaring.
+    of arXiv:2305.08891 section 3.4: a large w increases the std of eps and oversaturates the image.
     """
 
     def eps_fn(x: Tensor, t: Tensor) -> Tensor:
@@ -236,7 +237,7 @@ def ddim(
     noise_fn: NoiseFn | None = None,    # needed where eta > 0 or rounds > 1
     spacing: str = "even",              # of the timesteps, see timesteps_of
     skip: int = 0,                      # steps left out at the noisy end; x_T is x at the next t
-    rounds: int = 1,                    # RePaint's: how often each step is made
+    rounds: int = 1,                    # RePaint: how many times each step is made
 ) -> Iterator[Step]:
     """DDIM (12) over S of the T timesteps."""
     yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, rounds, order=1)
@@ -255,7 +256,7 @@ def dpm_solver(
 ) -> Iterator[Step]:
     """DPM-Solver++(2M), arXiv:2211.01095 algorithm 2: error O(1 / S^2) where DDIM's is O(1 / S).
 
-    The first step has no step before it and the last goes to lambda = infinity: both are DDIM's.
+    The first step has no previous x0 and the last ends at lambda = infinity: both are DDIM steps.
     There are no RePaint rounds: the extrapolation would amplify the noise that they add back.
     """
     yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, 1, order=2)
@@ -264,7 +265,7 @@ def dpm_solver(
 def _jumps(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, steps: int, eta: float,
            noise_fn: NoiseFn | None, spacing: str, skip: int, rounds: int,
            order: int) -> Iterator[Step]:
-    """What `ddim` (order 1) and `dpm_solver` (order 2) share: everything but D."""
+    """The sampling loop of `ddim` (order 1) and `dpm_solver` (order 2)."""
     timesteps, alpha_bar, alpha_bar_prev, sigma = ddim_table(diffusion, steps, eta, spacing)
     lambda_ = log_snr(alpha_bar)
     x, n, x0_before = x_T.float(), len(timesteps), None
@@ -297,9 +298,9 @@ def timesteps_of(alphas_bar: np.ndarray, steps: int, spacing: str = "even") -> n
 
     "even": exactly `steps`, evenly spread in t, always with T - 1, where sampling starts.
     "lambda": evenly in lambda, always with T - 1, none twice.
-    "uniform": the reference's stride T // steps plus 1, only to repeat its runs. It can make more
-    steps than asked for (350 of 1000 makes 500); for 599 of the 1000 counts it would run past
-    T - 1, which is a ValueError here.
+    "uniform": the reference's stride T // steps plus 1; use it only to reproduce the reference. It
+    can make more steps than asked for (350 of 1000 makes 500). 599 of the 1000 values of `steps`
+    give a timestep above T - 1, which is a ValueError.
     """
     T = len(alphas_bar)
     if not 1 <= steps <= T:
@@ -361,7 +362,7 @@ def per_image_noise(seeds: list[Seed], shape: tuple[int, ...]) -> tuple[Tensor, 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     """From a (share 0, exactly) to b (share 1, exactly) on the sphere around 0. Two independent
-    N(0, I) stay N(0, I); the straight line between them would be too short to be noise."""
+    N(0, I) stay N(0, I); linear interpolation would reduce the norm."""
     cosine = (a * b).sum().double() / (a.norm().double() * b.norm().double())
     angle = cosine.clamp(-1, 1).acos().item()
     if not np.sin(angle) >= 1e-6:               # parallel or opposite; NaN where one is 0

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-# Before torch is imported: idle threads soon sleep instead of spinning, which shares the cores.
+# This must precede `import torch`: idle OpenMP threads soon sleep instead of busy-waiting.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np

@@ -179,7 +179,8 @@ class PoseEncoder(nn.Module):
 
 
 def heatmaps(pose: Tensor, size: int | tuple[int, int], sigma: float = 0.04) -> Tensor:
-    """Gaussian maps [B, 17, h, w] of poses [B, 17, 3]; sigma in images; 0 for a missing joint.
+    """Gaussian maps [B, 17, h, w] of poses [B, 17, 3]; sigma as a share of the side. A map is 0 for
+    a missing joint.
 
     A cell has the value of the Gaussian at its centre, so the place within a cell is kept.
     """

@@ -58,8 +58,8 @@ class LDM(nn.Module):
 
     @torch.no_grad()
     def prepared(self, pose: Tensor, size: tuple[int, int]) -> tuple[Callable[..., Tensor], Tensor]:
-        """(model, rows): the model with its poses [B, 17, 3] built in, called with `rows` [B] in
-        place of them.
+        """(model, rows): a model with precomputed conditioning for poses [B, 17, 3]; it takes row
+        numbers, `rows` [B], instead of poses.
 
         Equal to the LDM for latents of `size` = (h, w), but maps, tokens, keys and values are
         computed once here, not in every step of a sampler.
@@ -88,7 +88,7 @@ class LDM(nn.Module):
 
     @property
     def eta(self) -> float:
-        """The default eta; 0, the reference's, for a model trained the reference's way."""
+        """The default eta; 0 for a model trained without dropping poses, as in the reference."""
         return DEFAULT_ETA if self.supports_guidance else 0.0
 
     def encode(self, images: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Before torch is imported: idle threads soon sleep instead of spinning, which shares the cores.
+# This must precede `import torch`: idle OpenMP threads soon sleep instead of busy-waiting.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -247,7 +247,7 @@ def plan_of(args: argparse.Namespace, payload: dict) -> Plan:
 
 
 class Given(NamedTuple):
-    """The image of --init, --inpaint or --noise-from, as the model sees it."""
+    """The image of --init, --inpaint or --noise-from, encoded, and decoded again."""
     z: Tensor                       # [1, C, h, w] its latent
     image: np.ndarray               # uint8 [S, S, 3] the decoded latent
     hole: np.ndarray | None         # bool [S, S] the region to inpaint
@@ -291,7 +291,7 @@ def start_from(given: Given, args: argparse.Namespace, ldm: LDM, pose: Tensor) -
     --noise-from inverts without a pose. A model trained without dropout cannot, so it inverts with
     `pose` [1, 17, 3].
     """
-    if args.init:       # strength is a share of T, so that it means as much noise in any spacing
+    if args.init:       # a share of T, so that it adds the same noise with every spacing
         timesteps = visited(ldm, args.sampler, args.steps, args.spacing)
         skip = int((timesteps >= args.strength * ldm.schedule["timesteps"]).sum())
         return {"given": given.z, "skip": skip}
@@ -521,7 +521,7 @@ def settings_of(args: argparse.Namespace) -> dict[str, object]:
 
 
 def ask_model(args: argparse.Namespace, ldm: LDM) -> None:
-    """Sets what the command leaves open to the model's defaults.
+    """Fills in what the command leaves open to the model's defaults.
 
     ValueError for --guidance if the model has no null condition.
     """

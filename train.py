@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-# Before torch is imported: idle threads soon sleep instead of spinning, which shares the cores.
+# This must precede `import torch`: idle OpenMP threads soon sleep instead of busy-waiting.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
@@ -121,10 +121,10 @@ class Preset:
 # without quantisation.
 NORM_FREE = {"norm_groups": 0, "zero_init": True, "ema_codebook": True}
 # Large ones are trained as VQGANs: with LPIPS, and with a discriminator once the reconstruction has
-# settled. In minutes the discriminator costs 5 dB and gives nothing back (benchmarks/RESULTS.md).
+# settled. In runs of minutes it lowers PSNR by 5 dB without a benefit (benchmarks/RESULTS.md).
 VQGAN = VQLossConfig(perceptual=1.0, disc_weight=0.75, disc_start=0.1, disc_ramp=0.05,
                      disc_cap=100.0)
-# Pose maps steer best of seven ways at equal time (benchmarks/RESULTS.md).
+# Maps gave the best pose fidelity of seven conditionings at equal time (benchmarks/RESULTS.md).
 MAPS = ("maps",)
 
 
@@ -287,7 +287,7 @@ def plain(c: Config) -> dict:
     return json.loads(json.dumps(c, default=asdict))
 
 
-# ------------------------------------------------------------------------------ parts of a step
+# ------------------------------------------------------------------------------ optimisation
 
 def seed_everything(seed: int, step: int) -> None:
     """Everything random in step k (noise, timesteps, dropout, restarts) comes from torch's
@@ -316,8 +316,8 @@ def adamw(params: list[Tensor], r: Recipe) -> torch.optim.AdamW:
                              fused=True)
 
 
-# Coefficients of the quintic Newton-Schulz iteration, as Muon's author has them; size of an update,
-# about that of AdamW's (arXiv:2502.16982 section 2.2).
+# Coefficients of the quintic Newton-Schulz iteration from the Muon post; MUON_RMS is the RMS of an
+# update, similar to AdamW's (arXiv:2502.16982 section 2.2).
 NS_COEFFICIENTS, NS_STEPS, MUON_RMS, MOMENTUM = (3.4445, -4.7750, 2.0315), 5, 0.2, 0.95
 
 
@@ -410,7 +410,7 @@ class EMA:
 
 
 def prepare(model: nn.Module, c: Config) -> nn.Module:
-    """The model on its device, in the layout that convolutions want."""
+    """The model on its device, in channels_last memory format."""
     if c.device == "cpu" and c.amp == "bf16":
         use_fast_norms(model)
     return model.to(c.device, memory_format=torch.channels_last)
@@ -571,7 +571,7 @@ def log_step(run: RunDir, bar: tqdm, step: int, c: Config, bad_steps: Tensor,
 
 def evaluate_vq(run: RunDir, bar: tqdm, step: int, c: Config, model: VQModel,
                 val: data.ImageDataset) -> float:
-    """Reconstruction of held-out images: log, picture, curves. Returns the score: the PSNR."""
+    """Reconstruction of held-out images: log, preview, curves. Returns the score: the PSNR."""
     began = time.monotonic()
     bar.set_description(f"{run.title}, evaluating")
     batches = (x for x, _ in data.in_order(val, in_network(c), c.recipe.eval_images))
@@ -734,7 +734,7 @@ class HeldOut:
             raise ValueError(f"{c.data} leaves fewer than 2 usable images to validate on: add "
                              "images, or give a set of its own with --val")
         self.z, self.pose = (torch.cat(each).to(c.device) for each in zip(*pairs, strict=True))
-        rows = 2 * data.evenly(len(cache) // 2, len(self.z))        # not mirrored, as held-out ones
+        rows = 2 * data.evenly(len(cache) // 2, len(self.z))        # even: not mirrored
         h, pose = cache.rows(rows)
         self.z_train = (h.to(c.device) - average.mean) / average.std
         self.pose_train = pose.to(c.device)
@@ -742,10 +742,11 @@ class HeldOut:
         self.preview = next(data.in_order(val, PREVIEWS, PREVIEWS))
 
     def evaluate(self, run: RunDir, bar: tqdm, step: int, ldm: LDM) -> tuple[float, str | None]:
-        """Losses on fixed noise: log, picture, curves. Returns best.pt's score, and a warning where
+        """Losses on fixed noise: log, preview, curves. Returns best.pt's score, and a warning where
         it overfits.
 
-        Of the averaged weights under the right pose, a shuffled one and none; of the raw weights.
+        Computes the EMA model's loss with the right pose, a shuffled pose and no pose, and the raw
+        model's loss.
         """
         c, m, began = self.c, self.monitor, time.monotonic()
         bar.set_description(f"{run.title}, evaluating")
@@ -900,7 +901,7 @@ def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
 
 def measure_speed(c: Config, loop: Callable[..., int], needs: tuple) -> tuple[float, float, float]:
     """Seconds of a training step, of an evaluation, and of building the networks, from a few steps
-    that leave nothing behind."""
+    in a temporary folder."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         loss = replace(c.recipe.loss, disc_start=0.0, disc_ramp=0.0)    # with all that costs time
@@ -930,7 +931,8 @@ def fix_length(c: Config, spent: float, step_s: float, eval_s: float) -> Config:
         print0(f"{plural(c.minutes, 'minute')}, of which {spent:.0f} s went into preparation: "
                f"{plural(steps, 'step')} of {step_s:.2g} s, evaluations of {eval_s:.2g} s")
         if steps < FEW_STEPS:
-            print0("so few steps do not learn much; give more --minutes, or --steps")
+            print0(f"{plural(steps, 'step')} are too few to train a useful model; give more "
+                   "--minutes, or --steps")
     pays = EVAL_SHARE * steps * step_s / eval_s             # evaluations, the measured one included
     evals = min(MAX_EVALS, max(1, int(pays) - 1))
     return replace(c, steps=steps, eval_every=c.eval_every or math.ceil(steps / evals))
@@ -950,7 +952,7 @@ def announce(c: Config, run: RunDir, held_out: int, used: str) -> None:
 
 
 def is_complete(c: Config, run: RunDir) -> bool:
-    """Nothing left to do? Says so."""
+    """True if no step is left; prints the reason."""
     if run.start and run.start >= c.steps:
         print0(f"{run.dir} is complete at step {run.start}; --fresh starts over")
         return True
@@ -967,7 +969,7 @@ def go_on(c: Config, run: RunDir) -> str:
 
 
 def say_end(c: Config, run: RunDir, step: int, minutes: float) -> bool:
-    """Says how the run ended; is it complete?"""
+    """Prints how the run ended; True if it is complete."""
     impatient = c.patience and step < c.steps and overfitting(read_log(run.log_path), c.patience)
     if impatient:
         print0(f"{run.dir}: out of patience at step {step} of {c.steps}; {go_on(c, run)}")
@@ -1120,7 +1122,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def complain(text: str) -> None:
-    """A sentence to stderr. Each rank tells what happened to it; a wrong command is told once."""
+    """A sentence to stderr. Each rank reports its own error; a wrong command is reported once."""
     if dist.is_initialized():
         print(f"train.py, rank {rank()} of {world()}: {text}", file=sys.stderr)
     elif os.environ.get("RANK", "0") == "0":

@@ -148,7 +148,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim, channels, bias=False)
         self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(channels, channels))      # for the name to_out.0
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))      # so its name is to_out.0
 
     def heads(self, y: Tensor) -> Tensor:
         return y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)     # [B, L, C] -> [B, n, L, d]
@@ -180,7 +180,7 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         hidden = FF_MULT * channels
-        # The reference has a dropout of 0 where the Identity is; the last layer's name is net.2.
+        # Identity replaces the reference's dropout of 0, so the last layer is still named net.2.
         self.net = nn.Sequential(GEGLU(channels, hidden), nn.Identity(),
                                  nn.Linear(hidden, channels))
 
@@ -223,7 +223,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, pose: KeysValues) -> Tensor:
         y = self.proj_in(self.norm(x))                                  # [B, C, h, w]
-        # Both moves are free views of a channels_last tensor, forward and backward.
+        # For a channels_last tensor both permutes are views without a copy.
         y = y.permute(0, 2, 3, 1).flatten(1, 2)                         # [B, L, C]
         for block in self.transformer_blocks:
             y = block(y, pose)
@@ -238,7 +238,7 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor, emb: Tensor, pose: KeysValues,
                 skip: Tensor | None = None) -> Tensor:
-        if skip is not None:        # concatenated in here, so gradient checkpointing keeps no copy
+        if skip is not None:        # here, so gradient checkpointing does not store the result
             x = torch.cat([x, skip], dim=1)
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -254,9 +254,9 @@ class UNet(nn.Module):
     """prediction = UNet(config)(x, t, context, concat).
 
     Call .to(memory_format=torch.channels_last) once for speed. With `checkpointing` (gradient
-    checkpointing, arXiv:1604.06174) training keeps only what flows between the Stages and computes
-    the inside of each again in the backward pass: a third more time, a fraction of the memory, the
-    same numbers.
+    checkpointing, arXiv:1604.06174) training stores only the inputs of each Stage and recomputes
+    its activations in the backward pass: a third more time, a fraction of the memory, the same
+    numbers.
     """
 
     def __init__(self, config: UNetConfig):
@@ -308,14 +308,14 @@ class UNet(nn.Module):
 
         self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, C), nn.SiLU(),
                                  zero(nn.Conv2d(C, config.out_channels, 3, padding=1)))
-        # In the order of forward; a plain list, because each block has its name already.
+        # In the order of forward. A plain list, so that no block is registered twice.
         self.transformers = [m for m in self.modules() if isinstance(m, TransformerBlock)]
         for number, block in enumerate(self.transformers):
             block.number = number
 
     def keys_values(self, context: Tensor | None) -> KeysValues:
-        """Keys and values of context [B, N, D] for every cross-attention, which `forward` takes in
-        place of it; empty for a UNet without cross-attention."""
+        """Keys and values of context [B, N, D] for every cross-attention; `forward` accepts them
+        instead of the context. Empty for a UNet without cross-attention."""
         if context is None:
             return []
         return [block.attn2.keys_values(context) for block in self.transformers]

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 # B batch, C channels, H, W image, h, w = H/f, W/f latent, K codes, N = B h w vectors
 
 NORM_EPS = 1e-6                             # of the reference's GroupNorms
-SHORTCUT_SCALE = 2.0                        # of the averaged image in the latent: std about 1
+SHORTCUT_SCALE = 2.0                        # of the pooled image: the latent's std is about 1
 DISTANCES_AT_ONCE = 2 ** 24                 # entries of the distance matrix in memory: 64 MiB
 USAGE_DECAY = 0.98                          # of the moving count of each code's use: 50 steps
 DEAD_BELOW = 0.1                            # a code used less than this share of the mean is dead
@@ -38,7 +38,7 @@ class VQConfig:
     out_ch: int = 3
     ch: int = 128                           # width of the first level
     ch_mult: tuple[int, ...] = (1, 2, 4)    # width of each level over ch; f = 2^(levels - 1)
-    num_res_blocks: int = 2                 # a level of the encoder; the decoder has one more
+    num_res_blocks: int = 2                 # per encoder level; decoder levels have one more
     z_channels: int = 3                     # C of h as the encoder makes it
     embed_dim: int = 3                      # C of a code
     n_embed: int = 8192                     # K
@@ -273,7 +273,7 @@ class VectorQuantizer(nn.Module):
 
     The codes are embedding.weight [K, C]. loss = |sg(h) - z_q|^2 + beta |h - sg(z_q)|^2
     (arXiv:1711.00937 eq. 3); with `ema` a moving average replaces the first term (appendix A.1).
-    By default the reference has beta on the first term, a known mistake.
+    By default the reference multiplies the first term by beta, a known bug.
     """
 
     def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, ema: bool = False):
@@ -334,7 +334,7 @@ class VectorQuantizer(nn.Module):
         if self.ema:                            # usage * code is the moving sum of its vectors
             sums = torch.zeros_like(codes).index_add_(0, indices.flatten(), flat)   # [K, C]
             drift = share * sums - counts[:, None] * codes      # 0 for a code that is not used
-            drift.nan_to_num_(0.0, 0.0, 0.0)                    # of a step that is not finite
+            drift.nan_to_num_(0.0, 0.0, 0.0)                    # ignore h with NaN or inf
             codes.add_((1 - USAGE_DECAY) * drift / usage.clamp(min=1e-8)[:, None])
         self.usage.copy_(usage)
         dead = (usage < DEAD_BELOW).nonzero().flatten() if restart else usage[:0]
@@ -361,10 +361,10 @@ class VQModel(nn.Module):
     """The autoencoder: encode -> quantize -> decode.
 
     Stage 2 works on the output of `encode`, before quantisation; `decode` quantises first, which
-    pulls what stage 2 samples onto codes the decoder knows. With `shortcut`, encoder and decoder
-    start as plain averaging down and bicubic scaling up and learn what is missing (the idea of
+    maps sampled latents to codes that the decoder was trained on. With `shortcut`, encoder and
+    decoder start as plain averaging down and bicubic scaling up and learn what is missing (the idea of
     DC-AE, arXiv:2410.10733): the latent looks like the image from the first step on.
-    With `checkpointing` (arXiv:1604.06174) training keeps only what flows between ResBlocks.
+    With `checkpointing` (arXiv:1604.06174) training stores only the inputs of each ResBlock.
     """
 
     def __init__(self, config: VQConfig):
@@ -481,7 +481,7 @@ class LPIPS(nn.Module):
                 layers[str(index + 1)] = nn.ReLU()
                 c_in, index = width, index + 2
             self.net.add_module(f"slice{depth + 1}", nn.Sequential(layers))
-            lin = nn.Module()                               # its index 0 was a dropout
+            lin = nn.Module()                               # index 0 was a dropout
             lin.model = nn.Sequential(OrderedDict({"1": nn.Conv2d(c_in, 1, 1, bias=False)}))
             self.add_module(f"lin{depth}", lin)
 
@@ -536,7 +536,7 @@ class VQLoss(nn.Module):
         return min(1.0, (step - start + 1) / ramp) if ramp else 1.0
 
     def adaptive_weight(self, nll: Tensor, g: Tensor, last_layer: Tensor) -> Tensor:
-        """|grad nll| / |grad g| at the decoder's last layer, so both losses pull alike (eq. 7)."""
+        """|grad nll| / |grad g| at the decoder's last layer: both gradients get one norm (eq. 7)."""
         nll_grad, g_grad = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
                             for loss in (nll, g))
         return (nll_grad.norm() / (g_grad.norm() + 1e-4)).clamp(max=self.config.disc_cap).detach()
