@@ -362,8 +362,8 @@ class VQModel(nn.Module):
 
     Stage 2 works on the output of `encode`, before quantisation; `decode` quantises first, which
     maps sampled latents to codes that the decoder was trained on. With `shortcut`, encoder and
-    decoder start as plain averaging down and bicubic scaling up and learn what is missing (the idea of
-    DC-AE, arXiv:2410.10733): the latent looks like the image from the first step on.
+    decoder start as plain averaging down and bicubic scaling up and learn what is missing (the idea
+    of DC-AE, arXiv:2410.10733): the latent looks like the image from the first step on.
     With `checkpointing` (arXiv:1604.06174) training stores only the inputs of each ResBlock.
     """
 
@@ -536,7 +536,7 @@ class VQLoss(nn.Module):
         return min(1.0, (step - start + 1) / ramp) if ramp else 1.0
 
     def adaptive_weight(self, nll: Tensor, g: Tensor, last_layer: Tensor) -> Tensor:
-        """|grad nll| / |grad g| at the decoder's last layer: both gradients get one norm (eq. 7)."""
+        """|grad nll| / |grad g| at the decoder's last layer, which makes both equal (eq. 7)."""
         nll_grad, g_grad = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
                             for loss in (nll, g))
         return (nll_grad.norm() / (g_grad.norm() + 1e-4)).clamp(max=self.config.disc_cap).detach()
