@@ -165,7 +165,7 @@ def draw_recon(path: Path, models: dict[str, VQModel], images: data.ImageDataset
 @torch.no_grad()
 def reconstruct(vq: VQModel, images: np.ndarray) -> np.ndarray:
     """Images uint8 [N, H, W, 3] through an autoencoder."""
-    device = vq.quantize.embedding.weight.device
+    device = next(vq.parameters()).device
     return np.concatenate([data.to_uint8(vq(x.to(device))[0].float())
                            for x in data.to_tensor(images).split(BATCH)])
 

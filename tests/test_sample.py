@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -587,11 +588,12 @@ def test_the_first_line_names_the_checkpoint(go, ckpt, tmp_path, monkeypatch, ca
         return capsys.readouterr().out.splitlines()[0]
     bundled = tmp_path / "bundled.pt"
     checkpoint.save(bundled, checkpoint.slim(checkpoint.load(ckpt, "ldm")))
+    os.utime(bundled, (time.time() - 3.5 * 3600,) * 2)
     monkeypatch.setattr(sample, "BUNDLED_CKPT", bundled)
     assert first_line() == ("Using the bundled toy model bundled.pt (no runs/ldm/last.pt found) on "
                             "cpu in float32.")
     assert first_line("--ckpt", "bundled.pt", "--amp", "bf16").startswith(
-        "Using bundled.pt (step 150, 0 seconds old) on cpu in bfloat16.")
+        "Using bundled.pt (step 150, 3 hours old) on cpu in bfloat16.")
     Path("runs/ldm").mkdir(parents=True)
     shutil.copy(ckpt, "runs/ldm/last.pt")
     os.utime("runs/ldm/last.pt", (0, 0))
