@@ -65,7 +65,7 @@ from torch import Tensor
 Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]      # (x, t [B], cond [B, ...], drop)
 EpsFn = Callable[[Tensor, Tensor], Tensor]                      # (x, t [B]) -> eps
 NoiseFn = Callable[[int, Tensor], Tensor]                       # (step i, x) -> noise like x
-PREDICTIONS, MOST_TIMESTEPS = ("eps", "v"), 10_000
+PREDICTIONS, MOST_TIMESTEPS = ("eps", "v"), 1_000_000
 
 
 class Diffusion:

@@ -552,7 +552,7 @@ def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_p
     (["--steps", "-3"], ["--steps", "-3"]), (["--lr", "nan"], ["--lr", "nan"]),
     (["--seed", "-1"], ["--seed"]), (["--val", "somewhere"], ["--val", "somewhere"]),
     (["--amp", "fp16"], ["fp16", "bf16"]),
-    pytest.param(["--device", "cuda"], ["cuda", "no CUDA GPU"],
+    pytest.param(["--device", "cuda"], ["cuda", "0 CUDA GPUs"],
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
 def test_a_wrong_flag_is_one_sentence(tmp_path, capsys, flags, words):
