@@ -30,9 +30,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
-# Set before torch is imported: idle OpenMP threads sleep instead of spinning, which leaves the CPU
-# to other programs.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Before torch is imported: idle threads soon sleep instead of spinning, which shares the cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -300,10 +299,14 @@ def build(make: Callable[[], nn.Module], state: dict[str, Tensor], what: str) ->
     return model
 
 
+OLD_NAMES = {"doors": "conditioning"}       # of fields, in older files of format 1
+
+
 def config_of(kind: type, payload: dict, name: str, what: str) -> object:
     """payload[name] as a configuration of class `kind`."""
     try:
-        return kind(**payload[name])
+        fields = {OLD_NAMES.get(key, key): value for key, value in dict(payload[name]).items()}
+        return kind(**fields)
     except (TypeError, ValueError) as e:
         raise ValueError(f"{what} has a {name} that this version does not know: {e}") from None
 
@@ -344,7 +347,7 @@ def ldm_payload(ldm: LDM) -> dict:
             "unet": ldm.unet.state_dict(), "unet_config": asdict(ldm.unet.config),
             "cond": ldm.cond.state_dict(), "cond_config": asdict(ldm.cond.config),
             "mean": ldm.mean, "std": ldm.std, "schedule": ldm.schedule,
-            "knows_null": ldm.knows_null}
+            "knows_null": ldm.supports_guidance}
 
 
 def slim(payload: dict) -> dict:

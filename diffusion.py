@@ -1,49 +1,58 @@
-"""Diffusion: latents x0 [B, C, h, w] in, a training loss out; Gaussian noise x_T in, samples out.
+"""Diffusion: latents x0 [B, C, h, w] in, a training loss out; Gaussian noise in, samples out.
 
-The mathematics, with its sources: DDPM arXiv:2006.11239, DDIM arXiv:2010.02502, DPM-Solver++ arXiv:2211.01095,
-guidance (CFG) arXiv:2207.12598.
+Sources: DDPM arXiv:2006.11239, DDIM arXiv:2010.02502, DPM-Solver++ arXiv:2211.01095, guidance
+(CFG) arXiv:2207.12598, v-prediction arXiv:2202.00512.
 
-Forward. beta_t grows from linear_start to linear_end, linearly in its square root; alpha_bar_t = prod (1 - beta_s).
-    x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,  eps ~ N(0, I)                        DDPM (4)
-Training. A network predicts eps from x_t, t and the pose; the loss is plain squared error.
-    loss = || eps - eps_theta(x_t, t, pose) ||^2                                                  DDPM (14)
-With prediction "v" the network predicts a mixture instead, which says as much about x0 where x_t is nearly all noise:
-    v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0                                          arXiv:2202.00512
+Forward process. beta_t grows from linear_start to linear_end, linearly in its square root;
+alpha_bar_t = prod_{s <= t} (1 - beta_s).
+    x_t = sqrt(alpha_bar_t) x0 + sqrt(1 - alpha_bar_t) eps,    eps ~ N(0, I)        DDPM (4)
+
+Training. A network predicts eps from x_t, t and the pose; the loss is the squared error.
+    loss = || eps - eps_theta(x_t, t, pose) ||^2                                    DDPM (14)
+With prediction "v" it predicts v instead. Where x_t is nearly all noise, eps says almost nothing
+about x0, but v is nearly -x0:
+    v   = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x0                          v-prediction
     eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
-For a share p_drop of the samples the pose is replaced by the null pose, so that one network learns both
-eps_theta(x_t, t, pose) and eps_theta(x_t, t, null).
-Sampling. Every sampler turns eps into its estimate of x0, and steps to an earlier time:
-    x0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)                                    DDPM (15)
+For a share p_drop of the samples the null condition replaces the pose, so that one network learns
+both eps(x_t, t, pose) and eps(x_t, t, null).
+
+Sampling. Every sampler turns eps into an estimate of x0, and steps to an earlier time.
+    x0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)                      DDPM (15)
 `ddpm` draws x_{t-1} from the posterior q(x_{t-1} | x_t, x0), a Gaussian, through all T steps:
     mean = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x0
-           + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t                       DDPM (7)
-    variance = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)                                   DDPM (7)
+           + sqrt(1 - beta_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t         DDPM (7)
+    variance = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)                     DDPM (7)
 `ddim` jumps from t to any earlier s; eta = 0 is deterministic, eta = 1 over all T steps is `ddpm`:
-    x_s = sqrt(alpha_bar_s) x0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma noise                DDIM (12)
-    sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)   DDIM (16)
-`dpm_solver` is DPM-Solver++(2M): between two steps x0 moves too, about linearly in lambda, half the logarithm of
-alpha_bar / (1 - alpha_bar), so the jump over h = lambda_s - lambda_t is DDIM's with an x0 from the middle of it, on the
-line through this x0 and the one before, h_before earlier:
-    D = x0 + h / (2 h_before) (x0 - x0_before)                                                    DPM-Solver++ alg. 2
+    x_s = sqrt(alpha_bar_s) x0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma noise  DDIM (12)
+    sigma = eta sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_s)
+                                                                                    DDIM (16)
+`dpm_solver` is DPM-Solver++(2M). Between two steps x0 changes too, about linearly in
+lambda = log(alpha_bar / (1 - alpha_bar)) / 2. The jump over h = lambda_s - lambda_t is therefore
+DDIM's with the x0 from the middle of it, extrapolated from this x0 and the one h_before earlier:
+    D = x0 + h / (2 h_before) (x0 - x0_before)                                      algorithm 2
+
 Guidance. eps = eps_null + w (eps_pose - eps_null); w = 1 is the conditional model, w = 0 the
-unconditional one. (CFG (6) counts from the other end: its w is ours minus 1.)
-Tricks. A sampler may leave out its first steps and start from x_t of a given x0, (4) (SDEdit, arXiv:2108.01073).
-`held` keeps a part of x0 as given (RePaint, arXiv:2201.09865): there eps is (4) solved for it,
+unconditional one. (CFG (6) counts differently: its w is ours minus 1.)
+
+Variations. A sampler can skip its first steps and start from x_t of a given x0 (SDEdit,
+arXiv:2108.01073). `inpaint` keeps a part of x0 as given (RePaint, arXiv:2201.09865); there eps is
+(4) solved for it:
     eps = (x_t - sqrt(alpha_bar_t) x0) / sqrt(1 - alpha_bar_t)
-so that x0 is predicted as given and (7) or (12) draws x_s from q(x_s | x_t, x0). The rest of x0 has listened to a
-noisy version of that part only; RePaint's rounds let it listen again, each step taken back and made anew:
-    x_t = sqrt(alpha_bar_t / alpha_bar_s) x_s + sqrt(1 - alpha_bar_t / alpha_bar_s) noise         RePaint alg. 1
-`invert` solves (12) with eta = 0 for x_t: which noise becomes this x0? With a = sqrt(alpha_bar_s / alpha_bar_t)
+The rest of the image sees only a noisy version of that part. RePaint therefore repeats each step in
+several rounds, with noise added back in between:
+    x_t = sqrt(alpha_bar_t / alpha_bar_s) x_s + sqrt(1 - alpha_bar_t / alpha_bar_s) noise
+`invert` solves (12) with eta = 0 for x_t: which noise becomes this x0? With
+a = sqrt(alpha_bar_s / alpha_bar_t)
     x_t = (x_s - (sqrt(1 - alpha_bar_s) - a sqrt(1 - alpha_bar_t)) eps(x_t, t)) / a
-a fixed point, for eps is asked at the x_t that is sought (arXiv:2309.04907); one round is the usual approximation.
-`slerp` goes from one noise to another along the sphere that both lie on (arXiv:1609.04468):
+a fixed point, because eps is evaluated at the x_t that is sought (arXiv:2309.04907).
+`slerp` interpolates between two noises on the sphere that both lie on (arXiv:1609.04468):
     sin((1 - share) angle) / sin(angle) a + sin(share angle) / sin(angle) b
 
-t counts from 0 here, where the papers count from 1: alpha_bar[0] = 1 - beta[0], and the time before t = 0 has
-alpha_bar = 1. No sampler clips x0: a latent has no bounds.
+t counts from 0 here, from 1 in the papers: alpha_bar[0] = 1 - beta[0], and the time before t = 0
+has alpha_bar = 1. No sampler clips x0: latents have no bounds.
 """
 
-# B batch, C channels, h w latent height and width, T timesteps of the schedule, S steps of a sampler
+# B batch, C channels, h w latent height and width, T timesteps of the schedule, S sampler steps
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -52,36 +61,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-EpsModel = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]   # (x, t [B], cond [B, ...], drop [B] bool) -> eps
+Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]      # (x, t [B], cond [B, ...], drop)
 EpsFn = Callable[[Tensor, Tensor], Tensor]                      # (x, t [B]) -> eps
 NoiseFn = Callable[[int, Tensor], Tensor]                       # (step i, x) -> noise like x
 PREDICTIONS = "eps", "v"
 
 
 class Diffusion:
-    """The schedule and what follows from it. Holds no parameters and nothing that belongs in a checkpoint."""
+    """The schedule and what follows from it. Has no parameters."""
 
-    def __init__(self, timesteps: int = 1000, linear_start: float = 0.0015, linear_end: float = 0.0195,
-                 prediction: str = "eps"):
-        if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction is {prediction!r}; it must be one of {', '.join(PREDICTIONS)}")
-        if timesteps < 2:
-            raise ValueError(f"timesteps is {timesteps}; a schedule needs at least 2")
-        if not 0 < linear_start <= linear_end < 1:
-            raise ValueError(f"linear_start is {linear_start} and linear_end {linear_end}; "
-                             "they must satisfy 0 < linear_start <= linear_end < 1")
+    def __init__(self, timesteps: int = 1000, linear_start: float = 0.0015,
+                 linear_end: float = 0.0195, prediction: str = "eps"):
+        assert prediction in PREDICTIONS and timesteps > 1 and 0 < linear_start <= linear_end < 1, (
+            prediction, timesteps, linear_start, linear_end)
         self.timesteps, self.prediction = timesteps, prediction
         # float64: 1 - alpha_bar loses its digits in float32 where alpha_bar is near 1
-        self.betas = torch.linspace(linear_start ** 0.5, linear_end ** 0.5, timesteps, dtype=torch.float64) ** 2  # [T]
+        self.betas = torch.linspace(                                                        # [T]
+            linear_start ** 0.5, linear_end ** 0.5, timesteps, dtype=torch.float64) ** 2
         self.alphas_bar = torch.cumprod(1 - self.betas, dim=0)
         self.alphas_bar_prev = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_bar[:-1]])
         self.sqrt_alphas_bar = self.alphas_bar.sqrt()
         self.sqrt_one_minus_alphas_bar = (1 - self.alphas_bar).sqrt()
         # DDPM (7)
-        self.posterior_x0_coef = self.alphas_bar_prev.sqrt() * self.betas / (1 - self.alphas_bar)
-        self.posterior_x_t_coef = (1 - self.betas).sqrt() * (1 - self.alphas_bar_prev) / (1 - self.alphas_bar)
-        self.posterior_variance = self.betas * (1 - self.alphas_bar_prev) / (1 - self.alphas_bar)
-        # The variance at t = 0 is 0: its logarithm is taken at t = 1 instead. No sampler adds noise there.
+        noise_var, noise_var_prev = 1 - self.alphas_bar, 1 - self.alphas_bar_prev
+        self.posterior_x0_coef = self.alphas_bar_prev.sqrt() * self.betas / noise_var
+        self.posterior_x_t_coef = (1 - self.betas).sqrt() * noise_var_prev / noise_var
+        self.posterior_variance = self.betas * noise_var_prev / noise_var
+        # The variance at t = 0 is 0, so its logarithm is that of t = 1; no noise is added there.
         self.posterior_log_variance = self.posterior_variance[[1, *range(1, timesteps)]].log()
         self._moved: dict[tuple[str, torch.device], Tensor] = {}
 
@@ -94,51 +100,55 @@ class Diffusion:
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """DDPM (4): x_t, float32, of x0 [B, ...] at t [B] with the given noise."""
-        return self._at("sqrt_alphas_bar", t, x0) * x0 + self._at("sqrt_one_minus_alphas_bar", t, x0) * noise
+        return (self._at("sqrt_alphas_bar", t, x0) * x0
+                + self._at("sqrt_one_minus_alphas_bar", t, x0) * noise)
 
     def predict_x0(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """DDPM (15), (4) solved for x0."""
-        return (x_t - self._at("sqrt_one_minus_alphas_bar", t, x_t) * eps) / self._at("sqrt_alphas_bar", t, x_t)
+        noise = self._at("sqrt_one_minus_alphas_bar", t, x_t) * eps
+        return (x_t - noise) / self._at("sqrt_alphas_bar", t, x_t)
 
     def predict_eps(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
         """(4) solved for eps."""
-        return (x_t - self._at("sqrt_alphas_bar", t, x_t) * x0) / self._at("sqrt_one_minus_alphas_bar", t, x_t)
+        signal = self._at("sqrt_alphas_bar", t, x_t) * x0
+        return (x_t - signal) / self._at("sqrt_one_minus_alphas_bar", t, x_t)
 
     def posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """DDPM (7): mean [B, ...] and log variance [B, 1, ...] of q(x_{t-1} | x_t, x0)."""
-        mean = self._at("posterior_x0_coef", t, x_t) * x0 + self._at("posterior_x_t_coef", t, x_t) * x_t
+        mean = (self._at("posterior_x0_coef", t, x_t) * x0
+                + self._at("posterior_x_t_coef", t, x_t) * x_t)
         return mean, self._at("posterior_log_variance", t, x_t)
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What the network is to predict, float32 [B, ...]: eps or v."""
+        """What the network learns to predict, float32 [B, ...]: eps or v."""
         if self.prediction == "eps":
             return noise.float()
-        return self._at("sqrt_alphas_bar", t, x0) * noise - self._at("sqrt_one_minus_alphas_bar", t, x0) * x0
+        return (self._at("sqrt_alphas_bar", t, x0) * noise
+                - self._at("sqrt_one_minus_alphas_bar", t, x0) * x0)
 
-    def eps_model(self, model: EpsModel) -> EpsModel:
-        """A model that predicts this schedule's target -> one that predicts eps, as every sampler needs it."""
+    def eps_model(self, model: Model) -> Model:
+        """A model that predicts this schedule's target -> a model that predicts eps."""
         if self.prediction == "eps":
             return model
 
         def from_v(x: Tensor, t: Tensor, cond: Tensor, drop: Tensor) -> Tensor:
             v = model(x, t, cond, drop).float()
-            return self._at("sqrt_alphas_bar", t, x) * v + self._at("sqrt_one_minus_alphas_bar", t, x) * x
+            return (self._at("sqrt_alphas_bar", t, x) * v
+                    + self._at("sqrt_one_minus_alphas_bar", t, x) * x)
 
         return from_v
 
     def loss(
         self,
-        model: EpsModel,                # called once: model(x_t, t, cond, drop), which predicts eps or v
+        model: Model,                   # called once: model(x_t, t, cond, drop) -> eps or v
         x0: Tensor,                     # [B, ...]
-        cond: Tensor,                   # [B, ...] the poses, handed through
-        p_drop: float = 0.1,            # the chance that a sample sees the null condition
-        t: Tensor | None = None,        # [B] drawn uniformly if None
-        noise: Tensor | None = None,    # like x0, drawn from N(0, I) if None
-        drop: Tensor | None = None,     # [B] bool, drawn with p_drop if None
+        cond: Tensor,                   # [B, ...] the poses, passed through
+        p_drop: float = 0.1,            # probability of the null condition
+        t: Tensor | None = None,        # [B], default uniform
+        noise: Tensor | None = None,    # like x0, default N(0, I)
+        drop: Tensor | None = None,     # [B] bool, default with probability p_drop
     ) -> Tensor:
-        """DDPM (14): mean squared error of each sample, [B], in float32 also under autocast; of v where that is it."""
-        if not 0 <= p_drop <= 1:
-            raise ValueError(f"p_drop is {p_drop}; a probability lies in [0, 1]")
+        """DDPM (14): mean squared error of each sample, [B], in float32 also under autocast."""
         B, device = x0.shape[0], x0.device
         if t is None:
             t = torch.randint(self.timesteps, (B,), device=device)
@@ -147,65 +157,69 @@ class Diffusion:
         if drop is None:
             drop = torch.rand(B, device=device) < p_drop
         predicted = model(self.q_sample(x0, t, noise), t, cond, drop)
-        return (predicted.float() - self.target(x0, t, noise)).square().flatten(1).mean(1)     # [B]
+        error = predicted.float() - self.target(x0, t, noise)
+        return error.square().flatten(1).mean(1)                                            # [B]
 
+
+# ------------------------------------------------------------------------------ guidance
 
 def guided(
-    eps_model: EpsModel,
+    eps_model: Model,
     cond: Tensor,                               # [B, ...]
     w: float,
-    interval: tuple[int, int] | None = None,    # the timesteps lo <= t <= hi with guidance; elsewhere w is 1
-    rescale: float = 0.0,                       # 0 to 1: how far eps goes to the spread of the conditional eps
+    interval: tuple[int, int] | None = None,    # guidance only at timesteps lo <= t <= hi
+    rescale: float = 0.0,                       # 0 to 1: pulls std of eps to the conditional one
 ) -> EpsFn:
     """Classifier-free guidance: eps = eps_null + w (eps_cond - eps_null).
 
-    w = 1 is the conditional model and w = 0 the unconditional one, each one evaluation of B samples;
-    any other w is one evaluation of 2 B. `interval` is that of arXiv:2404.07724 (all samples must then be at the same
-    t), `rescale` the phi of arXiv:2305.08891 section 3.4: a large w makes eps too large and the picture glaring.
-    ValueError for a rescale that is no share.
+    w = 1 and w = 0 cost one evaluation of B samples, any other w one of 2 B. `interval` is that of
+    arXiv:2404.07724; outside it w is 1, and all samples must be at the same t. `rescale` is the phi
+    of arXiv:2305.08891 section 3.4: a large w makes eps too large, and the image glaring.
     """
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"rescale is {rescale}; it must lie in [0, 1]")
 
     def eps_fn(x: Tensor, t: Tensor) -> Tensor:
-        keep = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)    # [B]
+        keep = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)                   # [B]
         if w == 1 or interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
             return eps_model(x, t, cond, keep)
         if w == 0:
             return eps_model(x, t, cond, ~keep)
-        both = eps_model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, cond]), torch.cat([~keep, keep]))
-        eps_null, eps_cond = both.float().chunk(2)                           # [B, ...] each
+        both = eps_model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, cond]),
+                         torch.cat([~keep, keep]))
+        eps_null, eps_cond = both.float().chunk(2)                                      # [B, ...]
         eps = eps_null + w * (eps_cond - eps_null)
         if rescale:
-            each = tuple(range(1, x.ndim))                                   # of each sample on its own
-            std = eps.std(each, keepdim=True).clamp(min=1e-12)               # a new network's eps is 0
-            eps = eps * (1 + rescale * (eps_cond.std(each, keepdim=True) / std - 1))
+            dims = tuple(range(1, x.ndim))
+            std = eps.std(dims, keepdim=True).clamp(min=1e-12)      # a new network predicts eps = 0
+            eps = eps * (1 + rescale * (eps_cond.std(dims, keepdim=True) / std - 1))
         return eps
 
     return eps_fn
 
+
+# ------------------------------------------------------------------------------ samplers
 
 class Step(NamedTuple):
     """What a sampler yields; the x of the last one is the sample."""
 
     i: int          # this is step i of n, from 0
     n: int
-    t: int          # the timestep the network has just seen
+    t: int          # the timestep at which the network was evaluated
     x: Tensor       # the new, less noisy x, float32 [B, ...]
-    x0: Tensor      # the clean image as predicted at t
+    x0: Tensor      # the prediction of x0 at t
 
 
 @torch.no_grad()
-def ddpm(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, noise_fn: NoiseFn, skip: int = 0) -> Iterator[Step]:
-    """Ancestral sampling through all T timesteps (DDPM algorithm 2), with the posterior variance; `skip` as in ddim."""
+def ddpm(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, noise_fn: NoiseFn,
+         skip: int = 0) -> Iterator[Step]:
+    """Ancestral sampling through all T timesteps (DDPM algorithm 2); `skip` as in `ddim`."""
     T = diffusion.timesteps
     x = x_T.float()
     for i in range(skip, T):
         t = T - 1 - i
-        ts = torch.full((x.shape[0],), t, device=x.device)                   # [B]
+        ts = torch.full((x.shape[0],), t, device=x.device)                                  # [B]
         x0 = diffusion.predict_x0(x, ts, eps_fn(x, ts).float())
         x, log_variance = diffusion.posterior(x0, x, ts)
-        if t > 0:                                                            # x_{-1} is x0 itself
+        if t > 0:                                           # after the last step x is x0 itself
             x = x + (0.5 * log_variance).exp() * noise_fn(i, x)
         yield Step(i, T, t, x, x0)
 
@@ -217,12 +231,12 @@ def ddim(
     x_T: Tensor,                        # [B, ...]
     steps: int,                         # S
     eta: float = 0.0,                   # 0 deterministic, 1 as noisy as DDPM
-    noise_fn: NoiseFn | None = None,    # needed where eta > 0
-    spacing: str = "even",              # in t; "lambda"; or "uniform", the reference's, see timesteps_of
-    skip: int = 0,                      # steps left out at the noisy end: x_T is then x at the first t that is not
-    rounds: int = 1,                    # RePaint's: how often each step is made, noise put back in between
+    noise_fn: NoiseFn | None = None,    # needed where eta > 0 or rounds > 1
+    spacing: str = "even",              # of the timesteps, see timesteps_of
+    skip: int = 0,                      # steps left out at the noisy end; x_T is x at the next t
+    rounds: int = 1,                    # RePaint's: how often each step is made
 ) -> Iterator[Step]:
-    """DDIM (12) over S of the T timesteps. ValueError, at the first step, for a wrong steps, eta or spacing."""
+    """DDIM (12) over S of the T timesteps."""
     yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, rounds, order=1)
 
 
@@ -231,42 +245,39 @@ def dpm_solver(
     diffusion: Diffusion,
     eps_fn: EpsFn,
     x_T: Tensor,                        # [B, ...]
-    steps: int,                         # S, and as many calls of the network
+    steps: int,                         # S, and as many evaluations of the network
     eta: float = 0.0,                   # 0 deterministic, 1 is the paper's SDE-DPM-Solver++(2M)
     noise_fn: NoiseFn | None = None,    # needed where eta > 0
     spacing: str = "lambda",
     skip: int = 0,                      # as in ddim
 ) -> Iterator[Step]:
-    """DPM-Solver++(2M), arXiv:2211.01095 algorithm 2: the error falls with 1 / S^2, where DDIM's falls with 1 / S.
+    """DPM-Solver++(2M), arXiv:2211.01095 algorithm 2: error O(1 / S^2) where DDIM's is O(1 / S).
 
-    The first step has no step before it and the last goes to lambda = infinity: both are DDIM's. Errors as in `ddim`.
-    No rounds: where a part is held, the line through two x0 enlarges from round to round what it should settle.
+    The first step has no step before it and the last goes to lambda = infinity: both are DDIM's.
+    There are no RePaint rounds: the extrapolation would amplify the noise that they add back.
     """
-    yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, rounds=1, order=2)
+    yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, 1, order=2)
 
 
-def _jumps(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, steps: int, eta: float, noise_fn: NoiseFn | None,
-           spacing: str, skip: int, rounds: int, order: int) -> Iterator[Step]:
-    """What `ddim` (order 1) and `dpm_solver` (order 2) share, which is all but D."""
-    if (eta > 0 or rounds > 1) and noise_fn is None:
-        raise ValueError(f"eta is {eta} and rounds {rounds}, which adds noise in every step; give a noise_fn, or eta = "
-                         "0 and 1 round")
+def _jumps(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, steps: int, eta: float,
+           noise_fn: NoiseFn | None, spacing: str, skip: int, rounds: int,
+           order: int) -> Iterator[Step]:
+    """What `ddim` (order 1) and `dpm_solver` (order 2) share: everything but D."""
     timesteps, alpha_bar, alpha_bar_prev, sigma = ddim_table(diffusion, steps, eta, spacing)
-    if rounds < 1 or not 0 <= skip < len(timesteps):
-        raise ValueError(f"rounds is {rounds} and skip {skip}; they must be at least 1, and 0 to {len(timesteps) - 1}")
     lambda_ = log_snr(alpha_bar)
     x, n, x0_before = x_T.float(), len(timesteps), None
     for k in range(skip * rounds, n * rounds):
-        i, j = k // rounds, n - 1 - k // rounds                              # j indexes the tables, noisy to clean
+        i, j = k // rounds, n - 1 - k // rounds             # j indexes the tables, noisy end last
         if k % rounds:
             kept = alpha_bar[j] / alpha_bar_prev[j]
             x = kept ** 0.5 * x + (1 - kept) ** 0.5 * noise_fn(n * rounds + k, x)
-        ts = torch.full((x.shape[0],), int(timesteps[j]), device=x.device)   # [B]
+        ts = torch.full((x.shape[0],), int(timesteps[j]), device=x.device)                  # [B]
         eps = eps_fn(x, ts).float()
         x0 = D = (x - (1 - alpha_bar[j]) ** 0.5 * eps) / alpha_bar[j] ** 0.5
         if order == 2 and x0_before is not None and j > 0:
-            D = x0 + (lambda_[j - 1] - lambda_[j]) / (2 * (lambda_[j] - lambda_[j + 1])) * (x0 - x0_before)
-            eps = (x - alpha_bar[j] ** 0.5 * D) / (1 - alpha_bar[j]) ** 0.5  # the one that goes with D
+            h, h_before = lambda_[j - 1] - lambda_[j], lambda_[j] - lambda_[j + 1]
+            D = x0 + h / (2 * h_before) * (x0 - x0_before)
+            eps = (x - alpha_bar[j] ** 0.5 * D) / (1 - alpha_bar[j]) ** 0.5     # the eps of D
         x = alpha_bar_prev[j] ** 0.5 * D + (1 - alpha_bar_prev[j] - sigma[j] ** 2) ** 0.5 * eps
         if sigma[j] > 0:
             x = x + sigma[j] * noise_fn(k, x)
@@ -275,18 +286,18 @@ def _jumps(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, steps: int, eta: fl
 
 
 def log_snr(alpha_bar: np.ndarray) -> np.ndarray:
-    """lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), the clock in which DPM-Solver++ takes its steps."""
+    """lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), half the log signal-to-noise ratio."""
     return 0.5 * np.log(alpha_bar / (1 - alpha_bar))
 
 
 def timesteps_of(alphas_bar: np.ndarray, steps: int, spacing: str = "even") -> np.ndarray:
-    """The timesteps [S] of a schedule alphas_bar [T] that a sampler visits, ascending. ValueError for what cannot be.
+    """The timesteps [S] of a schedule alphas_bar [T] that a sampler visits, ascending.
 
-    "even": exactly `steps` of them, evenly spread, always with T - 1, where sampling starts from pure noise.
-    "lambda": evenly in lambda, always with T - 1. Near t = 0 lambda runs faster than the integers allow: there every
-    timestep is taken, and none twice.
-    "uniform": the reference's stride T // steps plus 1, only to repeat its runs: it can make more steps than asked for
-    (350 of 1000 makes 500), and where it would run past T - 1, as for 599 of the 1000 counts, it is a ValueError.
+    "even": exactly `steps`, evenly spread in t, always with T - 1, where sampling starts.
+    "lambda": evenly in lambda, always with T - 1, none twice.
+    "uniform": the reference's stride T // steps plus 1, only to repeat its runs. It can make more
+    steps than asked for (350 of 1000 makes 500); for 599 of the 1000 counts it would run past
+    T - 1, which is a ValueError here.
     """
     T = len(alphas_bar)
     if not 1 <= steps <= T:
@@ -295,45 +306,43 @@ def timesteps_of(alphas_bar: np.ndarray, steps: int, spacing: str = "even") -> n
         # from T - 1 down, so that a single step is the noisiest one
         return np.linspace(T - 1, 0, steps).round().astype(np.int64)[::-1].copy()
     if spacing == "lambda":
-        lambda_ = log_snr(alphas_bar)                                        # [T], falling
+        lambda_ = log_snr(alphas_bar)                                                       # [T]
         wanted = np.linspace(lambda_[-1], lambda_[0], steps)[::-1]
         timesteps = np.interp(-wanted, -lambda_, np.arange(T)).round().astype(np.int64)
-        i = np.arange(steps)
+        i = np.arange(steps)        # near t = 0 several round to one timestep: make them differ
         return np.minimum(np.maximum.accumulate(timesteps - i) + i, T - steps + i)
-    if spacing != "uniform":
-        raise ValueError(f"spacing is {spacing!r}; it must be 'even', 'lambda' or 'uniform'")
     timesteps = np.arange(0, T, T // steps) + 1
     if timesteps[-1] > T - 1:
-        raise ValueError(f"steps is {steps}; 'uniform' spacing then needs timestep {timesteps[-1]} of 0 to {T - 1}; "
-                         "use spacing 'even'")
+        raise ValueError(f"steps is {steps}; 'uniform' spacing then needs timestep {timesteps[-1]} "
+                         f"of 0 to {T - 1}; use spacing 'even'")
     return timesteps
 
 
-def ddim_table(
-    diffusion: Diffusion, steps: int, eta: float = 0.0, spacing: str = "even"
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(timesteps, alpha_bar, alpha_bar_prev, sigma), [S] each, float64, ascending in time; sigma is DDIM (16)."""
+def ddim_table(diffusion: Diffusion, steps: int, eta: float = 0.0,
+               spacing: str = "even") -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(timesteps, alpha_bar, alpha_bar_prev, sigma), [S] each, float64, ascending in time."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must lie in [0, 1]")
     alpha_bar = diffusion.alphas_bar.numpy()
     timesteps = timesteps_of(alpha_bar, steps, spacing)
     alpha_bar = alpha_bar[timesteps]
-    # The last step of ours ends at x0. The reference's ends at t = 0 and leaves that step's noise in the sample.
+    # Our last step ends at x0. The reference's ends at t = 0, with that step's noise in the sample.
     first = diffusion.alphas_bar[0].item() if spacing == "uniform" else 1.0
     alpha_bar_prev = np.concatenate([[first], alpha_bar[:-1]])
-    sigma = eta * np.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar)) * np.sqrt(1 - alpha_bar / alpha_bar_prev)
+    sigma = (eta * np.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))                  # DDIM (16)
+             * np.sqrt(1 - alpha_bar / alpha_bar_prev))
     return timesteps, alpha_bar, alpha_bar_prev, sigma
 
 
-Seed = int | tuple[int, int, float]     # (a, b, share): the noise that lies between a's and b's
-MOST_SEEDS = 2 ** 32                    # numpy joins 32-bit words: beyond, (seed, step) would meet another's
+# ------------------------------------------------------------------------------ noise
+
+Seed = int | tuple[int, int, float]     # (a, b, share): the noise between those of seeds a and b
+MOST_SEEDS = 2 ** 32                    # SeedSequence takes 32-bit words
 
 
 def per_image_noise(seeds: list[Seed], shape: tuple[int, ...]) -> tuple[Tensor, NoiseFn]:
-    """x_T [B, *shape] and a noise_fn, in which image i depends on seeds[i] alone: not on B, nor on the device.
-
-    The noise of a step is a function of (seed, step), so one noise_fn serves any number of runs.
-    """
+    """x_T [B, *shape] and a noise_fn in which image i depends only on seeds[i], not on B or the
+    device. The noise of a step is a function of (seed, step)."""
 
     def normal(seed: Seed, step: int, shape: tuple[int, ...]) -> Tensor:
         if isinstance(seed, tuple):
@@ -345,30 +354,31 @@ def per_image_noise(seeds: list[Seed], shape: tuple[int, ...]) -> tuple[Tensor, 
     def noise_fn(i: int, x: Tensor) -> Tensor:
         return torch.stack([normal(seed, i + 1, x.shape[1:]) for seed in seeds]).to(x.device)
 
-    plain = [s for seed in seeds for s in (seed[:2] if isinstance(seed, tuple) else [seed])]
-    if not plain or not 0 <= min(plain) <= max(plain) < MOST_SEEDS:
-        raise ValueError(f"seeds is {seeds}; give one integer, 0 to {MOST_SEEDS - 1}, for each image")
     return torch.stack([normal(seed, 0, shape) for seed in seeds]), noise_fn
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """From a (share 0, exactly) to b (share 1, exactly) on the sphere around 0. Two of equal norm keep it, and two of
-    independent N(0, I) stay N(0, I), where the straight line would pass through what is too short to be noise.
-    """
+    """From a (share 0, exactly) to b (share 1, exactly) on the sphere around 0. Two independent
+    N(0, I) stay N(0, I); the straight line between them would be too short to be noise."""
     cosine = (a * b).sum().double() / (a.norm().double() * b.norm().double())
     angle = cosine.clamp(-1, 1).acos().item()
-    if not np.sin(angle) >= 1e-6:                   # no way around is shorter than another; or one is 0, and NaN this
+    if not np.sin(angle) >= 1e-6:               # parallel or opposite; NaN where one is 0
         return (1 - share) * a + share * b
-    return np.sin((1 - share) * angle) / np.sin(angle) * a + np.sin(share * angle) / np.sin(angle) * b
+    # Divided first: at share 0 and 1 the factors are then exactly 1 and 0.
+    return (np.sin((1 - share) * angle) / np.sin(angle) * a
+            + np.sin(share * angle) / np.sin(angle) * b)
 
 
-def held(diffusion: Diffusion, eps_fn: EpsFn, x0: Tensor, known: Tensor) -> EpsFn:
-    """eps_fn for inpainting, with any sampler: where `known` (bool, like x or broadcast) is true, x0 is as given."""
+# ------------------------------------------------------------------------------ variations
 
-    def held_eps_fn(x: Tensor, t: Tensor) -> Tensor:
+def inpaint(diffusion: Diffusion, eps_fn: EpsFn, x0: Tensor, known: Tensor) -> EpsFn:
+    """eps_fn for inpainting with any sampler: where `known` (bool, like x or broadcast) is true, x0
+    stays as given."""
+
+    def inpaint_eps_fn(x: Tensor, t: Tensor) -> Tensor:
         return torch.where(known, diffusion.predict_eps(x, t, x0), eps_fn(x, t).float())
 
-    return held_eps_fn
+    return inpaint_eps_fn
 
 
 @torch.no_grad()
@@ -380,13 +390,11 @@ def invert(
     spacing: str = "even",
     iterations: int = 3,                # of the fixed point, each one evaluation of eps_fn
 ) -> Iterator[Step]:
-    """The steps of `ddim` with eta 0 backwards: the x of the last one is the noise that ddim makes x0 of."""
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}; it must be at least 1")
+    """`ddim` with eta 0 backwards: the x of the last step is the noise from which it samples x0."""
     timesteps, alpha_bar, alpha_bar_prev, _ = ddim_table(diffusion, steps, 0.0, spacing)
     x, n = x0.float(), len(timesteps)
     for j in range(n):
-        ts = torch.full((x.shape[0],), int(timesteps[j]), device=x.device)   # [B]
+        ts = torch.full((x.shape[0],), int(timesteps[j]), device=x.device)                  # [B]
         a = (alpha_bar_prev[j] / alpha_bar[j]) ** 0.5
         x_s = x
         for _ in range(iterations):

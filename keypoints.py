@@ -195,31 +195,31 @@ def heatmaps(pose: Tensor, size: int | tuple[int, int], sigma: float = 0.04) -> 
 class ConditionConfig:
     """How the pose conditions the UNet. A wrong value is a ValueError."""
 
-    doors: tuple[str, ...] = ("tokens", "maps")     # "tokens", "maps" or both; or "seed" alone
+    conditioning: tuple[str, ...] = ("tokens", "maps")  # "tokens", "maps" or both; or "seed" alone
     dim: int = 64                                   # D
     sigma: float = 0.04                             # of a Gaussian map, in images
     seed_dim: int = 32                              # cells per side of the seed's grid
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "doors", tuple(self.doors))            # JSON has no tuples
+        object.__setattr__(self, "conditioning", tuple(self.conditioning))  # JSON: no tuples
         if min(self.dim, self.seed_dim) < 1 or not self.sigma > 0:
             raise ValueError(f"condition dim is {self.dim}, seed_dim {self.seed_dim}, sigma "
                              f"{self.sigma}; dims must be at least 1, and sigma above 0")
-        if set(self.doors) not in ({"tokens"}, {"maps"}, {"tokens", "maps"}, {"seed"}):
-            raise ValueError(f"the conditioning is {self.doors}; allowed are tokens, maps, both of "
-                             "them, or seed alone")
+        if set(self.conditioning) not in ({"tokens"}, {"maps"}, {"tokens", "maps"}, {"seed"}):
+            raise ValueError(f"the conditioning is {self.conditioning}; allowed are tokens, maps, "
+                             "both of them, or seed alone")
 
     @property
     def context_dim(self) -> int | None:
         """Width of the context for cross-attention; None without cross-attention."""
-        if self.doors == ("seed",):
+        if self.conditioning == ("seed",):
             return len(JOINTS)
-        return self.dim if "tokens" in self.doors else None
+        return self.dim if "tokens" in self.conditioning else None
 
     @property
     def map_channels(self) -> int:
         """Channels that are concatenated to the noisy latent."""
-        return len(JOINTS) if "maps" in self.doors else 0
+        return len(JOINTS) if "maps" in self.conditioning else 0
 
 
 class PoseCondition(nn.Module):
@@ -228,19 +228,19 @@ class PoseCondition(nn.Module):
     def __init__(self, config: ConditionConfig):
         super().__init__()
         self.config = config
-        self.encoder = PoseEncoder(config.dim) if "tokens" in config.doors else None
+        self.encoder = PoseEncoder(config.dim) if "tokens" in config.conditioning else None
 
     def forward(self, pose: Tensor, size: tuple[int, int],
                 drop: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """`size` is that of the latent; `drop` [B] bool marks samples with the null condition."""
         c, context, maps = self.config, None, None
-        if c.doors == ("seed",):
+        if c.conditioning == ("seed",):
             context = seed_context(pose, c.seed_dim)
             if drop is not None:                                        # the null condition is zero
                 context = context * ~drop[:, None, None]
         if self.encoder is not None:
             context = self.encoder(pose.float(), drop)
-        if "maps" in c.doors:
+        if "maps" in c.conditioning:
             maps = heatmaps(pose.float(), size, c.sigma)
             if drop is not None:
                 maps = maps * ~drop[:, None, None, None]

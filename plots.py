@@ -1,117 +1,133 @@
-"""Pictures for people: grids, animations, curves and report pages. Arrays and rows of a log in, image files out."""
+"""Images for people: grids, animations, curves and report pages.
+
+Arrays, rows of a log and callables in, image files out. Pages have fixed margins: automatic layout
+is slower than the plot.
+"""
 from __future__ import annotations
 
 import io
 import math
+import os
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
 
-import data
-import keypoints
-from checkpoint import replacing
-from data import evenly
-from keypoints import JOINTS, draw, on_canvas
-from metrics.images import psnr
-from metrics.overfit import (
-    BINS,
-    COPY_PERCENTILE,
-    HELD_OUT,
-    Near,
-    bin_keys,
-    evaluations,
-    gaps,
-    has_risen,
-    headline,
-    risen,
-)
-from metrics.pose import Drawn, oks
-from vq import VQModel
+from keypoints import JOINTS, LIMBS, draw, on_canvas
+from metrics import overfit
 
-if TYPE_CHECKING:                   # the check of a dataset draws its overview here
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from torch import Tensor
+
     from dataset.check import Checked, Suspect
 
-# -------------------------------------------------------------------------------------------------------- grids
+# ------------------------------------------------------------------------------------------- grids
+
+GAP = 8                         # pixels between the images of a grid
+LABEL_WIDTH = 150               # pixels of the text left of a row, at most
+
 
 def save_grid(
-    path: str | Path,
+    path: str | Path | None,                # None: only returns the page
     rows: list[list[np.ndarray | None]],    # uint8 [H, W, 3] each; None leaves the place empty
     columns: list[str] = (),                # a heading over each column
     labels: list[str] = (),                 # a label left of each row
-    captions: list[list[str]] = (),         # a line under each picture
+    captions: list[list[str]] = (),         # a line under each image
     title: str = "",
-    scale: int | None = None,               # whole-number enlargement; None: small pictures grow to about 150 pixels
-    words: dict[str, str] | None = None,    # see save_picture
+    scale: int | None = None,               # integer enlargement; None: to about 150 pixels
+    words: dict[str, str] | None = None,    # see save_image
 ) -> Image.Image:
-    """Pictures in rows on white, with words. Writes `path` and returns the picture."""
+    """Images in rows on white, with words around them."""
     cells = [cell for row in rows for cell in row if cell is not None]
     H, W = (max((cell.shape[axis] for cell in cells), default=1) for axis in (0, 1))
     scale = scale or grid_scale(max(H, W))
-    H, W, across, gap = H * scale, W * scale, max(map(len, rows), default=1), 8
-    big, font = ImageFont.load_default(17), ImageFont.load_default(13)
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    H, W, across = H * scale, W * scale, max(map(len, rows), default=1)
+    big, small = ImageFont.load_default(17), ImageFont.load_default(13)
 
-    def wrap(text: str, width: int, font) -> str:
-        lines = [""]
-        for word in text.split():
-            longer = f"{lines[-1]} {word}".strip()
-            lines[-1:] = [longer] if ruler.textlength(longer, font) <= width or not lines[-1] else [lines[-1], word]
-        for i, line in enumerate(lines):
-            while len(line) > 1 and ruler.textlength(lines[i], font) > width:
-                line = line[:-1]
-                lines[i] = f"{line}…"
-        return "\n".join(lines)
+    labels = [wrapped(text, LABEL_WIDTH, small) for text in labels]
+    columns = [wrapped(text, W, small) for text in columns]
+    captions = [[wrapped(text, W, small) for text in line] for line in captions]
+    captions += [[]] * (len(rows) - len(captions))
+    left = max((extent(text, small)[0] + GAP for text in labels), default=0)
+    full = left + across * (W + GAP) - GAP
+    title = wrapped(title, full, big)
 
-    def height(texts, font) -> int:
-        return max((int(ruler.multiline_textbbox((0, 0), t, font)[3]) + gap for t in texts if t), default=0)
-
-    labels = [wrap(text, 150, font) for text in labels]
-    columns = [wrap(text, W, font) for text in columns]
-    captions = [[wrap(text, W, font) for text in line] for line in captions]
-    left = max((int(ruler.multiline_textbbox((0, 0), t, font)[2]) + gap for t in labels if t), default=0)
-    full = left + across * (W + gap) - gap
-    title = wrap(title, full, big)
-    below = [height(captions[r], font) if r < len(captions) else 0 for r in range(len(rows))]
-    head = height([title], big)
-    top = head + height(columns, font)
-    page = Image.new("RGB", (full + 4 * gap, top + sum(below) + len(rows) * (H + gap) - gap + 4 * gap), "white")
-    draw = ImageDraw.Draw(page)
-    x0, y = 2 * gap + left, 2 * gap
-    draw.multiline_text((2 * gap, y), title, "black", big)
+    head = text_height([title], big)
+    top = head + text_height(columns, small)
+    below = [text_height(line, small) for line in captions]
+    page_size = full + 4 * GAP, top + sum(below) + len(rows) * (H + GAP) + 3 * GAP
+    page = Image.new("RGB", page_size, "white")
+    pen = ImageDraw.Draw(page)
+    x0, y = 2 * GAP + left, 2 * GAP
+    pen.multiline_text((2 * GAP, y), title, "black", big)
     for c, text in enumerate(columns):
-        draw.multiline_text((x0 + c * (W + gap) + W / 2, y + head), text, "black", font, anchor="ma", align="center")
+        at = x0 + c * (W + GAP) + W / 2, y + head
+        pen.multiline_text(at, text, "black", small, anchor="ma", align="center")
     y += top
     for r, row in enumerate(rows):
         if r < len(labels):
-            draw.multiline_text((x0 - gap, y + H / 2), labels[r], "black", font, anchor="rm", align="right")
+            at = x0 - GAP, y + H / 2
+            pen.multiline_text(at, labels[r], "black", small, anchor="rm", align="right")
         for c, cell in enumerate(row):
-            x = x0 + c * (W + gap)
+            x = x0 + c * (W + GAP)
             if cell is not None:
-                page.paste(Image.fromarray(np.repeat(np.repeat(cell, scale, 0), scale, 1)), (x, y))
-            if r < len(captions) and c < len(captions[r]):
-                at = x + W / 2, y + H + 3
-                draw.multiline_text(at, captions[r][c], "dimgray", font, anchor="ma", align="center")
-        y += H + gap + below[r]
-    save_picture(path, page, words)
+                page.paste(Image.fromarray(enlarged(cell, scale)), (x, y))
+            if c < len(captions[r]):
+                at, text = (x + W / 2, y + H + 3), captions[r][c]
+                pen.multiline_text(at, text, "dimgray", small, anchor="ma", align="center")
+        y += H + GAP + below[r]
+    if path is not None:
+        save_image(path, page, words)
     return page
 
 
+def extent(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
+    """Width and height of drawn text in pixels."""
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    _, _, right, bottom = ruler.multiline_textbbox((0, 0), text, font)
+    return int(right), int(bottom)
+
+
+def text_height(texts: list[str], font: ImageFont.FreeTypeFont) -> int:
+    """Pixels that a line of texts takes, with a gap below; 0 if all are empty."""
+    return max((extent(text, font)[1] + GAP for text in texts if text), default=0)
+
+
+def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    """The text in lines of at most `width` pixels; a longer word is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+        while len(lines[-1]) > 1 and font.getlength(lines[-1]) > width:
+            lines[-1] = lines[-1].removesuffix("…")[:-1] + "…"
+    return "\n".join(lines)
+
+
 def grid_scale(side: int) -> int:
-    """How often each pixel of a picture of this side is repeated where people look at it."""
+    """How often a grid repeats each pixel of an image of this side."""
     return max(1, 160 // side)
 
 
-def save_picture(path: str | Path, picture: Image.Image | np.ndarray, words: dict[str, str] | None = None) -> None:
-    """Writes a picture, and in a PNG these words (keyword -> ASCII text) besides; other formats carry none.
+def enlarged(image: np.ndarray, scale: int) -> np.ndarray:
+    """Each pixel of [H, W, 3] repeated `scale` times along both axes."""
+    return np.repeat(np.repeat(image, scale, 0), scale, 1)
 
-    tEXt, not the compressed kind: of that PIL refuses to read back more than a mebibyte.
+
+def save_image(path: str | Path, picture: Image.Image | np.ndarray,
+                 words: dict[str, str] | None = None) -> None:
+    """Writes an image; a PNG carries `words` (keyword -> ASCII text), other formats carry none.
+
+    tEXt, not the compressed kind: PIL refuses to read back more than a mebibyte of that.
     """
     picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     info = PngInfo()
@@ -122,56 +138,72 @@ def save_picture(path: str | Path, picture: Image.Image | np.ndarray, words: dic
 
 
 def save_animation(path: str | Path, frames: list[np.ndarray], fps: float) -> None:
-    """Frames uint8 [H, W, 3] as an endless .gif (256 colours a frame) or .webp (exact), enlarged as in a grid.
+    """Frames uint8 [H, W, 3] as an endless .gif (256 colours a frame) or .webp (lossless).
 
-    A GIF counts in hundredths of a second: each frame ends at the one nearest to its time, so that none is gained.
+    A GIF counts in hundredths of a second: each frame ends at the one nearest to its time, so that
+    no delay adds up.
     """
     scale = grid_scale(frames[0].shape[0])
-    images = [Image.fromarray(np.repeat(np.repeat(frame, scale, 0), scale, 1)) for frame in frames]
-    ends = [10 * round(100 * (i + 1) / fps) for i in range(len(images))]                # milliseconds
-    images[0].save(path, save_all=True, append_images=images[1:], loop=0, duration=np.diff([0, *ends]).tolist(),
-                   lossless=True)                                               # which means nothing to a GIF
+    images = [Image.fromarray(enlarged(frame, scale)) for frame in frames]
+    ends = [10 * round(100 * (i + 1) / fps) for i in range(len(images))]        # milliseconds
+    durations = np.diff([0, *ends]).tolist()
+    images[0].save(path, save_all=True, append_images=images[1:], loop=0, duration=durations,
+                   lossless=True)                                       # a GIF ignores the last
 
 
-# -------------------------------------------------------------------------------- losses by steps and timesteps
+# ---------------------------------------------------------------------------------- pages of panels
 
-LEAST_COLOUR = 0.05                 # the share that has the strongest colour, at least: noise is to look pale
-
-
-Panels = dict[str, dict[str, str] | Callable]       # by title: {label: key of the log}, or what draws (axes, rows)
+Panels = dict[str, dict[str, str] | Callable]   # title: {label: key of the log} or draw(axes, rows)
 PANELS_ACROSS = 4
-MEAN_OF = 15                    # lines of the log: one batch is noisy
-WIDE = 20                       # the largest over the smallest value: then the axis is logarithmic
+MEAN_OF = 15                    # rows of the log in a moving mean: one batch is noisy
+WIDE = 20                       # largest / smallest value from which an axis is logarithmic
+LEAST_COLOUR = 0.05             # the strongest colour is at least this share: noise looks pale
 
 
 def plot_curves(path: Path, rows: list[dict], panels: Panels, title: str) -> None:
     """The panels over the steps of a run so far, from the rows of its log."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    down = math.ceil(len(panels) / PANELS_ACROSS)
-    height = 3.2 * down + 0.6           # inches; fixed margins: automatic layout is slower than the plot
-    fig, axes = plt.subplots(down, PANELS_ACROSS, figsize=(4.4 * PANELS_ACROSS, height), squeeze=False)
-    fig.subplots_adjust(0.035, 0.35 / height, 0.985, 1 - 0.9 / height, wspace=0.17, hspace=0.3)
-    fig.suptitle(title, fontsize=10)
-    for ax, (name, panel) in zip(axes.flat, panels.items(), strict=False):
-        if callable(panel):
-            panel(ax, rows)
-        else:
-            draw_lines(ax, rows, panel)
-        ax.set_title(name, fontsize=10)
-        ax.set_xlim(0, rows[-1]["step"] + 1)
-        ax.tick_params(labelsize=8)
-        ax.locator_params("x", nbins=5)
+    partly = path.with_name(f"{path.name}.partial")         # a kill must not leave half an image
+    panels_page(title, {name: partial(draw_panel, rows=rows, panel=panel)
+                        for name, panel in panels.items()}).save(partly, "PNG")
+    os.replace(partly, path)
+
+
+def panels_page(title: str, panels: dict[str, Callable[[Axes], None]],
+                across: int = PANELS_ACROSS) -> Image.Image:
+    """Panels {heading: what draws into axes} under a title of one or more lines."""
+    from matplotlib.figure import Figure  # slow to import; without pyplot nothing is global
+    down, head = math.ceil(len(panels) / across), 0.7 + 0.18 * title.count("\n")    # head: inches
+    height = head + 3.2 * down
+    fig = Figure(figsize=(4.4 * across, height), dpi=100)
+    axes = fig.subplots(down, across, squeeze=False)
+    fig.subplots_adjust(0.15 / across, 0.35 / height, 1 - 0.06 / across, 1 - head / height,
+                        wspace=0.2, hspace=0.3)
+    for i, line in enumerate(title.split("\n")):
+        fig.text(0.01, 1 - (0.1 + 0.18 * i) / height, line, va="top", parse_math=False,
+                 fontsize=10, weight="normal" if i else "bold")
     for ax in axes.flat[len(panels):]:
         ax.axis("off")
-    with replacing(path) as f:
-        fig.savefig(f, format="png", dpi=100)
-    plt.close(fig)
+    for ax, (name, panel) in zip(axes.flat, panels.items(), strict=False):
+        panel(ax)
+        ax.set_title(name, fontsize=10)
+        ax.tick_params(labelsize=8)
+    file = io.BytesIO()
+    fig.savefig(file, format="png")
+    return Image.open(file).convert("RGB")
 
 
-def draw_lines(ax: object, rows: list[dict], keys: dict[str, str]) -> None:
-    """The values of `keys`, {label: key}, into `ax`; of many a mean too."""
+def draw_panel(ax: Axes, rows: list[dict], panel: dict[str, str] | Callable) -> None:
+    """One of `Panels`."""
+    if callable(panel):
+        panel(ax, rows)
+    else:
+        draw_lines(ax, rows, panel)
+    ax.set_xlim(0, 1.02 * (rows[-1]["step"] + 1))
+    ax.locator_params("x", nbins=5)
+
+
+def draw_lines(ax: Axes, rows: list[dict], keys: dict[str, str]) -> None:
+    """The values of `keys`, {label: key of the log}, and a moving mean where there are many."""
     every = []
     for label, key in keys.items():
         points = [(r["step"] + 1, r[key]) for r in rows if math.isfinite(r.get(key, math.nan))]
@@ -179,101 +211,146 @@ def draw_lines(ax: object, rows: list[dict], keys: dict[str, str]) -> None:
             continue
         steps, values = (np.array(column) for column in zip(*points, strict=True))
         every += values.tolist()
-        few = len(points) < 2 * MEAN_OF or key.startswith("val_") or key == "lr"
-        line, = ax.plot(steps, values, label=label, marker="." if len(points) < 2 * MEAN_OF else None,
-                        alpha=1 if few else 0.25)
-        if not few:
+        few = len(points) < 2 * MEAN_OF
+        smooth = few or key.startswith("val_") or key == "lr"
+        line, = ax.plot(steps, values, label=label, marker="." if few else None,
+                        alpha=1 if smooth else 0.25)
+        if not smooth:
             mean = np.convolve(values, np.ones(MEAN_OF) / MEAN_OF, mode="valid")
-            ax.plot(steps[MEAN_OF // 2:MEAN_OF // 2 + len(mean)], mean, color=line.get_color())
+            ax.plot(steps[MEAN_OF // 2:][:len(mean)], mean, color=line.get_color())
     ax.grid(alpha=0.3)
     if not every:
-        ax.text(0.5, 0.5, "no value yet", ha="center", va="center", transform=ax.transAxes, color="gray")
+        ax.text(0.5, 0.5, "no value yet", ha="center", transform=ax.transAxes, color="gray")
     elif min(every) > 0 and max(every) > WIDE * min(every):
         ax.set_yscale("log")
     if len(ax.lines) and len(keys) > 1:
         ax.legend(fontsize=8)
 
 
-def draw_gaps(ax: object, rows: list[dict]) -> None:
+def draw_gaps(ax: Axes, rows: list[dict]) -> None:
     """The held-out above the training loss, by timestep."""
-    draw_bins(ax, rows, gaps)
+    draw_bins(ax, rows, overfit.gaps)
 
 
-def draw_rises(ax: object, rows: list[dict]) -> None:
+def draw_rises(ax: Axes, rows: list[dict]) -> None:
     """The held-out loss above its best, by timestep."""
-    draw_bins(ax, rows, risen)
+    draw_bins(ax, rows, overfit.risen)
 
 
-def draw_bins(ax: object, rows: list[dict], share: Callable[[dict], dict[str, float]]) -> None:
-    """A heat map of `share`, over steps and timesteps, into matplotlib's `ax`; a dot marks what `has_risen`."""
-    found = [row for row in evaluations(rows) if bin_keys(row)]
+def draw_bins(ax: Axes, rows: list[dict], share: Callable[[dict], dict[str, float]]) -> None:
+    """A heat map of `share` over steps and timesteps; a dot marks what has surely risen."""
+    found = [row for row in overfit.evaluations(rows) if overfit.bin_keys(row)]
     if not found:
-        ax.text(0.5, 0.5, "no evaluation yet", ha="center", va="center", transform=ax.transAxes, color="gray")
+        ax.text(0.5, 0.5, "no value yet", ha="center", transform=ax.transAxes, color="gray")
         return
-    keys = bin_keys(found[-1])
-    values = np.array([[share(row).get(key, math.nan) for row in found] for key in keys])      # [bins, evaluations]
-    steps = np.array([row["step"] + 1 for row in found])
-    edges = np.concatenate([[0], (steps[:-1] + steps[1:]) / 2, steps[-1:]]).astype(float)
-    first = [int(key[2:]) for key in keys]
-    most = max(LEAST_COLOUR, np.nanmax(np.abs(values), initial=0))
-    mesh = ax.pcolormesh(edges, [*first, first[-1] + (first[-1] / max(1, len(keys) - 1))], 100 * values, cmap="RdBu_r",
-                         vmin=-100 * most, vmax=100 * most)
-    for x, row in zip((edges[:-1] + edges[1:]) / 2, found, strict=True):
-        high = [t for t, key in zip(first, keys, strict=True) if has_risen(row, key)]
-        ax.plot([x] * len(high), np.array(high) + first[-1] / max(1, len(keys) - 1) / 2, "k.", markersize=4)
+    keys, steps = overfit.bin_keys(found[-1]), np.array([row["step"] + 1 for row in found])
+    values = 100 * np.array([[share(row).get(key, math.nan) for row in found] for key in keys])
+    first = np.array([int(key[2:]) for key in keys])                # timestep of each bin
+    width = first[-1] / max(1, len(keys) - 1)
+    x = np.concatenate([[0], (steps[:-1] + steps[1:]) / 2, steps[-1:]])
+    most = max(100 * LEAST_COLOUR, np.nanmax(np.abs(values), initial=0))
+    mesh = ax.pcolormesh(x, [*first, first[-1] + width], values, cmap="RdBu_r",
+                         vmin=-most, vmax=most)
+    for centre, row in zip((x[:-1] + x[1:]) / 2, found, strict=True):
+        high = [t for t, key in zip(first, keys, strict=True) if overfit.has_risen(row, key)]
+        ax.plot([centre] * len(high), np.array(high) + width / 2, "k.", markersize=4)
     ax.set(ylim=(0, None), ylabel="t")
     ax.figure.colorbar(mesh, ax=ax, format="%+g %%", pad=0.02).ax.tick_params(labelsize=8)
 
 
-# ------------------------------------------------------------------------------- the best and the worst samples
+def stacked(parts: list[Image.Image]) -> Image.Image:
+    """Images below one another on white."""
+    page = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
+    top = 0
+    for part in parts:
+        page.paste(part, (0, top))
+        top += part.height
+    return page
 
-EXTREMES = 5                        # pictures of the best and as many of the worst
+
+# ------------------------------------------------------------- pose.png: the best and worst samples
+
+EXTREMES = 5                    # of the best samples, and of the worst
 
 
-def extremes_figure(path: Path, drawn: Drawn, read: np.ndarray, title: str) -> None:
-    """The best and the worst samples by OKS: skeleton asked for, sample, skeleton read in it, the real picture."""
-    side, scores = drawn.samples.shape[1], oks(read, drawn.asked, on_canvas(drawn.asked))
-    order = [i for i in np.argsort(scores)[::-1] if np.isfinite(scores[i])]
+def extremes_figure(path: Path, asked: np.ndarray, samples: np.ndarray, read: np.ndarray,
+                    real: np.ndarray, scores: np.ndarray, title: str) -> None:
+    """The best and the worst samples by OKS: pose asked for, sample, pose found in it, real image.
+
+    Poses asked and read [N, 17, 3], images uint8 [N, S, S, 3], scores [N].
+    """
+    side, order = samples.shape[1], [i for i in np.argsort(-scores) if np.isfinite(scores[i])]
     n = min(EXTREMES, len(order) // 2)
-    rows, captions = [[] for _ in range(4)], [[] for _ in range(4)]
-    for i in (*order[:n], *order[-n:]):
-        cells = (draw(drawn.asked[i], side), drawn.samples[i], draw(read[i], side, drawn.samples[i]), drawn.real[i])
-        for row, caption, cell, words in zip(rows, captions, cells, ("", "", f"OKS {scores[i]:.2f}", ""), strict=True):
-            row.append(cell)
-            caption.append(words)
-    save_grid(path, rows, ["best"] * n + ["worst"] * n, ["pose asked for", "sample", "pose read in it",
-              "real picture of that pose"], captions, title)
+    shown = [*order[:n], *order[len(order) - n:]]
+    rows = [[draw(asked[i], side) for i in shown], [samples[i] for i in shown],
+            [draw(read[i], side, samples[i]) for i in shown], [real[i] for i in shown]]
+    save_grid(path, rows, ["best"] * n + ["worst"] * n,
+              ["pose asked for", "sample", "pose found in it", "real image of that pose"],
+              [[], [], [f"OKS {scores[i]:.2f}" for i in shown]], title)
 
 
-# ----------------------------------------------------------------------------------------- the picture of recon
+# ------------------------------------------------- recon.png: images, reconstructions, eyes, hands
 
-PAGE_WIDTH = 2300                   # pixels, if the tiles do not become smaller than
-TILES = 96, 256                     # sides of a tile, least and most
-ERROR_WHITE = 0.25                  # mean absolute error, of 0..1, that is white; fixed, so that figures compare
-CROP_LEAST = 1 / 8                  # side of a zoomed part, of the picture's
+PAGE_WIDTH = 2300               # pixels, unless the tiles would become smaller than the least
+TILES = 96, 256                 # least and greatest side of a tile, pixels
+ERROR_WHITE = 0.25              # mean absolute error, of 0..1, shown as white, on every page
+CROP_LEAST = 1 / 8              # side of an enlarged part, as a share of the image's
 FACE, HANDS = JOINTS[:5], (("wrist_left", "elbow_left"), ("wrist_right", "elbow_right"))
 Box = tuple[int, int, int, int]     # x0, y0, x1, y1 in pixels
 
 
+def recon_figure(
+    path: str | Path,
+    originals: np.ndarray,                      # uint8 [N, S, S, 3]
+    reconstructions: dict[str, np.ndarray],     # the same by name of the model
+    poses: np.ndarray,                          # [N, 17, 3]: where eyes and hands are
+    labels: list[str],                          # of each row
+    names: list[str],                           # of each image
+    title: str,
+) -> None:
+    """A row per image: original, reconstructions and error maps, then eyes and a hand enlarged."""
+    n, S = originals.shape[:2]
+    parts = {"": [(0, 0, S, S)] * n, "eyes, ": [eyes_box(pose, S) for pose in poses],
+             "hand, ": [hand_box(pose, S) for pose in poses]}
+    columns: dict[str, list[tuple[np.ndarray | None, str]]] = {}    # heading: tiles with captions
+    for part, boxes in parts.items():
+        if not any(boxes):
+            continue
+        true = [cropped(x, box) for x, box in zip(originals, boxes, strict=True)]
+        words = [""] * n if part else names
+        columns[f"{part}original"] = list(zip(true, words, strict=True))
+        for name, x_hats in reconstructions.items():
+            ours = [cropped(x_hat, box) for x_hat, box in zip(x_hats, boxes, strict=True)]
+            pairs = list(zip(ours, true, strict=True))
+            columns[f"{part}{name}"] = [(x_hat, decibels(x_hat, x)) for x_hat, x in pairs]
+            if not part:
+                columns[f"{name}: error"] = [(error_map(x_hat, x), "") for x_hat, x in pairs]
+    tile = int(np.clip(PAGE_WIDTH // len(columns) - GAP, *TILES))
+    rows = list(zip(*columns.values(), strict=True))
+    save_grid(path, [[resized(image, tile) for image, _ in row] for row in rows], list(columns),
+              labels, [[caption for _, caption in row] for row in rows], title, scale=1)
+
+
 def square(centre: np.ndarray, side: float, size: int) -> Box:
-    """The square about `centre` (x, y on 0..1) with that side (of 1), moved into a picture of `size` pixels."""
+    """The square around `centre` (x, y) of that `side`, both on 0..1, moved inside the image."""
     pixels = min(size, max(round(max(side, CROP_LEAST) * size), 8))
     x0, y0 = (int(np.clip(round(v * size - pixels / 2), 0, size - pixels)) for v in centre)
     return x0, y0, x0 + pixels, y0 + pixels
 
 
 def eyes_box(pose: np.ndarray, size: int) -> Box | None:
-    """Where the face is, by its joints of a pose [17, 3] that lie inside; None where neither eye nor nose does."""
-    seen = {name: pose[JOINTS.index(name), :2] for name in FACE if on_canvas(pose[JOINTS.index(name)])}
+    """Around the face of a pose [17, 3]; None if neither an eye nor the nose is inside."""
+    joints = dict(zip(JOINTS, pose, strict=True))
+    seen = {name: joints[name][:2] for name in FACE if on_canvas(joints[name])}
     if not {"nose", "eye_left", "eye_right"} & seen.keys():
         return None
-    points = np.stack(list(seen.values()))
     eyes = [seen[name] for name in ("eye_left", "eye_right") if name in seen] or [seen["nose"]]
-    return square(np.mean(eyes, axis=0), 1.6 * np.ptp(points, axis=0).max(), size)
+    face = np.ptp(np.stack(list(seen.values())), axis=0)
+    return square(np.mean(eyes, axis=0), 1.6 * face.max(), size)
 
 
 def hand_box(pose: np.ndarray, size: int) -> Box | None:
-    """Where a hand is: beyond a wrist inside the picture, away from the elbow where that is known."""
+    """Around a hand: beyond a wrist inside the image, away from the elbow if that is known."""
     for wrist, elbow in HANDS:
         w, e = pose[JOINTS.index(wrist)], pose[JOINTS.index(elbow)]
         if on_canvas(w):
@@ -282,204 +359,158 @@ def hand_box(pose: np.ndarray, size: int) -> Box | None:
     return None
 
 
+def cropped(image: np.ndarray, box: Box | None) -> np.ndarray | None:
+    return None if box is None else image[box[1]:box[3], box[0]:box[2]]
+
+
+def resized(image: np.ndarray | None, side: int) -> np.ndarray | None:
+    """uint8 [H, W, 3] -> [side, side, 3]"""
+    if image is None:
+        return None
+    how = Image.Resampling.BICUBIC if image.shape[0] < side else Image.Resampling.BOX
+    return np.asarray(Image.fromarray(image).resize((side, side), how))
+
+
+def decibels(x_hat: np.ndarray | None, x: np.ndarray | None) -> str:
+    """The PSNR of uint8 images in words."""
+    if x is None:
+        return ""
+    mse = np.square((x_hat.astype(float) - x) / 255).mean()
+    return f"{-10 * math.log10(max(mse, 1e-12)):.1f} dB"
+
+
 def error_map(x_hat: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] pictures -> their absolute difference, black, red, yellow, white at ERROR_WHITE and above."""
+    """The absolute difference of uint8 images: black, red, yellow, white from ERROR_WHITE on."""
     error = np.abs(x_hat.astype(float) - x).mean(-1, keepdims=True) / 255 / ERROR_WHITE
     return (255 * (3 * error - np.arange(3)).clip(0, 1)).round().astype(np.uint8)
 
 
-@torch.no_grad()
-def recon_figure(path: str | Path, models: list[VQModel], names: list[str], ds: data.Pictures,
-                 shown: list[tuple[str, int]], title: str, device: str | torch.device = "cpu") -> None:
-    """A row for each of `shown`, (word, index in ds): original, reconstructions and error maps, then face and hand."""
-    rows = [([], []) for _ in shown]                                # tiles and captions
-    pictures = [ds[index] for _, index in shown]
-    x = data.to_tensor(np.stack([image for image, _ in pictures]))
-    x_hats = [data.to_uint8(torch.cat([model(part.to(device))[0] for part in x.split(1)])) for model in models]
-    parts = [("", [(0, 0, ds.size, ds.size)] * len(shown))]         # what is zoomed, and where in each picture
-    parts += [("eyes", [eyes_box(pose, ds.size) for _, pose in pictures]),
-              ("hand", [hand_box(pose, ds.size) for _, pose in pictures])]
-    parts = [(word, boxes) for word, boxes in parts if any(boxes)]
-    columns = ["original"] + [word for name in names for word in (name, f"{name}: error")]
-    columns += [f"{word}, {name}" for word, _ in parts[1:] for name in ("original", *names)]
-    least, most = TILES
-    tile = int(np.clip(PAGE_WIDTH // len(columns) - 8, least, most))
+# --------------------------------------------------------------- overfit.png: a run and its samples
 
-    def add(row: int, image: np.ndarray | None, caption: str = "") -> None:
-        if image is not None:
-            how = Image.Resampling.BICUBIC if image.shape[0] < tile else Image.Resampling.BOX
-            image = np.asarray(Image.fromarray(image).resize((tile, tile), how))
-        rows[row][0].append(image)
-        rows[row][1].append(caption)
-
-    for row, (image, _) in enumerate(pictures):
-        for word, boxes in parts:
-            if boxes[row] is None:
-                for _ in range(1 + len(models)):
-                    add(row, None)
-                continue
-            x0, y0, x1, y1 = boxes[row]
-            part = image[y0:y1, x0:x1]
-            add(row, part, "" if word else Path(ds.name(shown[row][1])).stem)
-            for x_hat in x_hats:
-                part_hat = x_hat[row][y0:y1, x0:x1]
-                dB = psnr(data.to_tensor(part_hat)[None], data.to_tensor(part)[None]).item()
-                add(row, part_hat, f"{dB:.1f} dB")
-                if not word:
-                    add(row, error_map(part_hat, part))
-    save_grid(path, [tiles for tiles, _ in rows], columns, [word for word, _ in shown],
-              [captions for _, captions in rows], title, scale=1)
+NEAR_SHOWN = 8                  # samples of each kind beside their nearest training images
 
 
-# --------------------------------------------------------------------------------------- the picture of overfit
-
-PAGE_LEAST = 1400                   # pixels wide
-NEAR_SHOWN = 8                      # samples of each kind beside their nearest training pictures, the nearest first
-
-
-def overfit_figure(path: Path, decode: Callable[[Tensor], list[np.ndarray]], trained: Callable[[np.ndarray], Tensor],
-                   rows: list[dict], found: dict, near: dict[str, Near], poses: dict[str, Tensor],
-                   strip: dict[int, list[np.ndarray]]) -> None:
-    """One page: verdict and curves, samples beside their nearest training pictures, one seed through checkpoints.
-
-    `decode` makes pictures uint8 [H, W, 3] of latents [N, C, h, w]; `trained` gives the latents of rows [N] of a cache.
-    """
+def overfit_figure(
+    path: Path,
+    decode: Callable[[Tensor], list[np.ndarray]],       # latents [N, C, h, w] -> uint8 [H, W, 3]
+    trained: Callable[[np.ndarray], Tensor],            # rows [N] -> training latents
+    rows: list[dict],                                   # of the log
+    found: dict,                                        # the verdict
+    near: dict[str, overfit.Near],                      # by kind of samples
+    poses: dict[str, Tensor],                           # [N, 17, 3] by kind of samples
+    strip: dict[int, list[np.ndarray]],                 # by step, a sample of each kind
+) -> None:
+    """The verdict, samples beside their nearest training images, one seed over the checkpoints."""
     limit, tiles, labels, captions = found["numbers"]["limit"], [], [], []
     for name in poses:
         shown = np.argsort(near[name].distances)[:NEAR_SHOWN]
         distances, at = near[name].distances[shown], near[name].rows[shown]
         tiles += [decode(near[name].z[shown]), decode(trained(at))]
-        labels += [f"samples under {name}, those nearest to a training picture first", "that training picture"]
+        labels += [f"samples of {name}, nearest to a training image first", "that training image"]
         captions += [[f"{d:.2f}" + (" COPY" if d < limit else "") for d in distances],
                      ["mirrored" if row % 2 else "" for row in at]]
-    grid = save_grid(path, tiles, labels=labels, captions=captions, title="Root mean square distance in latent "
-                     f"space; {COPY_PERCENTILE:g} % of held-out pictures are nearer than {limit:.2f}")
+    grid = save_grid(None, tiles, labels=labels, captions=captions,
+                     title="Root mean square distance in latent space; "
+                     f"{overfit.COPY_PERCENTILE:g} % of held-out images are below {limit:.2f}")
     size = tiles[0][0].shape[0]
-    strips = [[draw(poses[name][0].numpy(), size), *(strip[step][i] for step in strip)] for i, name in enumerate(poses)]
-    filmed = save_grid(path, strips, ["pose", *(f"step {step:,}" for step in strip)],
-                       [f"one of the {name}" for name in poses], title="One seed through the checkpoints")
-    width = max(PAGE_LEAST, grid.width, filmed.width)
-    parts = [curves_figure(rows, found, {name: n.distances for name, n in near.items()}, width), grid, filmed]
-    page = Image.new("RGB", (width, sum(part.height for part in parts)), "white")
-    top = 0
-    for part in parts:
-        page.paste(part, (0, top))
-        top += part.height
-    page.save(path)
+    films = [[draw(poses[name][0].numpy(), size), *(images[i] for images in strip.values())]
+             for i, name in enumerate(poses)]
+    film = save_grid(None, films, ["pose", *(f"step {step:,}" for step in strip)],
+                     [f"one of the {name}" for name in poses],
+                     title="One seed over the checkpoints")
+    distances = {name: part.distances for name, part in near.items()}
+    stacked([verdict_page(rows, found, distances), grid, film]).save(path)
 
 
-def curves_figure(rows: list[dict], found: dict, distances: dict[str, np.ndarray], width: int) -> Image.Image:
-    """The verdict over curves and heat maps, a small curve for each bin, and how distances lie; `width` pixels wide."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    found_at, keys = evaluations(rows), bin_keys(evaluations(rows)[-1])
-    steps = [row["step"] + 1 for row in found_at]
-    lines = [line for reason in found["reasons"] for line in textwrap.wrap(f"- {reason}", width // 8)]
-    heights = 0.5 + 0.18 * len(lines), 3.2, 3.6, 2.6                        # inches
-    fig = plt.figure(figsize=(width / 100, sum(heights)), dpi=100, layout="constrained")
-    head, top, middle, bottom = fig.subfigures(4, 1, height_ratios=heights)
-    head.text(0.01, 1 - 0.05 / heights[0], headline(found), va="top", fontsize=14, weight="bold")
-    head.text(0.01, 1 - 0.4 / heights[0], "\n".join(lines), va="top", fontsize=10)
+def verdict_page(rows: list[dict], found: dict, distances: dict[str, np.ndarray]) -> Image.Image:
+    """The verdict over curves, heat maps, the distances and a curve of each bin of timesteps."""
+    def losses(key: str) -> dict[str, str]:
+        return {"held-out": f"val_right{key}", "training": f"val_train{key}"}
 
-    def curves(ax: object, key: str, title: str) -> None:
-        for name, words, colour in (("right", "held-out", "C1"), ("train", "training", "C0")):
-            ax.plot(steps, [row.get(f"val_{name}{key}", math.nan) for row in found_at], colour, marker=".", label=words)
-        ax.axvline(found["best"], color="gray", linestyle=":")
-        ax.set_title(title, fontsize=10)
-        ax.tick_params(labelsize=7)
-        ax.grid(alpha=0.3)
-    axes = top.subplots(1, 3)
-    curves(axes[0], "", "eps loss, EMA; dotted: best.pt")
-    axes[0].legend(fontsize=8)
-    draw_bins(axes[1], rows, gaps)
-    draw_bins(axes[2], rows, risen)
-    axes[1].set_title("gap by timestep: held-out above training loss", fontsize=10)
-    axes[2].set_title("by timestep: held-out loss above its best; dots: for certain", fontsize=10)
-    small = middle.subplots(2, math.ceil(BINS / 2))
-    for ax in small.flat[len(keys):]:
-        ax.axis("off")
-    for ax, key in zip(small.flat, keys, strict=False):
-        curves(ax, key, f"t from {int(key[2:])}")
-    ax = bottom.subplots()
+    keys = overfit.bin_keys(overfit.evaluations(rows)[-1])
+    panels = {"eps loss, EMA": losses(""),
+              "by timestep: held-out above training loss": draw_gaps,
+              "by timestep: held-out above its best; dots: significant": draw_rises}
+    panels |= {f"eps loss, t from {int(key[2:])}": losses(key) for key in keys}
+    drawn = {name: partial(draw_panel, rows=rows, panel=panel) for name, panel in panels.items()}
+    drawn["distance to the nearest training image; left of the line: copies"] = partial(
+        draw_distances, distances=distances, limit=found["numbers"]["limit"])
+    reasons = [line for reason in found["reasons"] for line in textwrap.wrap(f"- {reason}", 180)]
+    return panels_page("\n".join([overfit.headline(found), *reasons]), drawn)
+
+
+def draw_distances(ax: Axes, distances: dict[str, np.ndarray], limit: float) -> None:
     edges = np.linspace(0, 1.02 * max(max(d) for d in distances.values()), 60)
     for name, d in distances.items():
-        what = "pictures held out" if name == HELD_OUT else f"samples under {name}"
-        ax.hist(d, edges, density=True, alpha=0.5, label=f"{len(d)} {what}")
-    ax.axvline(found["numbers"]["limit"], color="black", linestyle="--")
-    ax.set_title("distance to the nearest training picture; left of the line: copies", fontsize=10)
+        label = "held-out images" if name == overfit.HELD_OUT else f"samples of {name}"
+        ax.hist(d, edges, density=True, alpha=0.5, label=f"{len(d)} {label}")
+    ax.axvline(limit, color="black", linestyle="--")
     ax.legend(fontsize=8)
-    file = io.BytesIO()
-    fig.savefig(file, format="png")
-    plt.close(fig)
-    return Image.open(file).convert("RGB")
 
 
-# ------------------------------------------------------------------------------------ the overview of a dataset
+# ------------------------------------------------------------------- overview.png: a dataset check
 
-ACROSS = 6                      # pictures in one row of the overview
-DENSITY = 10_000                # skeletons in it: more would look the same
+ACROSS = 6                      # images in a row
+DENSITY = 10_000                # skeletons in the density: more would look the same
 
 
-def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: list[Suspect], report: dict, side: int,
-                  framed: Callable[[int], np.ndarray]) -> None:
-    """One picture: where the joints are, what is missing, the sizes; ordinary pictures; the worst suspects, `shown`.
+def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: list[Suspect],
+                  report: dict, side: int, framed: Callable[[int], np.ndarray]) -> None:
+    """Where the joints are, what is missing, the sizes; ordinary images; the suspects `shown`.
 
-    `framed` gives picture i with its skeleton, uint8 [side, side, 3].
+    `framed` gives image i with its skeleton, uint8 [side, side, 3].
     """
-    from matplotlib.figure import Figure  # without pyplot nothing is global, and no window can open
-
-    rows = checked.rows[checked.rows["sound"]]
-    ordinary = np.flatnonzero(checked.rows["sound"])[evenly(len(rows), ACROSS)]
-    cells = [(i, Path(checked.files[i]).name, "dimgray") for i in ordinary]
-    cells += [(None, "", "")] * (-len(cells) % ACROSS)
-    cells += [(s.index, f"{s.kind}: {s.why}\n{Path(s.file).name}", "firebrick") for s in shown]
-    lines = max(1, -(-len(cells) // ACROSS))
-    page = Figure(figsize=(16, 5.2 + 3.5 * lines), layout="constrained")
-    top, below = page.subfigures(2, 1, height_ratios=(5.2, 3.5 * lines))
-    verdicts = "".join(f"\n{_plain(sentence, 150)}" for sentence in report["verdicts"].values())
-    top.suptitle(f"{_plain(report['root'], 80)}: {len(rows)} pictures, {len(suspects)} suspects{verdicts}",
-                 color="firebrick" if report["verdicts"] else "black", parse_math=False)
-    where, joints, sizes = top.subplots(1, 3)
-    _draw_density(where, rows["pose"])
-    names, lacking = [name.replace("_", " ") for name in keypoints.JOINTS], list(report["joints"].values())
-    missing, outside = ([joint[key] for joint in lacking] for key in ("missing", "outside"))
-    if not any(missing + outside):
-        joints.text(0.5, 0.5, "none is missing, none outside the picture", ha="center", transform=joints.transAxes)
-    joints.barh(names, missing, color="silver")
-    joints.barh(names, outside, left=missing, color="indianred")
-    joints.set(title="joints missing (grey) and outside (red)", xlim=(0, max(1, *np.add(missing, outside))),
-               xlabel="pictures")
-    joints.invert_yaxis()
-    short = report["short_side"]["histogram"]
-    sizes.bar(list(short), list(short.values()), color="steelblue")
-    sizes.set(title="short side", xlabel="pixels", ylabel="pictures", xlim=(-1, max(2, len(short))))
-    axes = below.subplots(lines, ACROSS, squeeze=False).ravel()
-    for ax in axes:
-        ax.axis("off")
-    for ax, (i, words, colour) in zip(axes, cells, strict=False):
-        if i is not None:
-            ax.imshow(framed(i), interpolation="nearest" if side < 200 else None)
-            text = "\n".join(line for part in words.split("\n") for line in textwrap.wrap(_plain(part, 150), 38))
-            ax.set_title(text, fontsize=9, color=colour, parse_math=False, y=0, va="top", pad=-4)
-    page.savefig(path, format="png", dpi=80)
+    sound = np.flatnonzero(checked.rows["sound"])
+    title = [f"{plain(report['root'], 80)}: {len(sound)} images, {len(suspects)} suspects",
+             *(plain(sentence, 150) for sentence in report["verdicts"].values())]
+    panels = panels_page("\n".join(title), {
+        "where people are": partial(draw_density, poses=checked.rows["pose"][sound]),
+        "images with a joint missing (grey) or outside (red)": partial(
+            draw_joints, joints=report["joints"]),
+        "images by short side in pixels": partial(
+            draw_sizes, sizes=report["short_side"]["histogram"]),
+    }, across=3)
+    ordinary = sound[np.linspace(0, len(sound) - 1, min(len(sound), ACROSS)).round().astype(int)]
+    rows, labels = [[framed(i) for i in ordinary]], ["ordinary images"]
+    captions = [[plain(Path(checked.files[i]).name, 60) for i in ordinary]]
+    for first in range(0, len(shown), ACROSS):
+        some = shown[first:first + ACROSS]
+        rows.append([framed(suspect.index) for suspect in some])
+        captions.append([plain(f"{s.kind}: {s.why} ({Path(s.file).name})", 200) for s in some])
+        labels.append("suspects")
+    stacked([panels, save_grid(None, rows, labels=labels, captions=captions)]).save(path, "PNG")
 
 
-def _plain(text: str, most: int) -> str:
-    """What every font has, and not too long."""
+def draw_joints(ax: Axes, joints: dict[str, dict[str, int]]) -> None:
+    """How often each joint is missing and outside, as bars."""
+    names = [name.replace("_", " ") for name in JOINTS]
+    missing, outside = ([j[key] for j in joints.values()] for key in ("missing", "outside"))
+    ax.barh(names, missing, color="silver")
+    ax.barh(names, outside, left=missing, color="indianred")
+    ax.set_xlim(0, max(1, *np.add(missing, outside)))
+    ax.invert_yaxis()
+
+
+def draw_sizes(ax: Axes, sizes: dict[str, int]) -> None:
+    ax.bar(list(sizes), list(sizes.values()), color="steelblue")
+    ax.set_xlim(-1, max(2, len(sizes)))
+
+
+def plain(text: str, most: int) -> str:
+    """Text in ASCII, which every font has, and at most so long."""
     text = text.encode("ascii", "replace").decode()
     return text if len(text) <= most else f"{text[:most // 2 - 2]}...{text[-most // 2 + 2:]}"
 
 
-def _draw_density(ax, poses: np.ndarray) -> None:
-    """Skeletons [N, 17, 3] as a 2-D histogram of points along their limbs, the picture's border drawn in."""
-    poses = poses[evenly(len(poses), DENSITY)]
+def draw_density(ax: Axes, poses: np.ndarray) -> None:
+    """A histogram of points along the limbs of poses [N, 17, 3]; the image's border in white."""
+    poses = poses[::max(1, math.ceil(len(poses) / DENSITY))]
     seen = poses[..., 2] > 0
     along, counts = np.linspace(0, 1, 24)[:, None], np.zeros((96, 96))
-    for a, b in keypoints.LIMBS:
-        ends = poses[seen[:, a] & seen[:, b]][:, [a, b], None, :2]                                      # [n, 2, 1, 2]
+    for a, b in LIMBS:
+        ends = poses[seen[:, a] & seen[:, b]][:, [a, b], None, :2]                  # [n, 2, 1, 2]
         x, y = (ends[:, 0] * (1 - along) + ends[:, 1] * along).reshape(-1, 2).T
         counts += np.histogram2d(y, x, bins=96, range=((-0.1, 1.1), (-0.1, 1.1)))[0]
-    ax.imshow(np.sqrt(counts), cmap="magma", extent=(-0.1, 1.1, 1.1, -0.1), interpolation="bilinear")
+    ax.imshow(np.sqrt(counts), cmap="magma", extent=(-0.1, 1.1, 1.1, -0.1))
     ax.plot((0, 1, 1, 0, 0), (0, 0, 1, 1, 0), color="white", lw=0.8)
-    ax.set(title="where people are", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    ax.set(xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))

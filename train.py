@@ -1,12 +1,14 @@
-"""Train either stage: images -> autoencoder (--stage vq), then images and poses -> diffusion model (--stage ldm).
+"""Train either stage: images -> autoencoder (--stage vq), then images and poses -> diffusion model
+(--stage ldm).
 
-    python train.py --stage vq                      the toy preset on procedural figures, into runs/vq
-    python train.py --stage ldm                     stage 2 in the latents of runs/vq/last.pt, into runs/ldm
+    python train.py --stage vq                  the toy preset on procedural figures, into runs/vq
+    python train.py --stage ldm                 stage 2 in the latents of runs/vq/last.pt
     python train.py --stage vq --data DIR --preset small --out runs/mine-vq
-    python train.py --preset danbooru --dry-run     what would be trained, without training
+    python train.py --preset danbooru --dry-run what would be trained, without training
 
-Rerun the same command to resume; --fresh starts over. Step k is a function of (seed, k), so a resumed run equals the
-uninterrupted one. A run folder holds config.json, log.jsonl, last.pt, best.pt, samples/ and curves.png.
+Rerun the same command to resume; --fresh starts over. Step k is a function of (seed, k), so a
+resumed run equals the uninterrupted one. A run folder holds config.json, log.jsonl, last.pt,
+best.pt, samples/ and curves.png.
 """
 from __future__ import annotations
 
@@ -18,13 +20,14 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-# Before torch is imported: idle threads sleep instead of spinning, so other programs cost no more than their share.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Before torch is imported: idle threads soon sleep instead of spinning, which shares the cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -36,8 +39,10 @@ from tqdm import tqdm
 import checkpoint
 import data
 import plots
+from checkpoint import plural
 from dataset.latents import LatentCache, latent_batch
 from diffusion import Diffusion, dpm_solver, guided, per_image_noise
+from engine.cpu import use_fast_norms
 from engine.distributed import (
     Forward,
     any_rank,
@@ -59,25 +64,23 @@ from keypoints import ConditionConfig, draw
 from ldm import LDM
 from metrics.condition import condition_each, condition_means, loss_each
 from metrics.images import box_baseline, reconstruction
-from metrics.overfit import ROW_OF, Watch, overfitting, standard_error
+from metrics.overfit import ROW_OF, OverfitMonitor, overfitting, standard_error
 from unet import UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
-STAGE_1 = "runs/vq/last.pt"     # the checkpoint that stage 2 takes where --vq does not say
-INTERRUPTED, LOST = 130, 3      # exit status after Ctrl-C, and where another process of the run is gone
+STAGE_1 = "runs/vq/last.pt"     # the checkpoint that stage 2 takes by default
+INTERRUPTED, LOST = 130, 3      # exit status after Ctrl-C, and where another rank is gone
 CLIP = 1.0                      # the largest gradient norm
-MAX_BAD_STEPS = 50              # in a row without a finite gradient; fp16 needs up to 20 to find its scale
-EVAL_SHARE = 0.05               # of a run's time
-MAX_EVALS = 100                 # in a run
+MAX_BAD_STEPS = 50              # in a row without a finite gradient; fp16 may start with 20
+EVAL_SHARE, MAX_EVALS = 0.05, 100       # evaluations: share of a run's time, and number
 MEASURED = 6                    # steps by which the speed of a run is measured
-FEW_STEPS = 100                 # a --minutes run of fewer is said to be short
-PREVIEWS = 8                    # images in a preview
-PREVIEW_STEPS = 10              # of DPM-Solver++
-ENCODED = 16                    # images encoded at once for the cache: always, so that filling it can resume
-POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py says by them how usual a pose is
+FEW_STEPS = 100                 # a --minutes run of fewer gets a warning
+PREVIEWS, PREVIEW_STEPS = 8, 10         # images in a preview, steps of DPM-Solver++
+ENCODED = 16                    # images encoded at once for the cache; fixed, so filling can resume
+POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py rates poses by them
 
 
-# ------------------------------------------------------------------------------------------------ recipes
+# ------------------------------------------------------------------------------ recipes
 
 @dataclass(frozen=True)
 class Recipe:
@@ -85,47 +88,50 @@ class Recipe:
     batch_size: int
     lr: float
     steps: int
-    lr_final: float = 1.0                           # share of lr left at the end of a cosine; 1.0 is constant
-    warmup: int = 50                                # steps of linear warm-up
+    lr_final: float = 1.0               # share of lr left at the end of a cosine; 1.0 is constant
+    warmup: int = 50                    # steps of linear warm-up
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    eval_images: int = 512                          # held-out images that an evaluation looks at, at most
-    quantize_start: float = 0.0                     # stage 1: share of the run before the codebook is switched on
-    data_init_codes: bool = True                    # from encoder outputs, dead ones again; False: the reference's way
-    loss: VQLossConfig = VQLossConfig()             # stage 1: L1 and codebook alone, unless it says more
-    p_drop: float = 0.1                             # stage 2: share of poses dropped, for guidance
-    ema_decay: float = 0.9999                       # stage 2: with warm-up min(d, (1 + n) / (10 + n))
-    muon: float = 0.0                               # stage 2: Muon's lr for the matrices, over lr; 0: AdamW for all
+    eval_images: int = 512              # held-out images in an evaluation, at most
+    quantize_start: float = 0.0         # stage 1: share of the run before the codebook is used
+    data_init_codes: bool = True        # stage 1: codes from encoder outputs, dead codes restarted
+    loss: VQLossConfig = VQLossConfig()         # stage 1
+    p_drop: float = 0.1                 # stage 2: share of poses dropped, for guidance
+    ema_decay: float = 0.9999           # stage 2: with warm-up min(d, (1 + n) / (10 + n))
+    muon: float = 0.0                   # stage 2: Muon's lr over lr; 0: AdamW for everything
 
 
-SCHEDULE = {"timesteps": 1000, "linear_start": 0.0015, "linear_end": 0.0195}      # latent diffusion's
+SCHEDULE = {"timesteps": 1000, "linear_start": 0.0015, "linear_end": 0.0195}    # latent diffusion's
 
 
 @dataclass(frozen=True)
 class Preset:
-    size: int                                       # side of the images, pixels
+    size: int                           # side of the images, pixels
     vq_config: VQConfig
-    unet: dict                                      # the fields of UNetConfig that latent and conditioning leave open
+    unet: dict                          # fields of UNetConfig that the others do not determine
     cond: ConditionConfig
     vq: Recipe
     ldm: Recipe
-    normalise: bool = True                          # latents to mean 0 and std 1 a channel, from the cache
+    normalise: bool = True              # latents to mean 0 and std 1 a channel
     schedule: dict = field(default_factory=lambda: SCHEDULE)
 
 
-# Small autoencoders have no norms, and branches that start at zero: GroupNorm of few channels removes the image's
-# absolute colour. Their codes follow by moving average, after a time without quantisation.
+# Small autoencoders have no norms, and residual branches that start at zero: GroupNorm of few
+# channels removes the image's absolute colour. Their codes follow a moving average, after a time
+# without quantisation.
 NORM_FREE = {"norm_groups": 0, "zero_init": True, "ema_codebook": True}
-# Large ones are trained as VQGANs: with LPIPS, and with a discriminator once the reconstruction has settled. In a
-# training of minutes the discriminator costs 5 dB and gives nothing back (benchmarks/RESULTS.md).
-VQGAN = VQLossConfig(perceptual=1.0, disc_weight=0.75, disc_start=0.1, disc_ramp=0.05, disc_cap=100.0)
-# The pose enters by maps: of seven ways the one that steers best at equal time (benchmarks/RESULTS.md).
+# Large ones are trained as VQGANs: with LPIPS, and with a discriminator once the reconstruction has
+# settled. In minutes the discriminator costs 5 dB and gives nothing back (benchmarks/RESULTS.md).
+VQGAN = VQLossConfig(perceptual=1.0, disc_weight=0.75, disc_start=0.1, disc_ramp=0.05,
+                     disc_cap=100.0)
+# Pose maps steer best of seven ways at equal time (benchmarks/RESULTS.md).
 MAPS = ("maps",)
 
 
-def _unet(ch: int, mult: tuple[int, ...], attn: tuple[int, ...], heads: int, blocks: int = 2) -> dict:
-    return {"model_channels": ch, "channel_mult": mult, "attention_resolutions": attn, "num_heads": heads,
-            "num_res_blocks": blocks}
+def _unet(ch: int, mult: tuple[int, ...], attn: tuple[int, ...], heads: int,
+          blocks: int = 2) -> dict:
+    return {"model_channels": ch, "channel_mult": mult, "attention_resolutions": attn,
+            "num_heads": heads, "num_res_blocks": blocks}
 
 
 BIG_VQ = Recipe(4, 1e-4, steps=180_000, lr_final=0.1, quantize_start=0.01, warmup=1000, loss=VQGAN)
@@ -133,33 +139,45 @@ BIG_LDM = Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)
 
 # fmt: off
 PRESETS = {
-    # both stages in minutes on a CPU: a shortcut around the autoencoder, v-prediction and Muon (benchmarks/RESULTS.md)
-    "toy": Preset(64, VQConfig(ch=16, ch_mult=(1, 2, 4), n_embed=2048, resolution=64, shortcut=True, **NORM_FREE),
+    # Both stages in minutes on a CPU: a shortcut around the autoencoder, v-prediction and Muon make
+    # it learn several times faster (benchmarks/RESULTS.md).
+    "toy": Preset(
+        64, VQConfig(ch=16, ch_mult=(1, 2, 4), n_embed=2048, resolution=64, shortcut=True,
+                     **NORM_FREE),
         _unet(64, (1, 2, 2), (2, 4), 4, blocks=1), ConditionConfig(MAPS, 64),
-        vq=Recipe(8, 1e-3, steps=600, lr_final=0.03, quantize_start=0.15, eval_images=128),
-        ldm=Recipe(32, 4e-4, steps=600, lr_final=0.05, muon=2.5, eval_images=96), schedule=SCHEDULE | {"prediction": "v"}),
-    "small": Preset(128, VQConfig(ch=32, n_embed=4096, resolution=128, **NORM_FREE),
+        vq=Recipe(8, 1e-3, steps=400, lr_final=0.03, quantize_start=0.15, eval_images=128),
+        ldm=Recipe(32, 5e-4, steps=360, lr_final=0.05, muon=2.5, eval_images=96),
+        schedule=SCHEDULE | {"prediction": "v"}),
+    # An hour and four hours on two cores. lr 1e-3 diverges at 128 pixels.
+    "small": Preset(
+        128, VQConfig(ch=32, n_embed=4096, resolution=128, **NORM_FREE),
         _unet(64, (1, 2, 3, 4), (4, 8), 4), ConditionConfig(MAPS, 64),
-        vq=Recipe(4, 5e-4, steps=7000, lr_final=0.03, quantize_start=0.15, warmup=100),     # 1e-3 diverges at 128 pixels
+        vq=Recipe(4, 5e-4, steps=7000, lr_final=0.03, quantize_start=0.15, warmup=100),
         ldm=Recipe(16, 4e-4, steps=18_000, lr_final=0.05, warmup=100)),
-    # ours at the size of the original blog post: its networks, but codes drawn from encoder outputs that follow by
-    # moving average (the best of six ways, benchmarks/RESULTS.md), poses by maps, normalised latents
-    "base": Preset(256, VQConfig(ema_codebook=True),
-        _unet(160, (1, 2, 3, 4), (2, 4, 8), 8), ConditionConfig(MAPS, 256), vq=BIG_VQ, ldm=BIG_LDM),
-    # the blog post's own: taming's objective and codebook start, batch 32 at 2e-6 a sample, one raw-id token, no
-    # condition dropout, latents as they come; but ours mirrors images, clips gradients and has beta on the right term
-    "danbooru": Preset(256, VQConfig(),
-        _unet(160, (1, 2, 3, 4), (8, 4, 2), 8), ConditionConfig(("seed",), seed_dim=32),
+    # The networks of the original blog post, but codes from encoder outputs that follow a moving
+    # average (the best of six ways, benchmarks/RESULTS.md), pose maps, normalised latents.
+    "base": Preset(
+        256, VQConfig(ema_codebook=True), _unet(160, (1, 2, 3, 4), (2, 4, 8), 8),
+        ConditionConfig(MAPS, 256), vq=BIG_VQ, ldm=BIG_LDM),
+    # The blog post's own recipe: taming's objective and codebook init, batch 32 at 2e-6 a sample,
+    # one token of raw ids, no condition dropout, latents as they are. Mirrored images, clipped
+    # gradients and beta on the right term are ours.
+    "danbooru": Preset(
+        256, VQConfig(), _unet(160, (1, 2, 3, 4), (8, 4, 2), 8),
+        ConditionConfig(("seed",), seed_dim=32),
         vq=Recipe(4, 1.8e-5, steps=180_000, warmup=1, betas=(0.5, 0.9), data_init_codes=False,
                   loss=VQLossConfig(perceptual=1.0, disc_weight=0.8, disc_start=10_000)),
-        ldm=Recipe(32, 6.4e-5, steps=225_000, warmup=1, betas=(0.9, 0.999), weight_decay=0.01, p_drop=0.0),
+        ldm=Recipe(32, 6.4e-5, steps=225_000, warmup=1, betas=(0.9, 0.999), weight_decay=0.01,
+                   p_drop=0.0),
         normalise=False),
-    # the autoencoders of f8 and f16 have as many parameters as that of f4 (54, 56 and 55 million)
-    "f8": Preset(256, VQConfig(ch_mult=(1, 2, 3, 3), z_channels=4, embed_dim=4, n_embed=16384, attn_resolutions=(32,),
-                               ema_codebook=True),
+    # As `base` with more compression, by autoencoders of about the same size (54 to 56 million).
+    "f8": Preset(
+        256, VQConfig(ch_mult=(1, 2, 3, 3), z_channels=4, embed_dim=4, n_embed=16384,
+                      attn_resolutions=(32,), ema_codebook=True),
         _unet(160, (1, 2, 3, 4), (1, 2, 4), 8), ConditionConfig(MAPS, 256), vq=BIG_VQ, ldm=BIG_LDM),
-    "f16": Preset(256, VQConfig(ch_mult=(1, 1, 2, 3, 3), z_channels=8, embed_dim=8, n_embed=16384,
-                                attn_resolutions=(16,), ema_codebook=True),
+    "f16": Preset(
+        256, VQConfig(ch_mult=(1, 1, 2, 3, 3), z_channels=8, embed_dim=8, n_embed=16384,
+                      attn_resolutions=(16,), ema_codebook=True),
         _unet(160, (1, 2, 4), (1, 2, 4), 8), ConditionConfig(MAPS, 256), vq=BIG_VQ, ldm=BIG_LDM),
 }
 # fmt: on
@@ -167,79 +185,85 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Config:
-    """One run, everything resolved: what config.json holds."""
+    """One run, everything resolved: the content of config.json."""
     stage: str
     preset: str
     data: str
     val: str | None
+    trim_bars: bool
     out: str
-    vq: str | None                                  # stage 2: the checkpoint of stage 1
+    vq: str | None                      # stage 2: the checkpoint of stage 1
     seed: int
     device: str
-    amp: str                                        # bf16, fp16 or off
+    amp: str                            # bf16, fp16 or off
     compile: bool
     workers: int
-    micro_batch: int | None                         # images in a network at once, in each rank; None: all of them
-    checkpointing: bool                             # activations are computed again in backward, not kept
+    micro_batch: int | None             # images in a network at once, in each rank; None: all
+    checkpointing: bool                 # gradient checkpointing
     size: int
-    minutes: float | None                           # the length asked for; `steps` follows from it
+    minutes: float | None               # the length asked for; `steps` follows from it
     steps: int | None
     eval_every: int | None
     keep_every: int | None
-    patience: int | None                            # stage 2: evaluations of overfitting in a row that end the run
+    patience: int | None                # stage 2: evaluations of overfitting that end the run
     recipe: Recipe
     vq_config: VQConfig
     unet_config: UNetConfig | None
     cond_config: ConditionConfig | None
     schedule: dict | None
     normalise: bool
-    lpips: tuple[str, ...]                          # stage 1: files with the weights of LPIPS
-    images: int | None = None                       # found by the run itself: how many it trains on
-    data_hash: str | None = None                    # of all images and poses
-    vq_hash: str | None = None                      # stage 2: of the weights in `vq`
+    lpips: tuple[str, ...]              # stage 1: files with the weights of LPIPS
+    images: int | None = None           # found by the run itself: how many it trains on
+    data_hash: str | None = None        # of all images and poses
+    vq_hash: str | None = None          # stage 2: of the weights in `vq`
 
 
-# What may differ from the run that is resumed. Of stage 1 the hash of its weights decides, not the path.
-MAY_DIFFER = {"minutes", "steps", "eval_every", "workers", "device", "compile", "out", "vq", "lpips", "keep_every",
-              "micro_batch", "checkpointing", "patience"}
-OF_DATA = {"data", "val", "images", "data_hash"}    # with --accept-data these too
+# What may differ from the run that is resumed. Of stage 1 the hash of its weights counts, not the
+# path. With --accept-data the images may differ too.
+MAY_DIFFER = {"minutes", "steps", "eval_every", "workers", "device", "compile", "out", "vq",
+              "lpips", "keep_every", "micro_batch", "checkpointing", "patience"}
+OF_DATA = {"data", "val", "images", "data_hash"}
 
 
 def make_config(args: argparse.Namespace) -> Config:
-    """Preset + flags -> Config; ValueError for what cannot be."""
+    """Preset + flags -> Config; ValueError for what does not fit together."""
     preset, ldm = PRESETS[args.preset], args.stage == "ldm"
     recipe = replace(getattr(preset, args.stage), **given(batch_size=args.batch_size, lr=args.lr))
     if not ldm:
         recipe = replace(recipe, loss=make_loss(recipe.loss, args))
-    device, out, cond = checkpoint.find_device(args.device), args.out or f"runs/{args.stage}", preset.cond
+    out, cond, latent = args.out or f"runs/{args.stage}", preset.cond, preset.vq_config.embed_dim
     if args.condition:
-        cond = replace(cond, doors=tuple(args.condition.split("+")))
-    latent = preset.vq_config.embed_dim
+        cond = replace(cond, conditioning=tuple(args.condition.split("+")))
+    device = checkpoint.find_device(args.device)
     data.check_out(out, args.data, args.val)
     return Config(
-        stage=args.stage, preset=args.preset, data=args.data, val=args.val, out=out,
-        vq=(args.vq or STAGE_1) if ldm else None, seed=args.seed, device=device, amp=find_amp(args.amp, device),
-        compile=args.compile, workers=data.find_workers(device) if args.workers is None else args.workers,
-        micro_batch=args.micro_batch, checkpointing=args.checkpointing, size=preset.size, minutes=args.minutes,
-        steps=args.steps or (None if args.minutes else recipe.steps), eval_every=args.eval_every,
-        keep_every=args.keep_every, patience=args.patience, recipe=recipe, vq_config=preset.vq_config,
+        stage=args.stage, preset=args.preset, data=args.data, val=args.val,
+        trim_bars=args.trim_bars, out=out,
+        vq=(args.vq or STAGE_1) if ldm else None, seed=args.seed, device=device,
+        amp=find_amp(args.amp, device), compile=args.compile,
+        workers=data.find_workers(device) if args.workers is None else args.workers,
+        micro_batch=args.micro_batch, checkpointing=args.checkpointing, size=preset.size,
+        minutes=args.minutes, steps=args.steps or (None if args.minutes else recipe.steps),
+        eval_every=args.eval_every, keep_every=args.keep_every, patience=args.patience,
+        recipe=recipe, vq_config=preset.vq_config,
         unet_config=UNetConfig(in_channels=latent + cond.map_channels, out_channels=latent,
                                context_dim=cond.context_dim, **preset.unet) if ldm else None,
-        cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None, normalise=preset.normalise,
-        lpips=tuple(args.lpips_weights or ()))
+        cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None,
+        normalise=preset.normalise, lpips=tuple(args.lpips_weights or ()))
 
 
 def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
     """The objective of stage 1: the preset's, changed by the flags."""
     if args.disc_weight and not loss.disc_weight:
         loss = replace(VQGAN, perceptual=loss.perceptual)
-    loss = replace(loss, **given(perceptual=args.perceptual, disc_weight=args.disc_weight, disc_start=args.disc_start))
+    loss = replace(loss, **given(perceptual=args.perceptual, disc_weight=args.disc_weight,
+                                 disc_start=args.disc_start))
     if args.disc_start is not None and not loss.disc_weight:
-        raise ValueError(f"--disc-start is {args.disc_start:g}, but preset {args.preset} has no discriminator; add "
-                         "--disc-weight 0.75 to have one")
+        raise ValueError(f"--disc-start is {args.disc_start:g}, but preset {args.preset} has no "
+                         "discriminator; add --disc-weight 0.75 to have one")
     if (args.lpips_weights or args.download_lpips) and not loss.perceptual:
-        raise ValueError(f"weights of LPIPS are given, but preset {args.preset} has no perceptual loss; add "
-                         "--perceptual 1 to have one")
+        raise ValueError(f"weights of LPIPS are given, but preset {args.preset} has no perceptual "
+                         "loss; add --perceptual 1 to have one")
     return loss
 
 
@@ -258,16 +282,18 @@ def find_amp(amp: str, device: str) -> str:
     return "bf16" if checkpoint.has_bf16(device) else "fp16" if cuda else "off"
 
 
-def plain(c: object) -> dict:
+def plain(c: Config) -> dict:
     """A Config as JSON gives it back: nested dicts and lists."""
     return json.loads(json.dumps(c, default=asdict))
 
 
-# ------------------------------------------------------------------------------------- what a step is made of
+# ------------------------------------------------------------------------------ parts of a step
 
 def seed_everything(seed: int, step: int) -> None:
-    """Everything random in step k (noise, timesteps, dropout, restarts) comes from torch's generator, seeded here."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1))
+    """Everything random in step k (noise, timesteps, dropout, restarts) comes from torch's
+    generator, seeded here."""
+    mixed = np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(mixed >> 1))
 
 
 def lr_at(step: int, c: Config) -> float:
@@ -286,62 +312,26 @@ def set_lr(lr: float, *optimizers: torch.optim.Optimizer) -> None:
 
 
 def adamw(params: list[Tensor], r: Recipe) -> torch.optim.AdamW:
-    return torch.optim.AdamW(params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay, fused=True)
+    return torch.optim.AdamW(params, lr=r.lr, betas=r.betas, weight_decay=r.weight_decay,
+                             fused=True)
 
 
-def make_scaler(c: Config) -> torch.amp.GradScaler:
-    """Skips steps whose gradient is not finite, without waiting for the GPU; in fp16 it scales the loss besides, so
-    that small gradients do not vanish. Elsewhere the scale stays 1."""
-    device = torch.device(c.device).type
-    if c.amp == "fp16":
-        return torch.amp.GradScaler(device)
-    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2 ** 30)
-
-
-def autocast(c: Config) -> AbstractContextManager:
-    return checkpoint.autocast(c.amp, c.device)
-
-
-def in_network(c: Config) -> int:
-    """Images in a network at once, in this rank; evaluations keep to it too, so they need no more memory."""
-    share = c.recipe.batch_size // world()
-    return min(c.micro_batch or share, share)
-
-
-def accumulate(sums: dict[str, Tensor], share: float, **terms: Tensor) -> None:
-    """Adds a micro-batch's share of the terms of a loss."""
-    for name, value in terms.items():
-        sums[name] = sums.get(name, 0.0) + share * value.detach()
-
-
-class EMA:
-    """Moving average of parameters with decay min(d, (1 + n) / (10 + n)) at update n = 1, 2, ..."""
-
-    def __init__(self, model: nn.Module, average: nn.Module, decay: float):
-        self.decay = decay
-        pairs = [(p, a) for p, a in zip(model.parameters(), average.parameters(), strict=True) if p.requires_grad]
-        self.params, self.average = zip(*pairs, strict=True)
-
-    @torch.no_grad()
-    def update(self, n: int) -> None:
-        d = min(self.decay, (1 + n) / (10 + n))
-        torch._foreach_lerp_(self.average, self.params, 1 - d)
-
-
-NS_COEFFICIENTS, NS_STEPS = (3.4445, -4.7750, 2.0315), 5       # of the quintic iteration, as its author has them
-MUON_RMS = 0.2                  # size of Muon's update, about that of AdamW's (arXiv:2502.16982 section 2.2)
+# Coefficients of the quintic Newton-Schulz iteration, as Muon's author has them; size of an update,
+# about that of AdamW's (arXiv:2502.16982 section 2.2).
+NS_COEFFICIENTS, NS_STEPS, MUON_RMS, MOMENTUM = (3.4445, -4.7750, 2.0315), 5, 0.2, 0.95
 
 
 def orthogonalised(G: Tensor) -> Tensor:
     """A matrix [n, m] -> one with its singular vectors and all singular values near 1.
 
-    The Newton-Schulz iteration X <- (a + b XX' + c (XX')^2) X, in terms of the small XX' alone: filters are 9 times as
-    long as wide, so this halves the arithmetic.
+    The Newton-Schulz iteration X <- (a + b XX' + c (XX')^2) X, written in terms of the small XX':
+    filters are 9 times as long as wide, so this halves the arithmetic.
     """
     a, b, c = NS_COEFFICIENTS
     X = G.mT if len(G) > G.shape[1] else G                  # [n, m] with n <= m
     X = X / (X.norm() + 1e-7)
-    A, P = X @ X.mT, torch.eye(len(X), device=X.device)     # XX' of this iteration; what has multiplied X so far
+    A = X @ X.mT                                            # XX' of this iteration
+    P = torch.eye(len(X), device=X.device, dtype=X.dtype)   # the product of all factors so far
     for _ in range(NS_STEPS):
         B = b * A + c * A @ A
         B.diagonal().add_(a)
@@ -351,35 +341,95 @@ def orthogonalised(G: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal, for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon):
-    all directions of a layer move equally far, also those in which its gradient is small. Filters count as [out, rest].
-    """
-    _step_supports_amp_scaling = True       # GradScaler then hands over found_inf instead of waiting for the GPU
+    """Orthogonalised momentum for matrices, AdamW for the other parameters.
 
-    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95, lr_scale: float = 1.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "lr_scale": lr_scale})
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon: all directions of a layer move
+    equally far, also those with a small gradient. Convolution filters are matrices [out, rest].
+    """
+    _step_supports_amp_scaling = True       # GradScaler passes found_inf: no wait for the GPU
+
+    def __init__(self, matrices: list[Tensor], others: list[Tensor], r: Recipe):
+        self.adamw = adamw(others, r)
+        groups = [{"params": matrices, "lr_scale": r.muon}, *self.adamw.param_groups]
+        super().__init__(groups, {"lr": r.lr})
 
     @torch.no_grad()
     def step(self) -> None:
+        matrices, *others = self.param_groups
         found_inf = getattr(self, "found_inf", None)
-        for group in self.param_groups:
-            for p in group["params"]:
-                average = self.state[p].setdefault("average", torch.zeros_like(p))
-                if found_inf is not None:                           # a step that is not finite counts as no gradient
-                    p.grad.masked_fill_(found_inf.bool(), 0.0)
-                average.lerp_(p.grad, 1 - group["momentum"])
-                step = orthogonalised(p.grad.lerp(average, group["momentum"]).flatten(1))      # Nesterov's look ahead
-                p.sub_(step.view_as(p), alpha=group["lr"] * MUON_RMS * max(step.shape) ** 0.5)
+        self.adamw.param_groups, self.adamw.state = others, self.state
+        self.adamw.found_inf, self.adamw.grad_scale = found_inf, None
+        self.adamw.step()
+        moves = 1.0 if found_inf is None else 1.0 - found_inf           # 0 skips the step
+        for p in matrices["params"]:
+            if p.grad is None:
+                continue
+            if p not in self.state:
+                self.state[p]["average"] = torch.zeros_like(p)
+            if found_inf is not None:
+                p.grad.masked_fill_(found_inf.bool(), 0.0)
+            average = self.state[p]["average"].lerp_(p.grad, (1 - MOMENTUM) * moves)
+            nesterov = p.grad.lerp(average, MOMENTUM).flatten(1)
+            size = matrices["lr"] * MUON_RMS * max(nesterov.shape) ** 0.5
+            p.sub_(orthogonalised(nesterov).view_as(p) * (size * moves))
 
-def ldm_optimizers(ldm: LDM, r: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW; with `muon` for what is no matrix and for the first and last layer alone, and Muon for the rest."""
+
+def ldm_optimizer(ldm: LDM, r: Recipe) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the matrices between the first and the last layer."""
     params = {name: p for name, p in ldm.named_parameters() if p.requires_grad}
+    if not r.muon:
+        return adamw(list(params.values()), r)
     ends = "unet.input_blocks.0.", "unet.out."
-    matrices = [name for name, p in params.items() if r.muon and p.ndim > 1 and not name.startswith(ends)]
-    optimizers: list[torch.optim.Optimizer] = [adamw([p for name, p in params.items() if name not in matrices], r)]
-    if r.muon:
-        optimizers.append(Muon([params[name] for name in matrices], r.lr, lr_scale=r.muon))
-    return optimizers
+    matrices = {name for name, p in params.items() if p.ndim > 1 and not name.startswith(ends)}
+    return Muon([params[name] for name in params if name in matrices],
+                [params[name] for name in params if name not in matrices], r)
+
+
+def make_scaler(c: Config) -> torch.amp.GradScaler:
+    """Skips steps whose gradient is not finite, without waiting for the GPU. In fp16 it also scales
+    the loss, so that small gradients do not vanish; elsewhere the scale stays 1."""
+    device = torch.device(c.device).type
+    if c.amp == "fp16":
+        return torch.amp.GradScaler(device)
+    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2 ** 30,
+                                backoff_factor=math.nextafter(1.0, 0.0))    # 1 in float32
+
+
+class EMA:
+    """Moving average of parameters, decay min(d, (1 + n) / (10 + n)) at update n = 1, 2, ..."""
+
+    def __init__(self, model: nn.Module, average: nn.Module, decay: float):
+        self.decay = decay
+        pairs = zip(model.parameters(), average.parameters(), strict=True)
+        self.params, self.average = zip(*((p, a) for p, a in pairs if p.requires_grad), strict=True)
+
+    @torch.no_grad()
+    def update(self, n: int) -> None:
+        d = min(self.decay, (1 + n) / (10 + n))
+        torch._foreach_lerp_(self.average, self.params, 1 - d)
+
+
+def prepare(model: nn.Module, c: Config) -> nn.Module:
+    """The model on its device, in the layout that convolutions want."""
+    if c.device == "cpu" and c.amp == "bf16":
+        use_fast_norms(model)
+    return model.to(c.device, memory_format=torch.channels_last)
+
+
+def autocast(c: Config) -> AbstractContextManager:
+    return checkpoint.autocast(c.amp, c.device)
+
+
+def in_network(c: Config) -> int:
+    """Images in a network at once, in this rank; evaluations use it too and need no more memory."""
+    share = c.recipe.batch_size // world()
+    return min(c.micro_batch or share, share)
+
+
+def accumulate(sums: dict[str, Tensor], share: float, **terms: Tensor) -> None:
+    """Adds a micro-batch's share of the terms of a loss."""
+    for name, value in terms.items():
+        sums[name] = sums.get(name, 0.0) + share * value.detach()
 
 
 def state_of(parts: dict) -> dict:
@@ -397,20 +447,22 @@ def restore(parts: dict, state: dict, where: Path) -> None:
 
 
 def steps_bar(run: RunDir, steps: int) -> tqdm:
-    return tqdm(range(run.start, steps), initial=run.start, total=steps, desc="measuring the speed" if run.dry else
-                run.stage, unit="step", dynamic_ncols=True, mininterval=1, disable=rank() > 0, leave=not run.dry)
+    return tqdm(range(run.start, steps), initial=run.start, total=steps, desc=run.title,
+                unit="step", dynamic_ncols=True, mininterval=1, disable=rank() > 0,
+                leave=not run.dry)
 
 
-# ------------------------------------------------------------------------------------------------ stage 1
+# ------------------------------------------------------------------------------ stage 1
 
-def train_vq(c: Config, run: RunDir, train: data.Pictures, val: data.Pictures, lpips: LPIPS | None) -> int:
-    """Trains the autoencoder; returns the number of steps made, less than c.steps where it was stopped."""
+def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDataset,
+             lpips: LPIPS | None) -> int:
+    """Trains the autoencoder; returns the steps made, fewer than c.steps where it was stopped."""
     r, device = c.recipe, torch.device(c.device)
     torch.manual_seed(c.seed)
-    model = VQModel(c.vq_config).to(device, memory_format=torch.channels_last)
+    model = prepare(VQModel(c.vq_config), c)
     objective = VQLoss(r.loss, lpips).to(device, memory_format=torch.channels_last)
-    disc, codebook = objective.disc, model.quantize
-    params, last_layer = [p for p in model.parameters() if p.requires_grad], model.decoder.conv_out.weight
+    disc, codebook, last_layer = objective.disc, model.quantize, model.decoder.conv_out.weight
+    params = [p for p in model.parameters() if p.requires_grad]
     optimizer, scaler = adamw(params, r), make_scaler(c)
     optimizers, parts = [optimizer], {"optimizer": optimizer, "scaler": scaler}
     if disc is not None:
@@ -422,32 +474,34 @@ def train_vq(c: Config, run: RunDir, train: data.Pictures, val: data.Pictures, l
         restore(parts, run.resumed["train"], run.last)
         codebook.usage.copy_(run.resumed["train"]["usage"])
     model.checkpointing = c.checkpointing
-    if c.compile:                   # but for the last layer, whose gradient the adaptive weight takes out of turn
+    if c.compile:       # not the last layer: the adaptive weight takes its gradient separately
         model.encoder.compile()
         model.decoder.features = torch.compile(model.decoder.features)
-    # Codes get no gradient before they are drawn: DDP must not wait for them.
-    net = parallel(Forward(model, model.reconstruct), find_unused=r.data_init_codes and not c.vq_config.ema_codebook)
+    # Codes get no gradient before quantize_start: DDP must not wait for them.
+    net = parallel(Forward(model, model.reconstruct),
+                   find_unused=r.data_init_codes and not c.vq_config.ema_codebook)
     judge = None if disc is None else parallel(Forward(disc, objective.discriminator))
-    first_quantized = int(r.quantize_start * c.steps)
+    quantize_start = int(r.quantize_start * c.steps)
     bad_steps = torch.zeros((), device=device)
 
     run.begin(plain(c), c.steps, c.eval_every, c.keep_every)
-    batches = data.batches(train, r.batch_size, c.seed, run.start, c.steps, c.workers, augment=True, device=device,
-                           rank=rank(), world=world())
+    batches = data.batches(train, r.batch_size, c.seed, run.start, c.steps, c.workers, augment=True,
+                           device=device, rank=rank(), world=world())
     with stop_signals() as stopped, steps_bar(run, c.steps) as bar:
         for step in bar:
             seed_everything(c.seed, step)
             set_lr(lr_at(step, c), *optimizers)
-            x, _, _ = next(batches)                                             # [B, 3, H, W]
-            quantize = step >= first_quantized
-            if step == first_quantized and r.data_init_codes:
+            x, _, _ = next(batches)                                         # [B, 3, H, W]
+            quantize = step >= quantize_start
+            if step == quantize_start and r.data_init_codes:
                 codebook.init_codes(gathered(encode_all(model, x, c)))
             disc_factor = objective.disc_factor(step, c.steps)
             numbers, made = {}, []
             for part, share in micro_batches(len(x), in_network(c), net):
                 with autocast(c):
                     h, codebook_loss, indices, x_hat = net(x[part], quantize)
-                loss, terms = objective.generator(x[part], x_hat, codebook_loss, last_layer, disc_factor)
+                loss, terms = objective.generator(x[part], x_hat, codebook_loss, last_layer,
+                                                  disc_factor)
                 scaler.scale(loss * share).backward()
                 accumulate(numbers, share, loss=loss, **terms)
                 made.append((h.detach(), indices, x_hat.detach()))
@@ -457,8 +511,9 @@ def train_vq(c: Config, run: RunDir, train: data.Pictures, val: data.Pictures, l
             optimizer.zero_grad(set_to_none=True)
             h, indices, x_hat = map(torch.cat, zip(*made, strict=True))
             if quantize:
-                numbers["restarts"] = codebook.update(gathered(h), gathered(indices), restart=r.data_init_codes)
-                if world() > 1:     # sums on a GPU come in any order: a code must not drift apart by its last bits
+                numbers["restarts"] = codebook.update(gathered(h), gathered(indices),
+                                                      restart=r.data_init_codes)
+                if world() > 1:     # sums on a GPU come in any order: codes would drift apart
                     dist.broadcast(codebook.embedding.weight.data, 0)
             if disc_factor > 0:
                 for part, share in micro_batches(len(x), in_network(c), judge):
@@ -477,13 +532,14 @@ def train_vq(c: Config, run: RunDir, train: data.Pictures, val: data.Pictures, l
                 log_step(run, bar, step, c, bad_steps, numbers | {"grad_norm": grad_norm})
                 stop = any_rank(stop, device)
             elif world() > 1:
-                stop = False                                    # all ranks stop after the same step
+                stop = False                            # all ranks stop after the same step
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
                 if run.eval_due(step):
                     score = evaluate_vq(run, bar, step, c, model, val)
-                run.save(step, {"stage": "vq", "vq": model.state_dict(), "vq_config": asdict(c.vq_config),
-                                "train": state_of(parts) | {"usage": codebook.usage}}, score)
+                training = state_of(parts) | {"usage": codebook.usage}
+                run.save(step, {"stage": "vq", "vq": model.state_dict(),
+                                "vq_config": asdict(c.vq_config), "train": training}, score)
             if stop:
                 break
     return step + 1
@@ -496,63 +552,78 @@ def encode_all(model: VQModel, x: Tensor, c: Config) -> Tensor:
         return torch.cat([model.encode(part) for part in x.split(in_network(c))]).float()
 
 
-def log_step(run: RunDir, bar: tqdm, step: int, c: Config, bad_steps: Tensor, numbers: dict[str, Tensor]) -> None:
+def log_step(run: RunDir, bar: tqdm, step: int, c: Config, bad_steps: Tensor,
+             numbers: dict[str, Tensor]) -> None:
     """One line of the log. The only place where a step waits for the GPU."""
-    values = {name: float(mean_over_ranks(torch.as_tensor(value, dtype=torch.float32, device=c.device)))
+    values = {name: float(mean_over_ranks(torch.as_tensor(value, dtype=torch.float32,
+                                                          device=c.device)))
               for name, value in numbers.items()}
     if bad_steps >= MAX_BAD_STEPS:
-        raise run.diverged(f"the gradient has not been finite for {int(bad_steps)} steps, the last one step {step}")
+        raise run.diverged(f"the gradient has not been finite for {int(bad_steps)} steps, the last "
+                           f"one step {step}")
     if rank() == 0:
         skipped = {"skipped": int(bad_steps)} if bad_steps else {}
-        run.log(step, **values, **run.images_per_second(step, c.recipe.batch_size), lr=lr_at(step, c), **skipped)
+        run.log(step, **values, **run.images_per_second(step, c.recipe.batch_size),
+                lr=lr_at(step, c), **skipped)
         bar.set_postfix(loss=values["loss"], refresh=False)
 
 
-def evaluate_vq(run: RunDir, bar: tqdm, step: int, c: Config, model: VQModel, val: data.Pictures) -> float:
-    """Reconstruction of held-out images: figures into the log, a picture, curves. Returns the PSNR, best.pt's score."""
+def evaluate_vq(run: RunDir, bar: tqdm, step: int, c: Config, model: VQModel,
+                val: data.ImageDataset) -> float:
+    """Reconstruction of held-out images: log, picture, curves. Returns the score: the PSNR."""
     began = time.monotonic()
-    bar.set_description("vq, evaluating")
+    bar.set_description(f"{run.title}, evaluating")
     batches = (x for x, _ in data.in_order(val, in_network(c), c.recipe.eval_images))
     result = reconstruction(model, batches, c.device, partial(autocast, c))
-    said = (f"held-out PSNR {result['psnr']:.2f} dB (averaging over boxes: {result['psnr_box']:.2f}); codes used "
-            f"{result['codes_used']:.1%} of {c.vq_config.n_embed}, perplexity {result['perplexity']:.0f}")
-    preview_vq(run.picture(step), model, val, c, result)
-    report(run, bar, step, said, result, began, VQ_PANELS | (DISC_PANELS if c.recipe.loss.disc_weight else {}))
+    said = (f"held-out PSNR {result['psnr']:.2f} dB (averaging over boxes: "
+            f"{result['psnr_box']:.2f}); codes used {result['codes_used']:.1%} of "
+            f"{c.vq_config.n_embed}, perplexity {result['perplexity']:.0f}")
+    with run.writing(run.picture(step)):
+        preview_vq(run.picture(step), model, val, c, result)
+    report(run, bar, step, said, result, began,
+           VQ_PANELS | (DISC_PANELS if c.recipe.loss.disc_weight else {}))
     return result["psnr"]
 
 
-def report(run: RunDir, bar: tqdm, step: int, said: str, result: dict, began: float, panels: plots.Panels) -> None:
-    """An evaluation into log.jsonl, curves.png and the terminal."""
-    with run.writing(run.dir / "curves.png"):
-        rows = [*read_log(run.log_path), {"step": step} | {f"val_{name}": value for name, value in result.items()}]
-        if not run.dry:
-            plots.plot_curves(run.dir / "curves.png", rows, panels | SHARED_PANELS, f"{run.dir}, step {step + 1}: {said}")
-            bar.write(f"step {step + 1:6d}  {said}")
-    run.log(step, **{f"val_{name}": value for name, value in result.items()}, eval_s=time.monotonic() - began)
-    bar.set_description(run.stage)
+def report(run: RunDir, bar: tqdm, step: int, said: str, result: dict, began: float,
+           panels: plots.Panels) -> None:
+    """An evaluation into curves.png, log.jsonl and the terminal."""
+    row = {f"val_{name}": value for name, value in result.items()}
+    if not run.dry:
+        with run.writing(run.dir / "curves.png"):
+            rows = [*read_log(run.log_path), {"step": step} | row]
+            plots.plot_curves(run.dir / "curves.png", rows, panels | SHARED_PANELS,
+                              f"{run.dir}, step {step + 1}: {said}")
+        bar.write(f"step {step + 1:6d}  {said}")
+    run.log(step, **row, eval_s=time.monotonic() - began)
+    bar.set_description(run.title)
 
 
 VQ_PANELS: plots.Panels = {
-    "loss of the batch": {"": "loss"}, "PSNR, dB": {"held-out": "val_psnr", "boxes": "val_psnr_box"},
+    "loss of the batch": {"": "loss"},
+    "PSNR, dB": {"held-out": "val_psnr", "boxes": "val_psnr_box"},
     "codes used, share": {"": "val_codes_used"}, "perplexity of the codes": {"": "val_perplexity"}}
-DISC_PANELS: plots.Panels = {"discriminator, logits": {"real": "logits_real", "reconstructed": "logits_fake"},
-                             "adaptive weight": {"": "d_weight"}}
-SHARED_PANELS: plots.Panels = {"gradient norm": {"": "grad_norm"}, "learning rate": {"": "lr"},
-                               "images a second, training alone": {"": "img_s"}}
+DISC_PANELS: plots.Panels = {
+    "discriminator, logits": {"real": "logits_real", "reconstructed": "logits_fake"},
+    "adaptive weight": {"": "d_weight"}}
+SHARED_PANELS: plots.Panels = {
+    "gradient norm": {"": "grad_norm"}, "learning rate": {"": "lr"},
+    "images a second, training alone": {"": "img_s"}}
 
 
 @torch.no_grad()
-def preview_vq(path: Path, model: VQModel, val: data.Pictures, c: Config, result: dict) -> None:
+def preview_vq(path: Path, model: VQModel, val: data.ImageDataset, c: Config, result: dict) -> None:
     """A grid of original | box | reconstruction | error for the first held-out images."""
     x = next(data.in_order(val, PREVIEWS, PREVIEWS))[0].to(c.device)
     model.eval()
     with autocast(c):
         x_hat = model(x)[0].float().clamp(-1, 1)
     model.train()
-    box = box_baseline(x, c.vq_config.factor)
+    f = c.vq_config.factor
+    box = box_baseline(x, f)
     error = (x_hat - x).abs().mean(1, keepdim=True).expand_as(x) * 2 - 1
     rows = [[data.to_uint8(b[i]) for b in (x, box, x_hat, error)] for i in range(len(x))]
-    plots.save_grid(path, rows, columns=["original", f"{c.vq_config.factor}x box", "reconstruction", "error"],
+    plots.save_grid(path, rows, columns=["original", f"{f}x box", "reconstruction", "error"],
                     title=f"{path.stem}: {result['psnr']:.2f} dB, box {result['psnr_box']:.2f} dB")
 
 
@@ -561,32 +632,35 @@ def load_lpips(c: Config) -> LPIPS | None:
     if not c.recipe.loss.perceptual:
         return None
     if not c.lpips:
-        raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, whose VGG16 needs weights: give "
-                         "them with --lpips-weights FILE [FILE], fetch them with --download-lpips (528 MB), or go "
-                         "without: --perceptual off")
+        raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, which needs "
+                         "weights: give them with --lpips-weights FILE [FILE], fetch them with "
+                         "--download-lpips (528 MB), or train without: --perceptual off")
     from formats import lpips
     return lpips.load_lpips(c.lpips)
 
 
-# ------------------------------------------------------------------------------------------------ stage 2
+# ------------------------------------------------------------------------------ stage 2
 
-def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache, val: data.Pictures) -> int:
-    """Trains the diffusion model in the latents of `vq`; returns the number of steps made."""
+def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
+              val: data.ImageDataset) -> int:
+    """Trains the diffusion model in the latents of `vq`; returns the steps made."""
     r, device, C = c.recipe, torch.device(c.device), c.vq_config.embed_dim
-    mean, std = (cache.mean, cache.std) if c.normalise else (torch.zeros(C, 1, 1), torch.ones(C, 1, 1))
-    if run.resumed:         # images may have been repaired since: what is trained goes on in the space it knows
+    mean, std = torch.zeros(C, 1, 1), torch.ones(C, 1, 1)
+    if c.normalise:
+        mean, std = cache.mean, cache.std
+    if run.resumed:         # images may have been repaired since; the latent space stays the same
         mean, std = run.resumed["mean"], run.resumed["std"]
     torch.manual_seed(c.seed)
-    ldm = LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule, knows_null=r.p_drop > 0)
-    ldm = ldm.to(device, memory_format=torch.channels_last)
+    ldm = prepare(LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule,
+                      supports_guidance=r.p_drop > 0), c)
     average = copy.deepcopy(ldm).eval().requires_grad_(False)
-    average.vq = vq                                         # frozen: one copy serves both
+    average.vq = vq                                         # frozen: one copy is enough
     params = [p for p in ldm.parameters() if p.requires_grad]
-    optimizers, scaler = ldm_optimizers(ldm, r), make_scaler(c)
+    optimizer, scaler = ldm_optimizer(ldm, r), make_scaler(c)
     diffusion, ema = Diffusion(**c.schedule), EMA(ldm, average, r.ema_decay)
     held_out = HeldOut(c, average, diffusion, cache, val)
-    parts = {"unet": ldm.unet, "cond": ldm.cond, "scaler": scaler, "watch": held_out.monitor,
-             **dict(zip(("optimizer", "muon"), optimizers, strict=False))}
+    parts = {"unet": ldm.unet, "cond": ldm.cond, "optimizer": optimizer, "scaler": scaler,
+             "watch": held_out.monitor}
     if run.resumed:
         restore({"unet": average.unet, "cond": average.cond}, run.resumed, run.last)
         restore(parts, run.resumed["train"], run.last)
@@ -602,26 +676,25 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache, val: data
     with stop_signals() as stopped, steps_bar(run, c.steps) as bar:
         for step in bar:
             seed_everything(c.seed, step)
-            set_lr(lr_at(step, c), *optimizers)
+            set_lr(lr_at(step, c), optimizer)
             h, pose = latent_batch(cache, B, c.seed, step, rank(), world())
-            z, pose = (h.to(device) - mean) / std, pose.to(device)              # [B, C, h, w], [B, 17, 3]
-            # Drawn for all ranks, so that none repeats another's noise.
+            z, pose = (h.to(device) - mean) / std, pose.to(device)      # [B, C, h, w], [B, 17, 3]
+            # Drawn for all ranks, so that no rank repeats another's noise.
             t = torch.randint(diffusion.timesteps, (B,), device=device)[mine]
             noise = torch.randn(B, *z.shape[1:], device=device)[mine]
             drop = (torch.rand(B, device=device) < r.p_drop)[mine]
             numbers = {}
             for part, share in micro_batches(len(z), in_network(c), net):
                 with autocast(c):
-                    loss = diffusion.loss(net, z[part], pose[part], t=t[part], noise=noise[part], drop=drop[part]).mean()
+                    loss = diffusion.loss(net, z[part], pose[part], t=t[part], noise=noise[part],
+                                          drop=drop[part]).mean()
                 scaler.scale(loss * share).backward()
                 accumulate(numbers, share, loss=loss)
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer)
             grad_norm = clip_grad_norm_(params, CLIP)
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
+            scaler.step(optimizer)
             scaler.update()
+            optimizer.zero_grad(set_to_none=True)
             ema.update(step + 1)
 
             stop, alarm = stopped.is_set(), None
@@ -630,12 +703,13 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache, val: data
                 log_step(run, bar, step, c, bad_steps, numbers | {"grad_norm": grad_norm})
                 stop = any_rank(stop, device)
             elif world() > 1:
-                stop = False                                    # all ranks stop after the same step
+                stop = False                            # all ranks stop after the same step
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
                 if run.eval_due(step):
                     score, alarm = held_out.evaluate(run, bar, step, ldm)
-                run.save(step, checkpoint.ldm_payload(average) | {"poses": poses, "train": state_of(parts)}, score)
+                payload = checkpoint.ldm_payload(average) | {"poses": poses}
+                run.save(step, payload | {"train": state_of(parts)}, score)
             if c.patience and run.eval_due(step):
                 stop = stop or any_rank(alarm is not None, device)
             if stop:
@@ -644,47 +718,57 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache, val: data
 
 
 class HeldOut:
-    """What an evaluation of stage 2 looks at: held-out latents, as many training latents, poses for a preview."""
+    """What an evaluation of stage 2 looks at: held-out latents, as many training latents, and poses
+    for a preview."""
 
-    def __init__(self, c: Config, average: LDM, diffusion: Diffusion, cache: LatentCache, val: data.Pictures):
+    def __init__(self, c: Config, average: LDM, diffusion: Diffusion, cache: LatentCache,
+                 val: data.ImageDataset):
         self.c, self.average, self.diffusion = c, average, diffusion
         with torch.no_grad(), autocast(c):
             pairs = [(average.encode(x.to(c.device)), pose) for x, pose in
                      data.in_order(val, in_network(c), c.recipe.eval_images)]
         if sum(len(z) for z, _ in pairs) < 2:
-            raise ValueError(f"{c.data} leaves fewer than 2 usable images to validate on: add images, or give a set of "
-                             "its own with --val")
+            raise ValueError(f"{c.data} leaves fewer than 2 usable images to validate on: add "
+                             "images, or give a set of its own with --val")
         self.z, self.pose = (torch.cat(each).to(c.device) for each in zip(*pairs, strict=True))
-        h, pose = cache.rows(2 * data.evenly(len(cache) // 2, len(self.z)))     # not mirrored, like held-out ones
-        self.z_train, self.pose_train = (h.to(c.device) - average.mean) / average.std, pose.to(c.device)
-        self.monitor = Watch(diffusion, self.z, self.z_train)
+        rows = 2 * data.evenly(len(cache) // 2, len(self.z))        # not mirrored, as held-out ones
+        h, pose = cache.rows(rows)
+        self.z_train = (h.to(c.device) - average.mean) / average.std
+        self.pose_train = pose.to(c.device)
+        self.monitor = OverfitMonitor(diffusion, self.z, self.z_train)
         self.preview = next(data.in_order(val, PREVIEWS, PREVIEWS))
 
     def evaluate(self, run: RunDir, bar: tqdm, step: int, ldm: LDM) -> tuple[float, str | None]:
-        """Losses on fixed noise into the log, a picture, curves. Returns best.pt's score and a warning, if it overfits.
+        """Losses on fixed noise: log, picture, curves. Returns best.pt's score, and a warning where
+        it overfits.
 
-        Of the averaged weights under the right pose, a shuffled one and none; and of the raw weights.
+        Of the averaged weights under the right pose, a shuffled one and none; of the raw weights.
         """
-        c, began = self.c, time.monotonic()
-        bar.set_description("ldm, evaluating")
-        losses = partial(loss_each, diffusion=self.diffusion, batch_size=in_network(c), autocast=partial(autocast, c))
-        each = condition_each(self.average, self.diffusion, self.z, self.pose, in_network(c), ldm.knows_null,
-                              partial(autocast, c))
+        c, m, began = self.c, self.monitor, time.monotonic()
+        bar.set_description(f"{run.title}, evaluating")
+        losses = partial(loss_each, diffusion=self.diffusion, batch_size=in_network(c),
+                         autocast=partial(autocast, c))
+        each = condition_each(self.average, self.diffusion, self.z, self.pose, in_network(c),
+                              ldm.supports_guidance, partial(autocast, c))
         seen = losses(self.average, z=self.z_train, poses=self.pose_train)
         ldm.unet.eval()
-        raw, raw_seen = losses(ldm, z=self.z, poses=self.pose), losses(ldm, z=self.z_train, poses=self.pose_train)
+        raw = losses(ldm, z=self.z, poses=self.pose)
+        raw_seen = losses(ldm, z=self.z_train, poses=self.pose_train)
         ldm.unet.train()
-        m = self.monitor
         result = condition_means(each) | {
-            "shuffled_se": standard_error(each["shuffled"] - each["right"]), **m.means("right", each["right"], 0),
-            **m.means("train", seen, 1), **m.means("raw", raw, 0), **m.means("train_raw", raw_seen, 1),
+            "shuffled_se": standard_error(each["shuffled"] - each["right"]),
+            **m.means("right", each["right"], 0), **m.means("train", seen, 1),
+            **m.means("raw", raw, 0), **m.means("train_raw", raw_seen, 1),
             **m.rises(each["right"], seen)}
-        rows = [*read_log(run.log_path), {"step": step} | {f"val_{name}": value for name, value in result.items()}]
-        warning = overfitting(rows, c.patience or ROW_OF)
-        said = (f"held-out eps loss {result['right']:.4f} under the right pose, {result['shuffled']:.4f} under a "
-                f"shuffled one: ratio {result['ratio']:.3f}; {result['train']:.4f} on training images")
-        preview_ldm(run.picture(step), self.average, self.diffusion, self.preview, c, result)
-        report(run, bar, step, said + (f"\n{warning}" if warning else ""), result, began, LDM_PANELS)
+        row = {"step": step} | {f"val_{name}": value for name, value in result.items()}
+        warning = overfitting([*read_log(run.log_path), row], c.patience or ROW_OF)
+        said = (f"held-out eps loss {result['right']:.4f} under the right pose, "
+                f"{result['shuffled']:.4f} under a shuffled one: ratio {result['ratio']:.3f}; "
+                f"{result['train']:.4f} on training images")
+        with run.writing(run.picture(step)):
+            preview_ldm(run.picture(step), self.average, self.diffusion, self.preview, c, result)
+        said += f"\n{warning}" if warning else ""
+        report(run, bar, step, said, result, began, LDM_PANELS)
         return -result["right"], warning
 
 
@@ -692,14 +776,16 @@ LDM_PANELS: plots.Panels = {
     "loss of the batch": {"": "loss"},
     "eps loss": {"held-out": "val_raw", "training": "val_train_raw", "held-out, EMA": "val_right",
                  "training, EMA": "val_train"},
-    "held-out eps loss, EMA": {"right pose": "val_right", "shuffled": "val_shuffled", "none": "val_null"},
+    "held-out eps loss, EMA": {"right pose": "val_right", "shuffled": "val_shuffled",
+                               "none": "val_null"},
     "gap by timestep: held-out above training, EMA": plots.draw_gaps,
     "by timestep: held-out above its best, EMA": plots.draw_rises,
     "shuffled / right": {"": "val_ratio"}}
 
 
 @torch.no_grad()
-def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor, Tensor], c: Config, result: dict) -> None:
+def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor, Tensor], c: Config,
+                result: dict) -> None:
     """A grid: for held-out poses the real image's reconstruction | the skeleton | a sample."""
     x, pose = (t.to(c.device) for t in batch)
     with autocast(c):
@@ -709,47 +795,52 @@ def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor,
         eps_fn = guided(diffusion.eps_model(ldm), pose, ldm.guidance)
         *_, last = dpm_solver(diffusion, eps_fn, x_T.to(c.device), PREVIEW_STEPS, ldm.eta, noise_fn)
         sample = ldm.decode(last.x).float()
-    columns = [[data.to_uint8(x_hat[i]), draw(pose[i].cpu(), c.size), data.to_uint8(sample[i])] for i in range(len(x))]
-    plots.save_grid(path, [list(row) for row in zip(*columns, strict=True)],
-                    labels=["reconstruction of the real image", "pose asked for",
-                            f"sample, DPM-Solver++ {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"],
-                    title=f"{path.stem}: held-out loss {result['right']:.4f}, shuffled / right {result['ratio']:.3f}")
+    rows = [[data.to_uint8(image) for image in x_hat], [draw(p.cpu(), c.size) for p in pose],
+            [data.to_uint8(image) for image in sample]]
+    plots.save_grid(path, rows, labels=[
+        "reconstruction of the real image", "pose asked for",
+        f"sample, DPM-Solver++ {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"],
+        title=f"{path.stem}: held-out loss {result['right']:.4f}, shuffled / right "
+              f"{result['ratio']:.3f}")
 
 
 def poses_kept(cache: LatentCache) -> Tensor:
-    """Poses of training images that have a visible joint, float16 [N, 17, 3]: all, or POSES_KEPT spread evenly."""
-    poses = cache.poses[:len(cache):2]                      # mapped; the odd rows are their mirror images
+    """Poses of training images with a visible joint, float16 [N, 17, 3]: all, or POSES_KEPT spread
+    evenly."""
+    poses = cache.poses[:len(cache):2]                      # the odd rows are their mirror images
     seen = np.flatnonzero((poses[..., 2] > 0).any(axis=1))
     return torch.from_numpy(poses[seen[data.evenly(len(seen), POSES_KEPT)]]).half()
 
 
 def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
-    """ValueError where the autoencoder of stage 1 is not of the preset's kind; `size`, where known, of its images."""
+    """ValueError where the autoencoder of stage 1 does not fit the preset; `size`, where known, is
+    that of its images."""
     def fits(p: Preset) -> bool:
         return size in (None, p.size) and (p.vq_config.factor, p.vq_config.embed_dim) == (
             theirs.factor, theirs.embed_dim)
 
     if not fits(PRESETS[c.preset]):
         others = " or ".join(name for name, p in PRESETS.items() if fits(p))
-        raise ValueError(f"{c.vq} is an f{theirs.factor} autoencoder with {theirs.embed_dim} latent channels for "
-                         f"{size or 'any'} pixels, but preset {c.preset} has f{c.vq_config.factor}, "
-                         f"{c.vq_config.embed_dim} and {c.size}; "
+        raise ValueError(f"{c.vq} is an f{theirs.factor} autoencoder with {theirs.embed_dim} "
+                         f"latent channels for {size or 'any'} pixels, but preset {c.preset} has "
+                         f"f{c.vq_config.factor}, {c.vq_config.embed_dim} and {c.size}; "
                          + (f"give --preset {others}, or " if others else "")
                          + f"train stage 1 with --preset {c.preset} too")
 
 
-# ------------------------------------------------------------------------------------------------ a run
+# ------------------------------------------------------------------------------ a run
 
 def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
     """Opens what the stage needs, resumes or begins its run, trains. True when it is complete."""
-    began, vq, used = time.monotonic(), None, None
+    began, vq, used = time.monotonic(), None, ""
     if c.stage == "ldm":
         stage_1 = checkpoint.load_vq(c.vq, say=print0)
-        used = checkpoint.dated(c.vq, stage_1["step"])
-        vq = checkpoint.build_vq(stage_1, c.vq).to(c.device)
+        used = f", latents of {checkpoint.dated(c.vq, stage_1['step'])}"
+        vq = prepare(checkpoint.build_vq(stage_1, c.vq), c)
         check_latents(c, vq.config, stage_1["config"]["size"])
         c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]))
-    train, val = data.open_data(c.data, c.size, c.val, remember=c.stage == "vq" and c.workers == 0)
+    train, val = data.open_data(c.data, c.size, c.val,
+                                c.stage == "vq" and c.workers == 0, c.trim_bars)
     c = replace(c, images=len(train), data_hash=data.data_hash(train, c.val and val))
     run = RunDir(c.out, c.stage, fresh)
     if run.resumed:
@@ -758,19 +849,32 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         return True
     announce(c, run, len(val), used)
 
-    with data.naming_broken(run.dir / (f"broken-{rank()}.txt" if rank() else "broken.txt"), train, val):
+    broken = run.dir / (f"broken-{rank()}.txt" if rank() else "broken.txt")
+    with data.naming_broken(broken, train, val):
         if c.stage == "vq":
             loop, needs = train_vq, (train, val, load_lpips(c))
         else:
-            def encode(x: Tensor) -> Tensor:
-                with torch.no_grad(), autocast(c):
-                    return vq.encode(x.to(c.device)).float()
-            cache = LatentCache(run.dir, f"{c.vq_hash} {c.amp}", train, encode, ENCODED, c.device, c.workers)
-            loop, needs = train_ldm, (vq, cache, val)
+            loop, needs = train_ldm, (vq, open_latents(c, run.dir, vq, train), val)
         if c.steps is None or c.eval_every is None:
-            c = fix_length(c, time.monotonic() - began, *measure_speed(c, loop, needs))
+            step_s, eval_s, build_s = measure_speed(c, loop, needs)
+            spent = from_rank_0(time.monotonic() - began) + build_s     # the run builds once more
+            c = fix_length(c, spent, step_s, eval_s)
         step = loop(c, run, *needs)
     return say_end(c, run, step, (time.monotonic() - began) / 60)
+
+
+def open_latents(c: Config, folder: Path, vq: VQModel, train: data.ImageDataset) -> LatentCache:
+    def encode(x: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(c):
+            return vq.encode(x.to(c.device)).float()
+
+    if rank() > 0:
+        barrier()                               # rank 0 fills the cache, the others open it
+    key = f"{c.vq_hash} {c.amp}"
+    cache = LatentCache(folder, key, train, encode, ENCODED, c.device, c.workers)
+    if rank() == 0:
+        barrier()
+    return cache
 
 
 def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
@@ -779,67 +883,70 @@ def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
     if found := first_difference(old, plain(c), free):
         name, was, now = found
         if name == "vq_hash":
-            raise ValueError(f"{c.out} holds a run in the latents of another autoencoder than {c.vq} is now; give "
-                             "another --out, or --fresh")
+            raise ValueError(f"{c.out} holds a run in the latents of another autoencoder than "
+                             f"{c.vq} is now; give another --out, or --fresh")
         advice = ("--accept-data to resume with the images as they are now" if name in OF_DATA else
                   "the old command to resume it")
-        raise ValueError(f"{c.out} holds a run with {name} = {was}, but this command has {name} = {now}; give {advice}, "
-                         "or another --out, or --fresh")
+        raise ValueError(f"{c.out} holds a run with {name} = {was}, but this command has {name} = "
+                         f"{now}; give {advice}, or another --out, or --fresh")
     if (c.steps or old["steps"]) != old["steps"] or c.minutes not in (None, old["minutes"]):
-        print0(f"{c.out} keeps its length of {old['steps']} steps; --fresh starts over with another one")
+        print0(f"{c.out} keeps its length of {old['steps']} steps; --fresh starts over")
     return replace(c, **{name: old[name] for name in ("steps", "minutes", "eval_every")})
 
 
-def measure_speed(c: Config, loop: object, needs: tuple) -> tuple[float, float]:
-    """Seconds of a training step and of an evaluation, from a few steps that leave nothing behind."""
+def measure_speed(c: Config, loop: Callable[..., int], needs: tuple) -> tuple[float, float, float]:
+    """Seconds of a training step, of an evaluation, and of building the networks, from a few steps
+    that leave nothing behind."""
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        loss = replace(c.recipe.loss, disc_start=0.0, disc_ramp=0.0)            # with all that will cost time later
-        short = replace(c, out=folder, steps=MEASURED, eval_every=MEASURED, keep_every=None, patience=None,
-                        recipe=replace(c.recipe, quantize_start=0.0, loss=loss))
+        loss = replace(c.recipe.loss, disc_start=0.0, disc_ramp=0.0)    # with all that costs time
+        short = replace(c, out=folder, steps=MEASURED, eval_every=MEASURED, keep_every=None,
+                        patience=None, recipe=replace(c.recipe, quantize_start=0.0, loss=loss))
         run = RunDir(folder, c.stage, dry=True)
-        loop(short, run, *needs)
+        if loop(short, run, *needs) < MEASURED:
+            raise KeyboardInterrupt                                     # stopped by a signal
         rows = read_log(run.log_path)
-    speeds = [row.get("img_s", row.get("eval_s")) for row in rows[-2:]] if rank() == 0 else None
-    img_s, eval_s = from_rank_0(speeds)
-    return c.recipe.batch_size / img_s, eval_s
+    if rank() == 0:
+        step_s, eval_s = c.recipe.batch_size / rows[-2]["img_s"], rows[-1]["eval_s"]
+        build_s = time.monotonic() - began - MEASURED * step_s - eval_s
+    return from_rank_0((step_s, eval_s, build_s) if rank() == 0 else None)
 
 
 def fix_length(c: Config, spent: float, step_s: float, eval_s: float) -> Config:
-    """c with its number of steps, and with evaluations as often as EVAL_SHARE of the time pays for."""
+    """c with its number of steps, and with as many evaluations as EVAL_SHARE of the time pays for.
+    The `spent` seconds of preparation count towards --minutes."""
     steps = c.steps
     if steps is None:
-        left = 60 * c.minutes - spent - eval_s                                  # seconds, the last evaluation kept back
-        steps = max(1, int(left * (1 - EVAL_SHARE) / step_s))
-        print0(f"{checkpoint.plural(c.minutes, 'minute')}, of which {spent:.0f} s went into preparation: {checkpoint.plural(steps, 'step')} "
-               f"of {step_s:.2g} s, evaluations of {eval_s:.2g} s")
+        with_evals = step_s / (1 - EVAL_SHARE)
+        if c.eval_every:
+            with_evals = step_s + eval_s / c.eval_every
+        steps = max(1, int((60 * c.minutes - spent - eval_s) / with_evals))
+        print0(f"{plural(c.minutes, 'minute')}, of which {spent:.0f} s went into preparation: "
+               f"{plural(steps, 'step')} of {step_s:.2g} s, evaluations of {eval_s:.2g} s")
         if steps < FEW_STEPS:
             print0("so few steps do not learn much; give more --minutes, or --steps")
-    pays = EVAL_SHARE * steps * step_s / eval_s                                 # evaluations, the measured one included
+    pays = EVAL_SHARE * steps * step_s / eval_s             # evaluations, the measured one included
     evals = min(MAX_EVALS, max(1, int(pays) - 1))
-    return replace(c, steps=steps, eval_every=c.eval_every or max(1, steps // evals))
+    return replace(c, steps=steps, eval_every=c.eval_every or math.ceil(steps / evals))
 
 
-def announce(c: Config, run: RunDir, held_out: int, stage_1: str | None) -> None:
+def announce(c: Config, run: RunDir, held_out: int, used: str) -> None:
     """One line that says what runs."""
     if run.start:
         print0(f"Resuming {run.last} at step {run.start} of {c.steps}.")
-    length = checkpoint.plural(c.steps, "step") if c.steps else checkpoint.plural(c.minutes, "minute")
-    network = "vq" if c.stage == "vq" else "unet"
-    millions = count_parameters(c)[network] / 1e6
-    print0(f"Stage {c.stage}, preset {c.preset}, on {c.device} in {PRECISION[c.amp]}: {millions:.1f} M parameters, "
-           f"{checkpoint.plural(c.images, 'image')} of {c.size}x{c.size} for training, {held_out} held out ({c.data}), {length} "
-           f"of {checkpoint.plural(c.recipe.batch_size, 'image')}"
-           + (f", latents of {stage_1}" if stage_1 else "") + f", into {c.out}.")
-
-
-PRECISION = {"off": "float32", "bf16": "bf16", "fp16": "fp16"}
+    length = plural(c.steps, "step") if c.steps else plural(c.minutes, "minute")
+    millions = count_parameters(c)["vq" if c.stage == "vq" else "unet"] / 1e6
+    precision = "float32" if c.amp == "off" else c.amp
+    print0(f"Stage {c.stage}, preset {c.preset}, on {c.device} in {precision}: {millions:.1f} M "
+           f"parameters, {plural(c.images, 'image')} of {c.size}x{c.size} for training, {held_out} "
+           f"held out ({c.data}), {length} of {plural(c.recipe.batch_size, 'image')}{used}, into "
+           f"{c.out}.")
 
 
 def is_complete(c: Config, run: RunDir) -> bool:
     """Nothing left to do? Says so."""
     if run.start and run.start >= c.steps:
-        print0(f"{run.dir} is complete at step {run.start}; --fresh starts it over, longer where --minutes or --steps "
-               "say so")
+        print0(f"{run.dir} is complete at step {run.start}; --fresh starts over")
         return True
     rows = [row for row in read_log(run.log_path) if row["step"] < run.start]
     if c.patience and run.start and (alarm := overfitting(rows, c.patience)):
@@ -849,27 +956,33 @@ def is_complete(c: Config, run: RunDir) -> bool:
 
 
 def go_on(c: Config, run: RunDir) -> str:
-    return (f"{run.best_path} is the model to take; without --patience {c.patience} the same command goes on to the end")
+    return (f"{run.best_path} is the model to take; rerun without --patience {c.patience} to go on "
+            "to the end")
 
 
 def say_end(c: Config, run: RunDir, step: int, minutes: float) -> bool:
     """Says how the run ended; is it complete?"""
-    out_of_patience = c.patience and step < c.steps and overfitting(read_log(run.log_path), c.patience)
-    if step < c.steps and not out_of_patience:
+    impatient = c.patience and step < c.steps and overfitting(read_log(run.log_path), c.patience)
+    if impatient:
+        print0(f"{run.dir}: out of patience at step {step} of {c.steps}; {go_on(c, run)}")
+    elif step < c.steps:
         print0(f"{run.dir}: stopped at step {step} of {c.steps}; rerun the same command to resume")
         return False
-    if out_of_patience:
-        print0(f"{run.dir}: out of patience at step {step} of {c.steps}; {go_on(c, run)}")
-    memory = f", {torch.cuda.max_memory_allocated(c.device) / 2 ** 30:.1f} GiB" if c.device.startswith("cuda") else ""
-    print0(f"{run.dir}: {checkpoint.plural(step, 'step')} in {minutes:.1f} minutes{memory}; see {run.dir}/curves.png and "
-           f"{run.dir}/samples/")
+    print0(f"{run.dir}: {plural(step, 'step')} in {minutes:.1f} minutes{peak_memory(c)}; see "
+           f"{run.dir}/curves.png and {run.dir}/samples/")
     return True
 
 
-# ------------------------------------------------------------------------------------------------ command line
+def peak_memory(c: Config) -> str:
+    if not c.device.startswith("cuda"):
+        return ""
+    return f", {torch.cuda.max_memory_allocated(c.device) / 2 ** 30:.1f} GiB at its peak"
+
+
+# ------------------------------------------------------------------------------ command line
 
 def count_parameters(c: Config) -> dict[str, int]:
-    """By network; made without memory."""
+    """By network; built without memory."""
     with torch.device("meta"):
         vq, zeros = VQModel(c.vq_config), torch.zeros(c.vq_config.embed_dim, 1, 1)
         networks = {"vq": vq, "encoder": vq.encoder, "decoder": vq.decoder}
@@ -878,48 +991,46 @@ def count_parameters(c: Config) -> dict[str, int]:
         if c.stage == "ldm":
             ldm = LDM(vq, c.unet_config, c.cond_config, zeros, zeros, c.schedule, True)
             networks |= {"unet": ldm.unet, "pose encoder": ldm.cond}
-    return {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    return {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
 
 
 def dry_run(c: Config) -> None:
-    """Prints what would be trained: the recipe and the parameter counts; on a GPU two real steps tell time and memory."""
+    """Prints recipe and parameter counts; on a GPU also time and memory of a few real steps."""
     f = c.vq_config.factor
-    print(f"stage {c.stage}, preset {c.preset}: {c.size}x{c.size} images, f{f} latents {c.size // f}x{c.size // f}x"
-          f"{c.vq_config.embed_dim}, {c.vq_config.n_embed} codes")
+    side = c.size // f
+    print(f"stage {c.stage}, preset {c.preset}: {c.size}x{c.size} images, f{f} latents "
+          f"{side}x{side}x{c.vq_config.embed_dim}, {c.vq_config.n_embed} codes")
     for name, n in count_parameters(c).items():
         print(f"{name:13s}{n:>13,d} parameters")
     for key, value in plain(c).items():
         print(f"  {key:12s} {value}")
     if c.device.startswith("cuda"):
-        measure_memory(c)
+        step_s = measure_figures(c)
+        print(f"{step_s:.3g} s a step, {c.recipe.batch_size / step_s:.3g} images/s{peak_memory(c)}")
 
 
-def measure_memory(c: Config) -> None:
-    """Time and peak memory of a few real steps, on procedural figures."""
+def measure_figures(c: Config) -> float:
+    """Seconds of a step on procedural figures, which every machine has."""
     train, val = data.open_data(f"figures:{2 * c.recipe.batch_size}", c.size, None)
+    if c.stage == "vq":
+        lpips = LPIPS() if c.recipe.loss.perceptual else None       # its weights do not matter here
+        return measure_speed(c, train_vq, (train, val, lpips))[0]
     with tempfile.TemporaryDirectory() as folder:
-        if c.stage == "vq":
-            lpips = LPIPS() if c.recipe.loss.perceptual else None               # its weights change neither
-            step_s, _ = measure_speed(c, train_vq, (train, val, lpips))
-        else:
-            vq = VQModel(c.vq_config).eval().requires_grad_(False).to(c.device, memory_format=torch.channels_last)
-            cache = LatentCache(folder, "dry", train, lambda x: vq.encode(x.to(c.device)).detach(), ENCODED, c.device)
-            step_s, _ = measure_speed(c, train_ldm, (vq, cache, val))
-    print(f"{step_s:.3g} s a step, {c.recipe.batch_size / step_s:.3g} images/s, "
-          f"{torch.cuda.max_memory_allocated(c.device) / 2 ** 30:.1f} GiB at its peak")
+        vq = prepare(VQModel(c.vq_config).eval().requires_grad_(False), c)
+        cache = open_latents(c, Path(folder), vq, train)
+        return measure_speed(c, train_ldm, (vq, cache, val))[0]
 
 
-def bounded(kind: type, low: float, high: float = math.inf, exclusive: bool = False) -> object:
+def bounded(kind: type, low: float, exclusive: bool = False) -> Callable[[str], float]:
     """An argparse type: a number from `low` up, or above it if `exclusive`."""
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value < high or (exclusive and value == low):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number "
-                                             f"{'above' if exclusive else 'from'} {low:g}"
-                                             + ("" if exclusive else " up"))
+        if not low <= value < math.inf or (exclusive and value == low):
+            whole, bound = "whole " if kind is int else "", "above" if exclusive else "of at least"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number {bound} {low:g}")
         return value
     return parse
 
@@ -930,68 +1041,80 @@ def off_or_weight(text: str) -> float:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="train.py --stage {vq,ldm} [--flags; --help explains them]")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="train.py --stage {vq,ldm} [--flags; --help explains them]")
     positive, whole = bounded(float, 0, exclusive=True), bounded(int, 1)
     add = parser.add_argument_group("what is trained").add_argument
-    add("--stage", choices=("vq", "ldm"), help="1: the autoencoder, 2: the diffusion model (--dry-run takes both)")
-    add("--preset", choices=PRESETS, default="toy", help="networks, size and recipe (default %(default)s)")
-    add("--data", default="figures", help="figures[:N], a folder with images/ and keypoints/, a list file, or COCO")
-    add("--val", help="held-out images, in the same forms (default: a tenth of the groups of --data)")
+    add("--stage", choices=("vq", "ldm"),
+        help="1: the autoencoder, 2: the diffusion model (--dry-run takes both)")
+    add("--preset", choices=PRESETS, default="toy",
+        help="networks, image size and recipe (default %(default)s)")
+    add("--data", default="figures",
+        help="figures[:N], a folder with images/ and keypoints/, a list file, or COCO")
+    add("--val", help="held-out images, in the same forms (default: a tenth of --data, by groups)")
+    add("--trim-bars", action="store_true", help="cut letterbox bars off while images are read")
     add("--out", help="run folder (default runs/vq or runs/ldm)")
     add("--vq", help=f"stage 2: the checkpoint of stage 1 (default {STAGE_1})")
     add("--condition", choices=("maps", "tokens", "tokens+maps"),
-        help="stage 2: how the pose enters; tokens go through cross-attention (default: the preset's)")
-    add("--seed", type=bounded(int, 0, 2 ** 63), default=0)
+        help="stage 2: how the pose enters; tokens by cross-attention (default: the preset's)")
+    add("--seed", type=bounded(int, 0), default=0, help="of everything random (default 0)")
     add("--fresh", action="store_true", help="start over instead of resuming")
-    add("--accept-data", action="store_true", help="resume although the images are not those of before")
-    add("--dry-run", action="store_true", help="print the recipe and parameter counts, on a GPU memory and time of a "
-        "step too; train nothing")
+    add("--accept-data", action="store_true", help="resume although the images have changed")
+    add("--dry-run", action="store_true",
+        help="print recipe and parameter counts, on a GPU also memory and time; train nothing")
     add = parser.add_argument_group("how long").add_argument
     add("--steps", type=whole, help="length of the run in steps (default: the preset's)")
-    add("--minutes", type=positive, help="length of the run in minutes on this machine, instead of --steps")
-    add("--eval-every", type=whole, metavar="STEPS", help="steps between evaluations (default: as often as 5 %% of the "
-        "time pays for)")
-    add("--keep-every", type=whole, metavar="STEPS", help="keep the model of each so many steps, as step-*.pt (default: "
-        "only the last and the best)")
-    add("--patience", type=whole, metavar="K", help="stage 2: end the run once the validation loss has risen for K "
-        f"evaluations in a row, in any bin of timesteps (default: say so after {ROW_OF} and go on)")
+    add("--minutes", type=positive, help="length of the run in minutes, instead of --steps")
+    add("--eval-every", type=whole, metavar="STEPS",
+        help="steps between evaluations (default: as often as 5 %% of the time pays for)")
+    add("--keep-every", type=whole, metavar="STEPS",
+        help="keep a model every so many steps, as step-*.pt (default: the last and the best)")
+    add("--patience", type=whole, metavar="K",
+        help="stage 2: end the run once the validation loss has risen for K evaluations in a row, "
+        f"in any bin of timesteps (default: warn after {ROW_OF} and go on)")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=whole)
+    add("--batch-size", type=whole, help="images in a step (default: the preset's)")
     add("--lr", type=positive, help="the learning rate used, whatever the batch size")
-    add("--perceptual", type=off_or_weight, metavar="off|WEIGHT", help="stage 1: of LPIPS (default: the preset's)")
-    add("--lpips-weights", nargs="+", metavar="FILE", help="stage 1: torchvision's VGG16 and the lin weights of "
-        "LPIPS, or one file with both, such as a taming .ckpt")
-    add("--download-lpips", action="store_true", help="stage 1: fetch those weights (528 MB) once, checked by hash")
-    add("--disc-weight", type=off_or_weight, metavar="off|WEIGHT", help="stage 1: of the adversarial loss")
-    add("--disc-start", type=bounded(float, 0), metavar="STEP", help="stage 1: when the discriminator comes in; below "
-        "1: share of the run")
+    add("--perceptual", type=off_or_weight, metavar="off|WEIGHT",
+        help="stage 1: weight of LPIPS (default: the preset's)")
+    add("--lpips-weights", nargs="+", metavar="FILE",
+        help="stage 1: torchvision's VGG16 and the lin weights of LPIPS, or one file with both, "
+        "such as a taming .ckpt")
+    add("--download-lpips", action="store_true",
+        help="stage 1: fetch those weights (528 MB) once, checked by hash")
+    add("--disc-weight", type=off_or_weight, metavar="off|WEIGHT",
+        help="stage 1: weight of the adversarial loss")
+    add("--disc-start", type=bounded(float, 0), metavar="STEP",
+        help="stage 1: step at which the discriminator starts; below 1: share of the run")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the networks")
     add("--workers", type=bounded(int, 0), help="processes that load images (default: 0 on a CPU)")
-    add("--micro-batch", type=whole, metavar="N", help="images in a network at once; the gradients of a batch's parts "
-        "add up to those of the batch (default: the whole batch)")
-    add("--checkpointing", action="store_true", help="compute activations again in backward instead of keeping them: "
-        "less memory, a third more arithmetic")
+    add("--micro-batch", type=whole, metavar="N",
+        help="images in a network at once; the gradients of a batch's parts add up to those of the "
+        "batch (default: the whole batch)")
+    add("--checkpointing", action="store_true",
+        help="gradient checkpointing: less memory, a third more arithmetic")
     args = parser.parse_args(argv)
     if args.stage is None and not args.dry_run:
         parser.error("--stage vq or --stage ldm is needed")
     if args.steps and args.minutes:
         parser.error("--steps and --minutes exclude each other")
-    of_stage_1 = given(perceptual=args.perceptual, disc_weight=args.disc_weight, disc_start=args.disc_start,
-                       lpips_weights=args.lpips_weights, download_lpips=args.download_lpips or None)
+    of_stage_1 = given(perceptual=args.perceptual, disc_weight=args.disc_weight,
+                       disc_start=args.disc_start, lpips_weights=args.lpips_weights,
+                       download_lpips=args.download_lpips or None)
     of_stage_2 = given(vq=args.vq, condition=args.condition, patience=args.patience)
     for stage, other, flags in (("ldm", 1, of_stage_1), ("vq", 2, of_stage_2)):
         if args.stage == stage and flags:
-            parser.error(f"--{next(iter(flags)).replace('_', '-')} belongs to stage {other}; leave it out with --stage "
-                         f"{stage}")
+            name = next(iter(flags)).replace("_", "-")
+            parser.error(f"--{name} belongs to stage {other}; leave it out with --stage {stage}")
     return args
 
 
 def complain(text: str) -> None:
-    """A sentence to stderr. Of several processes each tells what happened to it, but a wrong command is told once."""
+    """A sentence to stderr. Each rank tells what happened to it; a wrong command is told once."""
     if dist.is_initialized():
         print(f"train.py, rank {rank()} of {world()}: {text}", file=sys.stderr)
     elif os.environ.get("RANK", "0") == "0":
@@ -999,8 +1122,7 @@ def complain(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    c = None
+    args, c = parse_args(argv), None
     try:
         if args.dry_run:
             for stage in [args.stage] if args.stage else ["vq", "ldm"]:
@@ -1012,26 +1134,29 @@ def main(argv: list[str] | None = None) -> int:
             c = replace(c, lpips=tuple(map(str, lpips.download_lpips())))
         c = replace(c, device=join(c.device, c.recipe.batch_size))
         if c.device.startswith("cuda"):
-            torch.set_float32_matmul_precision("high")      # TF32: what autocast leaves in float32 needs no more
-            torch.backends.cudnn.benchmark = True           # images are all of one size
+            torch.set_float32_matmul_precision("high")      # TF32 where autocast keeps float32
+            torch.backends.cudnn.benchmark = True           # all images have one size
         with locked(Path(c.out)) if rank() == 0 else nullcontext():
-            barrier()                                       # nobody begins before rank 0 has the folder
+            barrier()                                       # rank 0 has the folder first
             complete = run_stage(c, args.fresh, args.accept_data)
     except (ValueError, OSError) as e:
         complain(str(e))
         return 2
     except RuntimeError as e:
         if c and checkpoint.out_of_memory(e):
-            half = max(1, in_network(c) // 2)
-            complain(f"the memory of {c.device} is too small for {in_network(c)} images at once; add --micro-batch "
-                     f"{half} or --checkpointing and rerun")
+            complain(f"the memory of {c.device} is too small for {in_network(c)} images at once; "
+                     f"add --micro-batch {max(1, in_network(c) // 2)} or --checkpointing and rerun")
             return 2
-        if args.compile and type(e).__module__.startswith("torch._"):           # of _dynamo or _inductor
-            complain(f"torch.compile cannot compile this here ({type(e).__name__}); leave --compile out")
+        if args.compile and type(e).__module__.startswith("torch._"):       # _dynamo or _inductor
+            complain(f"torch.compile fails here ({type(e).__name__}); leave --compile out")
+            return 2
+        if data.worker_died(e):
+            complain(data.WORKER_DIED)
             return 2
         if not lost_rank(e):
             raise
-        complain(f"another rank is gone ({str(e).strip().splitlines()[0][:100]}); rerun the same command to resume")
+        complain(f"another rank is gone ({str(e).strip().splitlines()[0][:100]}); rerun the same "
+                 "command to resume")
         return LOST
     except KeyboardInterrupt:
         complain("interrupted; rerun the same command to resume from the last checkpoint")

@@ -1,14 +1,12 @@
-"""Stage 1: a picture x [B, 3, H, W] in [-1, 1] becomes a grid of codes [B, H/f, W/f], and codes a picture again.
+"""Stage 1: an image x [B, 3, H, W] in [-1, 1] <-> a grid of codes [B, H/f, W/f].
 
-    x --encoder--> h --nearest code--> z_q --decoder--> x_hat           f = 2^(len(ch_mult) - 1), f4 for the seed
+    x --encoder--> h --nearest code--> z_q --decoder--> x_hat       f = 2^(len(ch_mult) - 1)
 
-The network is the one of VQGAN (arXiv:2012.09841) as CompVis trained it, with its submodule names, so that a
-published state dict loads with strict=True. `VQConfig()` is the seed's VQ-f4. What the reference lacks are fields
-whose defaults are its behaviour; the toy preset uses them (norm-free, residual branches that start at zero).
+The network is that of VQGAN (arXiv:2012.09841) as CompVis trained it, with its submodule names, so
+published state dicts load with strict=True. `VQConfig()` is VQ-f4, the one the original blog post
+used. Fields that the reference lacks default to its behaviour; the small presets use them.
 
-`VQLoss` is what it is trained on: L1 + LPIPS + codebook + a patch discriminator, weighed against each other.
-
-Letters in shape comments: B batch, C channels, H, W picture, h, w = H/f, W/f latent, K codes, N = B h w vectors.
+`VQLoss` is the objective: L1 + LPIPS + codebook + a patch discriminator, with adaptive weights.
 """
 from __future__ import annotations
 
@@ -22,131 +20,82 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-NORM_EPS = 1e-6                                     # of the reference's GroupNorms
-NORM_AT_ONCE = 2 ** 20                              # entries in a part of GroupNorm's backward pass on a CPU: 4 MiB
-DISTANCES_AT_ONCE = 2 ** 24                         # entries of the distance matrix held in memory: 64 MiB
-SMALL_MAP = 1024                                    # pixels below which bf16 GroupNorm on a CPU wants the other layout
+# B batch, C channels, H, W image, h, w = H/f, W/f latent, K codes, N = B h w vectors
+
+NORM_EPS = 1e-6                             # of the reference's GroupNorms
+SHORTCUT_SCALE = 2.0                        # of the averaged image in the latent: std about 1
+DISTANCES_AT_ONCE = 2 ** 24                 # entries of the distance matrix in memory: 64 MiB
+USAGE_DECAY = 0.98                          # of the moving count of each code's use: 50 steps
+DEAD_BELOW = 0.1                            # a code used less than this share of the mean is dead
 HALF = torch.bfloat16, torch.float16
-USAGE_DECAY = 0.98                                  # of the moving count of each code's use: a memory of 50 steps
-SHORTCUT_SCALE = 2.0                                # of the averaged image in the latent: its spread is then about 1
-DEAD_BELOW = 0.1                                    # use, relative to the mean code's, that counts as dead
 
 
 @dataclass(frozen=True)
 class VQConfig:
-    """The defaults are the seed's VQ-f4: 55,322,782 parameters. A wrong value is a ValueError."""
+    """The defaults are VQ-f4: 55,322,782 parameters."""
 
     in_channels: int = 3
     out_ch: int = 3
-    ch: int = 128                                   # width of the first level
-    ch_mult: tuple[int, ...] = (1, 2, 4)            # width of each level in units of ch; f = 2^(levels - 1)
-    num_res_blocks: int = 2                         # a level, in the encoder; the decoder has one more
-    z_channels: int = 3                             # C of h as the encoder makes it
-    embed_dim: int = 3                              # C of a code
-    n_embed: int = 8192                             # K
-    attn_resolutions: tuple[int, ...] = ()          # picture sizes at which ResBlocks are followed by attention
-    resolution: int = 256                           # the picture size that attn_resolutions refer to
+    ch: int = 128                           # width of the first level
+    ch_mult: tuple[int, ...] = (1, 2, 4)    # width of each level over ch; f = 2^(levels - 1)
+    num_res_blocks: int = 2                 # a level of the encoder; the decoder has one more
+    z_channels: int = 3                     # C of h as the encoder makes it
+    embed_dim: int = 3                      # C of a code
+    n_embed: int = 8192                     # K
+    attn_resolutions: tuple[int, ...] = ()  # image sizes at which attention follows a ResBlock
+    resolution: int = 256                   # the image size that attn_resolutions refer to
     dropout: float = 0.0
-    # What the reference lacks. GroupNorm(32) on 32 channels removes a picture's absolute colour; without any norm each
-    # residual branch must start at zero.
-    norm_groups: int = 32                           # 0: no norm at all
+    # What the reference lacks. GroupNorm(32) on 32 channels removes an image's absolute colour;
+    # without any norm each residual branch must start at zero.
+    norm_groups: int = 32                   # 0: no norm at all
     zero_init: bool = False
-    ema_codebook: bool = False                      # codes follow the mean of what they code, instead of a gradient
-    shortcut: bool = False                          # both networks learn only what is missing from scaling down and up
-    beta: float = 0.25                              # weight of the commitment term
+    ema_codebook: bool = False              # codes follow a moving average, not a gradient
+    shortcut: bool = False                  # both networks learn a residual to plain scaling
+    beta: float = 0.25                      # weight of the commitment loss
 
     def __post_init__(self) -> None:
-        for name in ("ch_mult", "attn_resolutions"):        # JSON knows no tuples; a config saved equals the one loaded
+        # JSON has no tuples; a config that was saved must equal the one that is loaded.
+        for name in ("ch_mult", "attn_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("in_channels", "out_ch", "num_res_blocks", "z_channels", "embed_dim", "n_embed", "resolution"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"VQConfig {name} is {getattr(self, name)}; it must be at least 1")
-        widths = [self.ch * m for m in self.ch_mult]
-        if not widths or min(widths) < 1:
-            raise ValueError(f"VQConfig ch {self.ch} with ch_mult {self.ch_mult}: every level needs channels")
-        sizes = [self.resolution // 2 ** i for i in range(len(widths))]
-        if not set(self.attn_resolutions) <= set(sizes):
-            raise ValueError(f"VQConfig attn_resolutions {self.attn_resolutions}: the levels have the sizes {sizes}")
-        if not 0 <= self.dropout < 1 or self.norm_groups < 0 or self.beta < 0:
-            raise ValueError(f"VQConfig dropout is {self.dropout}, norm_groups {self.norm_groups}, beta {self.beta}; "
-                             "they must lie in [0, 1), and be 0 or more")
+        sizes = [self.resolution // 2 ** i for i in range(len(self.ch_mult))]
+        if not set(self.attn_resolutions) <= set(sizes):            # else silently no attention
+            raise ValueError(f"VQConfig attn_resolutions is {self.attn_resolutions}; the levels "
+                             f"have the sizes {sizes}")
         if self.shortcut and not self.in_channels == self.embed_dim == self.out_ch:
-            raise ValueError(f"VQConfig shortcut needs a latent with the channels of the image, but in_channels is "
-                             f"{self.in_channels}, embed_dim {self.embed_dim}, out_ch {self.out_ch}")
-        if self.norm_groups and any(width % self.norm_groups for width in widths):
-            raise ValueError(f"VQConfig: level widths {widths} must be multiples of norm_groups = {self.norm_groups}")
+            raise ValueError("VQConfig shortcut needs a latent with the channels of the image, but "
+                             f"in_channels is {self.in_channels}, embed_dim {self.embed_dim}, "
+                             f"out_ch {self.out_ch}")
 
     @property
     def factor(self) -> int:
-        """f, how many pixels a side of a latent cell has."""
+        """f, the side of a latent cell in pixels."""
         return 2 ** (len(self.ch_mult) - 1)
 
 
-# -------------------------------------------------------------------------------------------- building blocks
-
-# The next two classes stand in unet.py too, word for word: components import nothing of ours.
-
-class FastGroupNorm(torch.autograd.Function):
-    """GroupNorm of a channels_last bf16 tensor on a CPU, its backward pass through float32.
-
-    PyTorch's own is slow in bf16 where a group has few channels: backward 6.5 ms at 4x160x64x64, against 2.2 ms this
-    way, a few samples at a time so that they stay in the cache; and forward where a map has less than 1024 pixels,
-    3.7 ms at 16x64x16x16, against 0.3 in the other layout, the way there and back included.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        B, C, h, w = x.shape
-        x = x.contiguous(memory_format=torch.channels_last)
-        fast = x.contiguous() if h * w < SMALL_MAP else x
-        y, mean, rstd = torch.native_group_norm(fast, weight, bias, B, C, h * w, groups, eps)
-        ctx.save_for_backward(x, mean, rstd, weight)
-        ctx.groups = groups
-        return y.contiguous(memory_format=torch.channels_last)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, weight = ctx.saved_tensors
-        C, L = x.shape[1], x.shape[2] * x.shape[3]
-        dy = dy.contiguous(memory_format=torch.channels_last)               # two layouts make wrong numbers
-        dx, dweight, dbias = torch.empty_like(x), torch.zeros(C), torch.zeros(C)
-        parts = (y.split(max(1, NORM_AT_ONCE // (C * L))) for y in (dx, dy, x, mean, rstd))
-        for out, dy_, x_, mean_, rstd_ in zip(*parts, strict=True):
-            dx_, dw_, db_ = torch.ops.aten.native_group_norm_backward(
-                dy_.float(), x_.float(), mean_.float(), rstd_.float(), weight.float(), len(x_), C, L, ctx.groups,
-                (True, True, True))
-            out.copy_(dx_)
-            dweight += dw_
-            dbias += db_
-        return dx, dweight, dbias, None, None
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm of a channels_last tensor, channels_last out."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or x.dtype not in HALF:
-            return super().forward(x)
-        return FastGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-
+# ------------------------------------------------------------------------------ building blocks
 
 def run(module: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
-    """module(x); with `checkpointing` nothing inside it is kept for the backward pass, which computes it again."""
+    """module(x); with gradient checkpointing its inside is computed again in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(module, x, use_reentrant=False)
     return module(x)
 
 
 def norm(channels: int, config: VQConfig) -> nn.Module:
-    return GroupNorm(config.norm_groups, channels, eps=NORM_EPS) if config.norm_groups else nn.Identity()
+    if not config.norm_groups:
+        return nn.Identity()
+    return nn.GroupNorm(config.norm_groups, channels, eps=NORM_EPS)
 
 
-def zero_(module: nn.Conv2d, config: VQConfig) -> nn.Conv2d:
-    """The last convolution of a residual branch: zero at the start where the config says so."""
-    if config.zero_init:
-        nn.init.zeros_(module.weight)
-        nn.init.zeros_(module.bias)
+def zero_(module: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(module.weight)
+    nn.init.zeros_(module.bias)
     return module
+
+
+def branch_end(module: nn.Conv2d, config: VQConfig) -> nn.Conv2d:
+    """The last convolution of a residual branch starts at zero where the config says so."""
+    return zero_(module) if config.zero_init else module
 
 
 class ResBlock(nn.Module):
@@ -158,7 +107,7 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = norm(c_out, config)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = zero_(nn.Conv2d(c_out, c_out, 3, padding=1), config)
+        self.conv2 = branch_end(nn.Conv2d(c_out, c_out, 3, padding=1), config)
         self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,7 +117,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over all places of x [B, C, H, W], as a residual branch."""
+    """Single-head self-attention over all pixels of x [B, C, H, W], as a residual branch."""
 
     def __init__(self, channels: int, config: VQConfig):
         super().__init__()
@@ -176,22 +125,23 @@ class AttnBlock(nn.Module):
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = zero_(nn.Conv2d(channels, channels, 1), config)
+        self.proj_out = branch_end(nn.Conv2d(channels, channels, 1), config)
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         h = self.norm(x)
-        q, k, v = (f(h).permute(0, 2, 3, 1).reshape(B, 1, H * W, C) for f in (self.q, self.k, self.v))
+        q, k, v = (f(h).permute(0, 2, 3, 1).reshape(B, 1, H * W, C)
+                   for f in (self.q, self.k, self.v))
         if x.device.type == "cpu" and q.dtype in HALF:
-            # Measured: with one wide head plain matmuls take 0.37 s where the fused bf16 kernel takes 0.89 s.
-            a = (C ** -0.5 * q @ k.mT).softmax(-1) @ v                                  # [B, 1, HW, C]
+            # With one wide head plain matmuls take 0.37 s, the fused bf16 kernel 0.89 s (measured).
+            a = (C ** -0.5 * q @ k.mT).softmax(-1) @ v                      # [B, 1, HW, C]
         else:
             a = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(a.reshape(B, H, W, C).permute(0, 3, 1, 2))             # a channels_last view
+        return x + self.proj_out(a.reshape(B, H, W, C).permute(0, 3, 1, 2))     # channels_last
 
 
 class Downsample(nn.Module):
-    """x [B, C, H, W] -> [B, C, H/2, W/2]; padded right and bottom only, as the published weights expect."""
+    """x [B, C, H, W] -> [B, C, H/2, W/2]; padding right and below only, as in the reference."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -213,14 +163,15 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """What one resolution holds: ResBlocks, each with attention where configured, and then a change of size."""
+    """One resolution: ResBlocks, each followed by attention where configured, then a resampling."""
 
     def __init__(self, c_in: int, c_out: int, n_blocks: int, resolution: int, config: VQConfig,
                  down: bool = False, up: bool = False):
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(n_blocks))
-        with_attention = resolution in config.attn_resolutions
-        self.attn = nn.ModuleList(AttnBlock(c_out, config) for _ in range(n_blocks if with_attention else 0))
+        self.block = nn.ModuleList(
+            ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(n_blocks))
+        n_attn = n_blocks if resolution in config.attn_resolutions else 0
+        self.attn = nn.ModuleList(AttnBlock(c_out, config) for _ in range(n_attn))
         self.downsample = Downsample(c_out) if down else nn.Identity()
         self.upsample = Upsample(c_out) if up else nn.Identity()
 
@@ -233,7 +184,7 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    """ResBlock, attention, ResBlock at the lowest resolution, under the reference's names."""
+    """ResBlock, attention, ResBlock at the lowest resolution."""
 
     def __init__(self, channels: int, config: VQConfig):
         super().__init__()
@@ -257,8 +208,8 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         c = config.ch
         for i, width in enumerate(widths):
-            self.down.append(Level(c, width, config.num_res_blocks, config.resolution // 2 ** i, config,
-                                   down=i < len(widths) - 1))
+            self.down.append(Level(c, width, config.num_res_blocks, config.resolution // 2 ** i,
+                                   config, down=i < len(widths) - 1))
             c = width
         self.mid = Middle(c, config)
         self.norm_out = norm(c, config)
@@ -282,11 +233,11 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.z_channels, c, 3, padding=1)
         self.mid = Middle(c, config)
         levels = []
-        for i in reversed(range(len(widths))):                                          # lowest resolution first
-            levels.append(Level(c, widths[i], config.num_res_blocks + 1, config.resolution // 2 ** i, config,
-                                up=i > 0))
+        for i in reversed(range(len(widths))):                          # lowest resolution first
+            levels.append(Level(c, widths[i], config.num_res_blocks + 1,
+                                config.resolution // 2 ** i, config, up=i > 0))
             c = widths[i]
-        self.up = nn.ModuleList(reversed(levels))                                       # up.0 is the full size
+        self.up = nn.ModuleList(reversed(levels))                       # up.0 is the full size
         self.norm_out = norm(c, config)
         self.conv_out = nn.Conv2d(c, config.out_ch, 3, padding=1)
 
@@ -299,16 +250,16 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor, checkpointing: bool = False) -> Tensor:
         h = self.features(z, checkpointing)
-        # In float32 under autocast too: VQLoss compares gradients of this layer, which would vanish in fp16.
+        # Float32 under autocast too: VQLoss compares gradients of this layer, which vanish in fp16.
         with torch.autocast(h.device.type, enabled=False):
             return self.conv_out(h.float())
 
 
-# ------------------------------------------------------------------------------------------------ the codebook
+# ------------------------------------------------------------------------------ the codebook
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Float32 products in float32, whatever the process allows: TF32 has 10 bits of mantissa and picks wrong codes."""
+    """Float32 matmuls in float32: TF32 has 10 bits of mantissa and picks wrong codes."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -318,69 +269,72 @@ def full_precision() -> Iterator[None]:
 
 
 class VectorQuantizer(nn.Module):
-    """h [B, C, h, w] -> (z_q [B, C, h, w], codebook loss, indices [B, h, w]); the codes are embedding.weight [K, C].
+    """h [B, C, h, w] -> (z_q [B, C, h, w], codebook loss, indices [B, h, w]).
 
-    loss = |sg(h) - z_q|^2 + beta |h - sg(z_q)|^2 (arXiv:1711.00937 eq. 3). With `ema` the first term gives way to a
-    moving average (same paper, appendix A.1). `legacy` puts beta on the first term, as the reference does by default
-    (a known mistake); it is here to compare with the reference and nothing else sets it.
+    The codes are embedding.weight [K, C]. loss = |sg(h) - z_q|^2 + beta |h - sg(z_q)|^2
+    (arXiv:1711.00937 eq. 3); with `ema` a moving average replaces the first term (appendix A.1).
+    By default the reference has beta on the first term, a known mistake.
     """
 
-    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, ema: bool = False, legacy: bool = False):
+    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, ema: bool = False):
         super().__init__()
-        self.beta, self.ema, self.legacy = beta, ema, legacy
+        self.beta, self.ema = beta, ema
         self.embedding = nn.Embedding(n_embed, embed_dim)
-        # The reference's start. Nearly all of these are never nearest to anything, so training calls `init_codes`.
+        # The reference's start: nearly all of these codes are never the nearest to anything.
+        # Training therefore calls `init_codes`, except in preset danbooru.
         nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
         self.embedding.weight.requires_grad_(not ema)
-        # Moving count of uses, in units of the mean code's. Training state: kept by train.py beside the optimiser.
+        # Moving count of uses; 1 is the mean. Training state: train.py saves it.
         self.register_buffer("usage", torch.ones(n_embed), persistent=False)
 
     def nearest(self, h: Tensor) -> Tensor:
-        """Indices [N] of the codes nearest to vectors h [N, C], the distance matrix made in chunks."""
+        """Indices [N] of the codes nearest to vectors h [N, C]; the distances come in chunks."""
         codes = self.embedding.weight.float()
-        norms = codes.square().sum(1)                                                   # |h|^2 shifts all K alike
+        norms = codes.square().sum(1)                           # |h|^2 is the same for all K
         chunks = h.float().split(max(1, DISTANCES_AT_ONCE // len(codes)))
         with full_precision():
-            return torch.cat([torch.addmm(norms, part, codes.T, alpha=-2).argmin(1) for part in chunks])
+            return torch.cat([torch.addmm(norms, part, codes.T, alpha=-2).argmin(1)
+                              for part in chunks])
 
     def lookup(self, indices: Tensor) -> Tensor:
         """indices [B, h, w] -> z_q [B, C, h, w]."""
         return self.embedding(indices).permute(0, 3, 1, 2)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Distances in bf16 pick wrong codes (8 bits of mantissa against 8192 codes) and are slow besides.
+        # Distances in bf16 pick wrong codes (8 bits of mantissa, 8192 codes) and are slow.
         with torch.autocast(h.device.type, enabled=False):
             h = h.float()
-            flat = h.permute(0, 2, 3, 1).flatten(0, 2)                                  # [N, C]
+            flat = h.permute(0, 2, 3, 1).flatten(0, 2)                      # [N, C]
             indices = self.nearest(flat.detach()).view(h.shape[0], *h.shape[2:])
             z_q = self.lookup(indices)
-            loss = (1 if self.legacy else self.beta) * F.mse_loss(h, z_q.detach())
+            loss = self.beta * F.mse_loss(h, z_q.detach())
             if not self.ema:
-                loss = loss + (self.beta if self.legacy else 1) * F.mse_loss(z_q, h.detach())
-            z_q = h + (z_q - h).detach()                                                # straight-through gradient
+                loss = loss + F.mse_loss(z_q, h.detach())
+            z_q = h + (z_q - h).detach()                        # straight-through gradient
         return z_q, loss, indices
 
     @torch.no_grad()
     def init_codes(self, h: Tensor) -> None:
-        """Draw all codes from encoder outputs h [B, C, h, w] (torch's default generator)."""
+        """Data-dependent init: all codes are drawn from encoder outputs h [B, C, h, w]."""
         self.embedding.weight.copy_(self._draw(h, len(self.embedding.weight)))
         self.usage.fill_(1.0)
 
     @torch.no_grad()
     def update(self, h: Tensor, indices: Tensor, restart: bool = True) -> int:
-        """After an optimiser step: count uses, move the codes (`ema`), restart dead ones; returns how many.
+        """After an optimiser step: count uses, move the codes (`ema`), restart dead codes.
 
-        h [B, C, h, w] and indices [B, h, w] are those of the step. Draws from torch's default generator.
+        h [B, C, h, w] and indices [B, h, w] are those of the step. Returns the number of restarts.
+        Draws from torch's default generator.
         """
         K, codes = len(self.usage), self.embedding.weight
-        flat = h.detach().float().permute(0, 2, 3, 1).flatten(0, 2)                     # [N, C]
+        flat = h.detach().float().permute(0, 2, 3, 1).flatten(0, 2)         # [N, C]
         share = K / len(flat)
-        counts = share * torch.bincount(indices.flatten(), minlength=K).float()         # [K], mean 1
+        counts = share * torch.bincount(indices.flatten(), minlength=K).float()     # [K], mean 1
         usage = USAGE_DECAY * self.usage + (1 - USAGE_DECAY) * counts
-        if self.ema:                                        # the moving sum of vectors is usage * code, by definition
-            sums = share * torch.zeros_like(codes).index_add_(0, indices.flatten(), flat)       # [K, C]
-            drift = sums - counts[:, None] * codes          # 0 for a code nobody uses, however long: it stays
-            drift.nan_to_num_(0.0, 0.0, 0.0)                # of a step that was not finite
+        if self.ema:                            # usage * code is the moving sum of its vectors
+            sums = torch.zeros_like(codes).index_add_(0, indices.flatten(), flat)   # [K, C]
+            drift = share * sums - counts[:, None] * codes      # 0 for a code that is not used
+            drift.nan_to_num_(0.0, 0.0, 0.0)                    # of a step that is not finite
             codes.add_((1 - USAGE_DECAY) * drift / usage.clamp(min=1e-8)[:, None])
         self.usage.copy_(usage)
         dead = (usage < DEAD_BELOW).nonzero().flatten() if restart else usage[:0]
@@ -392,21 +346,26 @@ class VectorQuantizer(nn.Module):
     def _draw(self, h: Tensor, n: int) -> Tensor:
         """n vectors of h [B, C, h, w] -> [n, C], without replacement while there are enough."""
         flat = h.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
-        flat = flat[flat.isfinite().all(1)]                 # a code that is not a number would be nearest to everything
+        flat = flat[flat.isfinite().all(1)]     # argmin picks a NaN code for every vector
         flat = flat if len(flat) else self.embedding.weight
         order = torch.randperm(len(flat), device=flat.device)
         picked = flat[order.repeat(-(-n // len(flat)))[:n]]
-        if n > len(flat):                                   # equal codes would never part again
+        if n > len(flat):                       # equal codes would stay equal for ever
             picked = picked + 0.01 * flat.std() * torch.randn_like(picked)
         return picked
 
 
-class VQModel(nn.Module):
-    """The autoencoder: encode -> quantize -> decode. `encode` stops before quantisation, which is where stage 2
-    works; `decode` quantises first, so that what stage 2 draws is pulled onto codes the decoder knows.
+# ------------------------------------------------------------------------------ the autoencoder
 
-    With `checkpointing` set, training keeps what flows between ResBlocks alone and computes the inside of each again in
-    the backward pass (arXiv:1604.06174): a third more time for a fraction of the memory, and the same numbers."""
+class VQModel(nn.Module):
+    """The autoencoder: encode -> quantize -> decode.
+
+    Stage 2 works on the output of `encode`, before quantisation; `decode` quantises first, which
+    pulls what stage 2 samples onto codes the decoder knows. With `shortcut`, encoder and decoder
+    start as plain averaging down and bicubic scaling up and learn what is missing (the idea of
+    DC-AE, arXiv:2410.10733): the latent looks like the image from the first step on.
+    With `checkpointing` (arXiv:1604.06174) training keeps only what flows between ResBlocks.
+    """
 
     def __init__(self, config: VQConfig):
         super().__init__()
@@ -414,44 +373,50 @@ class VQModel(nn.Module):
         self.checkpointing = False
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantize = VectorQuantizer(config.n_embed, config.embed_dim, config.beta, config.ema_codebook)
+        self.quantize = VectorQuantizer(config.n_embed, config.embed_dim, config.beta,
+                                        config.ema_codebook)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
-        if config.shortcut:                                 # starts as plain scaling: the networks add nothing yet
-            for last in (self.quant_conv, self.decoder.conv_out):
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
+        if config.shortcut:
+            zero_(self.quant_conv)
+            zero_(self.decoder.conv_out)
 
     def encode(self, x: Tensor) -> Tensor:
-        """x [B, 3, H, W] in [-1, 1] -> h [B, embed_dim, H/f, W/f]; ValueError where f does not divide H and W."""
+        """x [B, 3, H, W] in [-1, 1] -> h [B, embed_dim, H/f, W/f]; f must divide H and W."""
         f = self.config.factor
-        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(f"the autoencoder got a picture batch of shape {tuple(x.shape)}; it takes "
-                             f"[B, {self.config.in_channels}, H, W] with H and W multiples of {f}")
-        h = self.quant_conv(self.encoder(x.contiguous(memory_format=torch.channels_last), self.checkpointing))
+        if x.shape[2] % f or x.shape[3] % f:
+            raise ValueError(f"the autoencoder got images of {x.shape[3]}x{x.shape[2]} pixels; "
+                             f"both sides must be multiples of {f}")
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = self.quant_conv(self.encoder(x, self.checkpointing))
         return h + SHORTCUT_SCALE * F.avg_pool2d(x, f) if self.config.shortcut else h
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """z [B, embed_dim, h, w] -> x_hat [B, 3, H, W], without quantisation."""
-        x_hat = self.decoder(self.post_quant_conv(z.contiguous(memory_format=torch.channels_last)), self.checkpointing)
+        z = z.contiguous(memory_format=torch.channels_last)
+        x_hat = self.decoder(self.post_quant_conv(z), self.checkpointing)
         if self.config.shortcut:
-            x_hat = x_hat + F.interpolate(z.float() / SHORTCUT_SCALE, scale_factor=self.config.factor, mode="bicubic")
+            x_hat = x_hat + F.interpolate(z.float() / SHORTCUT_SCALE, mode="bicubic",
+                                          scale_factor=self.config.factor)
         return x_hat
 
     def decode(self, h: Tensor) -> Tensor:
-        """h [B, embed_dim, h, w] -> x_hat [B, 3, H, W]; quantises first, as the reference's VQModelInterface."""
+        """h [B, embed_dim, h, w] -> x_hat [B, 3, H, W], quantised on the way."""
         return self.decode_raw(self.quantize(h)[0])
 
     def decode_code(self, indices: Tensor) -> Tensor:
         """indices [B, h, w] -> x_hat [B, 3, H, W]."""
         return self.decode_raw(self.quantize.lookup(indices))
 
-    def reconstruct(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x -> (h [B, C, h, w], codebook loss, indices [B, h, w], x_hat [B, 3, H, W]); with quantize False the decoder
-        gets h itself, and loss and indices are 0."""
+    def reconstruct(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, ...]:
+        """x -> (h [B, C, h, w], codebook loss, indices [B, h, w], x_hat [B, 3, H, W]).
+
+        With quantize False the decoder gets h itself; loss and indices are 0.
+        """
         h = self.encode(x)
         if not quantize:
-            return h, h.new_zeros(()), torch.zeros_like(h[:, 0], dtype=torch.long), self.decode_raw(h)
+            indices = torch.zeros_like(h[:, 0], dtype=torch.long)
+            return h, h.new_zeros(()), indices, self.decode_raw(h)
         z_q, loss, indices = self.quantize(h)
         return h, loss, indices, self.decode_raw(z_q)
 
@@ -461,11 +426,13 @@ class VQModel(nn.Module):
         return x_hat, loss, indices
 
 
-# ------------------------------------------------------------------------------------------------ the objective
+# ------------------------------------------------------------------------------ the objective
 
 class PatchDiscriminator(nn.Sequential):
-    """PatchGAN (arXiv:1611.07004): pictures [B, 3, H, W] -> logits [B, 1, H/8 - 2, W/8 - 2], each one judging a patch
-    of 70 x 70 pixels. Above 0 means real. The submodules stand under `main`, as in the reference.
+    """PatchGAN (arXiv:1611.07004): images [B, 3, H, W] -> logits [B, 1, H/8 - 2, W/8 - 2].
+
+    Each logit judges a patch of 70 x 70 pixels; above 0 means real. The submodules are under
+    `main`, as in the reference.
     """
 
     def __init__(self, in_channels: int = 3, ch: int = 64, n_layers: int = 3):
@@ -473,25 +440,28 @@ class PatchDiscriminator(nn.Sequential):
         for i in range(1, n_layers + 1):
             c_in, c_out = ch * min(2 ** (i - 1), 8), ch * min(2 ** i, 8)
             stride = 2 if i < n_layers else 1
-            layers += [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.BatchNorm2d(c_out),
+                       nn.LeakyReLU(0.2)]
         layers.append(nn.Conv2d(c_out, 1, 4, 1, 1))
         super().__init__(OrderedDict(main=nn.Sequential(*layers)))
-        for module in self.modules():                       # DCGAN's start, as the reference has it
+        for module in self.modules():                       # DCGAN's init, as in the reference
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
 
-VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))     # of VGG16's convolutions
-RGB_SHIFT, RGB_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)     # ImageNet's mean and std, for -1..1
+# Widths of VGG16's convolutions; mean and std of ImageNet, for images in [-1, 1].
+VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+RGB_SHIFT, RGB_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance (arXiv:1801.03924, version 0.1, VGG16): x, y [B, 3, H, W] in [-1, 1] -> [B].
+    """Perceptual distance (arXiv:1801.03924, v0.1, VGG16): x, y [B, 3, H, W] in [-1, 1] -> [B].
 
-    Unit-length features of five depths of VGG16, squared differences, weighed per channel, mean over places. New
-    instances have random weights; `formats.lpips.load_lpips` fills them. Names are those of taming-transformers.
+    Unit-length features at five depths of VGG16, squared differences, weighted per channel, mean
+    over pixels. A new instance has random weights; `formats.lpips.load_lpips` fills them. Names are
+    those of taming-transformers.
     """
 
     def __init__(self):
@@ -500,7 +470,7 @@ class LPIPS(nn.Module):
         self.scaling_layer.register_buffer("shift", torch.tensor(RGB_SHIFT).view(1, 3, 1, 1))
         self.scaling_layer.register_buffer("scale", torch.tensor(RGB_SCALE).view(1, 3, 1, 1))
         self.net = nn.Module()
-        c_in, index = 3, 0                                  # index: in torchvision's vgg16().features
+        c_in, index = 3, 0                  # the index is that in torchvision's vgg16().features
         for depth, widths in enumerate(VGG_WIDTHS):
             layers: OrderedDict[str, nn.Module] = OrderedDict()
             if depth > 0:
@@ -511,8 +481,8 @@ class LPIPS(nn.Module):
                 layers[str(index + 1)] = nn.ReLU()
                 c_in, index = width, index + 2
             self.net.add_module(f"slice{depth + 1}", nn.Sequential(layers))
-            lin = nn.Module()
-            lin.model = nn.Sequential(OrderedDict({"1": nn.Conv2d(c_in, 1, 1, bias=False)}))    # 0 was a dropout
+            lin = nn.Module()                               # its index 0 was a dropout
+            lin.model = nn.Sequential(OrderedDict({"1": nn.Conv2d(c_in, 1, 1, bias=False)}))
             self.add_module(f"lin{depth}", lin)
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -527,73 +497,74 @@ class LPIPS(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         distance = x.new_zeros(len(x))
         for depth, (a, b) in enumerate(zip(self.features(x), self.features(y), strict=True)):
-            weighed = self.get_submodule(f"lin{depth}").model((a - b).square())                 # [B, 1, h, w]
-            distance = distance + weighed.mean((1, 2, 3))
+            lin = self.get_submodule(f"lin{depth}").model
+            distance = distance + lin((a - b).square()).mean((1, 2, 3))     # [B, 1, h, w] -> [B]
         return distance
 
 
 @dataclass(frozen=True)
 class VQLossConfig:
-    perceptual: float = 0.0                         # weight of LPIPS, 1 in the reference; 0: without, needs no weights
-    disc_weight: float = 0.0                        # of the adversarial term, on top of the adaptive weight; 0: without
-    disc_start: float = 0.0                         # the discriminator comes in at this step; below 1: share of the run
-    disc_ramp: float = 0.0                          # its say grows linearly over this many steps; below 1: share
-    disc_cap: float = 1e4                           # the adaptive weight's largest value
+    perceptual: float = 0.0     # weight of LPIPS, 1 in the reference; 0: none, needs no weights
+    disc_weight: float = 0.0    # of the adversarial loss, times the adaptive weight; 0: none
+    disc_start: float = 0.0     # step at which the discriminator starts; below 1: share of the run
+    disc_ramp: float = 0.0      # steps over which its weight grows linearly; below 1: share
+    disc_cap: float = 1e4       # largest adaptive weight
 
 
 class VQLoss(nn.Module):
-    """L1 + perceptual LPIPS + codebook + adversarial hinge loss, all in float32 (VQGAN, arXiv:2012.09841 eq. 5 to 7).
+    """L1 + LPIPS + codebook + adversarial hinge loss, in float32 (arXiv:2012.09841 eq. 5 to 7).
 
-    One step is `generator(...)`, backward, the autoencoder's optimiser step; then `discriminator(...)`, backward, the
-    discriminator's. Both act on one reconstruction (the reference reconstructs anew for the second).
+    A step is `generator(...)`, backward, the autoencoder's optimiser step; then
+    `discriminator(...)`, backward, the discriminator's. Both judge the same reconstruction; the
+    reference computes a second one.
     """
 
     def __init__(self, config: VQLossConfig, lpips: LPIPS | None = None):
         super().__init__()
-        if config.perceptual and lpips is None:
-            raise ValueError(f"VQLoss has perceptual = {config.perceptual:g} but was given no LPIPS; load its weights "
-                             "with formats.lpips.load_lpips, or set perceptual to 0")
+        assert not config.perceptual or lpips is not None, "a perceptual loss needs LPIPS"
         self.config = config
         self.perceptual_loss = lpips.eval().requires_grad_(False) if config.perceptual else None
         self.disc = PatchDiscriminator() if config.disc_weight else None
 
-    def disc_factor(self, step: int, steps: int | None) -> float:
-        """How much the adversarial term counts at a step of a run of `steps`, 0 to 1; a share of None never comes."""
+    def disc_factor(self, step: int, steps: int) -> float:
+        """Weight of the adversarial loss at a step of a run of `steps`: 0 before disc_start, then
+        up to 1."""
         c = self.config
-        start, ramp = (v if v == 0 or v >= 1 else v * (steps or float("inf")) for v in (c.disc_start, c.disc_ramp))
+        start, ramp = (v if v == 0 or v >= 1 else v * steps for v in (c.disc_start, c.disc_ramp))
         if self.disc is None or step < start:
             return 0.0
         return min(1.0, (step - start + 1) / ramp) if ramp else 1.0
 
     def adaptive_weight(self, nll: Tensor, g: Tensor, last_layer: Tensor) -> Tensor:
-        """|grad nll| / |grad g| at the decoder's last weight, so that neither drowns the other (eq. 7)."""
-        nll_grad, g_grad = (torch.autograd.grad(term, last_layer, retain_graph=True)[0] for term in (nll, g))
+        """|grad nll| / |grad g| at the decoder's last layer, so both losses pull alike (eq. 7)."""
+        nll_grad, g_grad = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
+                            for loss in (nll, g))
         return (nll_grad.norm() / (g_grad.norm() + 1e-4)).clamp(max=self.config.disc_cap).detach()
 
-    def generator(self, x: Tensor, x_hat: Tensor, codebook_loss: Tensor | float, last_layer: Tensor,
+    def generator(self, x: Tensor, x_hat: Tensor, codebook_loss: Tensor, last_layer: Tensor,
                   disc_factor: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """The autoencoder's loss for pictures x and reconstructions x_hat [B, 3, H, W], and its parts for the log.
-
-        `disc_factor` is that of the method; at 0 the discriminator is not even asked, which saves two backward passes.
-        """
+        """The autoencoder's loss for images x and reconstructions x_hat [B, 3, H, W], and its terms
+        for the log. At disc_factor 0 the adversarial loss and its two extra backward passes are
+        not computed."""
         c = self.config
         with torch.autocast(x.device.type, enabled=False):
             x_hat = x_hat.float()
-            parts = {"l1": (x - x_hat).abs().mean()}
-            nll = parts["l1"]
+            terms = {"l1": (x - x_hat).abs().mean()}
+            nll = terms["l1"]
             if self.perceptual_loss is not None:
-                parts["lpips"] = self.perceptual_loss(x, x_hat).mean()
-                nll = nll + c.perceptual * parts["lpips"]
+                terms["lpips"] = self.perceptual_loss(x, x_hat).mean()
+                nll = nll + c.perceptual * terms["lpips"]
             loss = nll + codebook_loss
             if disc_factor > 0 and self.disc is not None:
-                self.disc.requires_grad_(False)             # its own gradients come from `discriminator` alone
-                parts["g"] = -self.disc(x_hat).mean()
-                parts["d_weight"] = c.disc_weight * self.adaptive_weight(nll, parts["g"], last_layer)
-                loss = loss + disc_factor * parts["d_weight"] * parts["g"]
-        return loss, {name: value.detach() for name, value in parts.items()}
+                self.disc.requires_grad_(False)     # its gradients come from `discriminator` only
+                terms["g"] = -self.disc(x_hat).mean()
+                d_weight = c.disc_weight * self.adaptive_weight(nll, terms["g"], last_layer)
+                terms["d_weight"] = d_weight
+                loss = loss + disc_factor * d_weight * terms["g"]
+        return loss, {name: value.detach() for name, value in terms.items()}
 
     def discriminator(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's hinge loss; no gradient reaches x_hat. The parts are the mean logits."""
+        """The discriminator's hinge loss and its mean logits; no gradient reaches x_hat."""
         self.disc.requires_grad_(True)
         with torch.autocast(x.device.type, enabled=False):
             real, fake = self.disc(x), self.disc(x_hat.detach().float())

@@ -1,13 +1,14 @@
-"""Which condition steers best? Seven at equal wall time, on the toy UNet over one and the same autoencoder.
+"""Which condition steers best? Seven at equal time, on the toy UNet over one autoencoder.
 
-    python benchmarks/conditions.py --vq runs/vq/last.pt --data figures --steps 1100 --seeds 0 1 --out DIR
-    python benchmarks/conditions.py --vq VQ --data FOLDER --steps 1100 --seeds 0 --out DIR --variants maps tokens+maps
+    python benchmarks/conditions.py --vq runs/vq/last.pt --steps 1100 --seeds 0 1 --out DIR
+    python benchmarks/conditions.py --vq VQ --data FOLDER --steps 1100 --seeds 0 --out DIR \
+        --variants maps tokens+maps
 
---steps is what the variant `tokens+maps` gets (nine minutes of two free cores); the others get what they can do in the
-same time, from step times taken in turns in one process. Prints the table that stands in benchmarks/RESULTS.md: the
-eps loss under right, shuffled and no poses, then PCK and OKS of samples, read by the pose reader. The conditions that
-lost live here, not in keypoints.py. A run that is complete in DIR is not trained again, so two of these commands with
-different --seeds may share a folder, one after the other or each with one core.
+--steps is what the variant `tokens+maps` gets; the others get what they can do in the same time,
+from step times taken in turns. Prints the table that stands in benchmarks/RESULTS.md: the eps loss
+under right, shuffled and no poses, then PCK and OKS of samples, read by the pose reader. The
+conditions that lost live here, not in keypoints.py. A run that is complete in DIR is not trained
+again, so two of these commands with different --seeds may share a folder.
 """
 from __future__ import annotations
 
@@ -15,10 +16,8 @@ import argparse
 import json
 import math
 import shutil
-import statistics
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,18 +33,20 @@ import keypoints  # noqa: E402
 import ldm as ldm_file  # noqa: E402
 import metrics.pose  # noqa: E402
 import train  # noqa: E402
+from benchmarks.timing import medians  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
+from engine.run import read_log  # noqa: E402
 from keypoints import ConditionConfig  # noqa: E402
 from ldm import DEFAULT_GUIDANCE, LDM  # noqa: E402
-from metrics import keypoint_detector  # noqa: E402
 
-CELLS = 32                      # a side of the grid, the seed's own
+CELLS = 32                      # a side of the grid, that of the original blog post
 WAVES = 4                       # frequencies of a pixel's own place, pi, 2 pi, ...
-ROUNDS, EACH = 5, 3             # of timing: rounds through all variants, steps of each in a round
+TURNS = 15                      # of timing
 
 
 class CellEncoder(keypoints.PoseEncoder):
-    """One token a joint like its parent, but the position enters as the learned embedding of its cell of the grid."""
+    """One token a joint like its parent, but the position enters as the learned embedding of its
+    cell of the grid."""
 
     def __init__(self, dim: int, n_freqs: int = 8):
         super().__init__(dim, n_freqs)
@@ -58,7 +59,8 @@ class CellEncoder(keypoints.PoseEncoder):
 
 
 class LoudEncoder(keypoints.PoseEncoder):
-    """One token a joint like its parent, but the position is as loud as the joint's name from the first step on."""
+    """One token a joint like its parent, but the position is as loud as the joint's name from the
+    first step on."""
 
     def __init__(self, dim: int, n_freqs: int = 8):
         super().__init__(dim, n_freqs)
@@ -66,9 +68,11 @@ class LoudEncoder(keypoints.PoseEncoder):
 
 
 class PlacedCondition(keypoints.PoseCondition):
-    """Gives the UNet, beside its parent's condition, waves [B, 4 WAVES, h, w] that tell each pixel where it is.
+    """Gives the UNet, beside its parent's condition, waves [B, 4 WAVES, h, w] that tell each pixel
+    where it is.
 
-    Without them a query of the cross-attention knows its place only by what convolutions carry in from the border.
+    Without them a query of the cross-attention knows its place only by what convolutions carry in
+    from the border.
     """
 
     def forward(self, pose: Tensor, size: tuple[int, int],
@@ -76,18 +80,19 @@ class PlacedCondition(keypoints.PoseCondition):
         context, maps = super().forward(pose, size, drop)
         freqs, waves = math.pi * 2.0 ** torch.arange(WAVES, device=pose.device), []
         for axis in (1, 0):                                                     # x, then y
-            angle = (torch.arange(size[axis], device=pose.device) + 0.5) / size[axis] * freqs[:, None]
+            place = (torch.arange(size[axis], device=pose.device) + 0.5) / size[axis]
+            angle = place * freqs[:, None]
             wave = torch.cat([angle.sin(), angle.cos()])                        # [2 WAVES, w or h]
             waves.append(wave.unsqueeze(1 if axis else 2).expand(-1, *size))
         waves = torch.cat(waves).expand(len(pose), -1, -1, -1)
         return context, waves if maps is None else torch.cat([maps, waves], dim=1)
 
 
-# name: doors, encoder of the tokens, does a pixel know its place
+# name: conditioning, encoder of the tokens, does a pixel know its place
 VARIANTS = {
     "seed": (("seed",), keypoints.PoseEncoder, False),
     "cells": (("tokens",), CellEncoder, False),
-    "tokens": (("tokens",), keypoints.PoseEncoder, False),                      # Fourier features of x and y
+    "tokens": (("tokens",), keypoints.PoseEncoder, False),          # Fourier features of x and y
     "placed tokens": (("tokens",), LoudEncoder, True),
     "maps": (("maps",), keypoints.PoseEncoder, False),
     "tokens+maps": (("tokens", "maps"), keypoints.PoseEncoder, False),
@@ -97,10 +102,9 @@ VARIANTS = {
 
 @contextmanager
 def variant(name: str) -> Iterator[None]:
-    """Inside the block the toy preset and the models in checkpoints have this condition."""
-    doors, encoder, placed = VARIANTS[name]
-    toy, own = train.PRESETS["toy"], (keypoints.PoseEncoder, ldm_file.PoseCondition, ConditionConfig.map_channels)
-    train.PRESETS["toy"] = replace(toy, cond=replace(toy.cond, doors=doors))
+    """Inside the block models are made with this condition, those of checkpoints too."""
+    _, encoder, placed = VARIANTS[name]
+    own = keypoints.PoseEncoder, ldm_file.PoseCondition, ConditionConfig.map_channels
     keypoints.PoseEncoder = encoder
     if placed:
         ldm_file.PoseCondition = PlacedCondition
@@ -108,55 +112,53 @@ def variant(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        train.PRESETS["toy"] = toy
         keypoints.PoseEncoder, ldm_file.PoseCondition, ConditionConfig.map_channels = own
 
 
 def config(args: argparse.Namespace, name: str, seed: int, steps: int) -> train.Config:
     """Inside `variant(name)`."""
-    words = ["--stage", "ldm", "--vq", args.vq, "--data", args.data, "--steps", str(steps), "--seed", str(seed),
-             "--out", str(Path(args.out, f"{name}-{seed}"))]
-    return train.make_config(train.parse_args(words))
+    c = train.make_config(train.parse_args([
+        "--stage", "ldm", "--vq", args.vq, "--data", args.data, "--steps", str(steps),
+        "--seed", str(seed), "--out", str(Path(args.out, f"{name}-{seed}"))]))
+    cond, latent = replace(c.cond_config, conditioning=VARIANTS[name][0]), c.vq_config.embed_dim
+    return replace(c, cond_config=cond, unet_config=replace(
+        c.unet_config, in_channels=latent + cond.map_channels, context_dim=cond.context_dim))
 
 
 def step_times(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a training step of each variant: the median of all rounds, taken in turns."""
-    steps, times = {}, {name: [] for name in VARIANTS}
-    vq = checkpoint.build_vq(checkpoint.load_vq(args.vq), args.vq)
+    """Seconds of a training step of each variant: the median, taken in turns."""
+    steps, vq = {}, checkpoint.build_vq(checkpoint.load_vq(args.vq), args.vq)
+    C = vq.config.embed_dim
     for name in VARIANTS:
         with variant(name):
             c = config(args, name, 0, 1)
-            C, side = vq.config.embed_dim, c.size // vq.config.factor
-            ldm = LDM(vq, c.unet_config, c.cond_config, torch.zeros(C, 1, 1), torch.ones(C, 1, 1),
-                      c.schedule, True).to(memory_format=torch.channels_last)
+            side = c.size // vq.config.factor
+            ldm = LDM(vq, c.unet_config, c.cond_config, torch.zeros(C, 1, 1),
+                      torch.ones(C, 1, 1), c.schedule, True)
+        ldm = ldm.to(memory_format=torch.channels_last)
         steps[name] = stepper(ldm, c, torch.randn(c.recipe.batch_size, C, side, side))
-    for i in range(ROUNDS + 1):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            for _ in range(EACH):
-                step()
-            if i:                                                               # the first round warms up
-                times[name].append((time.perf_counter() - began) / EACH)
-    return {name: statistics.median(took) for name, took in times.items()}
+    return medians(steps, TURNS)
 
 
-def stepper(ldm: LDM, c: train.Config, z: Tensor):
+def stepper(ldm: LDM, c: train.Config, z: Tensor) -> Callable[[], None]:
     """A function that makes one training step of `ldm` on latents z."""
     pose = torch.rand(len(z), len(keypoints.JOINTS), 3)
-    params = [p for p in ldm.parameters() if p.requires_grad]
-    opt, diffusion = torch.optim.AdamW(params, lr=c.recipe.lr), Diffusion(**c.schedule)
+    optimizers, diffusion = train.ldm_optimizers(ldm, c.recipe), Diffusion(**c.schedule)
 
     def step() -> None:
         with train.autocast(c):
             loss = diffusion.loss(ldm, z, pose, c.recipe.p_drop).mean()
-        opt.zero_grad(set_to_none=True)
         loss.backward()
-        opt.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
     return step
 
 
 def share_latents(out: Path, run: Path) -> None:
-    """All runs are over the same latents: a copy is quicker than encoding ten thousand pictures again."""
+    """All runs are over the same latents: a copy is quicker than encoding thousands of images
+    again."""
     run.mkdir(parents=True, exist_ok=True)
     for file in [p for p in out.glob("*/latents-*") if p.parent != run and p.suffix != ".tmp"]:
         if not (run / file.name).exists():
@@ -164,25 +166,27 @@ def share_latents(out: Path, run: Path) -> None:
 
 
 def figures_of(args: argparse.Namespace, name: str, seed: int) -> dict:
-    """One row of the table: losses from the run's log, the rest from samples of its last checkpoint; kept in a file."""
+    """One row of the table: losses from the run's log, the rest from samples of its last
+    checkpoint; kept in a file."""
     run = Path(args.out, f"{name}-{seed}")
     kept = run / f"fidelity-{args.pictures}-{args.sampling_steps}-w{DEFAULT_GUIDANCE:g}.json"
     if not kept.exists():
         with variant(name):
             ldm, payload = checkpoint.load_ldm(run / "last.pt")
-        size = payload["config"]["size"]
-        train_part, held_out = data.open_data(args.data, size)
-        reader = keypoint_detector.find_reader(args.data, train_part)
+        train_part, held_out = data.open_data(args.data, payload["config"]["size"])
+        reader = evaluate.find_detector(args.data, train_part)
         drawn = evaluate.draw_held_out(ldm, data.spread(held_out, args.pictures), sampler="ddim",
                                        steps=args.sampling_steps)
         rows, _ = metrics.pose.assess(reader, drawn)
-        last = [row for row in train.read_log(run / "log.jsonl") if "val_right" in row][-1]
+        last = [row for row in read_log(run / "log.jsonl") if "val_right" in row][-1]
         kept.write_text(json.dumps(rows | {"losses": last}, indent=1))
     found = json.loads(kept.read_text())
     losses, samples = found["losses"], found["samples"]
-    return {"steps": losses["step"] + 1, "right": losses["val_right"], "shuffled": losses["val_shuffled"],
-            "null": losses["val_null"], "ratio": losses["val_ratio"], "floor": found["shuffled"]["pck@0.1"],
-            "ceiling": found["real"]["pck@0.1"], **{key: samples[key] for key in evaluate.FIDELITY}}
+    return {"steps": losses["step"] + 1, "right": losses["val_right"],
+            "shuffled": losses["val_shuffled"], "null": losses["val_null"],
+            "ratio": losses["val_ratio"], "floor": found["shuffled"]["pck@0.1"],
+            "ceiling": found["real"]["pck@0.1"],
+            **{key: samples[key] for key in evaluate.FIDELITY}}
 
 
 COLUMNS = {"steps": ("steps", "", "d"), "right": ("eps loss", "right", ".4f"),
@@ -192,7 +196,8 @@ COLUMNS = {"steps": ("steps", "", "d"), "right": ("eps loss", "right", ".4f"),
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vq", required=True)
     parser.add_argument("--data", default="figures")
     parser.add_argument("--steps", type=int, default=1100)
@@ -211,11 +216,13 @@ def main() -> None:
     for seed in args.seeds:
         for name in args.variants:
             with variant(name):
-                c = config(args, name, seed, round(args.steps * seconds["tokens+maps"] / seconds[name]))
+                steps = round(args.steps * seconds["tokens+maps"] / seconds[name])
+                c = config(args, name, seed, max(1, steps))
                 share_latents(out, Path(c.out))
                 print(f"{name}, seed {seed}: {c.steps} steps", flush=True)
-                train.train_ldm(c)
-    rows = {f"{name}, seed {seed}": figures_of(args, name, seed) for name in args.variants for seed in args.seeds}
+                train.run_stage(c, fresh=False, accept_data=False)
+    rows = {f"{name}, seed {seed}": figures_of(args, name, seed)
+            for name in args.variants for seed in args.seeds}
     print(evaluate.table(rows, COLUMNS))
 
 

@@ -1,13 +1,15 @@
-"""How many steps? The distance of each sampler from its own limit, and what that is worth in pose and picture.
+"""How many steps? The distance of each sampler from its limit; its worth in pose and image.
 
     python benchmarks/convergence.py --ckpt runs/ldm/last.pt --out DIR --pictures 128
+    python benchmarks/convergence.py --out DIR --pictures 4 --steps 2 --limits 8 6  a quick try
 
-Distance: the same x_T through S steps and through all T, root mean square of the difference of the latents. A sampler
-that adds noise has no such limit, for its noise is another at another S. Two networks: the model of --ckpt with the
-guidance it wants, and the danbooru recipe's 206 M parameters at random, whose output is no eps: a tenth of it is added
-to the exact eps of Gaussian data, and 250 steps are its limit. Quality: PCK@0.1 and the Frechet distance of held-out
-poses at equal calls of the network, as in benchmarks/guidance.py. Writes convergence.png and rows as JSON, which a
-second run takes up. What was measured stands in benchmarks/RESULTS.md.
+Distance: the same x_T through S steps and through very many, root mean square of the difference of
+the latents. A sampler that adds noise has no such limit, for its noise differs with S. Two
+networks: the model of --ckpt with its default guidance, and the danbooru recipe's 206 M parameters
+at random, whose output is no eps: a tenth of it is added to the exact eps of Gaussian data.
+Quality: PCK@0.1 and the Frechet distance of held-out poses at equal calls of the network, as in
+benchmarks/guidance.py. Writes convergence.png and rows as JSON, which a second run takes up. The
+results stand in benchmarks/RESULTS.md.
 """
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
@@ -29,23 +31,30 @@ import metrics.pose  # noqa: E402
 import sample  # noqa: E402
 from diffusion import Diffusion, EpsFn, ddim, dpm_solver, guided, per_image_noise  # noqa: E402
 from ldm import LDM  # noqa: E402
-from metrics import keypoint_detector  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 
 STEPS = 5, 10, 20, 50, 100, 250, 500
 SOLVERS = {"ddim, even in t": (ddim, "even"), "ddim, even in lambda": (ddim, "lambda"),
-           "dpm_solver, even in t": (dpm_solver, "even"), "dpm_solver, even in lambda": (dpm_solver, "lambda")}
+           "dpm_solver, even in t": (dpm_solver, "even"),
+           "dpm_solver, even in lambda": (dpm_solver, "lambda")}
 DRAWN_BY = {"ddim, eta 1": ("ddim", "even", 1.0), "ddim, eta 0": ("ddim", "even", 0.0),
-            "dpm_solver, eta 0": ("dpm_solver", "lambda", 0.0), "dpm_solver, eta 1": ("dpm_solver", "lambda", 1.0)}
+            "dpm_solver, eta 0": ("dpm_solver", "lambda", 0.0),
+            "dpm_solver, eta 1": ("dpm_solver", "lambda", 1.0)}
 NETWORK_SHARE = 0.1             # of the random network in its eps
 DISTANCE_PICTURES = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="runs/ldm/last.pt")
-    parser.add_argument("--pictures", type=int, default=128, help="held-out poses to draw (default %(default)s)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50], help="to draw them with")
+    parser.add_argument("--pictures", type=int, default=128,
+                        help="held-out poses to draw (default %(default)s)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50],
+                        help="to draw them with")
+    parser.add_argument("--limits", type=int, nargs=2, default=[1000, 250], metavar="STEPS",
+                        help="that count as very many: for the model and for the random network, "
+                        "of which each step takes a second (default %(default)s)")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     out = Path(args.out)
@@ -54,26 +63,31 @@ def main() -> None:
     c, model = payload["config"], checkpoint.hash_of(ldm.unet.state_dict())[:8]
     train_part, held_out = data.open_data(c["data"], c["size"], c["val"])
     poses = torch.cat([pose for _, pose in data.in_order(held_out, 64, args.pictures)])
-    side = c["size"] // ldm.vq.config.factor
+    poses, side = poses[:DISTANCE_PICTURES], c["size"] // ldm.vq.config.factor
 
-    def toy() -> EpsFn:
-        return guided(*ldm.prepared(poses[:DISTANCE_PICTURES], (side, side)), ldm.guidance)
+    def trained_eps() -> EpsFn:
+        model, rows = ldm.prepared(poses, (side, side))
+        return guided(Diffusion(**ldm.schedule).eps_model(model), rows, ldm.guidance)
 
-    networks = {"the toy model": (model, toy, (DISTANCE_PICTURES, ldm.vq.config.embed_dim, side, side), 1000),
-                "206 M parameters at random": ("random", random_eps, (1, 3, 32, 32), 250)}
-    far = {network: {name: kept(out / f"distance-{key}-{name}.json", distances, *solver, *how)
-                     for name, solver in SOLVERS.items()} for network, (key, *how) in networks.items()}
+    networks = {"the trained model": (model, trained_eps,
+                                      (len(poses), ldm.vq.config.embed_dim, side, side)),
+                "206 M parameters at random": ("random", random_eps, (1, 3, 32, 32))}
+    far = {network: {name: kept(out / f"distance-{key}-{limit}-{name}.json", distances, *solver,
+                                *how, limit) for name, solver in SOLVERS.items()}
+           for limit, (network, (key, *how)) in zip(args.limits, networks.items(), strict=True)}
     for network, rows in far.items():
-        print(f"\n{network}: RMS distance from its own limit\n" + evaluate.table(
-            rows, {S: (S, "steps", ".4f") for S in rows["ddim, even in t"]}), flush=True)
-    reader = keypoint_detector.find_reader(c["data"], train_part)
+        columns = {S: (S, "steps", ".4f") for S in rows["ddim, even in t"]}
+        print(f"\n{network}: RMS distance from its own limit\n{evaluate.table(rows, columns)}",
+              flush=True)
+    reader = evaluate.find_detector(c["data"], train_part)
     drawn: dict[str, dict] = {}
     for name, how in DRAWN_BY.items():
         for S in args.steps:
-            drawn[f"{name}, {S} steps"] = row = kept(
-                out / f"drawn-{model}-{args.pictures}-{'-'.join(map(str, how))}-{S}.json",
-                quality, ldm, reader, held_out, args.pictures, S, *how)
-            print(f"{name}, {S} steps", {key: round(row[key], 3) for key in evaluate.FIDELITY}, flush=True)
+            called = f"drawn-{model}-{args.pictures}-{'-'.join(map(str, how))}-{S}.json"
+            row = kept(out / called, quality, ldm, reader, held_out, args.pictures, S, *how)
+            drawn[f"{name}, {S} steps"] = row
+            print(f"{name}, {S} steps", {key: round(row[key], 3) for key in evaluate.FIDELITY},
+                  flush=True)
     print(f"{evaluate.table(drawn, evaluate.FIDELITY)}\nceiling: PCK@0.1 {row['ceiling']:.3f}")
     plot(far, drawn, args.steps, out / "convergence.png")
 
@@ -85,8 +99,8 @@ def kept(path: Path, make: Callable[..., dict], *how: object) -> dict:
     return json.loads(path.read_text())
 
 
-def distances(solver: Callable, spacing: str, make_eps: Callable[[], EpsFn], shape: tuple[int, ...],
-              limit: int) -> dict[int, float]:
+def distances(solver: Callable, spacing: str, make_eps: Callable[[], EpsFn],
+              shape: tuple[int, ...], limit: int) -> dict[int, float]:
     """The RMS distance of S steps from `limit` steps, from the same x_T, by S."""
     diffusion, eps_fn = Diffusion(), make_eps()
     x_T, _ = per_image_noise(list(range(shape[0])), shape[1:])
@@ -100,13 +114,14 @@ def distances(solver: Callable, spacing: str, make_eps: Callable[[], EpsFn], sha
 
 
 def random_eps() -> EpsFn:
-    """The exact eps of N(0, 1) data and a tenth of a random network of the danbooru recipe, under a random context."""
+    """The exact eps of N(0, 1) data and a tenth of a random network of the danbooru recipe, under
+    a random context."""
     torch.manual_seed(0)
-    unet, context, alphas_bar = UNet(UNetConfig()).eval(), torch.randn(1, 17, 17), Diffusion().alphas_bar
+    unet, context, alphas_bar = UNet(UNetConfig()), torch.randn(1, 17, 17), Diffusion().alphas_bar
     for parameter in unet.parameters():
-        if not parameter.any() and parameter.ndim > 1:                  # a layer of zeros hides what precedes it
+        if not parameter.any() and parameter.ndim > 1:      # a layer of zeros hides those before it
             torch.nn.init.kaiming_uniform_(parameter, a=5 ** 0.5)
-    unet.requires_grad_(False).to(memory_format=torch.channels_last)
+    unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     keys_values = unet.keys_values(context)
 
     def network(x: Tensor, t: Tensor) -> Tensor:
@@ -115,19 +130,23 @@ def random_eps() -> EpsFn:
     size = network(torch.randn(1, 3, 32, 32), torch.tensor([500])).std()
 
     def eps_fn(x: Tensor, t: Tensor) -> Tensor:
-        return (1 - alphas_bar[t]).sqrt().float().view(-1, 1, 1, 1) * x + NETWORK_SHARE * network(x, t) / size
+        exact = (1 - alphas_bar[t]).sqrt().float().view(-1, 1, 1, 1) * x
+        return exact + NETWORK_SHARE * network(x, t) / size
 
     return eps_fn
 
 
-def quality(ldm: LDM, reader: keypoint_detector.PoseReader, held_out: data.Pictures, n: int, S: int, sampler: str,
-            spacing: str, eta: float) -> dict:
-    """Pose fidelity and Frechet distance of n held-out poses, each from the same x_T whatever the sampler."""
+def quality(ldm: LDM, reader: nn.Module, held_out: data.ImageDataset, n: int, S: int,
+            sampler: str, spacing: str, eta: float) -> dict:
+    """Pose fidelity and Frechet distance of n held-out poses, each from the same x_T whatever the
+    sampler."""
     images, poses = zip(*data.in_order(held_out, 64, n), strict=True)
     poses, real = torch.cat(poses), np.concatenate([data.to_uint8(x) for x in images])
-    samples = sample.draw_pictures(ldm, poses, list(range(len(poses))), held_out.size, sampler=sampler, steps=S,
-                                   eta=eta, guidance=ldm.guidance, spacing=spacing)
-    found, _ = metrics.pose.assess(reader, metrics.pose.Drawn(poses.double().numpy(), np.stack(samples), real, {}))
+    samples = sample.draw_images(ldm, poses, list(range(len(poses))), held_out.size,
+                                   sampler=sampler, steps=S, eta=eta, guidance=ldm.guidance,
+                                   spacing=spacing)
+    drawn = metrics.pose.Drawn(poses.double().numpy(), np.stack(samples), real, {})
+    found, _ = metrics.pose.assess(reader, drawn)
     return found["samples"] | {"ceiling": found["real"]["pck@0.1"]}
 
 
@@ -138,14 +157,18 @@ def plot(far: dict[str, dict], drawn: dict[str, dict], steps: list[int], path: P
     fig, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
     for ax, (network, rows) in zip(axes[0], far.items(), strict=True):
         for name, row in rows.items():
-            ax.loglog([int(S) for S in row], list(row.values()), marker="o", ls="-" if "lambda" in name else ":",
-                      color="tab:blue" if "ddim" in name else "tab:orange", label=name)
-        ax.axhline(rows["ddim, even in t"]["50"], color="gray", lw=0.8)
-        ax.set(title=f"{network}: distance from its own limit", ylabel="RMS, of latents of variance 1")
+            ax.loglog([int(S) for S in row], list(row.values()), marker="o", label=name,
+                      ls="-" if "lambda" in name else ":",
+                      color="tab:blue" if "ddim" in name else "tab:orange")
+        if "50" in rows["ddim, even in t"]:
+            ax.axhline(rows["ddim, even in t"]["50"], color="gray", lw=0.8)
+        ax.set(title=f"{network}: distance from its own limit",
+               ylabel="RMS, of latents of variance 1")
     for ax, key in zip(axes[1], ("pck@0.1", "frechet"), strict=True):
         for name in DRAWN_BY:
-            ax.plot(steps, [drawn[f"{name}, {S} steps"][key] for S in steps], marker="o", label=name,
-                    color="tab:blue" if "ddim" in name else "tab:orange", ls="--" if "eta 1" in name else "-")
+            ax.plot(steps, [drawn[f"{name}, {S} steps"][key] for S in steps], marker="o",
+                    label=name, color="tab:blue" if "ddim" in name else "tab:orange",
+                    ls="--" if "eta 1" in name else "-")
         title, unit, _ = evaluate.FIDELITY[key]
         ax.set(title=f"{title} ({unit})", xscale="log", xticks=steps, xticklabels=steps)
         ax.minorticks_off()

@@ -1,10 +1,11 @@
-"""How much guidance? PCK, OKS and the Frechet distance of samples over w, with and without an interval.
+"""How much guidance? PCK, OKS and Frechet distance of samples over w, with and without interval.
 
     python benchmarks/guidance.py --ckpt runs/ldm/last.pt --out DIR --pictures 256
 
-Draws the same held-out poses from the same noise at each w, prints a table, writes guidance.png. The Frechet distance
-is in the features of the pose reader, to the held-out pictures: comparable within one table only. The results, and the
-default that was taken from them, stand in benchmarks/RESULTS.md.
+Draws the same held-out poses from the same noise at each w, prints a table, writes guidance.png.
+The Frechet distance is in the features of the pose reader, to the held-out images: comparable
+within one table only. The results, and the default that was taken from them, stand in
+benchmarks/RESULTS.md.
 """
 from __future__ import annotations
 
@@ -18,14 +19,15 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import metrics.pose  # noqa: E402
-from metrics import keypoint_detector  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="runs/ldm/last.pt")
     parser.add_argument("--weights", type=float, nargs="+", default=[1, 1.5, 2, 3, 4, 5, 6])
-    parser.add_argument("--interval", type=int, nargs=2, default=[200, 800], help="timesteps with guidance")
+    parser.add_argument("--interval", type=int, nargs=2, default=[200, 800],
+                        help="timesteps with guidance")
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--out", required=True)
@@ -36,33 +38,37 @@ def main() -> None:
     c, model = payload["config"], checkpoint.hash_of(ldm.unet.state_dict())[:8]
     train_part, held_out = data.open_data(c["data"], c["size"], c["val"])
     held_out = data.spread(held_out, args.pictures)
-    reader = keypoint_detector.find_reader(c["data"], train_part)
+    reader = evaluate.find_detector(c["data"], train_part)
     rows: dict[str, dict] = {}
     for w in args.weights:
         for interval in (None, tuple(args.interval)) if w != 1 else (None,):
             name = f"w {w:g}" + (f", t {interval[0]} to {interval[1]}" if interval else "")
-            kept = out / f"{model}-{w:g}-{'-'.join(map(str, interval or ['all']))}-{args.pictures}-{args.steps}.json"
+            which = "-".join(map(str, interval or ["all"]))
+            kept = out / f"{model}-{w:g}-{which}-{args.pictures}-{args.steps}.json"
             if not kept.exists():
-                found, _ = metrics.pose.assess(reader, evaluate.draw_held_out(
-                    ldm, held_out, interval=interval, sampler="ddim", steps=args.steps, guidance=w))
+                drawn = evaluate.draw_held_out(ldm, held_out, interval=interval, sampler="ddim",
+                                               steps=args.steps, guidance=w)
+                found, _ = metrics.pose.assess(reader, drawn)
                 more = {"w": w, "interval": interval, "ceiling": found["real"]["pck@0.1"]}
                 kept.write_text(json.dumps(found["samples"] | more))
             rows[name] = json.loads(kept.read_text())
             print(name, {key: round(rows[name][key], 3) for key in evaluate.FIDELITY}, flush=True)
-    print(f"{evaluate.table(rows, evaluate.FIDELITY)}\nceiling: PCK@0.1 {rows[name]['ceiling']:.3f}")
-    plot(rows, out / "guidance.png")
+    print(f"{evaluate.table(rows, evaluate.FIDELITY)}\n"
+          f"ceiling: PCK@0.1 {rows[name]['ceiling']:.3f}")
+    plot(list(rows.values()), out / "guidance.png")
 
 
-def plot(rows: dict[str, dict], path: Path) -> None:
+def plot(rows: list[dict], path: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
-    for ax, (key, (name, unit, _)) in zip(axes, [(k, evaluate.FIDELITY[k]) for k in ("pck@0.1", "oks", "frechet")],
-                                          strict=True):
+    for ax, key in zip(axes, ("pck@0.1", "oks", "frechet"), strict=True):
         for label, inside in (("at every step", False), ("in an interval", True)):
-            points = [(row["w"], row[key]) for row in rows.values() if row["w"] == 1 or bool(row["interval"]) == inside]
+            points = [(row["w"], row[key]) for row in rows
+                      if row["w"] == 1 or bool(row["interval"]) == inside]
             ax.plot(*zip(*points, strict=True), marker="o", label=f"guidance {label}")
+        name, unit, _ = evaluate.FIDELITY[key]
         ax.set(title=f"{name} ({unit})", xlabel="guidance w")
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)

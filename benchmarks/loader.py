@@ -1,11 +1,13 @@
-"""Do pictures and latents come as fast as a GPU takes them? Pictures/s through batches, rows/s through latent_batch.
+"""Do images and latents come as fast as a GPU takes them? Images/s and rows of latents/s.
 
     python benchmarks/loader.py --data DIR --workers 2
+    python benchmarks/loader.py --pictures 4 --latents 200 --steps 3        a quick try
 
-Pictures of --data, enlarged and with a camera's grain, become JPEGs of 512 x 512 and 1200 x 900; they are decoded,
-cropped, mirrored and brought to 256 x 256. The floor is PIL's decoding alone, in one process. Latents are filled from
-noise; "first" is each row's first reading, from the disk, "again" from the page cache, and the floor is numpy's copy of
-the same rows without checksums. Needs 3 GB in --tmp.
+Images of --data, enlarged and with a camera's grain, become JPEGs of 512 x 512 and 1200 x 900; they
+are decoded, cropped, mirrored and brought to 256 x 256. The floor is PIL's decoding alone, in one
+process. Latents are filled from noise; "first" is each row's first reading, from the disk, "again"
+from the page cache, and the floor is numpy's copy of the same rows without checksums. Needs 3 GB in
+--tmp.
 """
 from __future__ import annotations
 
@@ -24,13 +26,13 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
-import dataset.latents  # noqa: E402
+from dataset.latents import LatentCache, latent_batch  # noqa: E402
 
-SIDE, BATCH, NEEDED = 256, 32, {"pictures": 60, "latents": 5000}
+SIDE, BATCH, NEEDED = 256, 32, {"images": 60, "latents": 5000}
 LATENTS = {"danbooru [3,64,64]": (3, 64, 64), "toy [3,16,16]": (3, 16, 16)}
 
 
-class Jpegs(data.Pictures):
+class Jpegs(data.ImageDataset):
     """The files of a folder; their pose has no visible joint."""
     size = SIDE
 
@@ -41,11 +43,11 @@ class Jpegs(data.Pictures):
         return len(self.files)
 
     def source(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        return data.read_picture(self.files[i], at_least=2 * SIDE), data.NO_POSE
+        return data.read_image(self.files[i], at_least=2 * SIDE), data.NO_POSE
 
 
-class Blank(data.Pictures):
-    """n pictures that cost nothing: what is measured are the latents."""
+class Blank(data.ImageDataset):
+    """n images that cost nothing: what is measured are the latents."""
     size, seed = 8, 0
 
     def __init__(self, n: int):
@@ -59,7 +61,8 @@ class Blank(data.Pictures):
 
 
 def rate(batches: Iterable, of: int) -> float:
-    """How many of `of` a batch come a second; the first batch, for which processes start, does not count."""
+    """How many of `of` a batch come a second; the first batch, for which processes start, does not
+    count."""
     batches = iter(batches)
     next(batches)
     start = time.perf_counter()
@@ -67,50 +70,61 @@ def rate(batches: Iterable, of: int) -> float:
     return n * of / (time.perf_counter() - start)
 
 
-def pictures(spec: str, folder: Path, size: tuple[int, int], n: int, workers: int, steps: int) -> str:
+def jpegs(spec: str, folder: Path, size: tuple[int, int], n: int, workers: int, steps: int) -> str:
     ds, rng, files = data.open_all(spec, SIDE), np.random.default_rng(0), []
     for i in data.evenly(len(ds), n):
         image, _ = ds.source(i)
         image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC)) + rng.normal(0, 8, (*size[::-1], 1))
+        grain = rng.normal(0, 8, (*size[::-1], 1))
+        pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC)) + grain
         files.append(folder / f"{size[0]}-{i}.jpg")
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(files[-1], quality=90)
     stored = [file.read_bytes() for file in files]
-    floor = rate((Image.open(io.BytesIO(stored[k % len(stored)])).load() for k in range(4 * len(stored))), 1)
-    got = {w: rate(data.batches(Jpegs(files), BATCH, 0, 0, steps, w, augment=True), BATCH) for w in (0, workers)}
-    return (f"pictures {size[0]}x{size[1]}, {np.mean([len(s) for s in stored]) / 1000:.0f} kB: {got[0]:.0f}/s without "
-            f"workers, {got[workers]:.0f}/s with {workers} (needed {NEEDED['pictures']}); decoding alone {floor:.0f}/s")
+    floor = rate((Image.open(io.BytesIO(stored[k % len(stored)])).load()
+                  for k in range(4 * len(stored))), 1)
+    got = {w: rate(data.batches(Jpegs(files), BATCH, 0, 0, steps, w, augment=True), BATCH)
+           for w in (0, workers)}
+    return (f"images {size[0]}x{size[1]}, {np.mean([len(s) for s in stored]) / 1000:.0f} kB: "
+            f"{got[0]:.0f}/s without workers, {got[workers]:.0f}/s with {workers} (needed "
+            f"{NEEDED['images']}); decoding alone {floor:.0f}/s")
 
 
 def latents(name: str, shape: tuple[int, int, int], folder: Path, n: int, steps: int) -> str:
     start = time.perf_counter()
-    cache = dataset.latents.LatentCache(folder / name, "noise", Blank(n), lambda x: torch.randn(len(x), *shape))
+    cache = LatentCache(folder / name, "noise", Blank(n), lambda x: torch.randn(len(x), *shape))
     took, steps = time.perf_counter() - start, min(steps, n // BATCH)
     row = cache.latents[0].nbytes
     if hasattr(os, "posix_fadvise"):
         with open(cache.files[0], "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    first, again = (rate((dataset.latents.latent_batch(cache, BATCH, 0, k) for k in range(steps)), BATCH)
+    first, again = (rate((latent_batch(cache, BATCH, 0, k) for k in range(steps)), BATCH)
                     for _ in range(2))
     wanted = [2 * data.step_indices(n, BATCH, 0, k) for k in range(steps)]
-    floor = max(rate((torch.from_numpy(cache.latents[rows]).float() for rows in wanted), BATCH) for _ in range(2))
-    return (f"latents {name}, {row} B: {first:,.0f}/s first, {again:,.0f}/s again (needed {NEEDED['latents']:,}); "
-            f"copying alone {floor:,.0f}/s; filled at {len(cache) / took:,.0f} rows/s")
+    floor = max(rate((torch.from_numpy(cache.latents[rows]).float() for rows in wanted), BATCH)
+                for _ in range(2))
+    return (f"latents {name}, {row} B: {first:,.0f}/s first, {again:,.0f}/s again (needed "
+            f"{NEEDED['latents']:,}); copying alone {floor:,.0f}/s; filled at "
+            f"{len(cache) / took:,.0f} rows/s")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="figures:64", help="as of train.py; the pictures that become JPEGs")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="figures:64",
+                        help="as of train.py; the images that become JPEGs")
     parser.add_argument("--pictures", type=int, default=64, help="how many JPEGs of each size (64)")
-    parser.add_argument("--latents", type=int, default=20_000, help="how many pictures' latents (20000)")
+    parser.add_argument("--latents", type=int, default=20_000,
+                        help="how many images' latents (20000)")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40, help="batches of 32 pictures; ten times as many of latents")
-    parser.add_argument("--tmp", help="where the files go, and are removed from (the system's place)")
+    parser.add_argument("--steps", type=int, default=40,
+                        help="batches of 32 images; ten times as many of latents")
+    parser.add_argument("--tmp", help="where the files go, and are removed from")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.tmp) as tmp:
         for size in ((512, 512), (1200, 900)):
-            print(pictures(args.data, Path(tmp), size, args.pictures, args.workers, args.steps), flush=True)
+            print(jpegs(args.data, Path(tmp), size, args.pictures, args.workers, args.steps),
+                  flush=True)
         for name, shape in LATENTS.items():
             print(latents(name, shape, Path(tmp), args.latents, 10 * args.steps), flush=True)
 

@@ -1,30 +1,31 @@
-"""How fast is a training step, beside diffusers' and beside what this machine can do? Same work, same run, in turns.
+"""How fast is a training step, beside diffusers' and beside what this machine can do?
 
-    python benchmarks/speed.py ceilings                 the machine: matmul, 3x3 convolution, copy
-    python benchmarks/speed.py unet                     UNet of the seed's recipe: forward, backward, optimiser
-    python benchmarks/speed.py vq --batch 2             VQ-f4 at 256 pixels: the same, L1 + codebook loss
-    python benchmarks/speed.py sample                   one guided sampling step, twice the batch in the network
-    python benchmarks/speed.py unet --profile           where the time of the last case goes
-    python benchmarks/speed.py vq --memory              peak memory of each case, in a process of its own
+    python benchmarks/speed.py ceilings             the machine: matmul, 3x3 convolution, copy
+    python benchmarks/speed.py unet                 UNet of danbooru: forward, backward, AdamW
+    python benchmarks/speed.py vq --batch 2         VQ-f4, 256 pixels: same, L1 + codebook loss
+    python benchmarks/speed.py sample               one guided step, twice the batch in the network
+    python benchmarks/speed.py unet --profile       where the time of the last case goes
+    python benchmarks/speed.py vq --memory          peak memory of each case, in its own process
+    python benchmarks/speed.py vq --batch 1 --turns 1 --cases ours/eager/bf16         a quick try
 
-A case is LIBRARY/MODE/DTYPE: ours or diffusers / eager, channels_last, checkpointing (ours) or compile (these two are
-channels_last) / float32, bf16 or fp16 (autocast; fp16 with a GradScaler). `--cases` names them; the first is what the
-others are compared with. Cases take turns, so that a machine which gets slower does so for all; times are medians. The
-utilisation is the network's own arithmetic (torch.utils.flop_counter) a second over that of a large matmul of the same
-dtype in the same run. Each mode of a library has weights of its own, 3.3 GB with the optimiser's state.
+A case is LIBRARY/MODE/DTYPE: ours or diffusers / eager, channels_last, checkpointing (ours) or
+compile (these two are channels_last) / float32, bf16 or fp16 (autocast; fp16 with a GradScaler).
+`--cases` names them; the first is what the others are compared with. Cases take turns; times are
+medians. The utilisation is the network's own arithmetic (torch.utils.flop_counter) a second over
+that of a large matmul of the same dtype in the same run. Each mode of a library has weights of its
+own, 3.3 GB with the optimiser's state.
 
-diffusers (a development extra: pip install diffusers) is needed for its cases alone. Its UNet2DConditionModel below has
-the very same 206,194,243 parameters, and its VQModel the same 55 million. The CUDA path is not yet run on a GPU.
+diffusers (a development extra: pip install diffusers) is needed for its cases alone. Its
+UNet2DConditionModel below has the very same 206,194,243 parameters, and its VQModel the same 55
+million.
 """
 from __future__ import annotations
 
 import argparse
-import contextlib
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -35,50 +36,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
-import train  # noqa: E402
+from benchmarks.timing import in_turns, medians, synchronize  # noqa: E402
+from engine.cpu import use_fast_norms  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 from vq import VQConfig, VQModel  # noqa: E402
 
-UNET, VQ = UNetConfig(), VQConfig()                 # the seed's: preset danbooru
-LATENT, PICTURE = 64, 256                           # sides, of latents and pictures
+UNET, VQ = UNetConfig(), VQConfig()                 # preset danbooru
+LATENT, PICTURE = 64, 256                           # sides, of latents and images
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODES = {"ours": ("eager", "channels_last", "checkpointing", "compile"),
          "diffusers": ("eager", "channels_last", "compile")}
-CPU_CASES = ["diffusers/eager/float32", "diffusers/eager/bf16", "ours/channels_last/float32", "ours/channels_last/bf16"]
+CPU_CASES = ["diffusers/eager/float32", "diffusers/eager/bf16", "ours/channels_last/float32",
+             "ours/channels_last/bf16"]
 TOP = 14                                            # rows of a profile
 LR = 1e-5                                           # of AdamW; any will do
 
 
-# --------------------------------------------------------------------------------------------------- the clock
-
-def synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-
-
-def seconds(work: Callable[[], object], device: str) -> float:
-    synchronize(device)
-    began = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - began
-
-
-def in_turns(works: dict[str, Callable[[], object]], turns: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each work, `turns` times, all of them once before any of them again; one more round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(turns + 1):
-        for name, work in works.items():
-            took = seconds(work, device)
-            if turn:
-                times[name].append(took)
-    return times
-
-
-# ------------------------------------------------------------------------------------------------- the ceilings
+# ----------------------------------------------------------------------------------- the ceilings
 
 def ceiling(device: str, dtype: torch.dtype, turns: int = 8) -> dict[str, float]:
-    """The most that this machine was seen to do: FLOP/s of a large matmul and 3x3 convolution, B/s of a large copy."""
+    """The most that this machine was seen to do: FLOP/s of a large matmul and 3x3 convolution, B/s
+    of a large copy."""
     big = device.startswith("cuda")
     n, batch, channels, side = (8192, 32, 320, 64) if big else (2048, 4, 320, 64)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -90,19 +68,20 @@ def ceiling(device: str, dtype: torch.dtype, turns: int = 8) -> dict[str, float]
     target = torch.empty_like(source)
     amounts = {"matmul": 2 * n ** 3, "convolution": 2 * 9 * channels ** 2 * batch * side ** 2,
                "copy": 2 * len(source)}             # FLOPs, FLOPs, bytes read and written
-    times = in_turns({"matmul": lambda: a @ b, "convolution": lambda: F.conv2d(x, weight, padding=1),
+    times = in_turns({"matmul": lambda: a @ b,
+                      "convolution": lambda: F.conv2d(x, weight, padding=1),
                       "copy": lambda: target.copy_(source)}, turns, device)
     return {name: amounts[name] / min(times[name]) for name in amounts}
 
 
 def print_ceilings(device: str) -> None:
-    for name in ("float32", "bf16", "fp16") if device.startswith("cuda") else ("float32", "bf16"):
+    for name in DTYPES if device.startswith("cuda") else ("float32", "bf16"):
         c = ceiling(device, DTYPES[name])
-        print(f"{name:8s} matmul {c['matmul'] / 1e9:9.0f} GFLOP/s   3x3 convolution {c['convolution'] / 1e9:9.0f} "
-              f"GFLOP/s   copy {c['copy'] / 1e9:7.1f} GB/s")
+        print(f"{name:8s} matmul {c['matmul'] / 1e9:9.0f} GFLOP/s   3x3 convolution "
+              f"{c['convolution'] / 1e9:9.0f} GFLOP/s   copy {c['copy'] / 1e9:7.1f} GB/s")
 
 
-# ----------------------------------------------------------------------------------------------------- the work
+# --------------------------------------------------------------------------------------- the work
 
 def build(work: str, library: str) -> nn.Module:
     """The network of "unet", "vq" or "sample", ours or diffusers' of the same size."""
@@ -111,26 +90,40 @@ def build(work: str, library: str) -> nn.Module:
     try:
         import diffusers
     except ImportError:
-        raise ValueError("the cases of diffusers need that package; pip install diffusers, or name cases of ours with "
-                         "--cases") from None
-    if work == "vq":
-        levels = len(VQ.ch_mult)
-        return diffusers.VQModel(
-            block_out_channels=[VQ.ch * m for m in VQ.ch_mult], layers_per_block=VQ.num_res_blocks,
-            down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
-            latent_channels=VQ.z_channels, vq_embed_dim=VQ.embed_dim, num_vq_embeddings=VQ.n_embed,
-            sample_size=PICTURE)
-    with_attention = [2 ** i in UNET.attention_resolutions for i in range(len(UNET.channel_mult))]
-    return diffusers.UNet2DConditionModel(
-        sample_size=LATENT, in_channels=UNET.in_channels, out_channels=UNET.out_channels,
-        block_out_channels=[UNET.model_channels * m for m in UNET.channel_mult], layers_per_block=UNET.num_res_blocks,
-        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in with_attention],
-        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(with_attention)],
-        cross_attention_dim=UNET.context_dim, attention_head_dim=UNET.num_heads)
+        raise ValueError("the cases of diffusers need that package; pip install diffusers, or "
+                         "name cases of ours with --cases") from None
+    if work != "vq":
+        return diffusers_unet(UNET, LATENT)
+    levels = len(VQ.ch_mult)
+    return diffusers.VQModel(
+        block_out_channels=[VQ.ch * m for m in VQ.ch_mult], layers_per_block=VQ.num_res_blocks,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels, latent_channels=VQ.z_channels,
+        vq_embed_dim=VQ.embed_dim, num_vq_embeddings=VQ.n_embed, sample_size=PICTURE)
+
+
+def diffusers_unet(c: UNetConfig, side: int) -> nn.Module:
+    """diffusers' UNet of the same layout and size; its attention_head_dim is the number of
+    heads."""
+    import diffusers
+    attends = [2 ** level in c.attention_resolutions for level in range(len(c.channel_mult))]
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=side, in_channels=c.in_channels, out_channels=c.out_channels,
+        block_out_channels=[c.model_channels * m for m in c.channel_mult],
+        layers_per_block=c.num_res_blocks, attention_head_dim=c.num_heads,
+        down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        up_block_types=["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        cross_attention_dim=c.context_dim or 1)
+    if c.context_dim is None:           # diffusers knows no UNet without cross-attention
+        for block in unet.modules():
+            if hasattr(block, "attn2"):
+                block.attn2 = block.norm2 = None
+    return unet
 
 
 def inputs(work: str, batch: int, device: str) -> dict[str, Tensor]:
-    """What goes into the network, the same for both libraries; a guided sampling step has every sample twice."""
+    """What goes into the network, the same for both libraries; a guided sampling step has every
+    sample twice."""
     if work == "vq":
         return {"x": torch.rand(batch, 3, PICTURE, PICTURE, device=device) * 2 - 1}
     batch = 2 * batch if work == "sample" else batch
@@ -142,17 +135,21 @@ def inputs(work: str, batch: int, device: str) -> dict[str, Tensor]:
 def loss_of(work: str, library: str, model: nn.Module, x: Tensor, **rest: Tensor) -> Tensor:
     """Forward, to the loss that the stage trains on."""
     if work == "vq":
-        x_hat, codebook_loss = model(x)[:2] if library == "ours" else model(x, return_dict=False)
+        x_hat, codebook_loss = (model(x)[:2] if library == "ours" else
+                                model(x, return_dict=False))
         return (x_hat.float() - x).abs().mean() + codebook_loss
     return F.mse_loss(eps_of(library, model, x, **rest).float(), x)
 
 
 def eps_of(library: str, model: nn.Module, x: Tensor, t: Tensor, context: Tensor | list) -> Tensor:
-    return model(x, t, context) if library == "ours" else model(x, t, context, return_dict=False)[0]
+    if library == "ours":
+        return model(x, t, context)
+    return model(x, t, context, return_dict=False)[0]
 
 
 def flops(work: str, library: str, device: str) -> int:
-    """Multiplications and additions for one picture: forward and backward, or both halves of a guided step."""
+    """Multiplications and additions for one image: forward and backward, or both halves of a
+    guided step."""
     model, one = build(work, library).to(device), inputs(work, 1, device)
     # The counter does not know the fused attention of every device, but it knows matmuls.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -172,12 +169,15 @@ def steps(work: str, cases: list[str], batch: int, device: str) -> dict[str, Cal
         if (library, mode) not in networks:
             torch.manual_seed(0)
             model = build(work, library).to(device)
+            if library == "ours" and device == "cpu":
+                use_fast_norms(model)
             if mode != "eager":
                 model = model.to(memory_format=torch.channels_last)
             if mode == "checkpointing":
                 model.checkpointing = True
             opt = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
-            networks[library, mode] = torch.compile(model) if mode == "compile" else model, opt
+            model = torch.compile(model) if mode == "compile" else model
+            networks[library, mode] = model, opt
         make = sampling_step if work == "sample" else training_step
         found[case] = make(work, library, *networks[library, mode], dtype, data, device)
     return found
@@ -211,28 +211,30 @@ def sampling_step(work: str, library: str, model: nn.Module, opt: torch.optim.Op
     return step
 
 
-def autocast(dtype: str, device: str) -> contextlib.AbstractContextManager:
-    return torch.autocast(torch.device(device).type, DTYPES[dtype] if dtype != "float32" else None,
-                          enabled=dtype != "float32")
+def autocast(dtype: str, device: str) -> AbstractContextManager:
+    return checkpoint.autocast("off" if dtype == "float32" else dtype, device)
 
 
-# -------------------------------------------------------------------------------------------------- the measures
+# ------------------------------------------------------------------------------------ the measures
 
 def compare(args: argparse.Namespace) -> None:
     works = steps(args.work, args.cases, args.batch, args.device)
-    times = {case: statistics.median(took) for case, took in in_turns(works, args.turns, args.device).items()}
-    libraries, _, dtypes = (dict.fromkeys(column) for column in zip(*(case.split("/") for case in times), strict=True))
+    times = medians(works, args.turns, args.device)
+    libraries, _, dtypes = (dict.fromkeys(column)
+                            for column in zip(*(case.split("/") for case in times), strict=True))
     most = {dtype: ceiling(args.device, DTYPES[dtype])["matmul"] for dtype in dtypes}
     count = {library: args.batch * flops(args.work, library, args.device) for library in libraries}
-    print(f"{args.work}, batch {args.batch}, {args.device}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, median of {args.turns}; matmul ceiling "
+    print(f"{args.work}, batch {args.batch}, {args.device}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, median of {args.turns}; matmul ceiling "
           + ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in most.items()))
-    print("| case | s | times as fast as the first | GFLOP | GFLOP/s | of the ceiling |\n" + "|---" * 6 + "|")
+    print("| case | s | times as fast as the first | GFLOP | GFLOP/s | of the ceiling |\n"
+          + "|---" * 6 + "|")
     for case, took in times.items():
         library, _, dtype = case.split("/")
         rate = count[library] / took
-        print(f"| {case} | {took:.3f} | {times[args.cases[0]] / took:.2f} | {count[library] / 1e9:.0f} | "
-              f"{rate / 1e9:.0f} | {rate / most[dtype]:.0%} |", flush=True)
+        print(f"| {case} | {took:.3f} | {times[args.cases[0]] / took:.2f} "
+              f"| {count[library] / 1e9:.0f} | {rate / 1e9:.0f} | {rate / most[dtype]:.0%} |",
+              flush=True)
 
 
 def profile(args: argparse.Namespace) -> None:
@@ -251,41 +253,51 @@ def profile(args: argparse.Namespace) -> None:
 def memory(args: argparse.Namespace) -> None:
     """The peak of each case in a process of its own."""
     for case in args.cases:
-        words = [args.work, "--batch", str(args.batch), "--device", args.device, "--cases", case, "--peak"]
-        subprocess.run([sys.executable, __file__, *words], check=True)
+        subprocess.run([sys.executable, __file__, args.work, "--batch", str(args.batch), "--device",
+                        args.device, "--cases", case, "--peak"], check=True)
 
 
 def peak(args: argparse.Namespace) -> None:
-    """Two steps of one case: what they need at most, above weights and optimiser state, and in all."""
+    """Two steps of one case: what they need at most, above weights and optimiser state, and in
+    all."""
     case = args.cases[0]
     step = steps(args.work, [case], args.batch, args.device)[case]
     step()
     if args.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(args.device)
     step()
-    print(f"{args.work}, batch {args.batch}, {case}: peak memory {train.peak_memory(args.device):.2f} GiB, weights and "
-          f"AdamW among them", flush=True)
+    print(f"{args.work}, batch {args.batch}, {case}: peak memory {peak_memory(args.device):.2f} "
+          "GiB, weights and AdamW among them", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------- command line
+def peak_memory(device: str) -> float:
+    """GiB: of the GPU, else of this process (Linux; getrusage counts the parent process in)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2 ** 20
+
+
+# ------------------------------------------------------------------------------------ command line
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("work", choices=("ceilings", "unet", "vq", "sample"))
-    add("--batch", type=int, default=4, help="pictures a step (default %(default)s)")
+    add("--batch", type=int, default=4, help="images a step (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--turns", type=int, default=5, help="(default %(default)s)")
-    add("--cases", nargs="+", metavar="CASE", help=f"on a CPU {' '.join(CPU_CASES)} unless told otherwise; on a GPU "
-        "every library, mode and dtype")
+    add("--cases", nargs="+", metavar="CASE", help=f"default on a CPU: {' '.join(CPU_CASES)}; on a "
+        "GPU every library, mode and dtype")
     add("--profile", action="store_true")
     add("--memory", action="store_true")
     add("--peak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.device = checkpoint.find_device(args.device)
     cuda = args.device.startswith("cuda")
-    every = [f"{library}/{mode}/{dtype}" for library, modes in reversed(MODES.items()) for dtype in DTYPES
-             for mode in modes if cuda or dtype != "fp16"]
+    every = [f"{library}/{mode}/{dtype}" for library, modes in reversed(MODES.items())
+             for dtype in DTYPES for mode in modes if cuda or dtype != "fp16"]
     args.cases = args.cases or (every if cuda else CPU_CASES)
     for case in args.cases:
         if case not in every:
@@ -298,11 +310,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
-        train.set_up(args.device)
+        if args.device.startswith("cuda"):
+            torch.set_float32_matmul_precision("high")          # as train.py does
+            torch.backends.cudnn.benchmark = True
         if args.work == "ceilings":
             print_ceilings(args.device)
+        elif args.profile:
+            profile(args)
+        elif args.memory:
+            memory(args)
+        elif args.peak:
+            peak(args)
         else:
-            (profile if args.profile else memory if args.memory else peak if args.peak else compare)(args)
+            compare(args)
     except ValueError as e:
         print(f"speed.py: {e}", file=sys.stderr)
         return 2

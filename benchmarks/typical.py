@@ -2,8 +2,9 @@
 
     python benchmarks/typical.py --ckpt runs/ldm/last.pt --pictures 128
 
-Held-out poses as they are, and with every joint moved by Gaussian noise (--noise, in pictures), are pulled by 0 to 1.
-"asked" is PCK@0.1 of samples to the pulled pose that the model was given, "wanted" that to the pose before the pull.
+Held-out poses as they are, and with every joint moved by Gaussian noise (--noise, in image sides),
+are pulled by 0 to 1. "asked" is PCK@0.1 of samples to the pulled pose that the model was given,
+"wanted" that to the pose before the pull.
 """
 from __future__ import annotations
 
@@ -18,17 +19,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
-import metrics.pose  # noqa: E402
 import sample  # noqa: E402
 from extras.density import PoseDensity  # noqa: E402
-from metrics import keypoint_detector  # noqa: E402
+from metrics.pose import fidelity, read_all  # noqa: E402
 
 COLUMNS = {"distance": ("distance", "body sizes", ".3f"), "unusual": ("further out", "than", ".1%"),
-           "asked": ("PCK@0.1", "asked", ".3f"), "wanted": ("PCK@0.1", "wanted", ".3f"), "oks": ("OKS", "asked", ".3f")}
+           "asked": ("PCK@0.1", "asked", ".3f"), "wanted": ("PCK@0.1", "wanted", ".3f"),
+           "oks": ("OKS", "asked", ".3f")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="runs/ldm/last.pt")
     parser.add_argument("--amounts", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
     parser.add_argument("--noise", type=float, default=0.05)
@@ -38,22 +40,24 @@ def main() -> None:
     ldm, payload = checkpoint.load_ldm(args.ckpt)
     c = payload["config"]
     train_part, held_out = data.open_data(c["data"], c["size"], c["val"])
-    reader = keypoint_detector.find_reader(c["data"], train_part)
+    reader = evaluate.find_detector(c["data"], train_part)
     density = PoseDensity(checkpoint.training_poses(payload, args.ckpt))
-    poses = np.concatenate([pose for _, pose in data.in_order(held_out, 64, args.pictures)]).astype(np.float64)
-    noisy = poses + [1, 1, 0] * np.random.default_rng(0).normal(0, args.noise, poses.shape) * poses[..., 2:]
+    poses = torch.cat([pose for _, pose in data.in_order(held_out, 64, args.pictures)])
+    poses = poses.double().numpy()
+    noise = np.random.default_rng(0).normal(0, args.noise, poses.shape) * poses[..., 2:]
     rows = {}
-    for kind, given in (("held out", poses), (f"noise {args.noise:g}", noisy)):
+    for kind, given in (("held out", poses), (f"noise {args.noise:g}", poses + [1, 1, 0] * noise)):
         for amount in args.amounts:
             asked = density.typical(given, amount)
-            pictures = sample.draw_pictures(
-                ldm, torch.from_numpy(asked), list(range(len(asked))), c["size"], sampler="ddim", steps=args.steps,
-                eta=ldm.eta, guidance=ldm.guidance, spacing="even")
-            read, _ = metrics.pose.read_all(reader, np.stack(pictures))
-            found = metrics.pose.fidelity(read, asked)
+            images = sample.draw_images(
+                ldm, torch.from_numpy(asked), list(range(len(asked))), c["size"], sampler="ddim",
+                steps=args.steps, eta=ldm.eta, guidance=ldm.guidance, spacing="even")
+            read, _ = read_all(reader, np.stack(images))
+            found = fidelity(read, asked)
             rows[f"{kind}, typical {amount:g}"] = {
-                "distance": density.distance(asked).mean(), "unusual": density.unusual(asked).mean(),
-                "asked": found["pck@0.1"], "wanted": metrics.pose.fidelity(read, given)["pck@0.1"], "oks": found["oks"]}
+                "distance": density.distance(asked).mean(),
+                "unusual": density.unusual(asked).mean(), "asked": found["pck@0.1"],
+                "wanted": fidelity(read, given)["pck@0.1"], "oks": found["oks"]}
     print(evaluate.table(rows, COLUMNS))
 
 

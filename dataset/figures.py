@@ -1,7 +1,7 @@
-"""Little people with exact joints, so that nothing has to be downloaded: (seed, i) in, picture and pose out.
+"""Procedural people with exact joints: (seed, i) in, image and pose out. Nothing to download.
 
-In order: colours, a person, a pose, the posed skeleton in 3D, its drawing, the place.
-Axes: x right, y down, z towards the viewer; a body unit is the standing height; angles are in degrees.
+In order: colours, a person, a pose, the posed skeleton in 3D, its drawing, the backdrop.
+Axes: x right, y down, z to the viewer. A body unit is the standing height; angles are in degrees.
 """
 
 import math
@@ -13,9 +13,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 import keypoints
-from data import Pictures
+from data import ImageDataset
 
-SUPERSAMPLE = 4                 # drawn so many times larger, then averaged down
+SUPERSAMPLE = 4                 # drawn 4 times larger, then averaged down
 Colour = tuple[int, int, int]
 Vec = tuple[float, float, float]
 Mat = tuple[Vec, Vec, Vec]
@@ -26,21 +26,30 @@ def _hex(codes: str) -> list[Colour]:
 
 
 SKINS = _hex("ffe0c7 f9cfae f0b98d e0a070 c98352 a9673d 8a5030 6b3d26 542f20")
-HAIRS = _hex("2a2228 3d2a24 5b3a29 8a5532 b9763a e3b65c f0d79a c4532d 8d2f3f 9a9aa6 e9e4de 4a5fa8 c76b98")
-# Backdrops are pale and clothes strong, so that a limb parts from what is behind it even at 64 x 64.
-# One row: sky, far shape, near shape, ground | tops | bottoms (dark or denim) | accents for shoes and hats.
+HAIRS = _hex("2a2228 3d2a24 5b3a29 8a5532 b9763a e3b65c f0d79a c4532d 8d2f3f 9a9aa6 e9e4de 4a5fa8 "
+             "c76b98")
+# Backdrops are pale and clothes strong, so that a limb stands out from them even at 64 x 64.
+# One palette: sky, far shape, near shape, ground | tops | bottoms (dark or denim) | shoes and hats.
 PALETTES = [[_hex(codes) for codes in row] for row in (
-    ("cdeaf2 b5dccb 9ccfae bfe0a8", "e8564a f2b134 fff4e0 3a7ca5", "2f4858 4a5d7e 6b4a3a", "d1495b fff4e0 2f4858"),
-    ("fde6cf f7c9a9 eeb08d f5dcb0", "2a9d8f e76f51 264653 fffaf0", "264653 5a4a6a 3d5a80", "e76f51 8d3b2e 264653"),
-    ("e3dff5 c9c1ea b2a7df d8cdea", "f28482 5f4bb6 ffd166 fffdf7", "3a3266 5d576b 2d3047", "ffd166 f28482 2d3047"),
-    ("d9f0e6 b4ddcf 93c9b9 e8e3c0", "ee6c4d 1f7a8c f4d35e f9f7f0", "293241 3d5a80 704d3c", "ee6c4d f9f7f0 293241"),
-    ("ffe3e6 f9c6cd f2adb8 fbe9d7", "457b9d d62839 1d3557 fff8f0", "1d3557 5c4b51 44608a", "d62839 fff8f0 3c2a3e"),
-    ("fbf3d9 f0dfae e3cd8f e9dcc0", "588157 bc4749 3a5a40 386fa4", "344e41 6b4226 4b5a75", "bc4749 f2e8cf 3b2c24"),
-    ("dbe7f7 bccfe9 a3bbdd eef3f8", "d1495b edae49 00798c 30638e", "2e4057 66545e 4f3b4f", "edae49 d1495b 243447"),
-    ("2f3a62 3d4a78 4a5a8a 56688f", "ff9f68 ffe08a f4f1ff e4688a", "8f7fc4 c8553d 7fb7be", "ffe08a ff9f68 f4f1ff"),
+    ("cdeaf2 b5dccb 9ccfae bfe0a8", "e8564a f2b134 fff4e0 3a7ca5",
+     "2f4858 4a5d7e 6b4a3a", "d1495b fff4e0 2f4858"),
+    ("fde6cf f7c9a9 eeb08d f5dcb0", "2a9d8f e76f51 264653 fffaf0",
+     "264653 5a4a6a 3d5a80", "e76f51 8d3b2e 264653"),
+    ("e3dff5 c9c1ea b2a7df d8cdea", "f28482 5f4bb6 ffd166 fffdf7",
+     "3a3266 5d576b 2d3047", "ffd166 f28482 2d3047"),
+    ("d9f0e6 b4ddcf 93c9b9 e8e3c0", "ee6c4d 1f7a8c f4d35e f9f7f0",
+     "293241 3d5a80 704d3c", "ee6c4d f9f7f0 293241"),
+    ("ffe3e6 f9c6cd f2adb8 fbe9d7", "457b9d d62839 1d3557 fff8f0",
+     "1d3557 5c4b51 44608a", "d62839 fff8f0 3c2a3e"),
+    ("fbf3d9 f0dfae e3cd8f e9dcc0", "588157 bc4749 3a5a40 386fa4",
+     "344e41 6b4226 4b5a75", "bc4749 f2e8cf 3b2c24"),
+    ("dbe7f7 bccfe9 a3bbdd eef3f8", "d1495b edae49 00798c 30638e",
+     "2e4057 66545e 4f3b4f", "edae49 d1495b 243447"),
+    ("2f3a62 3d4a78 4a5a8a 56688f", "ff9f68 ffe08a f4f1ff e4688a",
+     "8f7fc4 c8553d 7fb7be", "ffe08a ff9f68 f4f1ff"),
 )]
 WHITE, INK, ROSE = (255, 255, 255), (44, 34, 48), (240, 104, 112)
-EDGE = 0.64                     # outlines are this much darker than what they surround
+EDGE = 0.64                     # brightness of an outline, times that of its shape
 
 
 def _shade(colour: Colour, light: float) -> Colour:
@@ -51,7 +60,8 @@ def _mix(a: Colour, b: Colour, t: float) -> Colour:
     return _shade(_lerp(a, b, t), 1)
 
 
-HAIR_STYLES = ("short", "short", "bob", "long", "ponytail", "pigtails", "bun", "afro", "curly", "bald")
+HAIR_STYLES = ("short", "short", "bob", "long", "ponytail", "pigtails", "bun", "afro", "curly",
+               "bald")
 EARS_COVERED, ONE_MASS = ("bob", "long", "afro", "curly"), ("afro", "curly")
 
 
@@ -60,27 +70,32 @@ class _Person:
 
     def __init__(self, rng: random.Random, palette: list[list[Colour]]):
         (_, _, near, _), tops, bottoms, accents = palette
-        self.crate = _mix(near, (120, 80, 50), 0.45)                            # the box to sit on
-        self.head = rng.uniform(0.118, 0.178)                                   # radius: 0.18 a chibi, 0.12 grown up
+        self.crate = _mix(near, (120, 80, 50), 0.45)            # the box to sit on
+        self.head = rng.uniform(0.118, 0.178)                   # radius: 0.18 chibi, 0.12 adult
         body = 1 - 2 * self.head
-        self.torso, self.leg = 0.40 * body, 0.29 * body                         # hips to neck; thigh, and shank
+        self.torso, self.leg = 0.40 * body, 0.29 * body         # hips to neck; thigh, and shank
         self.skirt = rng.random() < 0.28
-        motifs = ("plain", "stripes", "stripes", "badge", "jacket", "plain" if self.skirt else "overalls")
-        self.motif, self.skin, self.bottom = rng.choice(motifs), rng.choice(SKINS), rng.choice(bottoms)
+        motifs = ("plain", "stripes", "stripes", "badge", "jacket",
+                  "plain" if self.skirt else "overalls")
+        self.motif = rng.choice(motifs)
+        self.skin, self.bottom = rng.choice(SKINS), rng.choice(bottoms)
         if self.motif == "overalls":
             tops = [_mix(colour, WHITE, 0.45) for colour in tops]
-        apart = [top for top in tops if sum(abs(x - y) for x, y in zip(top, self.skin, strict=True)) > 110]
-        self.top = rng.choice(apart or tops)                                    # cloth that shows against the skin
+        apart = [top for top in tops
+                 if sum(abs(x - y) for x, y in zip(top, self.skin, strict=True)) > 110]
+        self.top = rng.choice(apart or tops)                    # cloth that differs from the skin
         if self.skirt and rng.random() < 0.55:
-            self.bottom = self.top                                              # a dress
+            self.bottom = self.top                              # a dress
         elif self.skirt:
             self.bottom = rng.choice([colour for colour in tops if colour != self.top])
         self.style = rng.choice(HAIR_STYLES)
-        self.hat = rng.choice(("cap", "beanie", "sunhat")) if self.style != "afro" and rng.random() < 0.2 else ""
-        self.arm = rng.uniform(0.225, 0.245) * body                             # upper arm, and forearm
-        self.shoulder = rng.uniform(0.125, 0.16) * body                         # half the width between the joints
-        self.hip = rng.uniform(0.07, 0.085) * body                              # the same
-        self.girth = rng.uniform(0.9, 1.22) * body                              # multiplies every thickness
+        self.hat = ""
+        if self.style != "afro" and rng.random() < 0.2:
+            self.hat = rng.choice(("cap", "beanie", "sunhat"))
+        self.arm = rng.uniform(0.225, 0.245) * body             # upper arm, and forearm
+        self.shoulder = rng.uniform(0.125, 0.16) * body         # half the width between the joints
+        self.hip = rng.uniform(0.07, 0.085) * body              # the same
+        self.girth = rng.uniform(0.9, 1.22) * body              # multiplies every thickness
         self.hair, self.fringe = rng.choice(HAIRS), rng.choice(HAIRLINES)
         beards = 15 if self.style in ("short", "bald") else 0
         self.face = rng.choices(("plain", "glasses", "beard"), (70, 15, beards))[0]
@@ -91,73 +106,78 @@ class _Person:
         self.shoe, self.accent = rng.choice(accents), rng.choice(accents)
 
 
-# Arm: flexion (0 hangs, 90 forward, 180 up), abduction (90 sideways), turn (forearm bends: 0 forward,
-# 90 inward, -90 outward), elbow. Leg: the same with the knee, which bends backward; turn 90 brings the foot inward.
+# Arm: flexion (0 hangs, 90 forward, 180 up), abduction (90 sideways), turn (of the forearm: 0
+# forward, 90 inward, -90 outward), elbow. Leg: the same with the knee; turn 90: the foot inward.
 ARM_LIMITS = ((-50, 170), (-5, 172), (-90, 90), (0, 145))
 LEG_LIMITS = ((-35, 118), (-6, 60), (-25, 85), (0, 150))
 STAND, HANG, UP = (0, 5, 0, 3), (4, 12, 10, 14), (0, 163, -30, 12)
 # name: left arm, right arm, left leg, right leg, (lean forward, roll sideways), lift off the ground
 ARCHETYPES = {
-    "stand":    (HANG, HANG, STAND, STAND, (0, 0), 0.0),
-    "wave":     (HANG, (0, 105, -85, 75), STAND, STAND, (0, 3), 0.0),
-    "walk":     ((36, 8, 5, 25), (-32, 8, 5, 22), (-22, 2, 0, 24), (30, 2, 0, 6), (4, 0), 0.0),
-    "run":      ((62, 10, 20, 95), (-46, 12, 10, 92), (-24, 2, 0, 82), (66, 3, 0, 66), (16, 0), 0.04),
-    "star":     ((0, 128, -10, 8), (0, 128, -10, 8), (0, 32, 0, 8), (0, 32, 0, 8), (0, 0), 0.12),
-    "leap":     ((30, 120, -20, 15), (-20, 95, 0, 15), (-32, 4, 0, 60), (72, 6, 0, 18), (8, 0), 0.13),
-    "tuck":     (UP, UP, (78, 16, 0, 105), (70, 16, 0, 112), (8, 0), 0.16),
-    "dance":    ((0, 150, -60, 45), (0, 52, 80, 95), STAND, (45, 38, 45, 95), (0, 8), 0.0),
-    "twirl":    ((60, 110, 30, 40), (20, 70, 60, 50), (0, 4, 0, 6), (-12, 22, 0, 55), (-4, -8), 0.0),
-    "box":      ((28, 8, 20, 40), (24, 10, 20, 45), (86, 8, 0, 86), (84, 8, 0, 80), (2, 0), 0.0),
-    "floor":    ((-30, 22, 0, 6), (-28, 24, 0, 8), (86, 12, 0, 6), (98, 10, 0, 55), (-12, 0), 0.0),
-    "lotus":    ((40, 22, 10, 30), (40, 22, 10, 30), (84, 48, 76, 118), (84, 48, 70, 112), (3, 0), 0.0),
-    "heels":    ((34, 6, 15, 38), (34, 6, 15, 38), (72, 8, 0, 145), (72, 8, 0, 145), (4, 0), 0.0),
-    "kneel":    ((42, 6, 30, 52), HANG, (86, 6, 0, 88), (2, 4, 0, 92), (5, 0), 0.0),
-    "crouch":   ((62, 10, 10, 30), (60, 12, 10, 42), (108, 22, 0, 128), (104, 22, 0, 126), (24, 0), 0.0),
-    "cheer":    (UP, UP, (0, 9, 0, 3), (0, 9, 0, 3), (-4, 0), 0.0),
-    "point":    (HANG, (86, 8, 0, 4), STAND, (8, 6, 0, 6), (2, 0), 0.0),
-    "show":     ((-10, 46, 75, 98), (0, 92, 0, 6), (0, 8, 0, 3), (0, 8, 0, 3), (0, 4), 0.0),
-    "tee":      ((0, 89, 0, 2), (0, 89, 0, 2), STAND, STAND, (0, 0), 0.0),
-    "kick":     ((40, 42, 10, 25), (-35, 45, 0, 20), STAND, (78, 6, 0, 12), (-12, 0), 0.0),
-    "hips":     ((-12, 46, 75, 98), (-12, 46, 75, 98), (0, 10, 0, 3), (0, 10, 0, 3), (0, 0), 0.0),
-    "tilt":     ((0, 158, -20, 20), (-10, 44, 75, 96), (0, 12, 0, 2), (0, 12, 0, 14), (0, 20), 0.0),
-    "think":    ((24, 4, 80, 92), (52, 8, 40, 132), STAND, STAND, (3, 0), 0.0),
-    "tree":     ((0, 166, 10, 30), (0, 166, 10, 30), STAND, (52, 50, 80, 122), (0, 0), 0.0),
-    "swallow":  ((10, 92, 0, 4), (10, 92, 0, 4), (8, 2, 0, 10), (-35, 4, 0, 10), (42, 0), 0.0),
-    "muscle":   ((0, 90, -88, 105), (0, 90, -88, 105), (0, 12, 0, 3), (0, 12, 0, 3), (0, 0), 0.0),
-    "bow":      ((-20, 12, 0, 10), (40, 6, 60, 80), STAND, STAND, (38, 0), 0.0),
-    "lunge":    ((95, 20, 0, 6), (-40, 20, 0, 20), (62, 6, 0, 66), (-26, 4, 0, 12), (6, 0), 0.0),
+    "stand": (HANG, HANG, STAND, STAND, (0, 0), 0),
+    "wave": (HANG, (0, 105, -85, 75), STAND, STAND, (0, 3), 0),
+    "walk": ((36, 8, 5, 25), (-32, 8, 5, 22), (-22, 2, 0, 24), (30, 2, 0, 6), (4, 0), 0),
+    "run": ((62, 10, 20, 95), (-46, 12, 10, 92), (-24, 2, 0, 82), (66, 3, 0, 66), (16, 0), 0.04),
+    "star": ((0, 128, -10, 8), (0, 128, -10, 8), (0, 32, 0, 8), (0, 32, 0, 8), (0, 0), 0.12),
+    "leap": ((30, 120, -20, 15), (-20, 95, 0, 15), (-32, 4, 0, 60), (72, 6, 0, 18), (8, 0), 0.13),
+    "tuck": (UP, UP, (78, 16, 0, 105), (70, 16, 0, 112), (8, 0), 0.16),
+    "dance": ((0, 150, -60, 45), (0, 52, 80, 95), STAND, (45, 38, 45, 95), (0, 8), 0),
+    "twirl": ((60, 110, 30, 40), (20, 70, 60, 50), (0, 4, 0, 6), (-12, 22, 0, 55), (-4, -8), 0),
+    "box": ((28, 8, 20, 40), (24, 10, 20, 45), (86, 8, 0, 86), (84, 8, 0, 80), (2, 0), 0),
+    "floor": ((-30, 22, 0, 6), (-28, 24, 0, 8), (86, 12, 0, 6), (98, 10, 0, 55), (-12, 0), 0),
+    "lotus": ((40, 22, 10, 30), (40, 22, 10, 30), (84, 48, 76, 118), (84, 48, 70, 112), (3, 0), 0),
+    "heels": ((34, 6, 15, 38), (34, 6, 15, 38), (72, 8, 0, 145), (72, 8, 0, 145), (4, 0), 0),
+    "kneel": ((42, 6, 30, 52), HANG, (86, 6, 0, 88), (2, 4, 0, 92), (5, 0), 0),
+    "crouch": ((62, 10, 10, 30), (60, 12, 10, 42), (108, 22, 0, 128), (104, 22, 0, 126),
+               (24, 0), 0),
+    "cheer": (UP, UP, (0, 9, 0, 3), (0, 9, 0, 3), (-4, 0), 0),
+    "point": (HANG, (86, 8, 0, 4), STAND, (8, 6, 0, 6), (2, 0), 0),
+    "show": ((-10, 46, 75, 98), (0, 92, 0, 6), (0, 8, 0, 3), (0, 8, 0, 3), (0, 4), 0),
+    "tee": ((0, 89, 0, 2), (0, 89, 0, 2), STAND, STAND, (0, 0), 0),
+    "kick": ((40, 42, 10, 25), (-35, 45, 0, 20), STAND, (78, 6, 0, 12), (-12, 0), 0),
+    "hips": ((-12, 46, 75, 98), (-12, 46, 75, 98), (0, 10, 0, 3), (0, 10, 0, 3), (0, 0), 0),
+    "tilt": ((0, 158, -20, 20), (-10, 44, 75, 96), (0, 12, 0, 2), (0, 12, 0, 14), (0, 20), 0),
+    "think": ((24, 4, 80, 92), (52, 8, 40, 132), STAND, STAND, (3, 0), 0),
+    "tree": ((0, 166, 10, 30), (0, 166, 10, 30), STAND, (52, 50, 80, 122), (0, 0), 0),
+    "swallow": ((10, 92, 0, 4), (10, 92, 0, 4), (8, 2, 0, 10), (-35, 4, 0, 10), (42, 0), 0),
+    "muscle": ((0, 90, -88, 105), (0, 90, -88, 105), (0, 12, 0, 3), (0, 12, 0, 3), (0, 0), 0),
+    "bow": ((-20, 12, 0, 10), (40, 6, 60, 80), STAND, STAND, (38, 0), 0),
+    "lunge": ((95, 20, 0, 6), (-40, 20, 0, 20), (62, 6, 0, 66), (-26, 4, 0, 12), (6, 0), 0),
 }
 YAWS = (0, 0, 0, 0, 0, 38, -38, 38, -38, 65, -65, 88, -88, 88, -88, 145, -145, 180)
-RANDOM_POSES = 0.34             # share of pictures with limbs drawn from the whole human range
-CLOSE_UPS = 0.05                # share of pictures cropped so that joints leave the frame
+RANDOM_POSES = 0.34             # share of images with limbs drawn from the whole human range
+CLOSE_UPS = 0.05                # share of images cropped so that joints leave the frame
 
 
 class _Pose:
-    """Angles in degrees; arms and legs are (left, right) rows in the terms of ARM_LIMITS and LEG_LIMITS."""
+    """Angles in degrees; arms and legs are (left, right) rows as in ARM_LIMITS and LEG_LIMITS."""
 
     def __init__(self, rng: random.Random):
         name = rng.choice(tuple(ARCHETYPES))
-        *limbs, (lean, roll), self.lift = ARCHETYPES[name]                      # lift in body units
-        self.box, jitter = name == "box", 6                                     # box: sits on one
+        *limbs, (lean, roll), self.lift = ARCHETYPES[name]      # lift in body units
+        self.box, jitter = name == "box", 6                     # box: the person sits on one
         if rng.random() < RANDOM_POSES:
             self.box, jitter = False, 0
-            limbs = [(rng.uniform(-45, 110), rng.uniform(0, 150), rng.uniform(-80, 80), rng.triangular(0, 140, 20))
-                     for _ in "LR"]
+            limbs = [(rng.uniform(-45, 110), rng.uniform(0, 150), rng.uniform(-80, 80),
+                      rng.triangular(0, 140, 20)) for _ in "LR"]
             limbs += [(rng.triangular(-35, 100, 0), rng.triangular(0, 50, 5), rng.uniform(-20, 30),
                        rng.triangular(0, 130, 5)) for _ in "LR"]
             lean, roll, self.lift = rng.gauss(4, 12), rng.gauss(0, 9), rng.choice((0.0, 0.0, 0.1))
         if rng.random() < 0.5:
             limbs, roll = [limbs[k] for k in (1, 0, 3, 2)], -roll
-        limbs = [[min(hi, max(lo, rng.gauss(angle, jitter))) for angle, (lo, hi) in zip(limb, limits, strict=True)]
-                 for limb, limits in zip(limbs, (ARM_LIMITS, ARM_LIMITS, LEG_LIMITS, LEG_LIMITS), strict=True)]
+        all_limits = (ARM_LIMITS, ARM_LIMITS, LEG_LIMITS, LEG_LIMITS)
+        limbs = [[min(high, max(low, rng.gauss(angle, jitter)))
+                  for angle, (low, high) in zip(limb, limits, strict=True)]
+                 for limb, limits in zip(limbs, all_limits, strict=True)]
         self.arms, self.legs = limbs[:2], limbs[2:]
-        self.yaw = rng.choice(YAWS) + rng.gauss(0, 7)                           # 0 faces the viewer, 90 right, 180 away
+        self.yaw = rng.choice(YAWS) + rng.gauss(0, 7)           # 0 faces us, 90 right, 180 away
         self.lean, self.roll = rng.gauss(lean, 2.5), rng.gauss(roll, 2)
-        self.head = (rng.gauss(0, 12), rng.gauss(-0.5 * lean, 6), rng.gauss(-0.4 * roll, 6))    # yaw, pitch down, roll
+        # yaw, pitch down, roll
+        self.head = rng.gauss(0, 12), rng.gauss(-0.5 * lean, 6), rng.gauss(-0.4 * roll, 6)
 
 
 def _rotation(axis: str, degrees: float) -> Mat:
-    """About x: takes down towards the viewer; about y: the viewer's direction to the right; z: down to the right."""
+    """About x: down turns to the viewer; about y: the viewer's side to the right; z: down to right.
+    """
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return {"x": ((1, 0, 0), (0, c, -s), (0, s, c)), "y": ((c, 0, s), (0, 1, 0), (-s, 0, c)),
             "z": ((c, s, 0), (-s, c, 0), (0, 0, 1))}[axis]
@@ -174,7 +194,8 @@ def _apply(m: Mat, v: Vec, origin: Vec = (0.0, 0.0, 0.0), scale: float = 1.0) ->
 def _matmul(*matrices: Mat) -> Mat:
     *others, product = matrices
     for m in reversed(others):
-        product = tuple(zip(*[_apply(m, column) for column in zip(*product, strict=True)], strict=True))
+        columns = [_apply(m, column) for column in zip(*product, strict=True)]
+        product = tuple(zip(*columns, strict=True))
     return product
 
 
@@ -183,21 +204,26 @@ def _lerp(a: Vec, b: Vec, t: float) -> Vec:
 
 
 SIDES = ("left", "right")
-FACE = {"nose": (0.0, 0.24, 0.97), "eye_left": (0.40, 0.04, 0.82), "eye_right": (-0.40, 0.04, 0.82),
-        "ear_left": (0.98, 0.12, -0.06), "ear_right": (-0.98, 0.12, -0.06)}     # from the head's middle, in its radii
-# Joints from the body outwards, their radii in girths, and what is added to the depth, in body units.
+FACE = {                        # from the head's middle, in its radii
+    "nose": (0.0, 0.24, 0.97), "eye_left": (0.40, 0.04, 0.82), "eye_right": (-0.40, 0.04, 0.82),
+    "ear_left": (0.98, 0.12, -0.06), "ear_right": (-0.98, 0.12, -0.06)}
+# Joints from the body outwards, radii in girths, an offset to the depth: hems hang over legs.
 LIMB_PARTS = {"arm": (("shoulder", "elbow", "wrist"), (0.05, 0.043, 0.035), 0.02),
-              "leg": (("hip", "knee", "ankle"), (0.073, 0.056, 0.042), -0.09)}  # hems hang over standing legs
+              "leg": (("hip", "knee", "ankle"), (0.073, 0.056, 0.042), -0.09)}
 
 
-def _limb(frame: Mat, root: Vec, length: float, angles: list[float], side: int, bend: int, toe: float = 0) -> list[Vec]:
-    """Root, middle and end joint, and the toe so far from it; side is +1 left, -1 right; bend +1 elbow, -1 knee."""
+def _limb(frame: Mat, root: Vec, length: float, angles: list[float], side: int, bend: int,
+          toe: float = 0) -> list[Vec]:
+    """Root, middle and end joint, and the toe, `toe` from the end; side is +1 left, -1 right; bend
+    +1 elbow, -1 knee."""
     flexion, abduction, turn, fold = angles
     frame = _matmul(frame, _rotation("x", flexion), _rotation("z", side * abduction))
     turn, fold = math.radians(turn), math.radians(fold)
-    sin_turn, cos_turn, sin_fold, cos_fold = math.sin(turn), math.cos(turn), math.sin(fold), math.cos(fold)
+    sin_turn, cos_turn = math.sin(turn), math.cos(turn)
+    sin_fold, cos_fold = math.sin(fold), math.cos(fold)
     middle = _apply(frame, (0, length, 0), root)
-    end = _apply(frame, (-side * sin_turn * sin_fold, cos_fold, bend * cos_turn * sin_fold), middle, length)
+    along = (-side * sin_turn * sin_fold, cos_fold, bend * cos_turn * sin_fold)
+    end = _apply(frame, along, middle, length)
     toes = (-side * sin_turn * cos_fold * bend, -bend * sin_fold, cos_turn * cos_fold)
     return [root, middle, end, _apply(frame, toes, end, toe)]
 
@@ -210,7 +236,8 @@ def _skeleton(person: _Person, pose: _Pose) -> tuple[dict[str, Vec], Mat, Mat, M
     head = _matmul(chest, _rotation("y", turn), _rotation("z", tilt), _rotation("x", -nod))
     points = {"pelvis": (0.0, 0.0, 0.0), "neck": _apply(chest, (0, -person.torso, 0))}
     points["head"] = _apply(head, (0, -0.93 * person.head, 0.04 * person.head), points["neck"])
-    points |= {name: _apply(head, offset, points["head"], person.head) for name, offset in FACE.items()}
+    points |= {name: _apply(head, offset, points["head"], person.head)
+               for name, offset in FACE.items()}
     for side, sign, arm, leg in zip(SIDES, (1, -1), pose.arms, pose.legs, strict=True):
         shoulder = _apply(chest, (sign * person.shoulder, -0.86 * person.torso, 0))
         hip = _apply(yaw, (sign * person.hip, 0, 0))
@@ -222,33 +249,41 @@ def _skeleton(person: _Person, pose: _Pose) -> tuple[dict[str, Vec], Mat, Mat, M
 
 
 def _circle(start: int, stop: int, step: int) -> list[tuple[float, float]]:
-    return [(math.cos(math.radians(t)), math.sin(math.radians(t))) for t in range(start, stop, step)]
+    angles = [math.radians(t) for t in range(start, stop, step)]
+    return [(math.cos(t), math.sin(t)) for t in angles]
 
 
 def _edge(polar: Callable[[int], float]) -> list[Vec]:
-    """Closed line [24] on a unit sphere round z: its angle from z, by the angle clockwise from the top (-180..165)."""
+    """Closed line [24] on a unit sphere round z: its angle from z, by the angle clockwise from the
+    top (-180..165)."""
     angles = [math.radians(polar((t + 180) % 360 - 180)) for t in range(0, 360, 15)]
-    return [(math.sin(a) * s, math.sin(a) * -c, math.cos(a)) for a, (c, s) in zip(angles, CIRCLE, strict=True)]
+    return [(math.sin(a) * s, math.sin(a) * -c, math.cos(a))
+            for a, (c, s) in zip(angles, CIRCLE, strict=True)]
 
 
 ARC, RING, CIRCLE = _circle(-90, 91, 30), _circle(0, 360, 30), _circle(0, 360, 15)
-HAIRLINES = [_edge(lambda t, fringe=fringe: fringe(t) if abs(t) <= 60 else 56 + 32 * min(1.0, (abs(t) - 60) / 50))
-             for fringe in (lambda t: 40, lambda t: 36 + 9 * (t // 15 % 2), lambda t: 50 - 0.28 * t,
-                            lambda t: 58 - 0.3 * abs(t), lambda t: 44 + 0.3 * t)]
+HAIRLINES = [
+    _edge(lambda t, fringe=fringe: fringe(t) if abs(t) <= 60 else
+          56 + 32 * min(1.0, (abs(t) - 60) / 50))
+    for fringe in (lambda t: 40, lambda t: 36 + 9 * (t // 15 % 2), lambda t: 50 - 0.28 * t,
+                   lambda t: 58 - 0.3 * abs(t), lambda t: 44 + 0.3 * t)]
 HAT, BEARD = _edge(lambda t: 88), _edge(lambda t: 62 if abs(t) > 40 else 40)
-BRIMS = {"cap": (0.8, 0.8, 0.75), "sunhat": (1.75, 0.0, 0.8)}       # radius and shift forward in head radii, shade
-# Hair that hangs off the head: circles (x, y, z, radius) in head radii; one is a ball, two a capsule, more a blob.
+# Radius and shift forward, in head radii, and shade.
+BRIMS = {"cap": (0.8, 0.8, 0.75), "sunhat": (1.75, 0.0, 0.8)}
+# Hair off the head: circles (x, y, z, radius) in head radii; 1 is a ball, 2 a capsule, more a blob.
 TRESSES = {
-    "long": [[(-0.62, 0, -0.4, 0.5), (0.62, 0, -0.4, 0.5), (-0.72, 1.55, -0.4, 0.28), (0.72, 1.55, -0.4, 0.28)]],
-    "bob": [[(-0.78, 0, -0.2, 0.4), (0.78, 0, -0.2, 0.4), (-0.78, 0.62, -0.15, 0.4), (0.78, 0.62, -0.15, 0.4)]],
+    "long": [[(-0.62, 0, -0.4, 0.5), (0.62, 0, -0.4, 0.5),
+              (-0.72, 1.55, -0.4, 0.28), (0.72, 1.55, -0.4, 0.28)]],
+    "bob": [[(-0.78, 0, -0.2, 0.4), (0.78, 0, -0.2, 0.4),
+             (-0.78, 0.62, -0.15, 0.4), (0.78, 0.62, -0.15, 0.4)]],
     "ponytail": [[(0, -0.5, -0.95, 0.26), (0, 0.9, -1.55, 0.2)]],
     "pigtails": [[(0.95 * x, 0, -0.25, 0.24), (1.4 * x, 0.95, -0.3, 0.17)] for x in (-1, 1)],
     "bun": [[(0, -1.08, -0.35, 0.42)]],
     "afro": [[(0, -0.2, -0.2, 1.36)]],
-    "curly": [[(0.98 * c, 0.98 * s + 0.05, -0.15, 0.36)]
-              for c, s in ((math.cos(t), math.sin(t)) for t in (math.radians(-200 + 220 * k / 9) for k in range(10)))],
+    "curly": [[(0.98 * math.cos(t), 0.98 * math.sin(t) + 0.05, -0.15, 0.36)]
+              for t in (math.radians(-200 + 220 * k / 9) for k in range(10))],
 }
-EYE_SHOWS, EAR_SHOWS = 0.06, -0.35      # from so many head radii in front of its middle on; the nose goes with the eyes
+EYE_SHOWS, EAR_SHOWS = 0.06, -0.35      # if so many head radii in front of the head's middle
 
 
 class _Canvas:
@@ -256,7 +291,7 @@ class _Canvas:
 
     def __init__(self, pixels: int):
         self.image = Image.new("RGB", (pixels, pixels))
-        self.pen, self.line = ImageDraw.Draw(self.image), 1.0                   # line: width of the outlines
+        self.pen, self.line = ImageDraw.Draw(self.image), 1.0       # line: width of the outlines
 
     def polygon(self, points: list, colour: Colour) -> None:
         if len(points) > 2:
@@ -275,7 +310,7 @@ class _Canvas:
         self.pen.polygon(points, fill=colour)
 
     def capsule(self, a: Vec, b: Vec, ra: float, rb: float, colour: Colour) -> None:
-        """Tapered limb; the outline leaves out the start, where the limb grows out of its parent."""
+        """A tapered limb; no outline at its start, where it joins its parent."""
         dx, dy = b[0] - a[0], b[1] - a[1]
         length = math.hypot(dx, dy) or 1.0
         bx, by, ax, ay = rb * dx / length, rb * dy / length, ra * dx / length, ra * dy / length
@@ -301,58 +336,68 @@ class _Canvas:
 
 
 class _Figure(_Canvas):
-    """A posed person as the camera sees it: pixels of the big canvas, z towards the viewer in pixels too."""
+    """A posed person as the camera sees it, in pixels of the big canvas; z too, towards the viewer.
+    """
 
     def __init__(self, rng: random.Random, palette: list[list[Colour]], pixels: int):
-        """Tilts the camera a little down, so that depth shows, and fits the figure into the frame."""
+        """Tilts the camera a little down, so that depth shows; fits the figure into the frame."""
         super().__init__(pixels)
         self.person, self.pose = person, pose = _Person(rng, palette), _Pose(rng)
         points, head, chest, yaw = _skeleton(person, pose)
-        self.ground = max(p[1] for p in points.values()) + 0.05 * person.girth + pose.lift     # body units, untilted
+        lowest = max(p[1] for p in points.values())
+        self.ground = lowest + 0.05 * person.girth + pose.lift          # body units, untilted
         points["shadow"] = (0.0, self.ground, 0.0)
         camera = _rotation("x", -rng.uniform(6, 17))
-        self.head, self.chest, self.view = _matmul(camera, head), _matmul(camera, chest), _matmul(camera, yaw)
+        self.head, self.chest, self.view = (_matmul(camera, m) for m in (head, chest, yaw))
         points = {name: _apply(camera, p) for name, p in points.items()}
-        reach = [(p, 1.25 * person.head if name == "head" else 0.07 * person.girth) for name, p in points.items()]
-        (x0, x1), (y0, y1) = ((min(p[k] - r for p, r in reach), max(p[k] + r for p, r in reach)) for k in (0, 1))
+        reach = [(p, 1.25 * person.head if name == "head" else 0.07 * person.girth)
+                 for name, p in points.items()]
+        (x0, x1), (y0, y1) = ((min(p[k] - r for p, r in reach), max(p[k] + r for p, r in reach))
+                              for k in (0, 1))
         scale = min(rng.uniform(0.7, 0.95) / (y1 - y0), 0.95 / (x1 - x0), 1.12)
         if rng.random() < CLOSE_UPS:
             scale *= rng.uniform(1.4, 1.9)
             left, top = 0.5 - scale * (x0 + x1) / 2, rng.uniform(0.03, 0.1) - scale * y0
         else:
             left = rng.uniform(0.02, 0.98 - scale * (x1 - x0)) - scale * x0
-            top = 1 - scale * y1 - rng.uniform(0.02, max(0.02, min(0.16, 0.97 - scale * (y1 - y0))))
+            highest = max(0.02, min(0.16, 0.97 - scale * (y1 - y0)))
+            top = 1 - scale * y1 - rng.uniform(0.02, highest)
         scale, left, top = scale * pixels, left * pixels, top * pixels
         self.scale, self.girth, self.radius = scale, person.girth * scale, person.head * scale
         self.line = 0.011 * scale
         # keypoints.JOINTS, and head, neck, pelvis, toe_left, toe_right, shadow
-        self.points = {name: (left + scale * x, top + scale * y, scale * z) for name, (x, y, z) in points.items()}
+        self.points = {name: (left + scale * x, top + scale * y, scale * z)
+                       for name, (x, y, z) in points.items()}
 
     def limb(self, kind: str, side: str) -> list[Vec]:
         return [self.points[f"{name}_{side}"] for name in LIMB_PARTS[kind][0]]
 
     def on_head(self, x: float, y: float, z: float) -> Vec:
-        """Place given in head radii from its middle, along its own axes."""
+        """A place in head radii from the head's middle, along its own axes."""
         return _apply(self.head, (x, y, z), self.points["head"], self.radius)
 
     def facing(self, p: Vec) -> float:
         """How far p lies in front of the middle of the head, in head radii."""
         return (p[2] - self.points["head"][2]) / self.radius
 
-    def cap(self, centre: Vec, radius: float, tilt: float, edge: list[Vec]) -> list[tuple[float, float]]:
-        """Visible part of a cap of a sphere: its axis is tilt degrees below the nose, edge its border."""
+    def cap(self, centre: Vec, radius: float, tilt: float,
+            edge: list[Vec]) -> list[tuple[float, float]]:
+        """The visible part of a cap of a sphere with the border `edge`; its axis is `tilt` degrees
+        below the nose."""
         m = _matmul(self.head, _rotation("x", -tilt))
         rim = [_apply(m, v) for v in edge]
         first = 1 + max((k for k, p in enumerate(rim) if p[2] < 0), default=-1)
         seen = [p for p in rim[first:] + rim[:first] if p[2] >= 0]
         if m[2][2] < -0.85 or not seen:
             return []
-        if len(seen) < len(rim):        # close along the outline of the sphere, on the side where the axis points
-            start, end, axis = (math.atan2(y, x) for x, y in (seen[-1][:2], seen[0][:2], (m[0][2], m[1][2])))
+        if len(seen) < len(rim):        # close it along the sphere's outline, on the axis' side
+            start, end, axis = (math.atan2(y, x)
+                                for x, y in (seen[-1][:2], seen[0][:2], (m[0][2], m[1][2])))
             turn = (end - start) % math.tau
             if (axis - start) % math.tau > turn:
                 turn -= math.tau
-            seen += [(math.cos(start + turn * t / 12), math.sin(start + turn * t / 12), 0.0) for t in range(13)]
+            arc = [start + turn * t / 12 for t in range(13)]
+            seen += [(math.cos(t), math.sin(t), 0.0) for t in arc]
         return [(centre[0] + radius * x, centre[1] + radius * y) for x, y, _ in seen]
 
     def draw(self) -> None:
@@ -360,7 +405,8 @@ class _Figure(_Canvas):
         head_z, unit, style = self.points["head"][2], self.scale, self.person.style
         depth = {"torso": 0.0, "head": head_z + 0.4 * self.radius}
         if style in TRESSES:            # in front of the trunk when the back shows, else behind it
-            depth["tresses"] = head_z - (0.5 if style in ("bun", "pigtails") else 1) * self.radius * self.head[2][2]
+            behind = 0.5 if style in ("bun", "pigtails") else 1
+            depth["tresses"] = head_z - behind * self.radius * self.head[2][2]
         for kind, side in ((kind, side) for kind in LIMB_PARTS for side in SIDES):
             a, b, c = self.limb(kind, side)
             depth[f"{kind}_{side}"] = (a[2] + 2 * b[2] + c[2]) / 4 + LIMB_PARTS[kind][2] * unit
@@ -377,19 +423,22 @@ class _Figure(_Canvas):
                 getattr(self, f"draw_{kind}")()
 
     def draw_limb(self, kind: str, side: str, light: float) -> None:
-        """Two tapered capsules and a hand or shoe, the farther first; cloth reaches `cover` segments down the limb."""
+        """Two tapered capsules and a hand or shoe, the farther first; cloth covers `cover` segments
+        of the limb."""
         person, g = self.person, self.girth
         (a, b, c), (ra, rb, rc) = self.limb(kind, side), (r * g for r in LIMB_PARTS[kind][1])
         skin = _shade(person.skin, light)
         if kind == "arm":
-            cloth, cover, hand = _shade(person.top, light * 0.95), person.sleeve, _lerp(b, c, 1.16)
+            cloth, cover = _shade(person.top, light * 0.95), person.sleeve
+            hand = _lerp(b, c, 1.16)
             end_first, draw_end = hand[2] < b[2], partial(self.ball, hand, 0.043 * g, skin)
         else:
-            cloth, cover, toe = _shade(person.bottom, light), person.trouser, self.points[f"toe_{side}"]
+            cloth, cover = _shade(person.bottom, light), person.trouser
             if person.skirt:
-                cloth = _mix(cloth, WHITE, 0.55)                                # tights
-            heel, shoe = _lerp(c, toe, -0.12), _shade(person.shoe, light)
-            end_first, draw_end = toe[2] < c[2], partial(self.capsule, heel, toe, 0.05 * g, 0.043 * g, shoe)
+                cloth = _mix(cloth, WHITE, 0.55)                        # tights
+            toe, shoe = self.points[f"toe_{side}"], _shade(person.shoe, light)
+            heel, end_first = _lerp(c, toe, -0.12), toe[2] < c[2]
+            draw_end = partial(self.capsule, heel, toe, 0.05 * g, 0.043 * g, shoe)
         if end_first:
             draw_end()
         segments = [(a, b, ra, rb, cover), (b, c, rb, rc, cover - 1)]
@@ -398,7 +447,8 @@ class _Figure(_Canvas):
                 self.capsule(start, end, r0, r1, skin)
             if covered > 0:
                 t = min(covered, 1.0)
-                self.capsule(start, _lerp(start, end, t), 1.12 * r0, 1.14 * (r0 + (r1 - r0) * t), cloth)
+                hem = 1.14 * (r0 + (r1 - r0) * t)
+                self.capsule(start, _lerp(start, end, t), 1.12 * r0, hem, cloth)
         if not end_first:
             draw_end()
 
@@ -409,8 +459,10 @@ class _Figure(_Canvas):
         self.blob(circles, self.person.bottom)
 
     def draw_torso(self) -> None:
-        person, g, pelvis, neck = self.person, self.girth, self.points["pelvis"], self.points["neck"]
-        hips, shoulders = ([self.points[f"{name}_{side}"] for side in SIDES] for name in ("hip", "shoulder"))
+        person, g = self.person, self.girth
+        pelvis, neck = self.points["pelvis"], self.points["neck"]
+        hips, shoulders = ([self.points[f"{name}_{side}"] for side in SIDES]
+                           for name in ("hip", "shoulder"))
         self.capsule(self.points["head"], neck, 0.055 * g, 0.06 * g, _shade(person.skin, 0.88))
         if not person.skirt:
             self.blob([(hip, 0.078 * g) for hip in hips], person.bottom)
@@ -419,24 +471,26 @@ class _Figure(_Canvas):
         self.blob(upper + lower, person.top)
 
         spine = math.hypot(neck[0] - pelvis[0], neck[1] - pelvis[1]) or 1.0
-        ux, uy = -(neck[1] - pelvis[1]) / spine, (neck[0] - pelvis[0]) / spine  # across the spine, in the picture
+        # A unit vector across the spine, in the image, and the half widths.
+        ux, uy = -(neck[1] - pelvis[1]) / spine, (neck[0] - pelvis[0]) / spine
         low, high = (abs((a[0] - b[0]) * ux + (a[1] - b[1]) * uy) / 2 + r - self.line * 0.3
-                     for (a, r), (b, _) in (lower, upper))                      # half widths
+                     for (a, r), (b, _) in (lower, upper))
 
         def band(t0: float, t1: float, colour: Colour) -> None:
-            """Stripe square to the spine, from height t0 to t1 (0 pelvis, 1 neck)."""
+            """A stripe square to the spine, from height t0 to t1 (0 pelvis, 1 neck)."""
             corners = []
             for t, sign in ((t0, -1), (t0, 1), (t1, 1), (t1, -1)):
-                (x, y, _), w = _lerp(pelvis, neck, t), sign * (low + (high - low) * min(1.0, t / 0.86))
+                x, y, _ = _lerp(pelvis, neck, t)
+                w = sign * (low + (high - low) * min(1.0, t / 0.86))
                 corners.append((x + w * ux, y + w * uy))
             self.polygon(corners, colour)
 
         def at(t: float, x: float) -> Vec:
-            """Place on the front of the trunk: height t, x across in half widths."""
+            """A place on the front of the trunk: height t, x across in half widths."""
             offset = (0.95 * x * person.shoulder * self.scale, 0, 0.1 * g * math.sqrt(1 - x * x))
             return _apply(self.chest, offset, _lerp(pelvis, neck, t))
 
-        front = self.chest[2][2]                                                # 1 faces the viewer, -1 shows the back
+        front = self.chest[2][2]                # 1 faces the viewer, -1 shows the back
         if person.motif == "stripes":
             pale = _mix(person.top, WHITE, 0.7) if sum(person.top) < 600 else person.accent
             for t in (0.2, 0.44, 0.68):
@@ -447,9 +501,11 @@ class _Figure(_Canvas):
         elif person.motif == "overalls":
             band(0.02, 0.3, person.bottom)
             for x in (-0.5, 0.5):
-                self.pen.line([at(0.3, x)[:2], at(0.93, x)[:2]], fill=person.bottom, width=int(0.05 * g) + 1)
+                strap = [at(0.3, x)[:2], at(0.93, x)[:2]]
+                self.pen.line(strap, fill=person.bottom, width=int(0.05 * g) + 1)
             if front > 0.4:
-                self.polygon([at(0.7, -0.55), at(0.7, 0.55), at(0.1, 0.6), at(0.1, -0.6)], person.bottom)
+                bib = [at(0.7, -0.55), at(0.7, 0.55), at(0.1, 0.6), at(0.1, -0.6)]
+                self.polygon(bib, person.bottom)
                 self.disc(at(0.47, 0.0), 0.035 * g, person.accent)
         elif person.motif == "badge" and front > 0.5:
             self.disc(at(0.55, 0.0), 0.062 * g, WHITE)
@@ -475,7 +531,7 @@ class _Figure(_Canvas):
         person, r, head = self.person, self.radius, self.points["head"]
         self.ball(head, r, person.skin)
         if person.style != "bald":
-            draw = self.disc if person.style in ONE_MASS else self.ball         # no outline within the mass
+            draw = self.disc if person.style in ONE_MASS else self.ball     # no outline in a mass
             draw(self.on_head(0, -0.07, -0.03), 1.04 * r, person.hair)
             shine = self.on_head(-0.3, -0.78, 0.2)
             if self.facing(shine) > 0:
@@ -494,7 +550,8 @@ class _Figure(_Canvas):
         for x in (-0.58, 0.58):
             cheek = self.on_head(x, 0.38, math.sqrt(1 - x * x - 0.38 * 0.38))
             if self.facing(cheek) > 0.25:
-                self.disc(cheek, 0.17 * r * max(0.5, self.facing(cheek)), _mix(skin, ROSE, 0.34), 0.13 * r)
+                width = 0.17 * r * max(0.5, self.facing(cheek))
+                self.disc(cheek, width, _mix(skin, ROSE, 0.34), 0.13 * r)
         if self.person.face == "beard":
             self.polygon(self.cap(self.points["head"], 1.01 * r, 62, BEARD), self.person.hair)
         x, y, _ = mouth = self.on_head(0.0, 0.55, math.sqrt(1 - 0.55 * 0.55))
@@ -510,7 +567,7 @@ class _Figure(_Canvas):
                     self.disc(eye, 2.3 * w, self.person.accent, 0.27 * r)
                     self.disc(eye, 1.75 * w, _mix(skin, WHITE, 0.55), 0.2 * r)
                 elif sum(skin) < 400:
-                    self.disc(eye, 1.35 * w, WHITE, 0.21 * r)                   # ink alone would drown in a dark face
+                    self.disc(eye, 1.35 * w, WHITE, 0.21 * r)       # ink alone is lost in dark skin
                 self.disc(eye, w, INK, 0.17 * r)
                 self.disc((eye[0] + 0.25 * w, eye[1] - 0.07 * r, 0), 0.4 * w, WHITE)
 
@@ -520,8 +577,9 @@ class _Figure(_Canvas):
         shapes = [(self.cap(crown, 1.1 * r, -90, HAT), colour)]
         if hat in BRIMS:
             grow, forward, light = BRIMS[hat]
-            brim = [_apply(self.head, (grow * s, 0, forward + grow * c), crown, r)[:2] for c, s in RING]
-            under_dome = hat == "sunhat" or self.head[2][2] < 0                 # a visor seen from behind
+            brim = [_apply(self.head, (grow * s, 0, forward + grow * c), crown, r)[:2]
+                    for c, s in RING]
+            under_dome = hat == "sunhat" or self.head[2][2] < 0         # a visor seen from behind
             shapes.insert(0 if under_dome else 1, (brim, _shade(colour, light)))
         for points, fill in shapes:
             self.polygon(points, fill)
@@ -537,12 +595,14 @@ class _Figure(_Canvas):
         self.polygon(lid, self.person.crate)
 
 
-def _draw_backdrop(canvas: _Canvas, rng: random.Random, palette: list[list[Colour]], floor: float) -> None:
-    """A quiet place: sky or wall down to floor (y in [0, 1]), and the ground below it."""
+def _draw_backdrop(canvas: _Canvas, rng: random.Random, palette: list[list[Colour]],
+                   floor: float) -> None:
+    """Sky or wall down to `floor` (y in [0, 1]), and the ground below it."""
     (sky, far, near, ground), *_ = palette
     pen, s = canvas.pen, canvas.image.width
 
-    def rect(x0: float, y0: float, x1: float, y1: float, colour: Colour, draw: Callable = pen.rectangle) -> None:
+    def rect(x0: float, y0: float, x1: float, y1: float, colour: Colour,
+             draw: Callable = pen.rectangle) -> None:
         draw((x0 * s, y0 * s, x1 * s, y1 * s), fill=colour)
 
     def disc(x: float, y: float, r: float, colour: Colour, ry: float | None = None) -> None:
@@ -553,7 +613,7 @@ def _draw_backdrop(canvas: _Canvas, rng: random.Random, palette: list[list[Colou
     pale = _mix(sky, WHITE, 0.45)
     rect(0, 0, 1, 1, sky)
     if kind in ("hills", "trees", "sea"):
-        for k in range(1, 4):                                                   # the sky pales towards the horizon
+        for k in range(1, 4):                               # the sky pales towards the horizon
             rect(0, floor * k / 4, 1, 1, _mix(sky, WHITE, 0.13 * k))
         disc(u[0], 0.08 + 0.16 * u[1], 0.06 + 0.04 * u[2], _mix((255, 214, 120), sky, 0.25))
         for x, y in ((u[3], u[4]), (u[5], u[6])):
@@ -579,7 +639,7 @@ def _draw_backdrop(canvas: _Canvas, rng: random.Random, palette: list[list[Colou
             x, y = u[7 + k], floor - 0.11 + 0.035 * k
             rect(x - 0.1, y, x + 0.1, y + 0.01, _mix(near, WHITE, 0.5))
     elif kind == "room":
-        if u[0] < 0.6:                                                          # a window, or two pictures
+        if u[0] < 0.6:                                      # a window, or two paintings
             x = 0.08 + 0.5 * u[1]
             rect(x - 0.02, 0.1, x + 0.3, 0.1 + 0.6 * floor - 0.1, pale)
             rect(x, 0.12, x + 0.13, 0.6 * floor - 0.02, far)
@@ -602,8 +662,8 @@ def _draw_backdrop(canvas: _Canvas, rng: random.Random, palette: list[list[Colou
     rect(0, floor, 1, floor + 0.012, _mix(ground, near, 0.5))
 
 
-class Figures(Pictures):
-    """n pictures of little people; picture i depends on (seed, i) only, whatever the size and the order of access."""
+class Figures(ImageDataset):
+    """n images of people; image i depends on (seed, i) alone, not on the size or who asks when."""
 
     def __init__(self, n: int, size: int = 64, seed: int = 0):
         self.n, self.size, self.seed = n, size, seed
@@ -612,7 +672,7 @@ class Figures(Pictures):
         return self.n
 
     def source(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image uint8 [S, S, 3] RGB; pose float32 [17, 3] of (x, y, 1) in JOINTS order, [0, 1] inside the frame."""
+        """uint8 [S, S, 3] RGB; float32 [17, 3] of (x, y, 1), [0, 1] inside the frame."""
         if not 0 <= i < self.n:
             raise IndexError(f"figure {i}: there are {self.n}, numbered from 0")
         figure, pixels = self._draw(i), SUPERSAMPLE * self.size
@@ -625,7 +685,8 @@ class Figures(Pictures):
         palette = rng.choice(PALETTES)
         figure = _Figure(rng, palette, pixels)
         shadow = figure.points["shadow"]
-        _draw_backdrop(figure, rng, palette, min(0.97, max(0.45, shadow[1] / pixels - rng.uniform(0.03, 0.2))))
+        floor = min(0.97, max(0.45, shadow[1] / pixels - rng.uniform(0.03, 0.2)))
+        _draw_backdrop(figure, rng, palette, floor)
         for wide, dark in ((0.3, 0.92), (0.22, 0.82)):
             w = wide * figure.scale
             figure.disc(shadow, w * (1 - figure.pose.lift), _shade(palette[0][3], dark), 0.24 * w)

@@ -1,7 +1,8 @@
-"""Several processes, one GPU each, started by torchrun; everything here is the identity in a single process.
+"""Several processes, one GPU each, started by torchrun; in a single process all of it does nothing.
 
-Each rank makes the same random draws for the whole batch and works on its slice, so a step does not depend on how many
-ranks there are. Rank 0 alone evaluates and writes files; the others wait for it in the next step.
+Each rank makes the same random draws for the whole batch and works on its slice, so a step does not
+depend on the number of ranks. Rank 0 alone evaluates and writes files; the others wait for it in
+the next step.
 """
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-# How long ranks wait for each other, as while one encodes the dataset. gloo notices a dead rank at once all the same;
-# with nccl torchrun ends the others within 30 s.
+# How long ranks wait for each other, for example while one encodes the dataset. gloo notices a dead
+# rank at once; with nccl torchrun ends the others within 30 s.
 TIMEOUT = timedelta(hours=24)
 
 
@@ -36,19 +37,20 @@ def print0(text: str) -> None:
 
 
 def join(device: str, batch_size: int) -> str:
-    """Joins the processes that torchrun started, if it did; returns the device of this rank. ValueError where the batch
-    or the GPUs cannot be shared."""
+    """Joins the processes that torchrun started, if any; returns the device of this rank.
+    ValueError where the batch or the GPUs cannot be shared."""
     n = int(os.environ.get("WORLD_SIZE", 1))
     if n == 1:
         return device
     if batch_size % n:
-        raise ValueError(f"a batch of {batch_size} cannot be shared by {n} processes; give a --batch-size that {n} "
-                         "divides")
+        raise ValueError(f"a batch of {batch_size} cannot be shared by {n} processes; give a "
+                         f"--batch-size that {n} divides")
     if device.startswith("cuda"):
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", n)), torch.cuda.device_count()
         if device != "cuda" or here > gpus:
-            raise ValueError(f"torchrun started {here} processes for --device {device} on {gpus} GPUs; each needs a "
-                             f"GPU of its own: leave --device out and give --nproc-per-node {gpus}")
+            raise ValueError(f"torchrun started {here} processes for --device {device} on {gpus} "
+                             "GPUs; each needs a GPU of its own: leave --device out and give "
+                             f"--nproc-per-node {gpus}")
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
@@ -61,7 +63,7 @@ def lost_rank(e: RuntimeError) -> bool:
 
 
 class Forward(nn.Module):
-    """function(*args), which uses the parameters of `module`, as a forward pass: what `parallel` can wrap."""
+    """function(*args), which uses the parameters of `module`, as a module that `parallel` wraps."""
 
     def __init__(self, module: nn.Module, function: Callable):
         super().__init__()
@@ -76,8 +78,9 @@ def parallel(net: nn.Module, find_unused: bool = False) -> nn.Module:
     if world() == 1:
         return net
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)      # torch 2.13 renames what 2.11 does not know yet
-        return DistributedDataParallel(net, broadcast_buffers=False, find_unused_parameters=find_unused)
+        warnings.simplefilter("ignore", FutureWarning)      # torch 2.13 deprecates what 2.11 needs
+        return DistributedDataParallel(net, broadcast_buffers=False,
+                                       find_unused_parameters=find_unused)
 
 
 def gathered(x: Tensor) -> Tensor:
@@ -117,10 +120,8 @@ def barrier() -> None:
 
 
 def micro_batches(n: int, size: int, net: nn.Module) -> Iterator[tuple[slice, float]]:
-    """(slice, share) of n samples, at most `size` in each; losses times their shares add up to the loss of all n.
-
-    The ranks exchange gradients in the backward pass of the last slice only.
-    """
+    """(slice, share) of n samples, at most `size` in each; losses times their shares add up to the
+    loss of all n. The ranks exchange gradients in the backward pass of the last slice only."""
     for i in range(0, n, size):
         part = slice(i, min(i + size, n))
         exchange = part.stop == n or not isinstance(net, DistributedDataParallel)

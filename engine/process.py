@@ -1,4 +1,4 @@
-"""One process among others: a lock on the run folder, and signals that end a run between two steps."""
+"""A lock on the run folder, and signals that end a run between two steps."""
 from __future__ import annotations
 
 import os
@@ -10,33 +10,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """`folder`, created if needed, for this process alone; ValueError names the process that is training into it.
+    """`folder`, created if needed, for this process alone; ValueError names the process that is
+    training into it.
 
-    The kernel's lock counts, not the file: it ends with its process, so a kill -9 leaves nothing to clean up. Where
-    there is no fcntl (Windows) or the file system has no locks, two runs into one folder are not noticed.
+    The kernel's lock counts, not the file: it ends with its process, so a kill -9 leaves nothing to
+    clean up. Without fcntl (Windows) or locks of the file system, a second run is not noticed.
     """
     path = folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
     except OSError as e:
-        raise ValueError(f"--out {folder} cannot be written ({e.strerror}); choose another folder") from None
+        raise ValueError(f"--out {folder} cannot be written ({e.strerror}); choose another "
+                         "folder") from None
     with file:
         try:
             import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # not flock, which forked workers would share
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # forked workers would share a flock
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise ValueError(f"{folder} is being trained into by {file.read() or 'another process'}; wait for it or "
-                             "stop it, or give another --out") from None
+            owner = file.read() or "another process"
+            raise ValueError(f"{folder} is being trained into by {owner}; wait for it or stop it, "
+                             "or give another --out") from None
         except (ImportError, OSError):
             pass
-        with suppress(OSError):                                 # a full disk: the folder is locked all the same
+        with suppress(OSError):                         # a full disk; the folder is locked anyway
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
             file.flush()
@@ -49,21 +53,23 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """The event is set by Ctrl-C, SIGTERM (a machine that is taken away) or SIGHUP (a closed terminal), so that a step
-    is never cut in two; a second signal interrupts at once. Ignored signals, as SIGHUP under nohup, stay ignored.
+    """The event is set by Ctrl-C, SIGTERM (a machine that is taken away) or SIGHUP (a closed
+    terminal), so that no step is cut in two; a second Ctrl-C interrupts at once. Ignored signals
+    stay ignored, as SIGHUP under nohup.
     """
     stop, pid = threading.Event(), os.getpid()
 
     def handler(number: int, frame: object) -> None:
-        if os.getpid() != pid:                                  # a forked worker: the main process decides
+        if os.getpid() != pid:                          # a forked worker: the main process decides
             return
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
         with suppress(OSError):                                 # print is not safe in a handler
-            os.write(2, b"\nstopping after this step, then saving; press Ctrl-C again to stop at once\n")
+            os.write(2, b"\nstopping after this step, then saving; Ctrl-C again stops at once\n")
 
-    old = {number: signal.signal(number, handler) for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    old = {number: signal.signal(number, handler) for number in SIGNALS
+           if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield stop
     finally:

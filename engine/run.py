@@ -1,9 +1,10 @@
-"""The folder of a training run: where it resumes, what it logs, when it evaluates and saves. Knows no model.
+"""The folder of a training run: where it resumes, when it logs, evaluates, saves. Knows no model.
 
-    config.json  log.jsonl  last.pt  best.pt  samples/STEP.png  curves.png        with --keep-every: step-STEP.pt
+    config.json  log.jsonl  last.pt  best.pt  samples/STEP.png  curves.png
+    step-STEP.pt with --keep-every
 
-Log rows and pictures of a step are written before last.pt. What a kill leaves after the last checkpoint, the resumed
-run writes again, with the same content.
+Log rows and pictures of a step are written before last.pt. What a kill leaves after the last
+checkpoint, the resumed run writes again, with the same content.
 """
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, object, object] | None:
-    """The first place where two plain configs differ, however deeply nested, and both values: ("recipe.lr", a, b)."""
+    """The first place where two plain configs differ, and both values: ("recipe.lr", a, b)."""
     for key in new:
         if key in ignored or old.get(key) == new[key]:
             continue
@@ -49,19 +50,21 @@ def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, obje
 
 
 class RunDir:
-    """One run in one folder. `start` is the first step to make, `resumed` the payload of last.pt, if there is one."""
+    """One run in one folder; `start` is its first step, `resumed` the payload of last.pt."""
 
     def __init__(self, folder: str | Path, stage: str, fresh: bool = False, dry: bool = False):
         """`dry`: a run that only measures its speed and saves nothing."""
         self.dir, self.stage, self.fresh, self.dry = Path(folder), stage, fresh, dry
-        self.last, self.best_path, self.log_path = (self.dir / name for name in ("last.pt", "best.pt", "log.jsonl"))
+        self.title = "measuring the speed" if dry else stage            # for a progress bar
+        self.last, self.best_path, self.log_path = (
+            self.dir / name for name in ("last.pt", "best.pt", "log.jsonl"))
         self.resumed: dict | None = None
         if self.last.exists():
             self._resume()
         self.start = self.resumed["step"] if self.resumed else 0
-        self.best = self.resumed["train"]["best"] if self.resumed else None         # the best score so far
+        self.best = self.resumed["train"]["best"] if self.resumed else None     # score so far
         self.saved_step, self.saved_at = self.start, time.monotonic()
-        self.timed_from: tuple[int, float] | None = None        # step and time since which nothing but steps was done
+        self.timed_from: tuple[int, float] | None = None    # (step, time): only steps since then
 
     def _resume(self) -> None:
         try:
@@ -74,21 +77,24 @@ class RunDir:
             raise ValueError(f"{e}; --fresh starts over") from None
         if not self.fresh:
             if "train" not in found:
-                raise ValueError(f"{self.last} holds no training state (a copy of best.pt?) and cannot be resumed; "
-                                 "--fresh starts over")
+                raise ValueError(f"{self.last} holds no training state (a copy of best.pt?) and "
+                                 "cannot be resumed; --fresh starts over")
             self.resumed = found
 
-    def begin(self, config: dict, steps: int, eval_every: int, keep_every: int | None = None) -> None:
-        """Call right before the first step: only now, when nothing can go wrong any more, is --fresh obeyed."""
-        self.config, self.steps, self.eval_every, self.keep_every = config, steps, eval_every, keep_every
-        self.resumed = None                                     # restored by now: gigabytes for a large model
+    def begin(self, config: dict, steps: int, eval_every: int,
+              keep_every: int | None = None) -> None:
+        """Call right before the first step: until then --fresh has deleted nothing."""
+        self.config, self.steps = config, steps
+        self.eval_every, self.keep_every = eval_every, keep_every
+        self.resumed = None                     # restored by now: gigabytes for a large model
         if rank() > 0:
             return
         (self.dir / "samples").mkdir(parents=True, exist_ok=True)
         names = [*STATE_FILES, f"step-{STEP}.pt"]
-        old = [path for name in names for path in self.dir.glob(f"{name}.partial")]     # of a killed write
+        patterns = [f"{name}.partial" for name in names]        # of a write that was killed
         if self.fresh:
-            old += [path for name in [*names, f"samples/{STEP}.png"] for path in self.dir.glob(name)]
+            patterns += [*names, f"samples/{STEP}.png"]
+        old = [path for pattern in patterns for path in self.dir.glob(pattern)]
         for path in old:
             path.unlink()
         kept = [row for row in read_log(self.log_path) if row["step"] < self.start]
@@ -100,7 +106,7 @@ class RunDir:
         with self.writing(path), checkpoint.replacing(path) as f:
             f.write(text.encode())
 
-    # ------------------------------------------------------------------------------------------------- cadence
+    # -------------------------------------------------------------------------- cadence
 
     def log_due(self, step: int) -> bool:
         return step % LOG_EVERY == 0 or step + 1 == self.steps
@@ -111,18 +117,19 @@ class RunDir:
         return left == 0 or ((step + 1) % self.eval_every == 0 and left >= self.eval_every / 2)
 
     def save_due(self, step: int) -> bool:
-        return (self.eval_due(step) or self._kept(step + 1) or time.monotonic() - self.saved_at >= SAVE_SECONDS)
+        return (self.eval_due(step) or self._kept(step + 1)
+                or time.monotonic() - self.saved_at >= SAVE_SECONDS)
 
     def _kept(self, step: int) -> bool:
         return self.keep_every is not None and step % self.keep_every == 0
 
-    # ------------------------------------------------------------------------------------------------- writing
+    # -------------------------------------------------------------------------- writing
 
     def picture(self, step: int) -> Path:
         return self.dir / "samples" / f"{step + 1:07d}.png"
 
     def images_per_second(self, step: int, batch_size: int) -> dict[str, float]:
-        """Training alone, since the line of the log before this one; empty where an evaluation or a save lies between."""
+        """Of training alone, since the last line of the log; {} after an evaluation or a save."""
         since, self.timed_from = self.timed_from, (step, time.monotonic())
         if since is None or step == since[0]:
             return {}
@@ -133,22 +140,24 @@ class RunDir:
             f.write(json.dumps({"step": step, **values}) + "\n")
 
     def save(self, step: int, payload: dict, score: float | None = None) -> None:
-        """After step `step`: step-*.pt every `keep_every` steps, best.pt where `score` (higher is better) is the best
-        so far, last.pt. The first two lack the training state. ValueError where the weights are not finite.
-        """
+        """After step `step`: step-*.pt every `keep_every` steps, best.pt where `score` (higher is
+        better) is the best so far, last.pt. The first two lack the training state. ValueError where
+        the weights are not finite."""
         self.timed_from = None
         if self.dry:
             return
         if name := checkpoint.not_finite(payload):
             raise self.diverged(f"{name} is not finite after step {step}")
-        better = score is not None and math.isfinite(score) and (self.best is None or score > self.best)
+        better = (score is not None and math.isfinite(score)
+                  and (self.best is None or score > self.best))
         self.best = score if better else self.best
         payload = payload | {"format": checkpoint.FORMAT, "step": step + 1, "config": self.config}
         payload["train"] = payload["train"] | {"best": self.best}
         model = {key: value for key, value in payload.items() if key != "train"}
         with self.writing(self.log_path), open(self.log_path, "a") as f:
-            os.fsync(f.fileno())            # a power cut must not leave a checkpoint whose steps were never logged
-        for path, due, content in ((self.dir / f"step-{step + 1:07d}.pt", self._kept(step + 1), model),
+            os.fsync(f.fileno())    # a power cut leaves no checkpoint whose steps were not logged
+        kept = self.dir / f"step-{step + 1:07d}.pt"
+        for path, due, content in ((kept, self._kept(step + 1), model),
                                    (self.best_path, better, model), (self.last, True, payload)):
             if due:
                 with self.writing(path):
@@ -161,13 +170,15 @@ class RunDir:
         try:
             yield
         except OSError as e:
-            raise OSError(f"cannot write {path} ({e.strerror or e}), so the run stops; {self.what_is_saved()}; fix "
-                          "this, then rerun the same command to resume") from None
+            raise OSError(f"cannot write {path} ({e.strerror or e}), so the run stops; "
+                          f"{self.what_is_saved()}; fix this, then rerun the same command to "
+                          "resume") from None
 
     def what_is_saved(self) -> str:
-        return (f"{self.last} holds the checkpoint of step {self.saved_step}" if self.saved_step else
-                "there is no checkpoint yet")
+        if not self.saved_step:
+            return "there is no checkpoint yet"
+        return f"{self.last} holds the checkpoint of step {self.saved_step}"
 
     def diverged(self, what: str) -> ValueError:
-        return ValueError(f"{what}, so the run stops; {self.what_is_saved()}; start over, in another --out or with "
-                          "--fresh, with a lower --lr or --amp off")
+        return ValueError(f"{what}, so the run stops; {self.what_is_saved()}; start over, in "
+                          "another --out or with --fresh, with a lower --lr or --amp off")

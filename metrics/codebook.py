@@ -1,47 +1,52 @@
-"""Which codes of the autoencoder pictures use: counts [K] in, shares, perplexity and overlaps out."""
+"""Which codes a set of images uses: counts [K] of each code in; shares, perplexity, overlap out."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vq import VQModel
+if TYPE_CHECKING:
+    from vq import VQModel
 
 
 def code_use(counts: Tensor) -> dict[str, float]:
-    """Of the uses [K] of each code: the share of codes used at all, and exp of the entropy, K at most."""
+    """The share of codes in use and the perplexity, exp(entropy) and at most K, of counts [K]."""
     p = counts.double() / counts.sum()
-    return {"codes_used": (counts > 0).double().mean().item(),
-            "perplexity": torch.exp(-(p * p.clamp(min=1e-12).log()).sum()).item()}
+    entropy = -(p * p.clamp(min=1e-12).log()).sum()
+    return {"codes_used": (counts > 0).double().mean().item(), "perplexity": entropy.exp().item()}
 
 
 def code_overlap(ours: Tensor, theirs: Tensor) -> dict[str, float]:
-    """How far two sets of pictures use the same codes, from the uses [K] of each code in one and in the other.
+    """How far two sets of images use the same codes, from the counts [K] of each.
 
-    common is |A and B| / |A or B| over codes; ours_known is the share of our uses that fall on codes which they use at
-    all, theirs_known the reverse; histogram is sum min(p_A, p_B), 1 where every code has the same share in both.
+    common      |A and B| / |A or B| over the codes in use
+    ours_known  share of our uses that fall on codes which they use too; theirs_known is the reverse
+    histogram   sum of min(p_A, p_B): 1 where every code has the same share in both sets
     """
     a, b = ours > 0, theirs > 0
     p_a, p_b = ours.double() / ours.sum(), theirs.double() / theirs.sum()
-    return {"both": (a & b).sum().item(), "only_ours": (a & ~b).sum().item(), "only_theirs": (b & ~a).sum().item(),
-            "common": ((a & b).sum() / (a | b).sum()).item(),
-            "ours_known": p_a[b].sum().item(), "theirs_known": p_b[a].sum().item(),
-            "histogram": torch.minimum(p_a, p_b).sum().item()}
+    out = {"both": (a & b).sum(), "only_ours": (a & ~b).sum(), "only_theirs": (b & ~a).sum(),
+           "common": (a & b).sum() / (a | b).sum(), "ours_known": p_a[b].sum(),
+           "theirs_known": p_b[a].sum(), "histogram": torch.minimum(p_a, p_b).sum()}
+    return {name: value.item() for name, value in out.items()}
 
 
 def count_codes(indices: Tensor, n_embed: int) -> Tensor:
-    """Uses [K] of each code among indices of any shape, on the CPU."""
+    """Counts [K], on the CPU, of each code among indices of any shape."""
     return torch.bincount(indices.flatten().cpu(), minlength=n_embed)
 
 
 @torch.no_grad()
-def code_counts(models: list[VQModel], images: Iterable[Tensor],
+def code_counts(models: list[VQModel], batches: Iterable[Tensor],
                 device: str | torch.device = "cpu") -> tuple[list[Tensor], int]:
-    """Uses [K] of each code of each model over all pictures, and how many pictures that were."""
-    counts, n = [torch.zeros(model.config.n_embed, dtype=torch.long) for model in models], 0
-    for x in images:
+    """Counts [K] of each model's codes over all images [B, 3, H, W], and the number of images."""
+    counts = [torch.zeros(model.config.n_embed, dtype=torch.long) for model in models]
+    n = 0
+    for x in batches:
         n += len(x)
         for model, count in zip(models, counts, strict=True):
-            count += count_codes(model.quantize(model.encode(x.to(device)))[2], len(count))
+            _, _, indices = model.quantize(model.encode(x.to(device)))
+            count += count_codes(indices, len(count))
     return counts, n

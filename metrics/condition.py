@@ -1,33 +1,48 @@
-"""How much stage 2 listens to the pose: latents [N, C, h, w] and poses [N, 17, 3] in, eps losses [N] out."""
+"""How far stage 2 follows the pose: latents [N, C, h, w] and poses [N, 17, 3] in, eps losses out.
+
+Letters: N latents, C h w their shape.
+"""
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion import Diffusion
+if TYPE_CHECKING:
+    from diffusion import Diffusion
 
-SHUFFLE_SEED = 1234                 # of the fixed noise and the fixed wrong poses: one number, so runs compare
+SHUFFLE_SEED = 1234                 # fixes the noise and the shuffled poses, so that runs compare
 
 
 def derangement(n: int, seed: int) -> np.ndarray:
-    """A permutation of range(n) that leaves nothing in its place (n >= 2)."""
-    order = np.random.default_rng(seed).permutation(n)
+    """A permutation of range(n), n >= 2, without a fixed point."""
+    ring = np.random.default_rng(seed).permutation(n)
     wrong = np.empty(n, dtype=np.int64)
-    wrong[order] = np.roll(order, 1)                        # each element gets its neighbour in a random ring
+    wrong[ring] = np.roll(ring, 1)              # each gets its neighbour in a random ring
     return wrong
 
 
-@torch.no_grad()
-def loss_each(model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor, batch_size: int = 64,
-              null: bool = False, autocast: Callable[[], AbstractContextManager] = nullcontext) -> Tensor:
-    """The eps loss [N], float64 on the CPU, of each latent z [N, C, h, w] under poses [N, 17, 3], or none where `null`.
+def fixed_noise(diffusion: Diffusion, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Timesteps [N], evenly spread over the schedule, and noise like z: the same in every call."""
+    generator = torch.Generator().manual_seed(SHUFFLE_SEED)
+    noise = torch.randn(z.shape, generator=generator).to(z.device)
+    # In random order: neighbouring images (frames of one film) should not share a timestep.
+    t = torch.linspace(0, diffusion.timesteps - 1, len(z)).round().long()
+    return t[torch.randperm(len(z), generator=generator)].to(z.device), noise
 
-    In eps whatever `model` predicts, so that 1 is always the loss of predicting nothing and runs compare.
-    Latent i has the timestep and the noise that `fixed_noise` gives it, so that runs and steps compare.
+
+@torch.no_grad()
+def loss_each(model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor,
+              batch_size: int = 64, null: bool = False,
+              autocast: Callable[[], AbstractContextManager] = nullcontext) -> Tensor:
+    """The eps loss [N], float64 on the CPU, of each latent z with its pose; `null` drops all poses.
+
+    Latent i always gets the timestep and noise of `fixed_noise`, so that steps and runs compare.
+    The loss is in eps whatever `model` predicts: predicting eps = 0 always has loss 1.
     """
     t, noise = fixed_noise(diffusion, z)
     losses, eps_model = [], diffusion.eps_model(model)
@@ -40,35 +55,29 @@ def loss_each(model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, pos
     return torch.cat(losses).double().cpu()
 
 
-def fixed_noise(diffusion: Diffusion, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Timesteps [N], spread evenly over the schedule, and noise like z [N, C, h, w]: the same in every call."""
-    generator = torch.Generator().manual_seed(SHUFFLE_SEED)
-    noise = torch.randn(z.shape, generator=generator).to(z.device)
-    # Spread by a random order: neighbouring pictures (frames of one film) should not share a timestep.
-    t = torch.linspace(0, diffusion.timesteps - 1, len(z)).round().long()
-    return t[torch.randperm(len(z), generator=generator)].to(z.device), noise
-
-
-def condition_each(eps_model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor,
-                   batch_size: int = 64, null: bool = True,
-                   autocast: Callable[[], AbstractContextManager] = nullcontext) -> dict[str, Tensor]:
-    """`loss_each` [N] of latents z [N, C, h, w] under their own poses [N, 17, 3], "right", under other pictures',
-    "shuffled", and under none, "null"; all three see the same noise. `null` False leaves out the loss under no pose,
-    which means nothing for a model that never saw one.
-    """
+def condition_each(
+    model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor,
+    batch_size: int = 64,
+    null: bool = True,              # False: leave "null" out, for models trained without dropout
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> dict[str, Tensor]:
+    """`loss_each` [N] with the "right" poses, "shuffled" ones of other latents, "null" for none."""
     if len(z) < 2:
-        raise ValueError(f"shuffled poses need at least 2 pictures, but there is {len(z)}")
+        raise ValueError(f"shuffling poses needs at least 2 images; got {len(z)}")
     wrong = poses[torch.as_tensor(derangement(len(z), SHUFFLE_SEED), device=poses.device)]
-    kinds = {"right": (poses, False), "shuffled": (wrong, False)} | ({"null": (poses, True)} if null else {})
-    return {name: loss_each(eps_model, diffusion, z, p, batch_size, dropped, autocast)
-            for name, (p, dropped) in kinds.items()}
-
-
-def condition_losses(*args: object, **how: object) -> dict[str, float]:
-    """The means of `condition_each`, and shuffled / right, "ratio", which is 1 where the model ignores the pose."""
-    return condition_means(condition_each(*args, **how))
+    conditions = {"right": (poses, False), "shuffled": (wrong, False)}
+    if null:
+        conditions["null"] = poses, True
+    return {name: loss_each(model, diffusion, z, pose, batch_size, dropped, autocast)
+            for name, (pose, dropped) in conditions.items()}
 
 
 def condition_means(each: dict[str, Tensor]) -> dict[str, float]:
+    """The means of `condition_each`; "ratio" is shuffled / right: 1 if the model ignores poses."""
     out = {name: losses.mean().item() for name, losses in each.items()}
     return out | {"ratio": out["shuffled"] / out["right"]}
+
+
+def condition_losses(*args: object, **how: object) -> dict[str, float]:
+    """`condition_means` of `condition_each` of the same arguments."""
+    return condition_means(condition_each(*args, **how))

@@ -1,74 +1,89 @@
-"""The moment a run of stage 2 overfits: losses of its evaluations, and rows of its log, in; a verdict in words out."""
+"""Does a run of stage 2 overfit? Losses of its evaluations and rows of its log in, a verdict out.
+
+Held-out and training latents keep their noise and timesteps through a run, so two evaluations are
+compared latent by latent, and the standard error is that of the difference, not of either loss.
+
+Letters: N held-out latents, M training latents, C h w their shape.
+"""
 from __future__ import annotations
 
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from diffusion import Diffusion
 from metrics.condition import fixed_noise
 
-# Training and held-out latents keep their noise and timesteps through a run. So two evaluations of it are compared
-# latent by latent, and what their difference is worth is told by its own standard error, not by that of either loss.
+if TYPE_CHECKING:
+    from diffusion import Diffusion
 
-BINS = 10                           # of timesteps, of equal width
-LEAST_IN_BIN = 8                    # latents; of fewer a standard error says nothing, and the bin stays without a say
-# Student's t with 24 degrees of freedom, those of 25 latents a bin, is beyond 4 in 3 of 10,000 cases: with 11 places to
-# look at in each of up to 100 evaluations 3 would be beaten by chance. That it holds ROW_OF times and of the gap too
-# is asked for besides.
-SIGNIFICANT = 4.0                   # standard errors
-RISEN = 0.01                        # of the loss: less is no harm, however certain
-ROW_OF = 3                          # evaluations in a row, before anything is said
-HEEDED = 1.02                       # shuffled / right: the seed's token, which cannot place a joint, reaches 1.016
-UNLEARNT = 0.5                      # of the loss of predicting nothing, which is 1, for the noise is N(0, I)
-STILL_FALLING = 0.05                # of the loss, in the last quarter of the steps: more, and twice the steps would pay
-WIDENED = 0.1                       # of the loss, that training pictures gained on held-out ones: more is no accident
-COPY_PERCENTILE = 1.0               # of the distances of held-out pictures to their nearest training picture
-CHANCE = 1e-3                       # copies are evidence where so many come by chance in less than this share of cases
+BINS = 10                       # of timesteps, of equal width
+LEAST_IN_BIN = 8                # latents: with fewer the standard error is worthless
+# Student's t with 24 degrees of freedom (25 latents per bin) exceeds 4 in 3 of 10,000 cases. With
+# 11 places to look at in each of up to 100 evaluations, 3 would be exceeded by chance. The rise
+# must also hold for ROW_OF evaluations, and the gap to the training loss must have grown as surely.
+SIGNIFICANT = 4.0               # standard errors
+RISEN = 0.01                    # of the loss: a smaller rise does no harm, however certain
+ROW_OF = 3                      # evaluations in a row before a rise is reported
+HEEDED = 1.02                   # shuffled / right: the seed's token, blind to places, has 1.016
+UNLEARNT = 0.5                  # of the loss of predicting eps = 0, which is 1
+STILL_FALLING = 0.05            # of the loss in the last quarter: more, and longer training pays
+WIDENED = 0.1                   # of the loss, gained by training images on held-out ones
+COPY_PERCENTILE = 1.0           # of held-out images' distances to their nearest training image
+CHANCE = 1e-3                   # copies that chance gives more often than this are no evidence
+HELD_OUT = "held out"           # the key of the held-out images among the distances
 
 
-class Watch:
-    """Held-out and training losses of one run, against those at the evaluation where the held-out ones were lowest.
+# --------------------------------------------------------------------------------- during training
 
-    Over all timesteps, key "", and in bins of them, keys "_t000", "_t100", ...: each has its own best evaluation.
+class OverfitMonitor:
+    """Held-out and training losses of a run, compared with its evaluation of lowest held-out loss.
+
+    Over all timesteps (key "") and in bins (keys "_t000", "_t100", ...), each with its own best.
     """
 
     def __init__(self, diffusion: Diffusion, val: Tensor, train: Tensor):
         """val [N, C, h, w] and train [M, C, h, w] are the latents whose losses will come."""
         self.members = {"": (torch.arange(len(val)), torch.arange(len(train)))}
-        val_bin, train_bin = (fixed_noise(diffusion, z)[0].cpu() * BINS // diffusion.timesteps for z in (val, train))
+        bins = [fixed_noise(diffusion, z)[0].cpu() * BINS // diffusion.timesteps
+                for z in (val, train)]
         for b in range(BINS):
             first = math.ceil(b * diffusion.timesteps / BINS)
-            self.members[f"_t{first:03d}"] = (val_bin == b).nonzero()[:, 0], (train_bin == b).nonzero()[:, 0]
-        self.best: dict[str, dict[str, Tensor]] = {}        # key: "val" and "train" losses of its best evaluation
+            self.members[f"_t{first:03d}"] = tuple((of == b).nonzero()[:, 0] for of in bins)
+        self.best: dict[str, dict[str, Tensor]] = {}    # key: "val" and "train" losses of its best
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         return self.best
 
     def load_state_dict(self, best: dict[str, dict[str, Tensor]]) -> None:
-        """`best` of a checkpoint, where it is of as many latents; else the watch begins anew."""
-        if all(key in self.members and [len(b["val"]), len(b["train"])] == [len(of) for of in self.members[key]]
-               for key, b in best.items()):
+        """A checkpoint's state; ignored if it is of another number of latents."""
+        sizes = {key: [len(part) for part in members] for key, members in self.members.items()}
+        if all(sizes.get(key) == [len(b["val"]), len(b["train"])] for key, b in best.items()):
             self.best = best
 
     def means(self, name: str, losses: Tensor, part: int) -> dict[str, float]:
-        """Of losses [N] of the held-out latents, `part` 0, or of the training ones, 1: figures for the log."""
-        return {f"{name}{key}": losses[of[part]].mean().item() for key, of in self.members.items() if len(of[part])}
+        """For the log: means by bin of losses [N] of held-out (part 0) or training latents (1)."""
+        return {f"{name}{key}": losses[members[part]].mean().item()
+                for key, members in self.members.items() if len(members[part])}
 
     def rises(self, val: Tensor, train: Tensor) -> dict[str, float]:
-        """Losses [N] and [M] of an evaluation -> figures for the log, of each key where that can be said:
-        "rise", held-out loss above its best, "grown", the same less what the training loss did meanwhile: how much the
-        gap between them has grown; and the standard errors of both."""
+        """For the log: how losses [N] and [M] compare with the best evaluation; standard errors.
+
+        "rise" is the held-out loss above its best; "grown" is the rise less that of the training
+        loss: how much the gap has grown. Bins with too few or infinite losses are left out.
+        """
         out = {}
         for key, (of_val, of_train) in self.members.items():
             v, u = val[of_val], train[of_train]
-            if min(len(v), len(u)) < LEAST_IN_BIN or not (v.isfinite().all() and u.isfinite().all()):
+            finite = v.isfinite().all() and u.isfinite().all()
+            if min(len(v), len(u)) < LEAST_IN_BIN or not finite:
                 continue
             if key not in self.best or v.mean() < self.best[key]["val"].mean():
                 self.best[key] = {"val": v, "train": u}
@@ -84,21 +99,41 @@ def standard_error(x: Tensor) -> float:
     return (x.std() / math.sqrt(len(x))).item()
 
 
+# ----------------------------------------------------------------------------------- rows of a log
+
 def evaluations(rows: list[dict]) -> list[dict]:
-    """Those rows of a log of stage 2 that are evaluations."""
+    """The rows of a stage-2 log that are evaluations."""
     return [row for row in rows if "val_right" in row]
 
 
-def has_risen(row: dict, key: str) -> bool:
-    """Is the held-out loss of `key` for certain above its best, and not because all losses are?"""
-    rise, loss = row.get(f"val_rise{key}", 0.0), row[f"val_right{key}"]
-    return (rise > RISEN * loss and rise > SIGNIFICANT * row[f"val_rise_se{key}"]
-            and row[f"val_grown{key}"] > SIGNIFICANT * row[f"val_grown_se{key}"])
+def best_step(rows: list[dict]) -> int:
+    """The step of best.pt: where the held-out loss was lowest."""
+    return 1 + min(evaluations(rows), key=lambda row: row["val_right"])["step"]
 
 
 def bin_keys(row: dict) -> list[str]:
     """"_t000", "_t100", ... of an evaluation."""
-    return sorted((name[9:] for name in row if re.fullmatch(r"val_right_t\d+", name)), key=lambda key: int(key[2:]))
+    keys = [name.removeprefix("val_right") for name in row if re.match(r"val_right_t\d", name)]
+    return sorted(keys, key=lambda key: int(key[2:]))
+
+
+def gaps(row: dict) -> dict[str, float]:
+    """By bin, the held-out less the training loss, as a share of the held-out loss."""
+    return {key: 1 - row.get(f"val_train{key}", math.nan) / row[f"val_right{key}"]
+            for key in bin_keys(row)}
+
+
+def risen(row: dict) -> dict[str, float]:
+    """By bin, how far the held-out loss is above its best, as a share of it."""
+    return {key: row.get(f"val_rise{key}", math.nan) / row[f"val_right{key}"]
+            for key in bin_keys(row)}
+
+
+def has_risen(row: dict, key: str) -> bool:
+    """Is the held-out loss of a bin surely above its best, and did the training loss not follow?"""
+    rise, loss = row.get(f"val_rise{key}", 0.0), row[f"val_right{key}"]
+    return (rise > RISEN * loss and rise > SIGNIFICANT * row[f"val_rise_se{key}"]
+            and row[f"val_grown{key}"] > SIGNIFICANT * row[f"val_grown_se{key}"])
 
 
 def in_a_row(flags: Iterable[bool]) -> int:
@@ -107,168 +142,195 @@ def in_a_row(flags: Iterable[bool]) -> int:
 
 
 def streaks(rows: list[dict]) -> dict[str, int]:
-    """For how many evaluations in a row, up to the last one, `has_risen` holds, of each key for which it does."""
-    found, out = evaluations(rows), {}
-    for key in ["", *bin_keys(found[-1])] if found else []:
-        n = in_a_row(has_risen(row, key) for row in reversed(found))
-        if n:
-            out[key] = n
-    return out
-
-
-def best_step(rows: list[dict]) -> int:
-    """After how many steps the held-out loss was lowest: the step of best.pt."""
-    return 1 + min((row for row in evaluations(rows)), key=lambda row: row["val_right"])["step"]
-
-
-# what the network decides in the first, the middle and the last third of the timesteps
-MEMORISED = "the last steps' details", "shapes", "whole pictures, from their first outlines on,"
+    """For how many evaluations in a row, up to the last, each bin `has_risen`; without zeros."""
+    found = evaluations(rows)
+    keys = ["", *bin_keys(found[-1])] if found else []
+    counts = {key: in_a_row(has_risen(row, key) for row in reversed(found)) for key in keys}
+    return {key: n for key, n in counts.items() if n}
 
 
 def overfitting(rows: list[dict], row_of: int = ROW_OF) -> str | None:
-    """In words, since when and where held-out losses rise, from the rows of a log; None unless they have for `row_of`
-    evaluations in a row."""
-    risen = {key: n for key, n in streaks(rows).items() if n >= row_of}
-    if not risen:
+    """A warning if held-out losses have risen for `row_of` evaluations in a row, else None."""
+    rising = {key: n for key, n in streaks(rows).items() if n >= row_of}
+    if not rising:
         return None
     keys = bin_keys(evaluations(rows)[-1])
-    places = [i for i, key in enumerate(keys) if key in risen]
-    thirds = sorted({3 * i // len(keys) for i in places})
-    what = " and ".join(MEMORISED[third] for third in thirds) or "training pictures"
-    return (f"validation loss has risen for {max(risen.values())} evaluations {in_bins(keys, places)}: {what} are "
-            f"being memorised; best was step {best_step(rows):,}")
+    where, thirds = "over all timesteps", set()
+    if bins := [key for key in keys if key in rising]:
+        where = f"in the bins from t = {', '.join(str(int(key[2:])) for key in bins)}"
+        thirds = {3 * keys.index(key) // len(keys) for key in bins}
+    # What the network decides in the first, middle and last third of the timesteps.
+    decided = "fine details", "shapes", "whole images"
+    what = " and ".join(decided[third] for third in sorted(thirds)) or "training images"
+    return (f"The held-out loss has risen for {max(rising.values())} evaluations {where}: "
+            f"the model is memorising {what}. The best step was {best_step(rows):,}.")
 
 
-def in_bins(keys: list[str], places: list[int]) -> str:
-    """The bins with the numbers `places` among all `keys`, in words: "in bins t<300", "in bins 100<=t<300, t>=900"."""
-    if len(places) in (0, len(keys)):
-        return "in all bins" if places else "over all timesteps"
-    words, first = [], [key[2:].lstrip("0") or "0" for key in keys]
-    for run in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
-        low, high = run[0], run[-1] + 1
-        words.append(f"t<{first[high]}" if low == 0 else f"t>={first[low]}" if high == len(keys)
-                     else f"{first[low]}<=t<{first[high]}")
-    return f"in bin{'s' * (len(places) > 1)} {', '.join(words)}"
+# ----------------------------------------------------------------------- copies of training images
+
+@dataclass(frozen=True)
+class Near:
+    """Latents, and the nearest training latent to each."""
+    z: Tensor                       # [N, C, h, w]
+    rows: np.ndarray                # [N] of the training latents: odd ones are mirror images
+    distances: np.ndarray           # [N] root mean square over channels and places
 
 
-def gaps(row: dict) -> dict[str, float]:
-    """The held-out less the training loss of an evaluation, as a share of the held-out one, by the keys of its bins."""
-    return {key: 1 - row.get(f"val_train{key}", math.nan) / row[f"val_right{key}"] for key in bin_keys(row)}
+@torch.no_grad()
+def nearest(parts: dict[str, Tensor], trained: Callable[[np.ndarray], Tensor], n: int,
+            chunk: int = 1024) -> dict[str, Near]:
+    """The nearest of `n` training latents to each latent z [N, C, h, w] of `parts`, in one pass.
 
-
-def widened(rows: list[dict]) -> list[float]:
-    """At each evaluation, by what share training pictures have come to be cheaper, held against held-out ones, than at
-    the first: what the two sets of pictures differ in by themselves falls out."""
-    shares = [row.get("val_train", math.nan) / row["val_right"] for row in evaluations(rows)]
-    first = next(filter(math.isfinite, shares), math.nan)       # a run of before had no training losses
-    return [1 - share / first for share in shares]
-
-
-def risen(row: dict) -> dict[str, float]:
-    """How far the held-out loss of an evaluation is above its best, as a share of it, by the keys of its bins."""
-    return {key: row.get(f"val_rise{key}", math.nan) / row[f"val_right{key}"] for key in bin_keys(row)}
-
-
-HELD_OUT = "held out"
+    `trained` gives the latents [R, C, h, w] of rows [R]; `chunk` rows are compared at once, 50 MB
+    for latents of 64x64x3.
+    """
+    z = torch.cat(list(parts.values())).flatten(1)                                      # [Q, D]
+    least = torch.full((len(z),), math.inf, device=z.device)
+    rows = torch.zeros(len(z), dtype=torch.long, device=z.device)
+    for first in tqdm(range(0, n, chunk), "comparing latents", unit="chunk", dynamic_ncols=True):
+        x = trained(np.arange(first, min(first + chunk, n))).flatten(1)                 # [R, D]
+        distance, at = (x.square().sum(1) - 2 * z @ x.T).min(1)     # + |z|^2, the same for all x
+        closer = distance < least
+        least, rows = torch.where(closer, distance, least), torch.where(closer, first + at, rows)
+    rows = rows.cpu().numpy()
+    # Again, as |z - x|^2: in the form above large terms cancel.
+    distances = (z - trained(rows).flatten(1)).square().mean(1).sqrt().cpu().numpy()
+    ends = np.cumsum([len(part) for part in parts.values()])[:-1]
+    return {name: Near(part, r, d) for (name, part), r, d in zip(
+        parts.items(), np.split(rows, ends), np.split(distances, ends), strict=True)}
 
 
 def copies(distances: dict[str, list[float]]) -> tuple[float, dict[str, dict]]:
-    """Which samples are copies, by the distances to the nearest training picture: of held-out pictures, under HELD_OUT,
-    and of kinds of samples, by their names.
+    """Which samples are copies, from the distances to the nearest training image.
 
-    The limit, COPY_PERCENTILE of the first; and of each kind how many are nearer than that, "copies", "of" how many,
-    how often chance makes as many, "chance", and how many lie further away than all but COPY_PERCENTILE, "far".
+    `distances` has those of held-out images, under HELD_OUT, and of samples, by name. Returns the
+    limit, COPY_PERCENTILE of the held-out distances, and by name: "copies", the samples nearer than
+    that, "of" how many, "chance", how probable as many are by chance, and "far", the samples
+    farther than 100 - COPY_PERCENTILE of the held-out images.
     """
     held_out, out = np.array(distances[HELD_OUT]), {}
-    limit, furthest = (float(np.percentile(held_out, share)) for share in (COPY_PERCENTILE, 100 - COPY_PERCENTILE))
+    limit, farthest = np.percentile(held_out, [COPY_PERCENTILE, 100 - COPY_PERCENTILE]).tolist()
     for name in distances.keys() - {HELD_OUT}:
         found = np.array(distances[name])
         near, n = int((found < limit).sum()), len(found)
-        chance = chance_of(near, n, int((held_out < limit).sum()), len(held_out))
-        out[name] = {"copies": near, "of": n, "chance": chance, "far": int((found > furthest).sum())}
+        out[name] = {"copies": near, "of": n, "far": int((found > farthest).sum()),
+                     "chance": chance_of(near, n, int((held_out < limit).sum()), len(held_out))}
     return limit, out
 
 
 def chance_of(near: int, n: int, below: int, of: int) -> float:
-    """How often at least `near` of n values come before the one of `of` others that has `below` of its own before it,
-    if all are of one kind: any order is then as likely, and the first near + below are a hypergeometric draw."""
+    """The probability that at least `near` of n values precede all of `of` others but `below`.
+
+    If all are of one kind, every order is equally likely, and the first near + below values are a
+    hypergeometric draw.
+    """
     first = near + below
     ways = (math.comb(n, j) * math.comb(of, first - j) for j in range(near, min(n, first) + 1))
     return sum(ways) / math.comb(n + of, first)
 
 
-def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -> dict:
-    """Is a run of stage 2 underfit, good or memorising? From the rows of its log, and `distances` as `copies` has them.
+# ------------------------------------------------------------------------------------- the verdict
 
-    "verdict"; "since", the step from which on held-out losses rise, or else training ones run ahead, if so; "best", the
-    step of best.pt; "pose", heeded or ignored; "reasons" in words, and the "numbers" behind them. ValueError for a log
-    that does not tell.
+HELD_OUT_SHARE = f"{100 - COPY_PERCENTILE:g} % of held-out images"
+
+
+def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -> dict:
+    """Is a run of stage 2 underfit, good or memorising? From its log, and distances as in `copies`.
+
+    "verdict"; "since", the step since which losses show memorising, or None; "best", the step of
+    best.pt; "pose", followed or ignored; "reasons", sentences; "numbers". ValueError if the log
+    cannot tell.
     """
     found = evaluations(rows)
     if not found or "val_train" not in found[-1]:
-        raise ValueError("the log has no evaluation that tells held-out from training loss: the run is too young, or "
-                         "older than this measure; train it on, or anew with --fresh")
-    last, warning, risen_for = found[-1], overfitting(rows), streaks(rows)
-    steps, loss = last["step"] + 1, last["val_right"]
-    early = found[0]["step"] + 1 <= 0.75 * steps                # or there is nothing to compare with
-    fell = 1 - loss / np.interp(0.75 * steps, [row["step"] + 1 for row in found],
-                                [row["val_right"] for row in found]).item() if early else None
-    gap, ahead = widened(rows), 0                               # for how many evaluations training has been ahead
-    if early and fell < STILL_FALLING:                          # while held-out losses fall, no harm is done
+        raise ValueError("the log has no evaluation of both held-out and training loss; train "
+                         "longer, or again with --fresh if the run is of an older version")
+    last, steps = found[-1], found[-1]["step"] + 1
+    loss, training = last["val_right"], last["val_train"]
+    fell, risen_for, warning = recent_fall(found), streaks(rows), overfitting(rows)
+    gap, ahead = widened(found), 0
+    if fell is not None and fell < STILL_FALLING:           # no harm while the held-out loss falls
         ahead = in_a_row(share > WIDENED for share in reversed(gap))
     limit, copied = copies(distances) if distances else (None, {})
-    heeded = last["val_ratio"] >= HEEDED and last["val_shuffled"] - loss > SIGNIFICANT * last["val_shuffled_se"]
-    numbers = {"step": steps, "evaluations": len(found), "loss": loss, "training": last["val_train"], "fell": fell,
-               "ratio": last["val_ratio"], "risen_for": risen_for, "widened": gap[-1], "limit": limit, "copies": copied,
-               "rise": {key: share for key, share in risen(last).items() if math.isfinite(share)}}
-    reasons = [f"{warning}; it is {loss:.4f} now, and {last['val_train']:.4f} on training pictures"] if warning else []
+
+    reasons = []
+    if warning:
+        reasons.append(f"{warning} The held-out loss is {loss:.4f} now, the training loss "
+                       f"{training:.4f}.")
     if ahead:
-        reasons.append(f"the loss of training pictures has run ahead by {gap[-1]:.0%} since the first evaluation, to "
-                       f"{last['val_train']:.4f}, while that of held-out ones, {loss:.4f}, no longer falls: what is "
-                       "learnt now holds for the training pictures alone")
-    reasons += [f"{c['copies']} of {c['of']} samples under {name} are nearer to a training picture than "
-                f"{100 - COPY_PERCENTILE:g} % of held-out pictures are (by chance: {c['chance']:.0e})"
-                for name, c in sorted(copied.items()) if c["copies"] and c["chance"] < CHANCE]
-    still = f"held-out loss is {loss:.4f}" + (
-        f" after a fall of {fell:.1%} over the last quarter of the {steps:,} steps" if early else "")
-    far, drawn = (sum(c[key] for c in copied.values()) for key in ("far", "of"))
-    if reasons:
-        word = "memorising"
-    elif not loss < UNLEARNT:
-        word, reasons = "underfit", [f"{still}; predicting nothing has 1"]
-    elif not early:
-        word, reasons = "underfit", [f"{still}, and there is no evaluation from which to tell whether it still falls; "
-                                     "train longer"]
-    elif not fell < STILL_FALLING:
-        word, reasons = "underfit", [f"{still}; it still falls, so train longer"]
-    elif far > drawn / 2:
-        word, reasons = "underfit", [f"{far} of {drawn} samples lie further from any training picture than "
-                                     f"{100 - COPY_PERCENTILE:g} % of held-out pictures do: they do not look like such "
-                                     f"pictures yet, so train longer; {still}"]
-    else:
-        word, reasons = "good", [f"{still}; it is {last['val_train']:.4f} on training pictures, and rises in no bin of "
-                                 "timesteps: nothing speaks against more steps but their time"]
-        if drawn:
-            near = sum(c["copies"] for c in copied.values())
-            reasons.append(f"of {drawn} samples {near or 'none'} {'are' if near > 1 else 'is'} nearer to a training "
-                           f"picture than {100 - COPY_PERCENTILE:g} % of held-out pictures are"
-                           + (": no more than chance makes" if near else ""))
-    reasons.append(f"shuffled poses have {last['val_ratio']:.3f} times the loss of right ones: the pose is "
-                   + ("heeded" if heeded else "ignored"))
+        reasons.append(
+            f"Relative to the held-out loss, the training loss has fallen by {gap[-1]:.0%} since "
+            f"the first evaluation, to {training:.4f}. The held-out loss, {loss:.4f}, no longer "
+            "falls: what the model still learns helps on training images only.")
+    for name, c in sorted(copied.items()):
+        if c["copies"] and c["chance"] < CHANCE:
+            reasons.append(f"{c['copies']} of {c['of']} samples of {name} are nearer to a training "
+                           f"image than {HELD_OUT_SHARE}. The probability of as many by chance is "
+                           f"{c['chance']:.0e}.")
+    word = "memorising"
+    if not reasons:
+        word, reasons = underfit_or_good(loss, training, fell, steps, copied)
+    follows = (last["val_ratio"] >= HEEDED
+               and last["val_shuffled"] - loss > SIGNIFICANT * last["val_shuffled_se"])
+    reasons.append(f"Shuffled poses have {last['val_ratio']:.3f} times the loss of right poses: "
+                   f"the model {'follows' if follows else 'ignores'} the pose.")
     since = max(risen_for.values()) if warning else ahead
+    numbers = {"step": steps, "evaluations": len(found), "loss": loss, "training": training,
+               "fell": fell, "ratio": last["val_ratio"], "risen_for": risen_for, "widened": gap[-1],
+               "limit": limit, "copies": copied,
+               "rise": {key: share for key, share in risen(last).items() if math.isfinite(share)}}
     return {"verdict": word, "since": found[-since]["step"] + 1 if since else None,
-            "best": best_step(rows), "pose": "heeded" if heeded else "ignored", "reasons": reasons, "numbers": numbers}
+            "best": best_step(rows), "pose": "followed" if follows else "ignored",
+            "reasons": reasons, "numbers": numbers}
 
 
-@dataclass(frozen=True)
-class Near:
-    """Latents z [N, C, h, w], and of each the nearest row of the training latents and how far that is."""
-    z: Tensor
-    rows: np.ndarray                # [N] of the cache: odd ones are mirror images
-    distances: np.ndarray           # [N] root mean square over channels and places
+def recent_fall(found: list[dict]) -> float | None:
+    """By what share the held-out loss fell in the last quarter of the steps; None if too young."""
+    steps, losses = [row["step"] + 1 for row in found], [row["val_right"] for row in found]
+    if steps[0] > 0.75 * steps[-1]:
+        return None
+    return 1 - losses[-1] / np.interp(0.75 * steps[-1], steps, losses).item()
+
+
+def widened(found: list[dict]) -> list[float]:
+    """By evaluation, by what share training / held-out loss is below that of the first evaluation.
+
+    Relative to the first, a difference in difficulty between the two sets of images cancels.
+    """
+    shares = [row.get("val_train", math.nan) / row["val_right"] for row in found]
+    first = next(filter(math.isfinite, shares), math.nan)   # older runs began without training loss
+    return [1 - share / first for share in shares]
+
+
+def underfit_or_good(loss: float, training: float, fell: float | None, steps: int,
+                     copied: dict[str, dict]) -> tuple[str, list[str]]:
+    """Which of the two a run is that does not memorise, and why."""
+    so_far = f"The held-out loss is {loss:.4f}"
+    if fell is not None:
+        so_far += f"; it fell by {fell:.1%} in the last quarter of the {steps:,} steps"
+    far, drawn, near = (sum(c[key] for c in copied.values()) for key in ("far", "of", "copies"))
+    if not loss < UNLEARNT:
+        return "underfit", [f"{so_far}. Predicting eps = 0 has loss 1."]
+    if fell is None:
+        return "underfit", [f"{so_far}. It is too early to tell if it still falls; train longer."]
+    if not fell < STILL_FALLING:
+        return "underfit", [f"{so_far}. It still falls; train longer."]
+    if far > drawn / 2:
+        return "underfit", [f"{far} of {drawn} samples are farther from every training image than "
+                            f"{HELD_OUT_SHARE}: they do not look like images of this dataset yet; "
+                            f"train longer. {so_far}."]
+    reasons = [f"{so_far}. The training loss is {training:.4f}. The held-out loss rises in no bin "
+               "of timesteps, so more steps would do no harm."]
+    if drawn:
+        reasons.append(f"{near or 'None'} of {drawn} samples {'are' if near > 1 else 'is'} nearer "
+                       f"to a training image than {HELD_OUT_SHARE}"
+                       + (", no more than chance gives." if near else "."))
+    return "good", reasons
 
 
 def headline(found: dict) -> str:
-    """What `verdict` found, in a few words."""
-    return (found["verdict"].upper() + (f" since step {found['since']:,}" if found["since"] else "")
-            + f"; best was step {found['best']:,}; the pose is " + found["pose"])
+    """A `verdict` in a few words."""
+    since = f" since step {found['since']:,}" if found["since"] else ""
+    pose = "follows" if found["pose"] == "followed" else "ignores"
+    return (f"{found['verdict'].upper()}{since}; the best step was {found['best']:,}; "
+            f"the model {pose} the pose")

@@ -1,5 +1,4 @@
-"""What several test files share: the golden numbers of the reference, and its weights as a formula of their names."""
-
+"""What test files share: the golden numbers of the reference, and its weights by formula."""
 import json
 import signal
 import zlib
@@ -11,14 +10,16 @@ import torch
 from torch import nn
 
 GOLDEN = Path(__file__).parent / "golden"
-# In the background of a script Ctrl-C is ignored, under nohup a hang-up; so would be what the tests send to runs.
+# A script's background ignores Ctrl-C and nohup a hang-up; tests send both to runs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def golden_weights(prefix: str, model: nn.Module) -> nn.Module:
-    """Fill the parameters of `model` with the formula of golden/README.md; `prefix` is what the reference's full names
-    start with, for example "model.diffusion_model.". Buffers stay. Returns `model`, in eval mode.
+    """`model` in eval mode, its parameters filled by the formula of golden/README.md.
+
+    `prefix` is what the reference's full names start with, as "model.diffusion_model.".
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -37,7 +38,7 @@ def golden_weights(prefix: str, model: nn.Module) -> nn.Module:
 
 
 def relative_error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference over the largest wanted value: random networks amplify, so this is how they compare."""
+    """The largest difference over the largest wanted value: random networks amplify."""
     assert got.shape == wanted.shape, f"{list(got.shape)} against {list(wanted.shape)}"
     return ((got.double() - wanted.double()).abs().max() / wanted.double().abs().max()).item()
 

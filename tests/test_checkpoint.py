@@ -215,9 +215,9 @@ def test_sample_py_draws_from_a_published_file(ckpt, tmp_path, capsys, monkeypat
     seen = {}
     original = sample.ddim
 
-    def spy(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing):
+    def spy(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, *more):
         seen.update(eta=eta, spacing=spacing)
-        return original(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing)
+        return original(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, *more)
     monkeypatch.setattr(sample, "ddim", spy)
     pose, out = str(ROOT / "examples/poses/waving.json"), tmp_path / "s.png"
     assert sample.main([pose, "--ckpt", str(ckpt), "--preset", "tiny", "-n", "1", "--out", str(out),
@@ -318,7 +318,7 @@ def test_a_device_that_is_not_there_is_one_sentence(name):
 
 @pytest.mark.parametrize("where, value, words", [
     ("vq_config.colour", "red", "vq_config that this version does not know"),
-    ("vq_config.ch", 0, "vq_config that this version does not know"),
+    ("vq_config.ch", 0, "does not fit its configuration"),
     ("vq_config.n_embed", 100, "quantize.embedding.weight: file (2048, 3), model (100, 3)"),
     ("vq_config.ch", 2 ** 20, "does not fit its configuration"),                # terabytes
     ("unet_config.num_res_blocks", 10 ** 9, "deeper than the weights"),

@@ -1,4 +1,4 @@
-"""The procedural figures: the same picture whoever asks, and joints that lie on the body that is drawn."""
+"""Procedural figures: the same image whoever asks, and joints that lie on the body drawn."""
 import numpy as np
 import pytest
 
@@ -7,7 +7,7 @@ from dataset.figures import Figures
 from keypoints import LIMBS
 
 
-def test_a_picture_depends_on_seed_and_number_alone():
+def test_an_image_depends_on_seed_and_number_alone():
     forward, backward = Figures(20, 64, seed=3), Figures(1000, 64, seed=3)
     later = {i: backward[i] for i in reversed(range(20))}
     for i in range(20):
@@ -24,25 +24,18 @@ def test_the_size_changes_nothing_but_the_size():
         np.testing.assert_allclose(pose, pose4, atol=1e-6)
         assert image.shape == (32, 32, 3) and image4.shape == (128, 128, 3)
         shrunk = image4.reshape(32, 4, 32, 4, 3).mean((1, 3))
-        assert np.abs(shrunk - image).mean() < 4                    # of 255: edges fall on other pixels
+        assert np.abs(shrunk - image).mean() < 4        # of 255: edges fall on other pixels
 
 
-@pytest.fixture
-def bare(monkeypatch):
-    """Figures without their people: only the backdrop and the shadow."""
-    def draw(i: int, size: int) -> np.ndarray:
-        with monkeypatch.context() as m:
-            m.setattr(dataset.figures._Figure, "draw", lambda self: None)
-            return Figures(i + 1, size)[i][0]
-    return draw
-
-
-def test_joints_and_limbs_lie_on_the_body(bare):
-    """At a joint that is inside the frame the picture must differ from the same backdrop without the person."""
+def test_joints_and_limbs_lie_on_the_body(monkeypatch):
+    """At a joint inside the frame the image must differ from the backdrop without the person."""
     on, of = 0, 0
     for i in range(60):
         image, pose = Figures(i + 1, 128)[i]
-        body = np.abs(image.astype(int) - bare(i, 128)).sum(-1) > 0
+        with monkeypatch.context() as patch:
+            patch.setattr(dataset.figures._Figure, "draw", lambda self: None)
+            bare = Figures(i + 1, 128)[i][0]
+        body = np.abs(image.astype(int) - bare).sum(-1) > 0
         for a, b in LIMBS[4:] + tuple((j, j) for j in range(17)):
             for share in (0.0, 0.25, 0.5, 0.75):
                 x, y = ((1 - share) * pose[a, :2] + share * pose[b, :2]) * 128
@@ -53,7 +46,7 @@ def test_joints_and_limbs_lie_on_the_body(bare):
 
 
 def test_left_is_the_persons_own():
-    """The left shoulder is at the larger x of whoever faces us, at the smaller of whoever shows the back."""
+    """The left shoulder is right of the other in the image if the person faces us, else left."""
     figures = Figures(200)
     yaw = np.array([figures._draw(i).pose.yaw for i in range(200)])
     left = np.array([pose[5, 0] > pose[6, 0] for _, pose in map(figures.source, range(200))])
@@ -66,14 +59,13 @@ def test_poses_are_varied_finite_and_mostly_inside():
     poses = np.stack([Figures(300)[i][1] for i in range(300)])
     assert np.isfinite(poses).all() and (poses[..., 2] == 1).all()
     inside = ((poses[..., :2] > 0) & (poses[..., :2] < 1)).all(-1)
-    assert 0.95 < inside.mean() < 1                                 # a few close-ups leave the frame, on purpose
-    heights = np.ptp(poses[..., 1], axis=1)
-    assert 0.4 < np.median(heights) < 0.9
+    assert 0.95 < inside.mean() < 1                     # a few close-ups leave the frame
+    assert 0.4 < np.median(np.ptp(poses[..., 1], axis=1)) < 0.9
     wrists_up = (poses[:, 9, 1] < poses[:, 5, 1]).mean()
     assert 0.1 < wrists_up < 0.7
 
 
-def test_asking_outside_is_an_error():
-    for i in (-1, 5):
-        with pytest.raises(IndexError, match="there are 5"):
-            Figures(5)[i]
+@pytest.mark.parametrize("i", [-1, 5])
+def test_asking_outside_is_an_error(i):
+    with pytest.raises(IndexError, match="there are 5"):
+        Figures(5)[i]

@@ -155,9 +155,9 @@ def test_pose_encoder_reads_place_joint_missing_and_null():
     assert torch.equal(dropped[0], encoder.null) and torch.equal(dropped[1], tokens[0])
 
 
-@pytest.mark.parametrize("doors", [("tokens",), ("maps",), ("tokens", "maps"), ("seed",)])
-def test_each_conditioning_depends_on_the_pose_unless_it_is_dropped(doors):
-    condition = K.PoseCondition(K.ConditionConfig(doors, dim=32))
+@pytest.mark.parametrize("conditioning", [("tokens",), ("maps",), ("tokens", "maps"), ("seed",)])
+def test_each_conditioning_depends_on_the_pose_unless_it_is_dropped(conditioning):
+    condition = K.PoseCondition(K.ConditionConfig(conditioning, dim=32))
     a, b = (torch.from_numpy(random_pose()).float()[None] for _ in range(2))
     drop = torch.tensor([True])
     for x, y, x0, y0 in zip(condition(a, (8, 8)), condition(b, (8, 8)), condition(a, (8, 8), drop),
@@ -171,7 +171,7 @@ def test_each_conditioning_depends_on_the_pose_unless_it_is_dropped(doors):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"doors": ()}, {"doors": ("smoke",)}, {"doors": ("seed", "maps")},
+    {"conditioning": ()}, {"conditioning": ("smoke",)}, {"conditioning": ("seed", "maps")},
     {"sigma": 0.0}, {"dim": 0}, {"seed_dim": 0}])
 def test_a_wrong_condition_is_refused_with_its_value(wrong):
     (value,) = wrong.values()

@@ -1,4 +1,4 @@
-"""The notebooks: each runs from top to bottom, and what is committed is the outcome of such a run."""
+"""The notebooks: each runs from top to bottom, and what is committed is the outcome of a run."""
 import ast
 import os
 import subprocess
@@ -12,10 +12,10 @@ from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-OURS = {path.stem: path for path in ROOT.glob("*.py")}
-ROOMS = [path for room in ("dataset", "extras", "formats", "metrics") for path in (ROOT / room).glob("*.py")]
+ROOMS = "dataset", "engine", "extras", "formats", "metrics"
+OURS = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))]
 MOST_BYTES = 500_000
-PATIENCE = 1200                     # seconds for one cell or for a kernel to start, before it counts as hung
+TIMEOUT = 1200                  # seconds for one cell or for a kernel to start, before it has hung
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
@@ -28,25 +28,14 @@ def code(path: Path) -> list[nbformat.NotebookNode]:
     return [cell for cell in read(path).cells if cell.cell_type == "code"]
 
 
-def trees(path: Path) -> list[ast.AST]:
-    """Every code cell parsed, lines of magic made Python."""
-    return [ast.parse(TransformerManager().transform_cell(cell.source)) for cell in code(path)]
-
-
 def classes(tree: ast.AST) -> set[str]:
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
 
-def imported(tree: ast.AST) -> set[str]:
-    """The modules that a cell imports, by their first name."""
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    return {name.split(".")[0] for name in names}
-
-
-def tree_of_files() -> set[Path]:
+def files_around() -> set[Path]:
     """What lies where a careless notebook would write."""
-    return {path for folder in (ROOT, ROOT / "notebooks", ROOT / "examples") for path in folder.iterdir()}
+    folders = ROOT, ROOT / "notebooks", ROOT / "examples"
+    return {path for folder in folders for path in folder.iterdir()}
 
 
 def test_there_are_notebooks():
@@ -61,14 +50,15 @@ def test_outputs_are_committed_and_of_one_run(path):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
-    assert any("image/png" in output.get("data", {}) for output in outputs), "no picture in any output"
+    assert any("image/png" in output.get("data", {}) for output in outputs), "no image"
 
 
 @each
-def test_it_imports_from_the_files_and_repeats_no_class_of_theirs(path):
-    theirs = set().union(*(classes(ast.parse(file.read_text())) for file in (*OURS.values(), *ROOMS)))
-    assert set().union(*(imported(tree) for tree in trees(path))) & OURS.keys()
-    assert not set().union(*(classes(tree) for tree in trees(path))) & theirs
+def test_it_repeats_no_class_of_our_files(path):
+    to_python = TransformerManager().transform_cell                 # lines of magic too
+    theirs = set().union(*(classes(ast.parse(file.read_text())) for file in OURS))
+    assert not theirs & set().union(*(classes(ast.parse(to_python(cell.source)))
+                                      for cell in code(path)))
 
 
 @each
@@ -79,11 +69,13 @@ def test_it_opens_with_what_one_will_know_at_the_end(path):
 
 
 @each
-def test_the_first_cell_finds_the_files_from_the_root_too(path):
+def test_the_first_cell_finds_our_files_from_the_root_too(path):
     """Jupyter starts a notebook in its own folder, an editor often in the project's."""
-    first = f"{code(path)[0].source}\nimport os, sys, keypoints\nprint(os.getcwd())\nprint(keypoints.__file__)"
+    first = (f"{code(path)[0].source}\nimport os, sys, keypoints\n"
+             "print(os.getcwd())\nprint(keypoints.__file__)")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run([sys.executable, "-c", first], cwd=ROOT, capture_output=True, text=True,
-                         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+                         env=env)
     assert run.returncode == 0, run.stderr
     cwd, file = run.stdout.splitlines()[-2:]
     assert Path(cwd) == ROOT and Path(file) == ROOT / "keypoints.py"
@@ -93,8 +85,8 @@ RUN = """
 import sys, nbformat
 from nbconvert.preprocessors import ExecutePreprocessor
 notebook = nbformat.read(sys.argv[1], as_version=4)
-patience = int(sys.argv[3])
-run = ExecutePreprocessor(timeout=patience, startup_timeout=patience)
+timeout = int(sys.argv[3])
+run = ExecutePreprocessor(timeout=timeout, startup_timeout=timeout)
 run.preprocess(notebook, {"metadata": {"path": sys.argv[2]}})
 assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
 """
@@ -102,18 +94,19 @@ assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == 
 
 @pytest.fixture(scope="module")
 def runs(request):
-    """The notebooks whose turn comes, run two at a time, the longest first: by path, what will come of it."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}       # as it is for a newcomer
-    env["OMP_NUM_THREADS"] = "1"                                # two notebooks at a time, each on a core of its own
-    wanted = {item.callspec.params["path"] for item in request.session.items if "runs" in item.fixturenames}
+    """The notebooks that are tested, run two at a time, the longest first: outcomes by path."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env["OMP_NUM_THREADS"] = "1"                # two notebooks at a time, each on a core of its own
+    wanted = {item.callspec.params["path"] for item in request.session.items
+              if "runs" in item.fixturenames}
 
     def run(path: Path) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-c", RUN, str(path), str(path.parent), str(PATIENCE)],
-                              capture_output=True, text=True, env=env)
-    files = tree_of_files()
+        words = [sys.executable, "-c", RUN, str(path), str(path.parent), str(TIMEOUT)]
+        return subprocess.run(words, capture_output=True, text=True, env=env)
+    before = files_around()
     with ThreadPoolExecutor(2) as pool:
         yield {path: pool.submit(run, path) for path in sorted(wanted, reverse=True)}
-    left = tree_of_files() - files - {ROOT / "__pycache__", ROOT / ".pytest_cache"}
+    left = files_around() - before - {ROOT / "__pycache__", ROOT / ".pytest_cache"}
     assert not left, f"they left {sorted(left)}"
 
 

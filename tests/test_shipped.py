@@ -12,7 +12,6 @@ import metrics.images
 import metrics.pose
 import sample
 from dataset.figures import Figures
-from metrics import keypoint_detector
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +20,7 @@ POSES = sorted(map(str, (ROOT / "examples/poses").glob("*.json")))
 
 
 def test_the_files_are_small_and_hold_tensors_alone():
-    assert MODEL.stat().st_size <= 16_000_000 and keypoint_detector.SHIPPED_READER.stat().st_size <= 5_000_000
+    assert MODEL.stat().st_size <= 16_000_000 and evaluate.BUNDLED.stat().st_size <= 5_000_000
     payload = torch.load(MODEL, weights_only=True)
     assert "train" not in payload and payload["config"]["preset"] == "toy"
     for part in ("vq", "unet", "cond"):
@@ -36,7 +35,7 @@ def test_bare_sample_py_draws_all_example_poses_without_any_training(tmp_path, m
     monkeypatch.chdir(tmp_path)
     assert sample.main([*POSES, "--device", "cpu"]) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
-    assert "model that ships" in printed and "toy.pt" in printed and "16 pictures" in printed
+    assert "bundled toy model" in printed and "toy.pt" in printed and "16 images" in printed
     assert Image.open("samples.png").width > 3 * 64
     assert passes == [2 * 16] * 20                          # each picture under its pose and, for guidance, under none
 
@@ -48,9 +47,9 @@ def test_it_draws_the_pose_asked_for():
     Measured: 0.857 of it; shuffled 0.10. Another 64 poses move that by 0.02, other kernels by a joint or two.
     """
     ldm, _ = checkpoint.load_ldm(MODEL)
-    reader = keypoint_detector.find_reader("figures", Figures(data.FIGURES_TRAIN, 64, seed=0))
+    reader = evaluate.find_detector("figures", Figures(data.FIGURES_TRAIN, 64, seed=0))
     rows, _ = metrics.pose.assess(reader, evaluate.draw_held_out(ldm, Figures(64, 64, seed=1)))
-    assert rows["real"]["pck@0.1"] > evaluate.JUDGE
+    assert rows["real"]["pck@0.1"] > evaluate.GOOD_DETECTOR
     assert rows["samples"]["pck@0.1"] >= 0.8 * rows["real"]["pck@0.1"]
     assert rows["shuffled"]["pck@0.1"] < 0.25
 

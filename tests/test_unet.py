@@ -10,8 +10,8 @@ from conftest import GOLDEN, golden_weights, relative_error
 from torch import Tensor, nn
 
 import unet
-import vq
 from diffusion import Diffusion
+from engine import cpu
 from unet import Attention, UNet, UNetConfig, timestep_embedding
 
 PREFIX = "model.diffusion_model."
@@ -165,16 +165,10 @@ def test_keys_and_values_made_once_serve_every_step(dtype, depth, monkeypatch):
 
 def test_keys_and_values_of_nothing():
     config = replace(SMALL, context_dim=None)
-    model, (x, t, context) = small(config), inputs()
+    model, (x, t, _) = small(config), inputs()
     with torch.no_grad():
         assert model.keys_values(None) == []
         assert torch.equal(model(x, t, []), model(x, t))
-    with pytest.raises(ValueError, match="context_dim is None"):
-        model.keys_values(context)
-    with pytest.raises(ValueError, match="of 4 cross-attentions.* has 0"):
-        model(x, t, small().keys_values(context))
-    with pytest.raises(ValueError, match="of 0 cross-attentions.* has 4"):
-        small()(x, t, [])
 
 
 def test_cross_attention_does_not_depend_on_the_order_of_tokens():
@@ -188,11 +182,9 @@ def test_without_context_dim_there_is_no_cross_attention():
     names = [name for name, _ in UNet(config).named_parameters()]
     assert any("attn1" in name for name in names)
     assert not any("attn2" in name or "norm2" in name for name in names)
-    x, t, context = inputs()
+    x, t, _ = inputs()
     with torch.no_grad():
         assert small(config)(x, t).std() > 0
-    with pytest.raises(ValueError, match="context_dim is None"):
-        UNet(config)(x, t, context)
 
 
 # ---- the second door, and the timestep
@@ -242,6 +234,7 @@ def test_bf16_autocast_is_close_to_float32(tiny, golden):
     args = golden["unet/x"], golden["unet/t"], golden["unet/context_17tokens"]
     eps, grads = gradients(tiny, *args)
     with torch.autocast("cpu", torch.bfloat16):
+        cpu.use_fast_norms(tiny)
         eps_bf16, grads_bf16 = gradients(tiny.to(memory_format=torch.channels_last), *args)
     # PyTorch's own GroupNorm and bf16 attention are 2.2e-2 off on this network, which amplifies as random ones do.
     assert relative_error(eps_bf16, eps) < 3e-2
@@ -250,15 +243,15 @@ def test_bf16_autocast_is_close_to_float32(tiny, golden):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("module, at_once, layout, side", [
-    (unet, 2**20, torch.channels_last, 6), (unet, 1, torch.channels_last, 6),
-    (unet, 2 * 64 * 36, torch.contiguous_format, 6), (unet, 2 * 64 * 32**2, torch.channels_last, 32),
-    (vq, 2 * 64 * 36, torch.channels_last, 6)])
-def test_group_norm_equals_pytorchs_and_keeps_the_layout(module, at_once, layout, side, dtype, monkeypatch):
+@pytest.mark.parametrize("at_once, layout, side", [
+    (2**20, torch.channels_last, 6), (1, torch.channels_last, 6),
+    (2 * 64 * 36, torch.contiguous_format, 6), (2 * 64 * 32**2, torch.channels_last, 32)])
+def test_group_norm_equals_pytorchs_and_keeps_the_layout(at_once, layout, side, dtype, monkeypatch):
     """In parts of all, one and two of three samples, on small maps and large; the gradient arrives in either layout."""
-    monkeypatch.setattr(module, "NORM_AT_ONCE", at_once)
+    monkeypatch.setattr(cpu, "NORM_AT_ONCE", at_once)
     torch.manual_seed(0)
-    ours, plain = module.GroupNorm(32, 64), nn.GroupNorm(32, 64)
+    ours, plain = nn.GroupNorm(32, 64), nn.GroupNorm(32, 64)
+    cpu.use_fast_norms(ours)
     nn.init.normal_(ours.weight)
     nn.init.normal_(ours.bias)
     plain.load_state_dict(ours.state_dict())
@@ -282,6 +275,7 @@ def test_group_norm_equals_pytorchs_and_keeps_the_layout(module, at_once, layout
 def test_every_convolution_sees_channels_last_both_ways(dtype):
     """Activations in, gradients out: one NCHW tensor makes a bf16 convolution's backward many times slower."""
     model = small(replace(SMALL, channel_mult=(1, 2, 2))).to(memory_format=torch.channels_last)
+    cpu.use_fast_norms(model)
     x, _, context = inputs()
     x.requires_grad_()                                   # or the first convolution's hook has nothing to wait for
     bad = []
@@ -303,41 +297,9 @@ def test_every_convolution_sees_channels_last_both_ways(dtype):
 
 # ---- errors
 
-@pytest.mark.parametrize("change, message", [
-    ({"model_channels": 48}, "model_channels is 48.*32"),
-    ({"channel_mult": ()}, "channel_mult is empty"),
-    ({"channel_mult": (1, 0)}, "channel_mult 0"),
-    ({"num_heads": 6}, "num_heads is 6.*64"),
-    ({"num_heads": 0}, "num_heads is 0"),
-    ({"attention_resolutions": (8,)}, r"has 8.*\[1, 2\]"),
-    ({"transformer_depth": 0}, "transformer_depth is 0"),
-    ({"num_res_blocks": 0}, "num_res_blocks is 0"),
-    ({"context_dim": 0}, "context_dim is 0"),
-    ({"dropout": 1.0}, "dropout is 1.0"),
-])
-def test_a_wrong_config_says_what_is_allowed(change, message):
-    with pytest.raises(ValueError, match=message):
-        replace(SMALL, **change)
-
-
-def test_wrong_inputs_say_both_numbers():
-    model, (x, t, context) = UNet(SMALL), inputs()
-    for args, message in [
-        ((x[:, :, :7], t, context), "7 x 8 pixels.*multiples of 2"),
-        ((x[..., :5], t, context), "8 x 5 pixels.*multiples of 2"),
-        ((x[0], t, context), r"x has shape \[3, 8, 8\]"),
-        ((x[:, :2], t, context), "2 channels.*in_channels = 3"),
-        ((x, t, context, x), "6 together.*in_channels = 3"),
-        ((x, t, context, x[:, :, :4]), r"concat has shape \[2, 3, 4, 8\]"),
-        ((x, t[:1], context), r"t has shape \[1\].*\[2\]"),
-        ((x, t), "context is missing.*context_dim = 16"),
-        ((x, t, context[..., :9]), r"\[2, 17, 9\].*\[B, N, 16\]"),
-        ((x, t, context[:1]), "context has 1 samples and x has 2"),
-        ((x, t, model.keys_values(context[:1])), "context has 1 samples and x has 2"),
-        ((x, t, model.keys_values(context)[1:]), "of 3 cross-attentions.* has 4"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            model(*args)
+def test_attention_is_never_dropped_silently():
+    with pytest.raises(ValueError, match=r"attention_resolutions is \(8,\).*\[1, 2\]"):
+        replace(SMALL, attention_resolutions=(8,))
 
 
 def test_a_config_survives_json():
