@@ -296,6 +296,12 @@ def test_a_slim_file_is_the_same_model_in_half_precision(tmp_path, ckpt, capsys)
         assert checkpoint.main(argv) == 2 and words in capsys.readouterr().err
 
 
+def test_poses_out_of_one_number_are_refused(tmp_path):
+    torch.save({"poses": torch.ones(1).half().expand(10 ** 12, 17, 3)}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match="m.pt does not hold as many numbers.* poses"):
+        checkpoint.training_poses(checkpoint.read(tmp_path / "m.pt"), tmp_path / "m.pt")
+
+
 def test_a_hash_is_what_it_always_was():
     """Caches of latents are found by it."""
     state = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2]),
