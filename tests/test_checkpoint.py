@@ -514,7 +514,7 @@ def test_compressed_records_are_refused(tmp_path):
     path = rewritten(tmp_path / "m.pt", {}, zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 10 ** 4
     assert len(torch.load(path, weights_only=True)["x"]) == 10 ** 5
-    assert "compressed" in refusal(path, "vq")
+    assert "records are compressed or overlap" in refusal(path, "vq")
 
 
 def test_records_that_overlap_are_refused(tmp_path):
@@ -529,7 +529,7 @@ def test_records_that_overlap_are_refused(tmp_path):
             twin.compress_size = first.compress_size
             archive.filelist.append(twin)
         archive._didModify = True
-    assert "overlap" in refusal(path)
+    assert "records are compressed or overlap" in refusal(path)
 
 
 def test_another_byte_order_is_read(tmp_path):
@@ -545,7 +545,7 @@ def test_a_program_is_refused(tmp_path):
     with zipfile.ZipFile(program) as source, zipfile.ZipFile(plain, "w") as archive:
         for name in source.namelist():
             archive.writestr(name, source.read(name))
-    assert "compressed" in refusal(program) and "cannot be read" in refusal(plain)
+    assert "records are compressed" in refusal(program) and "cannot be read" in refusal(plain)
 
 
 @pytest.mark.parametrize("foreign", [True, False])
