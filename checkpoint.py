@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from keypoints import JOINTS, ConditionConfig
+from keypoints import ConditionConfig
 from ldm import LDM
 from unet import UNetConfig
 from vq import VQConfig, VQModel
@@ -146,11 +146,10 @@ def load(path: str | Path, stage: str, advice: str | None = None, preset: str | 
     the payload has the EMA weights. `advice` replaces the end of the WrongStage message.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; name a checkpoint in it, such as {path / 'last.pt'}")
     if not path.is_file():
-        raise ValueError(f"there is no checkpoint {path}; name another, or make one with: "
-                         f"{HOW_TO_MAKE[stage]} (and your --data and --preset)")
+        raise ValueError(f"{path} is a folder; name a checkpoint in it, such as {path / 'last.pt'}"
+                         if path.is_dir() else f"there is no checkpoint {path}; name another, or "
+                         f"make one with: {HOW_TO_MAKE[stage]} (and your --data and --preset)")
     payload = read(path)
     if not isinstance(payload, dict) or "format" not in payload:
         from formats.compvis import published
@@ -382,14 +381,7 @@ def training_poses(payload: dict, path: str | Path) -> np.ndarray | None:
     poses = payload.get("poses")
     if poses is None:
         return None
-    if not isinstance(poses, Tensor) or poses.layout is not torch.strided or poses.dtype != (
-            torch.float16) or poses.ndim != 3 or poses.shape[1:] != (len(JOINTS), 3):
-        found = (f"{poses.dtype} {list(poses.shape)}" if isinstance(poses, Tensor)
-                 else type(poses).__name__)
-        raise ValueError(f"{path} has {found} for poses; float16 [N, {len(JOINTS)}, 3] is needed")
     check_bytes({"poses": poses}, Path(path))
-    if not poses.isfinite().all():
-        raise ValueError(f"{path} has poses that are not finite; use another checkpoint")
     return poses.float().numpy() if (poses[..., 2] > 0).any() else None
 
 
@@ -407,8 +399,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         payload = load(args.ckpt, "ldm")
-        if "source" in payload:
-            raise ValueError(f"{args.ckpt} is a published file; give a checkpoint of train.py")
         if Path(args.out).resolve() == Path(args.ckpt).resolve():
             raise ValueError(f"OUT is {args.out}, the checkpoint itself; give another file")
         save(args.out, slim(payload))

@@ -363,6 +363,7 @@ SEED = dict.fromkeys(JOINTS, [1, 2])
     ("0 1 2\n", ["not a known pose file"]), (yolo() + yolo() + "0 0.5\n", ["line 3", "2 values"]),
     ("[" * 5000, ["valid JSON"]), ("{not json", ["valid JSON"]), ("\x00\x01", ["line 1"]),
     (openpose(OPENPOSE_18) | {"canvas_width": 0, "canvas_height": 5}, ["width 0"]),
+    (openpose(OPENPOSE_18) | {"canvas_width": 1e308, "canvas_height": 5}, ["width 1e+308"]),
     ({"people": [{"pose_keypoints_2d": [1.0] * 53}]}, ["people[0].pose_keypoints_2d", "53", "54"]),
     ([{"image_id": 1, "keypoints": flat(COCO)[:-1] + [float("nan")]}], ["[0].keypoints", "NaN"]),
     (coco(image_id=6), ["annotations[0]", "not among the images"]),

@@ -815,19 +815,6 @@ def test_a_checkpoint_without_poses_samples_all_the_same(trained, tmp_path, monk
         assert checkpoint.training_poses({"poses": none}, tmp_path / "other.pt") is None
 
 
-@pytest.mark.parametrize("poses, words", [
-    (torch.ones(4, 17, 3), ["float32 [4, 17, 3]", "float16 [N, 17, 3]"]),
-    (torch.ones(4, 16, 3).half(), ["[4, 16, 3]"]), ([1, 2], ["list"]),
-    (torch.ones(2, 17, 3).half().to_sparse(), ["float16 [N, 17, 3]"]),
-    (torch.full((2, 17, 3), torch.nan).half(), ["not finite"]),
-    (torch.ones(1).half().expand(10 ** 9, 17, 3), ["does not hold as many numbers", "poses"]),
-])
-def test_damaged_poses_in_a_checkpoint_are_one_sentence(trained, tmp_path, capsys, poses, words):
-    ckpt = rewritten(trained, tmp_path, poses=poses)
-    argv = ["--common", "2", "--ckpt", ckpt, "--out", str(tmp_path / "x.png")]
-    one_sentence(capsys, sample.main(argv), "other.pt", *words)
-
-
 @pytest.mark.parametrize("argv, words", [
     (["none.json"], ["none.json"]),
     ([POSES[0], "--ckpt", "none.pt"], ["none.pt", "python train.py --stage ldm"]),
