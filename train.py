@@ -526,13 +526,10 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
                 disc_optimizer.zero_grad(set_to_none=True)
             scaler.update()
 
-            stop = stopped.is_set()
             bad_steps = (bad_steps + 1) * ~grad_norm.isfinite()
             if run.log_due(step):
                 log_step(run, bar, step, c, bad_steps, numbers | {"grad_norm": grad_norm})
-            # All ranks stop after the same step; on GPUs they agree when the log waits for them.
-            may_stop = run.log_due(step) or device.type == "cpu"
-            stop = may_stop and any_rank(stop, device) if world() > 1 else stop
+            stop = ranks_stop(run, step, stopped.is_set(), device)
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
                 if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: save now
@@ -544,6 +541,14 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
                 break
         run.stopped = any_rank(stopped.is_set(), device)
     return step + 1
+
+
+def ranks_stop(run: RunDir, step: int, told: bool, device: torch.device) -> bool:
+    """True in all ranks after the same step, once one was told to stop. On GPUs the ranks agree
+    only where the log waits for them anyway."""
+    if world() == 1:
+        return told
+    return (run.log_due(step) or device.type == "cpu") and any_rank(told, device)
 
 
 @torch.no_grad()
@@ -699,13 +704,11 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
             optimizer.zero_grad(set_to_none=True)
             ema.update(step + 1)
 
-            stop, alarm = stopped.is_set(), None
+            alarm = None
             bad_steps = (bad_steps + 1) * ~grad_norm.isfinite()
             if run.log_due(step):
                 log_step(run, bar, step, c, bad_steps, numbers | {"grad_norm": grad_norm})
-            # All ranks stop after the same step; on GPUs they agree when the log waits for them.
-            may_stop = run.log_due(step) or device.type == "cpu"
-            stop = may_stop and any_rank(stop, device) if world() > 1 else stop
+            stop = ranks_stop(run, step, stopped.is_set(), device)
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
                 if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: save now
