@@ -58,6 +58,7 @@ from engine.distributed import (
     rank,
     world,
 )
+from engine.muon import Muon
 from engine.process import locked, stop_signals
 from engine.run import RunDir, first_difference, read_log
 from keypoints import ConditionConfig, draw
@@ -259,11 +260,11 @@ def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
     loss = replace(loss, **given(perceptual=args.perceptual, disc_weight=args.disc_weight,
                                  disc_start=args.disc_start))
     if args.disc_start is not None and not loss.disc_weight:
-        raise ValueError(f"--disc-start is {args.disc_start:g}, but preset {args.preset} has no "
-                         "discriminator; add --disc-weight 0.75 to have one")
+        raise ValueError(f"--disc-start is {args.disc_start:g}, but this run has no discriminator; "
+                         "add --disc-weight 0.75 to have one")
     if (args.lpips_weights or args.download_lpips) and not loss.perceptual:
-        raise ValueError(f"weights of LPIPS are given, but preset {args.preset} has no perceptual "
-                         "loss; add --perceptual 1 to have one")
+        raise ValueError("weights of LPIPS are given, but this run has no perceptual loss; add "
+                         "--perceptual 1 to have one")
     return loss
 
 
@@ -316,64 +317,6 @@ def adamw(params: list[Tensor], r: Recipe) -> torch.optim.AdamW:
                              fused=True)
 
 
-# Coefficients of the quintic Newton-Schulz iteration from the Muon post; MUON_RMS is the RMS of an
-# update, similar to AdamW's (arXiv:2502.16982 section 2.2).
-NS_COEFFICIENTS, NS_STEPS, MUON_RMS, MOMENTUM = (3.4445, -4.7750, 2.0315), 5, 0.2, 0.95
-
-
-def orthogonalised(G: Tensor) -> Tensor:
-    """A matrix [n, m] -> one with its singular vectors and all singular values near 1.
-
-    The Newton-Schulz iteration X <- (a + b XX' + c (XX')^2) X, written in terms of the small XX':
-    filters are 9 times as long as wide, so this halves the arithmetic.
-    """
-    a, b, c = NS_COEFFICIENTS
-    X = G.mT if len(G) > G.shape[1] else G                  # [n, m] with n <= m
-    X = X / (X.norm() + 1e-7)
-    A = X @ X.mT                                            # XX' of this iteration
-    P = torch.eye(len(X), device=X.device, dtype=X.dtype)   # the product of all factors so far
-    for _ in range(NS_STEPS):
-        B = b * A + c * A @ A
-        B.diagonal().add_(a)
-        A, P = B @ A @ B, B @ P
-    X = P @ X
-    return X.mT if len(G) > G.shape[1] else X
-
-
-class Muon(torch.optim.Optimizer):
-    """Orthogonalised momentum for matrices, AdamW for the other parameters.
-
-    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon: all directions of a layer move
-    equally far, also those with a small gradient. Convolution filters are matrices [out, rest].
-    """
-    _step_supports_amp_scaling = True       # GradScaler passes found_inf: no wait for the GPU
-
-    def __init__(self, matrices: list[Tensor], others: list[Tensor], r: Recipe):
-        self.adamw = adamw(others, r)
-        groups = [{"params": matrices, "lr_scale": r.muon}, *self.adamw.param_groups]
-        super().__init__(groups, {"lr": r.lr})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        matrices, *others = self.param_groups
-        found_inf = getattr(self, "found_inf", None)
-        self.adamw.param_groups, self.adamw.state = others, self.state
-        self.adamw.found_inf, self.adamw.grad_scale = found_inf, None
-        self.adamw.step()
-        moves = 1.0 if found_inf is None else 1.0 - found_inf           # 0 skips the step
-        for p in matrices["params"]:
-            if p.grad is None:
-                continue
-            if p not in self.state:
-                self.state[p]["average"] = torch.zeros_like(p)
-            if found_inf is not None:
-                p.grad.masked_fill_(found_inf.bool(), 0.0)
-            average = self.state[p]["average"].lerp_(p.grad, (1 - MOMENTUM) * moves)
-            nesterov = p.grad.lerp(average, MOMENTUM).flatten(1)
-            size = matrices["lr"] * MUON_RMS * max(nesterov.shape) ** 0.5
-            p.sub_(orthogonalised(nesterov).view_as(p) * (size * moves))
-
-
 def ldm_optimizer(ldm: LDM, r: Recipe) -> torch.optim.Optimizer:
     """AdamW, or Muon for the matrices between the first and the last layer."""
     params = {name: p for name, p in ldm.named_parameters() if p.requires_grad}
@@ -381,8 +324,8 @@ def ldm_optimizer(ldm: LDM, r: Recipe) -> torch.optim.Optimizer:
         return adamw(list(params.values()), r)
     ends = "unet.input_blocks.0.", "unet.out."
     matrices = {name for name, p in params.items() if p.ndim > 1 and not name.startswith(ends)}
-    return Muon([params[name] for name in params if name in matrices],
-                [params[name] for name in params if name not in matrices], r)
+    others = [p for name, p in params.items() if name not in matrices]
+    return Muon([params[name] for name in params if name in matrices], adamw(others, r), r.muon)
 
 
 def make_scaler(c: Config) -> torch.amp.GradScaler:
@@ -822,17 +765,12 @@ def poses_kept(cache: LatentCache) -> Tensor:
 def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
     """ValueError where the autoencoder of stage 1 does not fit the preset; `size`, where known, is
     that of its images."""
-    def fits(p: Preset) -> bool:
-        return size in (None, p.size) and (p.vq_config.factor, p.vq_config.embed_dim) == (
-            theirs.factor, theirs.embed_dim)
-
-    if not fits(PRESETS[c.preset]):
-        others = " or ".join(name for name, p in PRESETS.items() if fits(p))
+    ours = c.vq_config
+    if (theirs.factor, theirs.embed_dim, size or c.size) != (ours.factor, ours.embed_dim, c.size):
         raise ValueError(f"{c.vq} is an f{theirs.factor} autoencoder with {theirs.embed_dim} "
                          f"latent channels for {size or 'any'} pixels, but preset {c.preset} has "
-                         f"f{c.vq_config.factor}, {c.vq_config.embed_dim} and {c.size}; "
-                         + (f"give --preset {others}, or " if others else "")
-                         + f"train stage 1 with --preset {c.preset} too")
+                         f"f{ours.factor}, {ours.embed_dim} and {c.size}; train both stages with "
+                         "the same --preset")
 
 
 # ------------------------------------------------------------------------------ a run
@@ -852,7 +790,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
     run = RunDir(c.out, c.stage, fresh)
     if run.resumed:
         c = resumed_config(c, run.resumed["config"], accept_data)
-    if is_complete(c, run):
+    if is_complete(c, run, run.start):
         return True
     announce(c, run, len(val), used)
 
@@ -867,7 +805,12 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
             spent = from_rank_0(time.monotonic() - began) + build_s     # the run builds once more
             c = fix_length(c, spent, step_s, eval_s)
         step = loop(c, run, *needs)
-    return say_end(c, run, step, (time.monotonic() - began) / 60)
+    print0(f"{plural(step - run.start, 'step')} in {(time.monotonic() - began) / 60:.1f} minutes"
+           f"{peak_memory(c)}.")
+    if is_complete(c, run, step):
+        return True
+    print0(f"{run.dir}: stopped at step {step} of {c.steps}; rerun the same command to resume")
+    return False
 
 
 def open_latents(c: Config, folder: Path, vq: VQModel, train: data.ImageDataset) -> LatentCache:
@@ -954,34 +897,23 @@ def announce(c: Config, run: RunDir, held_out: int, used: str) -> None:
            f"{c.out}.")
 
 
-def is_complete(c: Config, run: RunDir) -> bool:
-    """True if no step is left; prints the reason."""
-    if run.start and run.start >= c.steps:
-        print0(f"{run.dir} is complete at step {run.start}; --fresh starts over")
+def out_of_patience(c: Config, run: RunDir, step: int) -> bool:
+    """True if the log up to `step` ends a run with --patience; prints why."""
+    rows = [row for row in read_log(run.log_path) if row["step"] < step]
+    warning = overfitting(rows, c.patience) if c.patience and step else None
+    if warning:
+        print0(f"{run.dir} is out of patience at step {step} of {c.steps}: {warning} Use "
+               f"{run.best_path}, or rerun without --patience {c.patience} to train to the end.")
+    return bool(warning)
+
+
+def is_complete(c: Config, run: RunDir, step: int) -> bool:
+    """True if nothing is left to train after `step` steps; prints the reason."""
+    if step and step == c.steps:
+        print0(f"{run.dir} is complete at step {step}; see {run.dir}/curves.png and "
+               f"{run.dir}/samples/. --fresh starts over.")
         return True
-    rows = [row for row in read_log(run.log_path) if row["step"] < run.start]
-    if c.patience and run.start and (alarm := overfitting(rows, c.patience)):
-        print0(f"{run.dir} is out of patience at step {run.start}: {alarm}; {go_on(c, run)}")
-        return True
-    return False
-
-
-def go_on(c: Config, run: RunDir) -> str:
-    return (f"{run.best_path} is the model to take; rerun without --patience {c.patience} to go on "
-            "to the end")
-
-
-def say_end(c: Config, run: RunDir, step: int, minutes: float) -> bool:
-    """Prints how the run ended; True if it is complete."""
-    impatient = c.patience and step < c.steps and overfitting(read_log(run.log_path), c.patience)
-    if impatient:
-        print0(f"{run.dir}: out of patience at step {step} of {c.steps}; {go_on(c, run)}")
-    elif step < c.steps:
-        print0(f"{run.dir}: stopped at step {step} of {c.steps}; rerun the same command to resume")
-        return False
-    print0(f"{run.dir}: {plural(step, 'step')} in {minutes:.1f} minutes{peak_memory(c)}; see "
-           f"{run.dir}/curves.png and {run.dir}/samples/")
-    return True
+    return out_of_patience(c, run, step)
 
 
 def peak_memory(c: Config) -> str:

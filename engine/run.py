@@ -39,7 +39,7 @@ def read_log(path: Path) -> list[dict]:
 def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, object, object] | None:
     """The first place where two plain configs differ, and both values: ("recipe.lr", a, b)."""
     for key in new:
-        if key in ignored or old.get(key) == new[key]:
+        if key in ignored or old.get(key, False) == new[key]:   # not there: a flag that is newer
             continue
         name, a, b = key, old.get(key), new[key]
         while isinstance(a, dict) and isinstance(b, dict):
