@@ -41,8 +41,7 @@ MAY_IMPORT = {
     "extras": ("keypoints", "diffusion", "data", "formats"),
 }
 # The same within functions, for what only some who use a file ever need.
-LAZILY = {"data": ("dataset", "formats"), "checkpoint": ("formats",), "train": ("formats",),
-          "sample": ("engine.cpu",)}
+LAZILY = {"data": ("dataset", "formats"), "checkpoint": ("formats",), "train": ("formats",)}
 
 
 def modules() -> dict[str, Path]:
