@@ -187,7 +187,7 @@ def heatmaps(pose: Tensor, size: int | tuple[int, int], sigma: float = 0.04) -> 
 
 @dataclass(frozen=True)
 class ConditionConfig:
-    """How the pose conditions the UNet. A wrong value is a ValueError."""
+    """How the pose conditions the UNet. ValueError for a wrong `conditioning`."""
 
     conditioning: tuple[str, ...] = ("tokens", "maps")  # "tokens", "maps" or both; or "seed" alone
     dim: int = 64                                   # D
@@ -196,9 +196,6 @@ class ConditionConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "conditioning", tuple(self.conditioning))  # JSON: no tuples
-        if min(self.dim, self.seed_dim) < 1 or not self.sigma > 0:
-            raise ValueError(f"condition dim is {self.dim}, seed_dim {self.seed_dim}, sigma "
-                             f"{self.sigma}; dims must be at least 1, and sigma above 0")
         if set(self.conditioning) not in ({"tokens"}, {"maps"}, {"tokens", "maps"}, {"seed"}):
             raise ValueError(f"the conditioning is {self.conditioning}; allowed are tokens, maps, "
                              "both of them, or seed alone")

@@ -19,7 +19,7 @@ In Python:
     ldm, payload = checkpoint.load_ldm("assets/toy.pt")
     poses, names = read_poses(["mine.json"])
     images = draw_images(ldm, torch.from_numpy(np.stack(poses)), seeds=[0],
-                           size=payload["config"]["size"], **settings(ldm))
+                         size=payload["config"]["size"], **settings(ldm))
 
 The format of a pose file is detected from its content (README.md lists the formats). Each image or
 frame in the file gives one pose, that of its largest person. Image i of a row has seed --seed + i
@@ -38,6 +38,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,9 +69,9 @@ from diffusion import (
 )
 from extras.density import PoseDensity, note_unusual
 from extras.motion import Plan, morph, read_motion, sheet_of
+from extras.output import film_of, grid_of, outputs, save_latents, save_separate
 from formats import compvis
 from formats.pose_files import FORMATS, MIN_CONFIDENCE, fitted, load_poses, name_of
-from keypoints import draw
 from ldm import DEFAULT_ETA, DEFAULT_GUIDANCE, LDM
 
 BATCH = 16                      # images in the network at once
@@ -203,7 +204,7 @@ def decode(ldm: LDM, z: Tensor) -> list[np.ndarray]:
 
 
 def draw_images(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int,
-                  **how: object) -> list[np.ndarray]:
+                **how: object) -> list[np.ndarray]:
     """An image uint8 [S, S, 3] for each pose [B, 17, 3] and seed; `how` as in `sample`."""
     return decode(ldm, denoise(ldm, poses, seeds, size, **how)[-1].x)
 
@@ -295,71 +296,6 @@ def start_from(given: Given, args: argparse.Namespace, ldm: LDM, pose: Tensor) -
     total = len(visited(ldm, "ddim", args.steps, args.spacing))
     *_, last = tqdm(steps, desc="inverting", unit="step", total=total)
     return {"noise": last.x}
-
-
-# --------------------------------------------------------------------------------- what is written
-
-def grid_of(plan: Plan, images: list[np.ndarray], given: np.ndarray | None) -> dict[str, list]:
-    """A row for each pose: skeleton, given image, samples. Arguments of plots.save_grid."""
-    rows, columns = plan.rows(images), ["pose", *(f"seed {seed}" for seed in plan.seeds[:plan.n])]
-    if given is not None:
-        rows = [[skeleton, given, *samples] for skeleton, *samples in rows]
-        columns.insert(1, "given")
-    return {"rows": rows, "labels": plan.names, "columns": columns}
-
-
-def film_of(plan: Plan, steps: list[Step], ldm: LDM, given: np.ndarray | None) -> dict[str, list]:
-    """Two rows for each image: x_t after some steps, and the x0 predicted in them. As grid_of."""
-    x = [decode(ldm, step.x) for step in steps]
-    x0 = [decode(ldm, step.x0) for step in steps]
-    rows, labels = [], []
-    for i, seed in enumerate(plan.seeds):
-        p = i // plan.n
-        rows += [[draw(plan.poses[p], x[0][0].shape[0]), *(images[i] for images in x)],
-                 [given, *(images[i] for images in x0)]]
-        labels += [f"{plan.names[p]}, seed {seed}: x_t", "x0 predicted"]
-    columns = ["pose", *(f"step {step.i + 1}, t = {step.t}" for step in steps)]
-    return {"rows": rows, "labels": labels, "columns": columns}
-
-
-def outputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
-    """The files of the sheet and of the animation, if there is one. Makes the folders.
-
-    ValueError for a file that is also an input, and for a folder that cannot be made.
-    """
-    sheet, animation = Path(args.out), None
-    if args.motion or args.morph:
-        animation = sheet.with_suffix(".webp" if sheet.suffix.lower() == ".webp" else ".gif")
-        sheet = sheet.with_suffix(".png")
-    inputs = [*args.poses, args.ckpt, args.init, args.inpaint, args.mask, args.noise_from]
-    read = {Path(path).resolve() for path in inputs if path}
-    for path in filter(None, (sheet, animation, args.save_latents)):
-        if Path(path).resolve() in read:
-            raise ValueError(f"{path} is an input and would be overwritten; name another output")
-        data.make_folder(Path(path).parent, f"cannot write {path}")
-    if args.separate:
-        data.make_folder(args.separate, f"--separate {args.separate}")
-    return sheet, animation
-
-
-def save_separate(folder: str, plan: Plan, images: list[np.ndarray], words: dict[str, str]) -> None:
-    """Each image as a PNG of its own, without labels."""
-    for i, (image, seed) in enumerate(zip(images, plan.seeds, strict=True)):
-        name = re.sub(r"[^\w.-]+", "-", plan.names[i // plan.n])[:80]
-        path = Path(folder) / f"{i + 1:04d}-{name}.png"
-        plots.save_image(path, image, words | {"seed": str(seed)})
-
-
-def save_latents(path: str, z: Tensor, plan: Plan) -> None:
-    """An .npz of plain arrays: latents float32 [B, C, h, w], poses [B, 17, 3] and seeds [B].
-
-    The noise lies at share [B] of the way to that of seeds_toward [B], which only a morph has.
-    """
-    pairs = [seed if isinstance(seed, tuple) else (seed, seed, 0.0) for seed in plan.seeds]
-    a, b, share = (np.array(column) for column in zip(*pairs, strict=True))
-    with open(path, "wb") as file:                          # savez would add .npz to a name
-        np.savez(file, latents=z.numpy(), poses=plan.poses.repeat(plan.n, axis=0), seeds=a,
-                 seeds_toward=b, share=share)
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -548,7 +484,7 @@ def run(args: argparse.Namespace, command: str) -> str:
         images = [np.where(given.hole[..., None], image, given.image) for image in images]
 
     shown = given.shown() if given else None
-    grid = (film_of(plan, steps, ldm, shown) if args.film else
+    grid = (film_of(plan, steps, partial(decode, ldm), shown) if args.film else
             sheet_of(plan, images, shown) if animation else grid_of(plan, images, shown))
     title = (f"{SAMPLERS[args.sampler]}, {steps[-1].n} steps, guidance {args.guidance:g}, "
              f"{args.ckpt} step {payload['step']}")

@@ -169,14 +169,11 @@ def test_each_conditioning_depends_on_the_pose_unless_it_is_dropped(conditioning
     assert context is None or context.shape[-1] == c.context_dim
 
 
-@pytest.mark.parametrize("wrong", [
-    {"conditioning": ()}, {"conditioning": ("smoke",)}, {"conditioning": ("seed", "maps")},
-    {"sigma": 0.0}, {"dim": 0}, {"seed_dim": 0}])
+@pytest.mark.parametrize("wrong", [(), ("smoke",), ("seed", "maps")])
 def test_a_wrong_condition_is_refused_with_its_value(wrong):
-    (value,) = wrong.values()
     with pytest.raises(ValueError) as e:
-        K.ConditionConfig(**wrong)
-    assert str(value) in str(e.value)
+        K.ConditionConfig(wrong)
+    assert str(wrong) in str(e.value)
     assert K.ConditionConfig(["seed"]) == K.ConditionConfig(("seed",))      # as JSON gives it
 
 

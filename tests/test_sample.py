@@ -4,8 +4,6 @@ import math
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -222,7 +220,7 @@ def ckpt(tmp_path_factory) -> str:
             vq.quantize.embedding.weight.copy_(h[torch.randperm(len(h))[:32]])
             vq.decoder.conv_out.weight.mul_(10)
         checkpoint.save(root / "vq/last.pt", payload | {"vq": vq.state_dict()})
-        flags = ["--steps", "150", "--vq", str(root / "vq/last.pt")]
+        flags = ["--steps", "60", "--vq", str(root / "vq/last.pt")]
         assert train.main(command("ldm", root / "ldm", *flags)) == 0
     return str(root / "ldm/last.pt")
 
@@ -245,14 +243,6 @@ def go(ckpt, tmp_path, monkeypatch, capsys):
         assert sample.main([*how, *flags]) == 0, capsys.readouterr().err
         return np.stack([np.asarray(Image.open(file)) for file in sorted(Path("each").iterdir())])
     return run
-
-
-def round_trip(ckpt: str, path: str) -> np.ndarray:
-    """uint8 [32, 32, 3]: the image through stage 1 and back."""
-    ldm, _ = checkpoint.load_ldm(ckpt)
-    with torch.no_grad():
-        x = data.to_tensor(np.array(Image.open(path)))[None]
-        return data.to_uint8(ldm.vq(x)[0])[0]
 
 
 def open_given(ldm, *flags: str, size: int = 32) -> tuple:
@@ -308,11 +298,14 @@ def test_inpainting_changes_nothing_outside_its_mask(go, ckpt, figure, rounds):
     mask = np.zeros((32, 32), np.uint8)
     mask[5:18, 9:20] = 255
     Image.fromarray(mask).save("mask.png")
-    given = round_trip(ckpt, figure)
+    ldm, _ = checkpoint.load_ldm(ckpt)
+    with torch.no_grad():                               # the image through stage 1 and back
+        x_hat, *_ = ldm.vq(data.to_tensor(np.array(Image.open(figure)))[None])
+    given = data.to_uint8(x_hat)[0]
     images = go(WAVING, KICKING, "--inpaint", figure, "--mask", "mask.png", "--rounds", rounds,
                 "--save-latents", "z.npz", "-n", "2")
     latents = torch.from_numpy(np.load("z.npz")["latents"])
-    decoded = sample.decode(checkpoint.load_ldm(ckpt)[0], latents)
+    decoded = sample.decode(ldm, latents)
     for image, whole in zip(images, decoded, strict=True):
         assert np.array_equal(image[mask == 0], given[mask == 0])
         assert np.array_equal(image[mask > 0], whole[mask > 0])
@@ -552,13 +545,6 @@ def test_latents_are_plain_arrays_that_decode_to_the_images(go, ckpt):
         assert arrays["seeds"].tolist() == [4, 5, 6] and not arrays["share"].any()
 
 
-def test_files_are_named_after_their_pose(go, capsys):
-    go(WAVING, KICKING, "-n", "3")
-    assert [file.name for file in sorted(Path("each").iterdir())][2:4] == [
-        "0003-waving.png", "0004-kicking.png"]
-    assert "samples.png and each: 6 images in " in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("flags", [["-n", "3", "--eta", "0.5"], ["--morph", "--frames", "5"],
                                    ["--init", "figure.png", "--film"]])
 def test_a_png_has_the_command_that_draws_it_again(go, ckpt, figure, flags):
@@ -572,8 +558,8 @@ def test_a_png_has_the_command_that_draws_it_again(go, ckpt, figure, flags):
     ldm, _ = checkpoint.load_ldm(ckpt)
     assert words["checkpoint"] == checkpoint.hash_of(ldm.state_dict())
     assert json.loads(words["settings"])["steps"] == 6
-    with Image.open(sorted(Path("each").iterdir())[1]) as image:
-        assert image.info["seed"] and image.info["command"] == words["command"]
+    with Image.open("each/0001-waving.png") as image:
+        assert image.info["seed"] == "2" and image.info["command"] == words["command"]
 
 
 def test_the_first_line_names_the_checkpoint(go, ckpt, tmp_path, monkeypatch, capsys):
@@ -586,16 +572,10 @@ def test_the_first_line_names_the_checkpoint(go, ckpt, tmp_path, monkeypatch, ca
     os.utime(bundled, (time.time() - 3.5 * 3600,) * 2)
     monkeypatch.setattr(sample, "BUNDLED_CKPT", bundled)
     assert first_line() == "Using the bundled toy model bundled.pt (no runs/ldm/last.pt found) on cpu."
-    assert first_line("--ckpt", "bundled.pt") == "Using bundled.pt (step 150, 3 hours old) on cpu."
+    assert first_line("--ckpt", "bundled.pt") == "Using bundled.pt (step 60, 3 hours old) on cpu."
     Path("runs/ldm").mkdir(parents=True)
     shutil.copy(ckpt, "runs/ldm/last.pt")
-    assert first_line().startswith("Using runs/ldm/last.pt (step 150, ")
-
-
-def test_nothing_slow_is_imported_at_the_start():
-    """matplotlib takes half a second; only train.py and evaluate.py draw curves."""
-    code = "import sys, sample; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert first_line().startswith("Using runs/ldm/last.pt (step 60, ")
 
 
 # --------------------------------------------------------------------------------------- mistakes
@@ -612,16 +592,12 @@ def one_sentence(capsys, argv: list[str], *expected: str, code: int = 2) -> None
     ([], ["pose files", "--common"]), (["p.json", "--common", "3"], ["pose files", "--common"]),
     (["--common", "3", "--typical", "0.5"], ["--common", "--typical"]),
     (["p.json", "--init", "a", "--inpaint", "b", "--mask", "c"], ["--init", "--inpaint"]),
-    (["p.json", "--morph", "--motion"], ["--morph", "--motion"]),
     (["p.json", "--inpaint", "a.png"], ["--mask"]),
     (["p.json", "--init", "a.png", "--mask", "b.png"], ["--mask", "--inpaint"]),
     (["p.json", "--sampler", "ddpm", "--steps", "20"], ["--steps", "20", "ddpm"]),
     (["p.json", "--out", "x.txt"], ["x.txt", ".png"]),
     (["p.json", "-n", "0"], ["-n", "0", "from 1"]),
-    (["p.json", "-n", "two"], ["-n", "int", "two"]),
-    (["p.json", "--rescale", "1.5"], ["--rescale", "1.5", "from 0 to 1"]),
     (["p.json", "--guidance", "nan"], ["--guidance", "nan"]),
-    (["p.json", "--seed", "-1"], ["--seed", "-1"]),
     (["p.json", "--canvas", "640"], ["--canvas", "640", "768x512"]),
 ])
 def test_a_wrong_flag_is_one_sentence_with_its_value(capsys, flags, words):
