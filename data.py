@@ -62,8 +62,8 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
     return x.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 
 
-def read_image(path: str | Path, at_least: int | None = None) -> Image.Image:
-    """A file as an upright RGB image, transparency laid on white.
+def read_image(path: str | Path, at_least: int | None = None, ground: str = "white") -> Image.Image:
+    """A file as an upright RGB image, transparency laid on the colour `ground`.
 
     With `at_least`, a large JPEG is decoded at a reduced size of at least that many pixels a side.
     DataError for a file that cannot be read whole, so no truncated image is used in training.
@@ -96,7 +96,7 @@ def read_image(path: str | Path, at_least: int | None = None) -> Image.Image:
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
     return image.convert("RGB")
 
 

@@ -19,7 +19,7 @@ In Python:
     ldm, payload = checkpoint.load_ldm("assets/toy.pt")
     poses, names = read_poses(["mine.json"])
     images = draw_images(ldm, torch.from_numpy(np.stack(poses)), seeds=[0],
-                           size=payload["config"]["size"], **settings(ldm))
+                         size=payload["config"]["size"], **settings(ldm))
 
 The format of a pose file is detected from its content (README.md lists the formats). Each image or
 frame in the file gives one pose, that of its largest person. Image i of a row has seed --seed + i
@@ -38,6 +38,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,7 +55,6 @@ import checkpoint
 import data
 import plots
 from diffusion import (
-    MOST_SEEDS,
     Diffusion,
     Seed,
     Step,
@@ -68,18 +68,17 @@ from diffusion import (
     per_image_noise,
 )
 from extras.density import PoseDensity, note_unusual
-from extras.motion import Plan, frames_of, morph, read_motion, sheet_of
+from extras.motion import Plan, morph, read_motion, sheet_of
+from extras.output import film_of, grid_of, outputs, save_latents, save_separate
 from formats import compvis
 from formats.pose_files import FORMATS, MIN_CONFIDENCE, fitted, load_poses, name_of
-from keypoints import draw
 from ldm import DEFAULT_ETA, DEFAULT_GUIDANCE, LDM
 
 BATCH = 16                      # images in the network at once
 SAMPLERS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver++(2M)", "ddpm": "DDPM"}
-SPACINGS = ("even", "lambda", "uniform")
 # benchmarks/convergence.py: 20 steps of DPM-Solver++ with eta 1 are as good as 50 of DDIM.
 DEFAULT_SAMPLER = "dpm_solver"
-DEFAULT_STEPS = {"ddim": 50, "dpm_solver": 20, "ddpm": 1000}    # ddpm always takes all timesteps
+DEFAULT_STEPS = {"ddim": 50, "dpm_solver": 20, "ddpm": None}    # ddpm takes all timesteps
 DEFAULT_FRAMES = 8              # of a file with many images, and of --morph
 DEFAULT_CKPT = "runs/ldm/last.pt"
 BUNDLED_CKPT = Path(__file__).parent / "assets/toy.pt"          # used while DEFAULT_CKPT is missing
@@ -94,7 +93,7 @@ def read_poses(paths: Iterable[str], fit_how: str = "letterbox", frames: int = D
                **how: object) -> tuple[list[np.ndarray], list[str]]:
     """The poses [17, 3] of all files, fitted to the square image, and a name for each.
 
-    A file of more than `frames` images gives that many poses, evenly spread. `how` goes to
+    A file of more than `frames` images gives that many poses, evenly spread; `how` goes to
     load_poses. Prints the format of each file. PoseError for a file without a usable pose.
     """
     poses, names = [], []
@@ -144,7 +143,7 @@ def sample(
     rescale: float = 0.0,                       # 0 to 1, see `guided`
     noise: Tensor | None = None,                # [1, C, h, w] replaces the noise of the seeds
     given: Tensor | None = None,                # [1, C, h, w] an image's latent, for skip and known
-    skip: int = 0,                              # noisy steps left out: start at `given` plus noise
+    skip: int = 0,                              # noisy steps left out: starts at `given` plus noise
     known: Tensor | None = None,                # bool [1, 1, h, w]: where `given` is kept
     rounds: int = 1,                            # RePaint's, only with ddim
 ) -> Iterator[Step]:
@@ -154,15 +153,10 @@ def sample(
     shape = (ldm.vq.config.embed_dim, side, side)
     device = ldm.mean.device
     x_T, noise_fn = per_image_noise(seeds, shape)                           # [B, C, h, w]
-    if noise is not None:
-        x_T = noise.expand_as(x_T)
-    x_T = x_T.to(device)
+    x_T = x_T.to(device) if noise is None else noise.expand_as(x_T)
     if skip:
-        timesteps = visited(ldm, sampler, steps, spacing)
-        if skip == len(timesteps):                                          # no step is left
-            z = given.expand_as(x_T)
-            return iter([Step(skip, skip, 0, z, z)])
-        x_T = diffusion.q_sample(given, torch.tensor([timesteps[-1 - skip]]), x_T)
+        t = visited(ldm, sampler, steps, spacing)[-1 - skip]
+        x_T = diffusion.q_sample(given, torch.tensor([t]), x_T)
 
     model, rows = ldm.prepared(poses.to(device), shape[1:])
     eps_fn = guided(diffusion.eps_model(model), rows, guidance, interval, rescale)
@@ -185,7 +179,7 @@ def denoise(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int, film: int = 1
     images [B, C, h, w], on the CPU.
     """
     total = len(visited(ldm, how["sampler"], how["steps"], how["spacing"])) - how.get("skip", 0)
-    total = max(1, total * how.get("rounds", 1))
+    total *= how.get("rounds", 1)
     kept = {total - 1} if film == 1 else set(data.evenly(total, film).tolist())
     batches = []
     with tqdm(total=total * math.ceil(len(poses) / BATCH), desc="sampling", unit="step",
@@ -210,7 +204,7 @@ def decode(ldm: LDM, z: Tensor) -> list[np.ndarray]:
 
 
 def draw_images(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int,
-                  **how: object) -> list[np.ndarray]:
+                **how: object) -> list[np.ndarray]:
     """An image uint8 [S, S, 3] for each pose [B, 17, 3] and seed; `how` as in `sample`."""
     return decode(ldm, denoise(ldm, poses, seeds, size, **how)[-1].x)
 
@@ -221,9 +215,8 @@ def plan_of(args: argparse.Namespace, payload: dict) -> Plan:
     """The poses to draw, from files or from the checkpoint, and the seeds of their images."""
     trained = checkpoint.training_poses(payload, args.ckpt)
     if trained is None and (args.common or args.typical):
-        raise ValueError(f"{'--common' if args.common else '--typical'} needs training poses, but "
-                         f"{args.ckpt} has none, because it is a published or an older file; train "
-                         f"stage 2 again with: {checkpoint.HOW_TO_MAKE['ldm']}")
+        raise ValueError(f"--common and --typical need training poses, which {args.ckpt} does not "
+                         f"have; train stage 2 with: {checkpoint.HOW_TO_MAKE['ldm']}")
     density = None if trained is None else PoseDensity(trained)
     frames = args.frames or DEFAULT_FRAMES
     how = {"format": args.format, "person": args.person, "canvas": args.canvas,
@@ -267,14 +260,12 @@ def read_given(args: argparse.Namespace, ldm: LDM, size: int) -> Given | None:
     if path is None:
         return None
     image = data.read_image(path)
-    if image.width != image.height:
-        print(f"{path}: {image.width} x {image.height}; only the central square is used")
     square, _ = data.crop_resize(image, data.NO_POSE, size)
     with torch.no_grad():
         z = ldm.encode(data.to_tensor(square)[None].to(ldm.mean.device))
     hole = None
     if args.inpaint:
-        mask = data.read_image(args.mask)
+        mask = data.read_image(args.mask, ground="black")   # white strokes may be on transparency
         if mask.size != image.size:
             raise ValueError(f"the mask {args.mask} is {mask.width} x {mask.height}, but {path} is "
                              f"{image.width} x {image.height}; the sizes must be equal")
@@ -294,7 +285,7 @@ def start_from(given: Given, args: argparse.Namespace, ldm: LDM, pose: Tensor) -
     if args.init:       # a share of T, so that it adds the same noise with every spacing
         timesteps = visited(ldm, args.sampler, args.steps, args.spacing)
         skip = int((timesteps >= args.strength * ldm.schedule["timesteps"]).sum())
-        return {"given": given.z, "skip": skip}
+        return {"given": given.z, "skip": min(skip, len(timesteps) - 1)}
     if args.inpaint:    # a cell of the latent is redrawn if any of its pixels is in the hole
         hole = torch.from_numpy(given.hole)[None, None].float()             # [1, 1, S, S]
         known = F.max_pool2d(hole, ldm.vq.config.factor) == 0               # [1, 1, h, w]
@@ -302,88 +293,9 @@ def start_from(given: Given, args: argparse.Namespace, ldm: LDM, pose: Tensor) -
     diffusion, w = Diffusion(**ldm.schedule), 0.0 if ldm.supports_guidance else 1.0
     eps_fn = guided(diffusion.eps_model(ldm), pose.to(given.z.device), w)
     steps = invert(diffusion, eps_fn, given.z, args.steps, args.spacing)
-    *_, last = tqdm(steps, desc="inverting", unit="step", total=args.steps)
+    total = len(visited(ldm, "ddim", args.steps, args.spacing))
+    *_, last = tqdm(steps, desc="inverting", unit="step", total=total)
     return {"noise": last.x}
-
-
-# --------------------------------------------------------------------------------- what is written
-
-def grid_of(plan: Plan, images: list[np.ndarray], given: np.ndarray | None) -> dict[str, list]:
-    """A row for each pose: skeleton, given image, samples. Arguments of plots.save_grid."""
-    n, extra = plan.n, [] if given is None else [given]
-    rows = [[draw(pose, images[0].shape[0]), *extra, *images[p * n:(p + 1) * n]]
-            for p, pose in enumerate(plan.poses)]
-    columns = ["pose", *["given"] * len(extra), *(f"seed {seed}" for seed in plan.seeds[:n])]
-    return {"rows": rows, "labels": plan.names, "columns": columns}
-
-
-def film_of(plan: Plan, steps: list[Step], ldm: LDM, given: np.ndarray | None) -> dict[str, list]:
-    """Two rows for each image: x_t after some steps, and the x0 predicted in them. As grid_of."""
-    x = [decode(ldm, step.x) for step in steps]
-    x0 = [decode(ldm, step.x0) for step in steps]
-    rows, labels = [], []
-    for i, seed in enumerate(plan.seeds):
-        p = i // plan.n
-        rows += [[draw(plan.poses[p], x[0][0].shape[0]), *(images[i] for images in x)],
-                 [given, *(images[i] for images in x0)]]
-        labels += [f"{plan.names[p]}, seed {seed}: x_t", "x0 predicted"]
-    columns = ["pose", *(f"step {step.i + 1}, t = {step.t}" for step in steps)]
-    return {"rows": rows, "labels": labels, "columns": columns}
-
-
-def outputs(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
-    """The files of the sheet and of the animation; None for what is not written. Makes the folders.
-
-    ValueError for a file that is also an input, and for a folder that cannot be made.
-    """
-    sheet, animation = Path(args.out), None
-    if args.motion or args.morph:
-        animation = sheet.with_suffix(".webp" if sheet.suffix.lower() == ".webp" else ".gif")
-        sheet = sheet.with_suffix(".png") if sheet == animation else sheet
-    sheet = sheet if args.grid else None
-    inputs = [*args.poses, args.ckpt, args.init, args.inpaint, args.mask, args.noise_from]
-    read = {Path(path).resolve() for path in inputs if path}
-    for path in (sheet, animation, args.save_latents):
-        if path and Path(path).resolve() in read:
-            raise ValueError(f"{path} is an input and would be overwritten; name another output")
-        if path:
-            data.make_folder(Path(path).parent, f"cannot write {path}")
-    if args.separate:
-        data.make_folder(args.separate, f"--separate {args.separate}")
-    return sheet, animation
-
-
-def save_separate(folder: str, plan: Plan, images: list[np.ndarray], words: dict[str, str]) -> None:
-    """Each image as a PNG of its own, without labels."""
-    for i, (image, seed) in enumerate(zip(images, plan.seeds, strict=True)):
-        name = re.sub(r"[^\w.-]+", "-", plan.names[i // plan.n])[:80]
-        path = Path(folder) / f"{i + 1:04d}-{name}.png"
-        plots.save_image(path, image, words | {"seed": str(seed)})
-
-
-def save_latents(path: str, z: Tensor, plan: Plan) -> None:
-    """An .npz of plain arrays: latents float32 [B, C, h, w], poses [B, 17, 3] and seeds [B].
-
-    The noise of a morph lies between two seeds: then also seeds_toward [B] and share [B].
-    """
-    pairs = [seed if isinstance(seed, tuple) else (seed, seed, 0.0) for seed in plan.seeds]
-    a, b, share = (np.array(column) for column in zip(*pairs, strict=True))
-    arrays = {"latents": z.numpy(), "poses": plan.poses.repeat(plan.n, axis=0), "seeds": a}
-    if share.any():
-        arrays |= {"seeds_toward": b, "share": share}
-    with open(path, "wb") as file:                          # savez would add .npz to a name
-        np.savez(file, **arrays)
-
-
-def title_of(args: argparse.Namespace, n_steps: int, trained: int) -> str:
-    """How the images were drawn; `trained` is the training step of the checkpoint."""
-    how = SAMPLERS[args.sampler]
-    if args.sampler != "ddpm":
-        how += f" {n_steps} steps {args.spacing}, eta {args.eta:g}"
-    start = (f", {Path(args.init).name} at strength {args.strength:g}" if args.init else
-             f", inpainting {Path(args.inpaint).name}, rounds {args.rounds}" if args.inpaint else
-             f", noise from {Path(args.noise_from).name}" if args.noise_from else "")
-    return f"{how}, guidance {args.guidance:g}{start}, {args.ckpt} step {trained}"
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -393,8 +305,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:
-            allowed = f"{low} or more" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range; it must be {allowed}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
     parse.__name__ = kind.__name__                          # argparse then says: invalid int value
     return parse
@@ -412,28 +323,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="sample.py {POSE.json ... | --common N} [--flags; --help explains them]")
-    add = parser.add_argument_group("poses").add_argument
+    group = parser.add_argument_group("poses")
+    add = group.add_argument
     add("poses", nargs="*", metavar="POSE", help="pose files")
-    add("--common", type=number(int, 1), metavar="N",
-        help="instead of pose files: the N most common kinds of training pose")
-    add("--typical", type=number(float, 0, 1), default=0.0, metavar="A",
-        help="move each pose toward the training poses near it: 0 not at all, 1 to their middle")
     add("--format", choices=FORMATS, metavar="NAME",
-        help=f"format of the pose files, if detection fails: {', '.join(FORMATS)}")
+        help=f"of the pose files, if detection fails: {', '.join(FORMATS)}")
     add("--person", type=number(int, 1), metavar="K",
         help="the K-th person with a joint in each image, from 1 (default: the largest person)")
     add("--frames", type=number(int, 1), metavar="N",
-        help=f"draw at most N frames of each file, evenly spread (default {DEFAULT_FRAMES}; with "
-             "--motion all frames); with --morph: draw N in all")
+        help=f"at most N poses of each file, evenly spread (default {DEFAULT_FRAMES}, or all with "
+             "--motion); with --morph N frames in all")
     add("--canvas", type=canvas, metavar="WxH", help="image size, if a pose file does not have it")
     add("--min-confidence", type=number(float, 0), default=MIN_CONFIDENCE, metavar="C",
         help="a joint with less confidence counts as missing (default %(default)s)")
     add("--fit", choices=("letterbox", "crop"), default="letterbox",
         help="for a pose from an image that is not square: add bars (default) or crop")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--common", type=number(int, 1), metavar="N",
+        help="instead of pose files: the N most common kinds of training pose")
+    add("--typical", type=number(float, 0, 1), default=0.0, metavar="A",
+        help="move each pose toward the training poses near it: 0 not at all, 1 to their middle")
 
     add = parser.add_argument_group("model").add_argument
-    add("--ckpt", metavar="FILE", help=f"checkpoint of stage 2 (default {DEFAULT_CKPT}, or the "
-        "bundled toy model if that is missing)")
+    add("--ckpt", metavar="FILE",
+        help=f"of stage 2 (default {DEFAULT_CKPT}, or the bundled toy model if that is missing)")
     add("--preset", metavar="NAME",
         help=f"of a published CompVis checkpoint: {', '.join(compvis.PUBLISHED)}")
     add("--no-ema", action="store_true", help="the raw weights instead of their moving average")
@@ -444,15 +357,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("sampling").add_argument
     add("-n", type=number(int, 1),
         help="images per pose (default 2; 1 with --motion, --morph and --noise-from)")
-    add("--seed", type=number(int, 0, MOST_SEEDS - 1), default=0)
+    add("--seed", type=number(int, 0), default=0, help="of a pose's first image (default 0)")
     add("--sampler", choices=SAMPLERS, help=f"default {DEFAULT_SAMPLER}; ddim for a published "
         "checkpoint, and always with --inpaint and --noise-from")
     add("--steps", type=number(int, 1), help="default " + ", ".join(
-        f"{steps} with {name}" for name, steps in DEFAULT_STEPS.items()))
+        f"{steps} with {name}" for name, steps in DEFAULT_STEPS.items() if steps))
     add("--eta", type=number(float, 0, 1), help="noise that each step adds (default "
         f"{DEFAULT_ETA:g}, or 0 for a model trained without dropping poses)")
-    add("--spacing", choices=SPACINGS, help="of the timesteps: even in t, even in log SNR, or the "
-        "reference's (default even; with dpm_solver lambda; for a published checkpoint uniform)")
+    add("--spacing", choices=("even", "lambda", "uniform"), help="of the timesteps: even in t "
+        "(default), in log SNR (with dpm_solver), or the reference's (for a published checkpoint)")
     add("--guidance", type=number(float, -100, 100), metavar="W",
         help="1: as trained, 0: without the pose, above 1: more of the pose (default "
              f"{DEFAULT_GUIDANCE:g}, or 1 for a model trained without dropping poses)")
@@ -469,7 +382,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "inversion: its colours in another pose; --guidance 0 reproduces the image")
     add = group.add_argument
     add("--strength", type=number(float, 0, 1), default=0.6, metavar="S",
-        help="noise for --init: 0 keeps the image, 1 ignores it (default %(default)s)")
+        help="noise for --init: 0 hardly changes the image, 1 ignores it (default %(default)s)")
     add("--mask", metavar="IMAGE", help="for --inpaint, of the same size: white is redrawn")
     # Measured on a Gaussian: with 1 round the new region ignores half of what the rest implies.
     add("--rounds", type=number(int, 1), default=3, metavar="R", help="how often --inpaint repeats "
@@ -477,33 +390,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("series")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--morph", action="store_true", help="from each pose to the next in --frames images, and "
-        "from one seed's noise to the next")
+    add("--morph", action="store_true",
+        help="from each pose to the next, and from one seed's noise to the next; also a .gif")
     add("--motion", action="store_true", help="the poses are frames, drawn with one seed; a folder "
-        "has one file per frame. Writes a sheet and a .gif (or .webp: --out NAME.webp)")
+        "has one file per frame; also a .gif (or .webp: --out NAME.webp)")
     add("--film", action="store_true", help=f"show {FILM} of the steps: x_t and the predicted x0")
-    add = group.add_argument
-    add("--fps", type=number(float, 1, 50), default=12.0,
-        help="frames per second of --morph and --motion (default %(default)g)")
+    group.add_argument("--fps", type=number(float, 1, 50), default=12.0,
+                       help="frames per second of --morph and --motion (default %(default)g)")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="FILE", default="samples.png",
         help="sheet of all images (default %(default)s)")
-    add("--no-grid", dest="grid", action="store_false", help="do not write that sheet")
     add("--separate", metavar="DIR", help="also write each image as a PNG of its own")
     add("--save-latents", metavar="FILE", help="also write latents, poses and seeds as an .npz")
 
     args = parser.parse_intermixed_args(argv)
-    if not args.poses and not args.common:
-        parser.error("nothing to draw; give pose files, or --common 9 for common training poses")
-    if args.poses and args.common:
-        parser.error(f"argument --common: not allowed with the pose file {args.poses[0]}")
-    if args.inpaint and not args.mask:
-        parser.error("--inpaint needs --mask IMAGE, in which white marks the region to redraw")
+    if bool(args.poses) == bool(args.common):
+        parser.error("give either pose files or --common N, such as --common 9")
+    if bool(args.inpaint) != bool(args.mask):
+        parser.error("--inpaint IMAGE and --mask IMAGE go together; white in the mask is redrawn")
     if args.interval and args.interval[0] > args.interval[1]:
         parser.error("--interval LO HI: LO must not be above HI")
-    if args.amp == "fp16" and not args.device.startswith("cuda") and args.device != "auto":
-        parser.error("--amp fp16 needs a CUDA GPU; use bf16 or off")
     if Path(args.out).suffix.lower() not in SUFFIXES:
         parser.error(f"--out is {args.out}; the name must end in {', '.join(SUFFIXES)}")
     if args.n is None:
@@ -512,6 +419,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.sampler = "ddim"
     if args.noise_from:                         # inversion is exact only without new noise
         args.eta = 0.0
+    if args.sampler == "ddpm" and args.steps:
+        parser.error(f"--steps is {args.steps}, but --sampler ddpm takes all timesteps; use "
+                     "--sampler ddim --eta 1 for fewer")
     return args
 
 
@@ -532,20 +442,17 @@ def ask_model(args: argparse.Namespace, ldm: LDM) -> None:
 
 
 def load(args: argparse.Namespace) -> tuple[LDM, dict]:
-    """The model and its payload. Prints which checkpoint, device and precision are used."""
+    """The model and its payload. Prints which checkpoint and device are used."""
     args.device = checkpoint.find_device(args.device)
-    where = f"on {args.device} in {str(checkpoint.AMP[args.amp]).removeprefix('torch.')}"
-    here, bundled = Path.cwd(), BUNDLED_CKPT
-    bundled = bundled.relative_to(here) if bundled.is_relative_to(here) else bundled
-    by_default = args.ckpt is None
-    if by_default:
-        args.ckpt = DEFAULT_CKPT if Path(DEFAULT_CKPT).exists() else str(bundled)
+    bundled, here = args.ckpt is None and not Path(DEFAULT_CKPT).exists(), Path.cwd()
+    if bundled:
+        toy = BUNDLED_CKPT.relative_to(here) if BUNDLED_CKPT.is_relative_to(here) else BUNDLED_CKPT
+        args.ckpt = str(toy)
+    args.ckpt = args.ckpt or DEFAULT_CKPT
     ldm, payload = checkpoint.load_ldm(args.ckpt, args.device, args.preset, ema=not args.no_ema)
-    if by_default and args.ckpt != DEFAULT_CKPT:
-        print(f"Using the bundled toy model {bundled} (no {DEFAULT_CKPT} found) {where}.")
-    else:
-        advice = f" For the bundled toy model, add --ckpt {bundled}." if by_default else ""
-        print(f"Using {checkpoint.dated(args.ckpt, payload['step'])} {where}.{advice}")
+    which = (f"the bundled toy model {args.ckpt} (no {DEFAULT_CKPT} found)" if bundled else
+             checkpoint.dated(args.ckpt, payload["step"]))
+    print(f"Using {which} on {args.device}.")
     if "source" in payload:
         print(compvis.describe(payload, args.ckpt))
     return ldm, payload
@@ -555,18 +462,17 @@ def run(args: argparse.Namespace, command: str) -> str:
     """Loads, plans, draws and writes; returns the line to print at the end."""
     ldm, payload = load(args)
     ask_model(args, ldm)
+    if args.guidance == 1 and (args.interval or args.rescale):
+        raise ValueError("--interval and --rescale change nothing when --guidance is 1; leave them "
+                         f"out, or guide more, such as --guidance {DEFAULT_GUIDANCE:g}")
     sheet, animation = outputs(args)
     size = payload["config"]["size"]
     plan, given = plan_of(args, payload), read_given(args, ldm, size)
     options = settings_of(args) | {"interval": args.interval, "rescale": args.rescale}
     rest = {"seed": args.seed, "ckpt": args.ckpt, "amp": args.amp, "torch": torch.__version__}
-    words = {"command": command.encode("ascii", "backslashreplace").decode(),
-             "checkpoint": checkpoint.hash_of(ldm.state_dict()),        # before --amp rounds it
-             "settings": json.dumps(options | rest)}
+    words = {"command": command, "settings": json.dumps(options | rest),
+             "checkpoint": checkpoint.hash_of(ldm.state_dict())}        # before --amp rounds it
     ldm.unet.to(checkpoint.AMP[args.amp])
-    if args.amp == "bf16" and args.device == "cpu":
-        from engine.cpu import use_fast_norms  # 1.2 s instead of 1.5 for 20 guided steps
-        use_fast_norms(ldm.unet)
 
     began = time.monotonic()
     poses = torch.from_numpy(plan.poses).repeat_interleave(plan.n, dim=0)               # [B, 17, 3]
@@ -577,40 +483,40 @@ def run(args: argparse.Namespace, command: str) -> str:
     if args.inpaint:        # the decoder looks beyond its cell, so kept latents alone keep no pixel
         images = [np.where(given.hole[..., None], image, given.image) for image in images]
 
-    if sheet:
-        shown = given.shown() if given else None
-        grid = (film_of(plan, steps, ldm, shown) if args.film else
-                sheet_of(plan, images, shown) if animation else grid_of(plan, images, shown))
-        title = title_of(args, steps[-1].n, payload["step"])
-        plots.save_grid(sheet, **grid, title=title, words=words)
+    shown = given.shown() if given else None
+    grid = (film_of(plan, steps, partial(decode, ldm), shown) if args.film else
+            sheet_of(plan, images, shown) if animation else grid_of(plan, images, shown))
+    title = (f"{SAMPLERS[args.sampler]}, {steps[-1].n} steps, guidance {args.guidance:g}, "
+             f"{args.ckpt} step {payload['step']}")
+    plots.save_grid(sheet, **grid, title=title, words=words)
     if animation:
-        plots.save_animation(animation, frames_of(plan, images), args.fps)
+        frames = [np.concatenate(row, axis=1) for row in plan.rows(images)]
+        plots.save_animation(animation, frames, args.fps)
     if args.separate:
         save_separate(args.separate, plan, images, words)
     if args.save_latents:
         save_latents(args.save_latents, steps[-1].x, plan)
-    written = [str(path) for path in (sheet, animation, args.separate, args.save_latents) if path]
-    drawn = f"{checkpoint.plural(len(images), 'image')} in {time.monotonic() - began:.1f} s"
-    return f"{' and '.join(written) or 'nothing written'}: {drawn}"
+    written = filter(None, (sheet, animation, args.separate, args.save_latents))
+    return (f"{' and '.join(map(str, written))}: {checkpoint.plural(len(images), 'image')} in "
+            f"{time.monotonic() - began:.1f} s")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         print(run(args, shlex.join(["sample.py", *(sys.argv[1:] if argv is None else argv)])))
+        return 0
     except (ValueError, OSError) as e:
-        print(f"sample.py: {e}", file=sys.stderr)
-        return 2
+        message, code = e, 2
     except RuntimeError as e:
         if not checkpoint.out_of_memory(e):
             raise
-        print(f"sample.py: the memory of {args.device} is too small; draw fewer images at a time, "
-              "or use --device cpu", file=sys.stderr)
-        return 2
+        message, code = (f"the memory of {args.device} is too small; draw fewer images at a time, "
+                         "or use --device cpu"), 2
     except KeyboardInterrupt:
-        print("\nsample.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        message, code = "interrupted", 130
+    print(f"sample.py: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keypoints import JOINTS, flip
+from keypoints import flip
 
 NEIGHBOURS = 8                  # distance to the 8th is the density: fewer are noisy, more blur it
 ONE_SIDED = 0.7                 # what a joint of only one pose counts; random figures are 0.7 apart
@@ -53,11 +53,8 @@ class PoseDensity:
         poses: np.ndarray,              # [N, 17, 3]; poses without a visible joint are dropped
         k: int = NEIGHBOURS,            # fewer if there are fewer poses
     ):
-        poses = np.asarray(poses, dtype=np.float64)
-        assert poses.shape[1:] == (len(JOINTS), 3) and np.isfinite(poses).all(), poses.shape
-        self.poses = poses[(poses[..., 2] > 0).any(axis=1)]
+        self.poses = poses[(poses[..., 2] > 0).any(axis=1)].astype(np.float64)
         n = len(self.poses)
-        assert n, "no pose has a visible joint"
         self.k = max(1, min(k, 2 * (n - 1)))
         self.shapes = _shapes(np.concatenate([self.poses, flip(self.poses)]))           # [2N, J, 3]
         self._shapes32 = torch.from_numpy(self.shapes).float()
@@ -112,19 +109,16 @@ class PoseDensity:
         The middle is found by mean shift (Fukunaga and Hostetler 1975). Centre, size and visible
         joints of each pose stay as they are. A joint that no neighbour has keeps its place.
         """
-        assert 0 <= amount <= 1, amount
-        return np.stack([self._moved(pose, amount) for pose in poses])
-
-    def _moved(self, pose: np.ndarray, amount: float) -> np.ndarray:
-        if amount == 0:
-            return pose.copy()
-        given = middle = _shapes(pose)
-        for _ in range(SHIFTS):
-            middle = self._shifted(middle)
-        between = given + amount * (middle - given)
-        centre, size = _frame(pose, given[:, 2:])
-        xy = _shapes(between)[:, :2] * size + centre        # the mean of two shapes is smaller
-        return np.concatenate([xy * given[:, 2:], pose[:, 2:]], axis=1)
+        moved = poses.copy()
+        for pose in moved if amount else ():
+            given = middle = _shapes(pose)
+            for _ in range(SHIFTS):
+                middle = self._shifted(middle)
+            between = given + amount * (middle - given)
+            centre, size = _frame(pose, given[:, 2:])
+            xy = _shapes(between)[:, :2] * size + centre    # the mean of two shapes is smaller
+            pose[:, :2] = xy * given[:, 2:]
+        return moved
 
     def _shifted(self, shape: np.ndarray) -> np.ndarray:
         """One step of mean shift for a shape [17, 3]: the weighted mean of its neighbours.

@@ -10,8 +10,8 @@ import numpy as np
 
 import data
 from diffusion import Seed
-from formats.pose_files import NobodyFound, Poses, fitted, load_poses, name_of
-from keypoints import PoseError, draw
+from formats.pose_files import NobodyFound, fitted, load_poses, name_of
+from keypoints import draw
 
 LONGEST_GAP = 25                # missing frames that are filled in, about a second
 SHEET_ACROSS, SHEET_MOST = 8, 48    # frames side by side and in all on a contact sheet
@@ -23,6 +23,11 @@ class Plan(NamedTuple):
     names: list[str]                # [P]
     seeds: list[Seed]               # [P n]
     n: int
+
+    def rows(self, images: list[np.ndarray]) -> list[list[np.ndarray]]:
+        """A row for each pose: its skeleton and its samples, all uint8 [S, S, 3]."""
+        return [[draw(pose, len(images[0])), *images[p * self.n:(p + 1) * self.n]]
+                for p, pose in enumerate(self.poses)]
 
 
 # --------------------------------------------------------------------------------------- a motion
@@ -40,8 +45,9 @@ def read_motion(paths: list[str], fit_how: str = "letterbox", frames: int | None
         files += frame_files(path) if path.is_dir() else [path]
     poses, names, taken_for = [], [], ""                    # None for a frame without a person
     for file in files:
-        found = load_frames(file, **how)
-        if found is None:
+        try:
+            found = load_poses(file, **how)
+        except NobodyFound:
             poses.append(None)
             names.append(file.stem)
             continue
@@ -71,23 +77,7 @@ def frame_files(folder: Path) -> list[Path]:
     files = [file for file in folder.iterdir()
              if file.is_file() and not file.name.startswith(".")
              and file.suffix.lower() not in data.SUFFIXES]
-    if not files:
-        raise ValueError(f"{folder} has no pose files; --motion takes a folder of one pose file "
-                         "per frame, or a file with several frames")
     return sorted(files, key=lambda file: natural(file.name))
-
-
-def load_frames(file: Path, **how: object) -> Poses | None:
-    """load_poses; None if the file has no person, or fewer than --person asks for."""
-    try:
-        return load_poses(file, **how)
-    except NobodyFound:
-        return None
-    except PoseError:
-        if how.get("person") in (None, 1):
-            raise
-        load_frames(file, **how | {"person": 1})            # raises if the file is unreadable
-        return None
 
 
 def frame_numbers(names: list[str]) -> list[int]:
@@ -160,21 +150,14 @@ def sheet_of(plan: Plan, images: list[np.ndarray], given: np.ndarray | None) -> 
 
     `images` and `given`, the image to start from, are uint8 [S, S, 3].
     """
-    n, rows, labels, captions = plan.n, [], [], []
-    frames = [[draw(plan.poses[p], images[0].shape[0]), *images[p * n:(p + 1) * n], plan.names[p]]
-              for p in data.evenly(len(plan.poses), SHEET_MOST)]
+    rows, labels, captions = [], [], []
+    frames = [[*row, name] for row, name in zip(plan.rows(images), plan.names, strict=True)]
+    frames = [frames[p] for p in data.evenly(len(frames), SHEET_MOST)]
     if given is not None:
-        frames.insert(0, [None, given, *[None] * (n - 1), "given"])
+        frames.insert(0, [None, given, *[None] * (plan.n - 1), "given"])
     for first in range(0, len(frames), SHEET_ACROSS):
         *lines, names = zip(*frames[first:first + SHEET_ACROSS], strict=True)
         rows += [list(line) for line in lines]
-        labels += ["pose", *(f"sample {i + 1}" for i in range(n))]
-        captions += [[] for _ in range(n)] + [list(names)]
+        labels += ["pose", *(f"sample {i + 1}" for i in range(plan.n))]
+        captions += [[] for _ in range(plan.n)] + [list(names)]
     return {"rows": rows, "labels": labels, "captions": captions}
-
-
-def frames_of(plan: Plan, images: list[np.ndarray]) -> list[np.ndarray]:
-    """The frames of an animation, uint8 [S, (1 + n) S, 3]: skeleton and samples side by side."""
-    n = plan.n
-    return [np.concatenate([draw(pose, images[0].shape[0]), *images[p * n:(p + 1) * n]], axis=1)
-            for p, pose in enumerate(plan.poses)]

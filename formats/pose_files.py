@@ -21,7 +21,7 @@ from keypoints import JOINTS, SEED_CANVAS, PoseError, fit
 
 
 class NobodyFound(PoseError):
-    """A valid pose file of an image without people."""
+    """A valid pose file without the person asked for, or without anyone."""
 
 
 # content -> format (guess_format) -> every Person in the file's own unit (the format's reader)
@@ -582,8 +582,8 @@ def load_poses(
         raise NobodyFound(f"{path}: {kind.about}, but nobody with a joint of confidence "
                           f"{min_confidence:g} or more")
     if person is not None and not 1 <= person <= most:
-        raise PoseError(f"{path}: {kind.about} with at most {most} in one image; there is no "
-                        f"person {person}")
+        raise NobodyFound(f"{path}: {kind.about} with at most {most} in one image; there is no "
+                          f"person {person}")
     picked = {name: largest(poses) if person is None else poses[person - 1]
               for name, poses in images.items() if person is None or person <= len(poses)}
 

@@ -29,14 +29,13 @@ def test_mirror_swaps_the_sides_and_is_its_own_inverse():
     np.testing.assert_array_equal(K.flip(torch.from_numpy(pose)).numpy(), K.flip(pose))
 
 
-def test_flip_of_the_drawing_is_the_drawing_of_the_flip():
-    for size in (64, 65, 200):
-        pose = random_pose(missing=2)
-        mirrored_colors = K.side_colors()[K.MIRROR]     # a mirror keeps an arm's colour
-        mirrored = K.draw(pose, size)[:, ::-1].astype(int)
-        flipped = K.draw(K.flip(pose), size, colors=mirrored_colors)
-        assert np.abs(mirrored - flipped).max() <= 1                            # rounding of x.5
-        assert np.abs(mirrored - K.draw(K.flip(pose), size)).max() > 50         # sides do differ
+@pytest.mark.parametrize("size", [64, 65, 200])
+def test_flip_of_the_drawing_is_the_drawing_of_the_flip(size, monkeypatch):
+    pose = random_pose(missing=2)
+    mirrored = K.draw(pose, size)[:, ::-1].astype(int)
+    assert np.abs(mirrored - K.draw(K.flip(pose), size)).max() > 50             # sides do differ
+    monkeypatch.setattr(K, "COLORS", K.COLORS[K.MIRROR])        # a mirror keeps an arm's colour
+    assert np.abs(mirrored - K.draw(K.flip(pose), size)).max() <= 1             # rounding of x.5
 
 
 def test_drawing_puts_each_joint_where_it_is():
@@ -170,14 +169,11 @@ def test_each_conditioning_depends_on_the_pose_unless_it_is_dropped(conditioning
     assert context is None or context.shape[-1] == c.context_dim
 
 
-@pytest.mark.parametrize("wrong", [
-    {"conditioning": ()}, {"conditioning": ("smoke",)}, {"conditioning": ("seed", "maps")},
-    {"sigma": 0.0}, {"dim": 0}, {"seed_dim": 0}])
+@pytest.mark.parametrize("wrong", [(), ("smoke",), ("seed", "maps")])
 def test_a_wrong_condition_is_refused_with_its_value(wrong):
-    (value,) = wrong.values()
     with pytest.raises(ValueError) as e:
-        K.ConditionConfig(**wrong)
-    assert str(value) in str(e.value)
+        K.ConditionConfig(wrong)
+    assert str(wrong) in str(e.value)
     assert K.ConditionConfig(["seed"]) == K.ConditionConfig(("seed",))      # as JSON gives it
 
 

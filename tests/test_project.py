@@ -21,7 +21,7 @@ ROOMS = {
     "dataset": {"figures", "latents", "check"},
     "formats": {"pose_files", "compvis", "lpips", "detections"},
     "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "pose"},
-    "extras": {"density", "motion"},
+    "extras": {"density", "motion", "output"},
 }
 # What a file, or each file of a room, may import of ours; a room stands for all that is in it.
 MAY_IMPORT = {
@@ -38,11 +38,10 @@ MAY_IMPORT = {
     "dataset": ("keypoints", "data", "dataset", "formats", "plots"),
     "formats": ("keypoints", "unet", "vq", "checkpoint", "formats"),
     "metrics": ("keypoints", "metrics"),
-    "extras": ("keypoints", "diffusion", "data", "formats"),
+    "extras": ("keypoints", "diffusion", "data", "formats", "extras", "plots"),
 }
 # The same within functions, for what only some who use a file ever need.
-LAZILY = {"data": ("dataset", "formats"), "checkpoint": ("formats",), "train": ("formats",),
-          "sample": ("engine.cpu",)}
+LAZILY = {"data": ("dataset", "formats"), "checkpoint": ("formats",), "train": ("formats",)}
 
 
 def modules() -> dict[str, Path]:

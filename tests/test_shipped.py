@@ -1,4 +1,4 @@
-"""The model that ships, as a user meets it: a change that spoils loading, sampling or the pose shows here."""
+"""The bundled model, as a user meets it: a change that spoils loading, sampling or the pose fails here."""
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ MODEL = ROOT / "assets/toy.pt"
 POSES = sorted(map(str, (ROOT / "examples/poses").glob("*.json")))
 
 
-def test_the_files_are_small_and_hold_tensors_alone():
+def test_the_files_are_small_and_hold_no_training_state():
     assert MODEL.stat().st_size <= 16_000_000 and evaluate.BUNDLED.stat().st_size <= 5_000_000
     payload = torch.load(MODEL, weights_only=True)
     assert "train" not in payload and payload["config"]["preset"] == "toy"
@@ -28,7 +28,7 @@ def test_the_files_are_small_and_hold_tensors_alone():
 
 
 def test_bare_sample_py_draws_all_example_poses_without_any_training(tmp_path, monkeypatch, capsys):
-    """All of them at once and in 20 passes through the network, which is why it takes seconds on a CPU."""
+    """All 16 images at once, in 20 passes through the network."""
     passes, forward = [], UNet.forward
     monkeypatch.setattr(UNet, "forward",
                         lambda unet, x, *args: passes.append(len(x)) or forward(unet, x, *args))
@@ -37,18 +37,18 @@ def test_bare_sample_py_draws_all_example_poses_without_any_training(tmp_path, m
     printed = capsys.readouterr().out
     assert "bundled toy model" in printed and "toy.pt" in printed and "16 images" in printed
     assert Image.open("samples.png").width > 3 * 64
-    assert passes == [2 * 16] * 20                          # each picture under its pose and, for guidance, under none
+    assert passes == [2 * 16] * 20                          # guidance: each image with and without its pose
 
 
 @pytest.mark.slow
 def test_it_draws_the_pose_asked_for():
-    """PCK@0.1 of 64 held-out poses, at least 0.8 of what the reader finds in the real pictures.
+    """PCK@0.1 of 64 held-out poses, at least 0.8 of what the detector finds in the real images.
 
-    Measured: 0.857 of it; shuffled 0.10. Another 64 poses move that by 0.02, other kernels by a joint or two.
+    Measured: 0.857 of it; shuffled 0.10. Another 64 poses change that by 0.02.
     """
     ldm, _ = checkpoint.load_ldm(MODEL)
-    reader = evaluate.find_detector("figures", Figures(data.FIGURES_TRAIN, 64, seed=0))
-    rows, _ = metrics.pose.assess(reader, evaluate.draw_held_out(ldm, Figures(64, 64, seed=1)))
+    detector = evaluate.find_detector("figures", Figures(data.FIGURES_TRAIN, 64, seed=0))
+    rows, _ = metrics.pose.assess(detector, evaluate.draw_held_out(ldm, Figures(64, 64, seed=1)))
     assert rows["real"]["pck@0.1"] > evaluate.GOOD_DETECTOR
     assert rows["samples"]["pck@0.1"] >= 0.8 * rows["real"]["pck@0.1"]
     assert rows["shuffled"]["pck@0.1"] < 0.25
@@ -59,4 +59,5 @@ def test_its_autoencoder_keeps_held_out_figures():
     (x, _), = data.in_order(Figures(64, 64, seed=1), 64, 64)
     with torch.no_grad():
         x_hat = vq(x)[0]
-    assert metrics.images.psnr(x_hat, x).mean() > metrics.images.psnr(metrics.images.box_baseline(x, 4), x).mean() + 4
+    boxes = metrics.images.box_baseline(x, 4)
+    assert metrics.images.psnr(x_hat, x).mean() > metrics.images.psnr(boxes, x).mean() + 4

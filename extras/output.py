@@ -1,0 +1,79 @@
+"""What sample.py writes: a sheet of all images, single PNGs, and latents."""
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+import data
+import plots
+from diffusion import Step
+from extras.motion import Plan
+from keypoints import draw
+
+
+def grid_of(plan: Plan, images: list[np.ndarray], given: np.ndarray | None) -> dict[str, list]:
+    """A row for each pose: skeleton, given image, samples. Arguments of plots.save_grid."""
+    rows, columns = plan.rows(images), ["pose", *(f"seed {seed}" for seed in plan.seeds[:plan.n])]
+    if given is not None:
+        rows = [[skeleton, given, *samples] for skeleton, *samples in rows]
+        columns.insert(1, "given")
+    return {"rows": rows, "labels": plan.names, "columns": columns}
+
+
+def film_of(plan: Plan, steps: list[Step], decode: Callable[[Tensor], list[np.ndarray]],
+            given: np.ndarray | None) -> dict[str, list]:
+    """Two rows for each image: x_t after some steps, and the x0 predicted in them. As grid_of."""
+    x, x0 = [decode(step.x) for step in steps], [decode(step.x0) for step in steps]
+    rows, labels = [], []
+    for i, seed in enumerate(plan.seeds):
+        p = i // plan.n
+        rows += [[draw(plan.poses[p], len(x[0][i])), *(images[i] for images in x)],
+                 [given, *(images[i] for images in x0)]]
+        labels += [f"{plan.names[p]}, seed {seed}: x_t", "x0 predicted"]
+    columns = ["pose", *(f"step {step.i + 1}, t = {step.t}" for step in steps)]
+    return {"rows": rows, "labels": labels, "columns": columns}
+
+
+def outputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
+    """The files of the sheet and of the animation, if there is one. Makes the folders.
+
+    ValueError for a file that is also an input, and for a folder that cannot be made.
+    """
+    sheet, animation = Path(args.out), None
+    if args.motion or args.morph:
+        animation = sheet.with_suffix(".webp" if sheet.suffix.lower() == ".webp" else ".gif")
+        sheet = sheet.with_suffix(".png")
+    inputs = [*args.poses, args.ckpt, args.init, args.inpaint, args.mask, args.noise_from]
+    read = {Path(path).resolve() for path in inputs if path}
+    for path in filter(None, (sheet, animation, args.save_latents)):
+        if Path(path).resolve() in read:
+            raise ValueError(f"{path} is an input and would be overwritten; name another output")
+        data.make_folder(Path(path).parent, f"cannot write {path}")
+    if args.separate:
+        data.make_folder(args.separate, f"--separate {args.separate}")
+    return sheet, animation
+
+
+def save_separate(folder: str, plan: Plan, images: list[np.ndarray], words: dict[str, str]) -> None:
+    """Each image as a PNG of its own, without labels."""
+    for i, (image, seed) in enumerate(zip(images, plan.seeds, strict=True)):
+        name = re.sub(r"[^\w.-]+", "-", plan.names[i // plan.n])[:80]
+        path = Path(folder) / f"{i + 1:04d}-{name}.png"
+        plots.save_image(path, image, words | {"seed": str(seed)})
+
+
+def save_latents(path: str, z: Tensor, plan: Plan) -> None:
+    """An .npz of plain arrays: latents float32 [B, C, h, w], poses [B, 17, 3] and seeds [B].
+
+    The noise lies at share [B] of the way to that of seeds_toward [B], which only a morph has.
+    """
+    pairs = [seed if isinstance(seed, tuple) else (seed, seed, 0.0) for seed in plan.seeds]
+    a, b, share = (np.array(column) for column in zip(*pairs, strict=True))
+    with open(path, "wb") as file:                          # savez would add .npz to a name
+        np.savez(file, latents=z.numpy(), poses=plan.poses.repeat(plan.n, axis=0), seeds=a,
+                 seeds_toward=b, share=share)
