@@ -74,28 +74,29 @@ def test_joints_that_nobody_can_see_teach_nothing(place):
 def test_an_image_has_the_same_pose_in_any_batch_and_its_mirror_image_the_mirrored_one():
     reader = keypoint_detector.KeypointDetector(64).eval()
     images = RNG.integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-    together, moments = metrics.pose.read_all(reader, images)
-    alone, _ = metrics.pose.read_all(reader, images[3:4])
+    together, features = metrics.pose.read_all(reader, images)
+    alone, its_features = metrics.pose.read_all(reader, images[3:4])
     np.testing.assert_allclose(together[3], alone[0], atol=1e-5)
-    assert moments.n == 5 and together.shape == (5, J, 3) and (together[..., 2] == 1).all()
+    assert torch.allclose(features[3], its_features[0], atol=1e-5)
+    assert together.shape == (5, J, 3) and (together[..., 2] == 1).all()
     mirrored, _ = metrics.pose.read_all(reader, images[:, :, ::-1].copy())
     np.testing.assert_allclose(flip(mirrored), together, atol=1e-4)
 
 
-def test_training_learns_repeats_itself_and_moves_no_generator():
+def test_training_learns_repeats_itself_and_moves_no_generator(monkeypatch):
+    monkeypatch.setattr(keypoint_detector, "BATCH", 8)
     figures = Figures(4, 64)
     images, poses = (np.stack(part) for part in zip(*(figures[i] for i in range(4)), strict=True))
     torch.manual_seed(5)
-    learnt = trained_on(figures, steps=25)
+    learnt, again = (trained_on(figures, steps=25) for _ in range(2))
     after = torch.rand(1)
     torch.manual_seed(5)
-    assert torch.rand(1) == after
+    assert torch.rand(1) == after and are_equal(learnt, again)
     assert not learnt.training and not any(p.requires_grad for p in learnt.parameters())
     losses = [keypoint_detector.detector_loss(reader.train()(data.to_tensor(images))[0],
                                               torch.from_numpy(poses)).item()
               for reader in (learnt, trained_on(figures, steps=0))]
     assert losses[0] < losses[1] - 1
-    assert are_equal(*(trained_on(figures, steps=2) for _ in range(2)))
 
 
 def test_a_share_of_the_images_is_degraded_and_keeps_its_colours():
@@ -141,19 +142,17 @@ def test_fidelity_by_hand():
 
 def test_a_detector_is_saved_and_trained_again_for_other_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(keypoint_detector, "BATCH", 4)
     steps, train = [], keypoint_detector.train_detector
     monkeypatch.setattr(keypoint_detector, "train_detector",
                         lambda batches, n, *rest: steps.append(n) or train(batches, n, *rest))
     few, more = Figures(4, 64), Figures(5, 64)
     reader = evaluate.find_detector("figures:4", few, steps=1)
     again = evaluate.find_detector("figures:4", few, steps=1)
-    path, = (tmp_path / "runs").glob("figures-4-pose-reader-64-*.pt")
     assert steps == [1] and are_equal(reader, again) and not again.training
-    path.write_bytes(path.read_bytes()[:500])                           # damaged: replaced
-    assert are_equal(evaluate.find_detector("figures:4", few, steps=1), reader)
     evaluate.find_detector("figures:4", more, steps=1)                  # other images
     evaluate.find_detector("figures:4", more, steps=2)
-    assert steps == [1, 1, 1, 2] and len(list((tmp_path / "runs").iterdir())) == 2
+    assert steps == [1, 1, 2] and len(list((tmp_path / "runs").iterdir())) == 2
     monkeypatch.setattr(keypoint_detector, "LR", 1e38)
     with pytest.raises(ValueError, match="diverged"):
         evaluate.find_detector("figures:3", Figures(3, 64), steps=2)
@@ -225,7 +224,7 @@ def test_pose_end_to_end_and_with_a_perfect_detector(pose, monkeypatch, capsys):
     assert rows.keys() == {"samples", "decoded", "real", "shuffled"}
     assert set(rows["real"]["joints"]) == set(JOINTS)
     assert "6 held-out poses of figures:12" in printed and "The ceiling is low" in printed
-    assert f"{rows['samples']['pck@0.1']:.3f}" in printed and "wrist right" in printed
+    assert f"{rows['samples']['pck@0.1']:.3f}" in printed
     assert rows["samples"]["frechet"] > 0 and "frechet" not in rows["real"]
     assert own["pictures"] == 6 and own["guidance"] == DEFAULT_GUIDANCE
     (((_, poses, seeds, _), samples),) = given
