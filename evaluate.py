@@ -22,7 +22,6 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -211,20 +210,20 @@ def pose(args: argparse.Namespace) -> None:
         drawn = Drawn(asked, images[:n], images[n:])
         found = detections.read_found(args.detected, len(images), images.shape[1])
         poses = np.stack([found.get(i, data.NO_POSE) for i in range(len(images))])
-        kinds = {"samples": poses[:n]} | ({"real": poses[n:]} if max(found) >= n else {})
+        kinds = {"samples": poses[:n]}
+        if max(found) >= n:         # it has looked at the real images too
+            kinds["real"] = poses[n:]
         rows, read = judge(asked, kinds), kinds["samples"]
     else:
         drawn, rows, read, about = draw_and_read(args, out)
     title = about["title"]
-    print("\n".join([title, "", *describe_pose(rows, by)]))
+    named = {name: rows[key] for key, name in ROW_NAMES.items() if key in rows}
+    print(f"{title}\n\n{table(named, FIDELITY)}\n\n{what_it_means(rows, by)}")
     if out:
         write_report(out / "pose.json", args, {"read_by": by, **about, "rows": rows})
-        words = [f"PCK@0.1 {rows['samples']['pck@0.1']:.3f}"]
-        if "real" in rows:
-            words.append(f"real images {rows['real']['pck@0.1']:.3f}")
         scores = oks(read, drawn.asked, on_canvas(drawn.asked))
         extremes_figure(out / "pose.png", drawn.asked, drawn.samples, read, drawn.real, scores,
-                        f"{title}: {', '.join(words)}")
+                        f"{title}: PCK@0.1 {rows['samples']['pck@0.1']:.3f}")
         print(f"\nwrote {out}/pose.json and pose.png")
 
 
@@ -256,21 +255,18 @@ def draw_and_read(args: argparse.Namespace,
     return drawn, rows, read, about
 
 
-def describe_pose(rows: dict[str, dict], detector: str) -> Iterator[str]:
-    """The table and what it means; pose.json has PCK@0.1 of each joint."""
-    yield table({name: rows[key] for key, name in ROW_NAMES.items() if key in rows}, FIDELITY)
-    yield ""
-    ours, floor = (rows[name]["pck@0.1"] for name in ("samples", "shuffled"))
+def what_it_means(rows: dict[str, dict], detector: str) -> str:
+    """The samples' PCK@0.1 between its floor and its ceiling, in sentences."""
     if "real" not in rows:
-        yield f"{detector} has no poses of the real images, so the ceiling is unknown."
-        return
-    ceiling = rows["real"]["pck@0.1"]
-    yield (f"PCK@0.1 of samples is {ours:.3f}, {ours / max(ceiling, 1e-9):.2f} of the ceiling "
-           f"{ceiling:.3f}; the floor is {floor:.3f}.")
+        return f"{detector} has no poses of the real images, so the ceiling is unknown."
+    ours, ceiling, floor = (rows[name]["pck@0.1"] for name in ("samples", "real", "shuffled"))
+    said = (f"PCK@0.1 of samples is {ours:.3f}, {ours / max(ceiling, 1e-9):.2f} of the ceiling "
+            f"{ceiling:.3f}; the floor is {floor:.3f}.")
     if ceiling < GOOD_DETECTOR:
-        yield (f"The ceiling is low: {detector} finds only {ceiling:.0%} of the joints in real "
-               "images, so it says little about samples. More training images make a better "
-               "detector, and --detected takes another one.")
+        said += (f"\nThe ceiling is low: {detector} finds only {ceiling:.0%} of the joints in real "
+                 "images, so it says little about samples. More training images make a better "
+                 "detector, and --detected takes another one.")
+    return said
 
 
 def draw_held_out(
@@ -322,9 +318,6 @@ def find_detector(spec: str, train: data.ImageDataset, device: str = "cpu",
     detector = keypoint_detector.train_detector(
         ((x, poses) for x, poses, _ in batches), steps, side, device,
         partial(checkpoint.autocast, amp, device))
-    if checkpoint.not_finite(detector.state_dict()):
-        raise ValueError("training the keypoint detector diverged; check the dataset with data.py, "
-                         "or use another detector with --detected")
     path.parent.mkdir(exist_ok=True)
     checkpoint.save(path, {"about": about, "reader": detector.state_dict()})
     print(f"Saved the keypoint detector to {path}.")

@@ -27,36 +27,37 @@ TINY = VQConfig(ch=8, n_embed=32, resolution=16, norm_groups=0, zero_init=True)
 N = 24                          # held-out figures
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Two tiny autoencoders a/last.pt and b/last.pt, as train.py writes them."""
-    root = tmp_path_factory.mktemp("models")
-    x = torch.stack([data.to_tensor(Figures(8, 16)[i][0]) for i in range(8)])
-    for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        model = VQModel(TINY).eval()
-        model.quantize.init_codes(model.encode(x))
-        (root / name).mkdir()
-        checkpoint.save(root / name / "last.pt", {
-            "format": checkpoint.FORMAT, "stage": "vq", "step": 3, "vq": model.state_dict(),
-            "vq_config": asdict(TINY), "config": {"size": 16, "data": f"figures:{N}", "val": None}})
-    return root
+def stage_1(seed: int = 0, n: int = N) -> dict:
+    """The payload of a tiny autoencoder of n figures, as train.py writes it."""
+    torch.manual_seed(seed)
+    model = VQModel(TINY).eval()
+    model.quantize.init_codes(model.encode(torch.stack(
+        [data.to_tensor(Figures(8, 16)[i][0]) for i in range(8)])))
+    return {"format": checkpoint.FORMAT, "stage": "vq", "step": 3, "vq": model.state_dict(),
+            "vq_config": asdict(TINY),
+            "config": {"size": 16, "data": f"figures:{n}", "val": None, "preset": "tiny"}}
 
 
-@pytest.fixture(scope="module")
-def ldm(files) -> dict:
-    """The payload of a tiny stage 2 on a/last.pt, with EMA weights only, as in best.pt."""
-    torch.manual_seed(0)
-    stage_1 = checkpoint.load(files / "a/last.pt", "vq")
-    unet = UNetConfig(model_channels=32, num_res_blocks=1, channel_mult=(1, 2),
-                      attention_resolutions=(2,), num_heads=4)
-    cond = ConditionConfig(("seed",))
-    return stage_1 | {
+def stage_2(n: int = N, knows_null: bool = True) -> dict:
+    """The payload of a tiny diffusion model on stage_1(), with EMA weights only, as in best.pt."""
+    payload, cond = stage_1(n=n), ConditionConfig(("tokens", "maps"), 8)
+    unet = UNetConfig(in_channels=3 + cond.map_channels, model_channels=32, num_res_blocks=1,
+                      channel_mult=(1, 2), attention_resolutions=(2,), num_heads=4, context_dim=8)
+    return payload | {
         "stage": "ldm", "unet": UNet(unet).state_dict(), "unet_config": asdict(unet),
         "cond": PoseCondition(cond).state_dict(), "cond_config": asdict(cond),
-        "mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "knows_null": False,
-        "config": stage_1["config"] | {"preset": "tiny"},
+        "mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "knows_null": knows_null,
         "schedule": {"timesteps": 100, "linear_start": 0.0015, "linear_end": 0.0195}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with two tiny autoencoders, a/last.pt and b/last.pt."""
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate("ab"):
+        (root / name).mkdir()
+        checkpoint.save(root / name / "last.pt", stage_1(seed))
+    return root
 
 
 def one_sentence(capsys, argv: list[str], *words: str) -> None:
@@ -289,11 +290,11 @@ def test_lpips_and_rfid_on_demand(files, monkeypatch, capsys):
     one_sentence(capsys, argv, "pip install pytorch-fid")
 
 
-def test_a_published_file_and_a_stage_2_file(ldm, tmp_path, capsys):
+def test_a_published_file_and_a_stage_2_file(tmp_path, capsys):
     torch.manual_seed(0)
     weights = VQModel(VQConfig(ch=32, n_embed=32)).state_dict()
     torch.save({"state_dict": weights, "global_step": 77}, tmp_path / "vq.ckpt")
-    checkpoint.save(tmp_path / "ldm.pt", ldm | {"source": "CompVis", "weights": "EMA"})
+    checkpoint.save(tmp_path / "ldm.pt", stage_2() | {"source": "CompVis", "weights": "EMA"})
     flags = ["--data", "figures:4", "--size", "16", "--limit", "4"]
     for argv, words in ((["recon", "--vq", "vq.ckpt"], "stage vq, step 77"),
                         (["recon", "--vq", "ldm.pt"], "stage ldm"),
@@ -332,11 +333,10 @@ def test_too_little_memory_and_an_interrupt_are_one_line(files, monkeypatch, cap
 
 # ---------------------------------------------------------------------------------------- condition
 
-def test_condition_says_what_it_measures_and_leaves_out_a_null_that_was_not_trained(
-        ldm, tmp_path, capsys):
+def test_condition_says_what_it_measures_and_leaves_out_a_null_that_was_not_trained(tmp_path, capsys):
     printed = []
     for knows in (False, True):
-        checkpoint.save(tmp_path / "ldm.pt", ldm | {"knows_null": knows})
+        checkpoint.save(tmp_path / "ldm.pt", stage_2(knows_null=knows))
         argv = ["condition", "--ckpt", str(tmp_path / "ldm.pt"), "--device", "cpu"]
         assert evaluate.main(argv) == 0
         first, *lines = capsys.readouterr().out.splitlines()
