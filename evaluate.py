@@ -22,7 +22,6 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +42,7 @@ from dataset.latents import LatentCache
 from diffusion import MOST_SEEDS, Diffusion
 from engine.run import read_log
 from formats import compvis, detections
-from keypoints import JOINTS, on_canvas
+from keypoints import on_canvas
 from ldm import LDM
 from metrics import keypoint_detector
 from metrics.codebook import code_counts, code_overlap
@@ -82,11 +81,16 @@ def recon(args: argparse.Namespace) -> None:
     payloads = [checkpoint.load_vq(path, not args.no_ema) for path in args.vq]
     models = [checkpoint.build_vq(payload, path).to(device)
               for payload, path in zip(payloads, args.vq, strict=True)]
-    spec, val, size = resolve(args, [payload["config"] for payload in payloads])
-    check_size(size, math.lcm(*(model.config.factor for model in models)))
-    images, which = open_images(args, spec, val, size)
-    other = data.open_all(args.against, size, True, args.trim_bars) if args.against else None
-    make_out(args.out, spec, val, args.against)
+    ask_configs(args, [payload["config"] for payload in payloads],
+                math.lcm(*(model.config.factor for model in models)))
+    if data.is_folder(args.data) and not data.has_keypoints(args.data):
+        images, which = data.open_all(args.data, args.size, True, args.trim_bars), args.data
+    else:
+        _, images = data.open_data(args.data, args.size, args.val, False, args.trim_bars)
+        which = args.val or f"held out of {args.data}"
+    images = data.spread(images, args.limit)
+    other = data.open_all(args.against, args.size, True, args.trim_bars) if args.against else None
+    make_out(args.out, args.data, args.val, args.against)
     measures = {"l1": l1, "psnr": psnr, "ssim": ssim}
     if args.lpips_weights:
         measures["lpips"] = formats.lpips.load_lpips(args.lpips_weights).to(device)
@@ -99,16 +103,17 @@ def recon(args: argparse.Namespace) -> None:
             for name, tally, model in zip(names, found.tallies, models, strict=True)}
     boxes = {f"boxes of {factor} x {factor}": tally.result(found.originals)
              for factor, tally in found.boxes.items()}
-    title = f"{n} images, {which}, {size} x {size} pixels"
+    title = f"{n} images, {which}, {args.size} x {args.size} pixels"
     print(f"{title}\n\n{table(rows | boxes, COLUMNS)}\n")
+    if args.rfid and n < FRECHET_IMAGES:
+        print(f"rFID of {n} images is biased upwards; compare it only with rFID of as many images.")
 
-    report = {"command": command_line(args), "data": spec, "which": which, "pictures": n,
-              "size": size, "device": device, "torch": torch.__version__, "checkpoints": [],
-              "baselines": [{"name": name, **row} for name, row in boxes.items()]}
-    for name, path, payload, model in zip(names, args.vq, payloads, models, strict=True):
-        report["checkpoints"].append({
-            "name": name, "file": path, "hash": checkpoint.hash_of(payload["vq"]),
-            "step": payload["step"], "factor": model.config.factor, **rows[name]})
+    report = {"images": which, "pictures": n, "size": args.size,
+              "baselines": [{"name": name, **row} for name, row in boxes.items()],
+              "checkpoints": []}
+    for name, path, payload in zip(names, args.vq, payloads, strict=True):
+        report["checkpoints"].append({"name": name, "file": path, "step": payload["step"],
+                                      "hash": checkpoint.hash_of(payload["vq"]), **rows[name]})
     if other is not None:
         with progress(data.spread(other, args.limit), "codes of --against") as bar:
             theirs, m = code_counts(models, (x for x, _, _ in bar), device)
@@ -117,16 +122,12 @@ def recon(args: argparse.Namespace) -> None:
         print(f"Codes in use. A: {n} images, {which}; B: {m} of {args.against}\n\n"
               f"{table(overlap, OVERLAP)}\n")
         report["against"] = {"data": args.against, "pictures": m, "overlap": overlap}
-    if not (args.lpips_weights and args.rfid):
-        print("--lpips-weights adds LPIPS, and --rfid rFID.")
-    if args.rfid and n < FRECHET_IMAGES:
-        print(f"rFID of {n} images is biased upwards; compare it only with rFID of as many images.")
     if args.out:
         title += (f": around the median PSNR of {names[0]}, and the worst. Errors: black is 0, "
                   f"white {ERROR_WHITE:.0%} of the range and more")
         shown = draw_recon(Path(args.out) / "recon.png", dict(zip(names, models, strict=True)),
                            images, found.tallies[0].scores["psnr"], title)
-        write_json(Path(args.out) / "recon.json", report | shown)
+        write_report(Path(args.out) / "recon.json", args, report | shown)
         print(f"wrote {args.out}/recon.json and recon.png")
 
 
@@ -135,17 +136,6 @@ def short_names(paths: list[str]) -> list[str]:
     parts = [Path(path).resolve().parts for path in paths]
     k = next(k for k in itertools.count(1) if len({p[-k:] for p in parts}) == len(set(parts)))
     return ["/".join(p[-k:]) for p in parts]
-
-
-def open_images(args: argparse.Namespace, spec: str, val: str | None,
-                size: int) -> tuple[data.ImageDataset, str]:
-    """The images that `recon` measures on, at most --limit, and a name for them."""
-    if args.all or data.is_folder(spec) and not data.has_keypoints(spec):
-        images, which = data.open_all(spec, size, True, args.trim_bars), f"all of {spec}"
-    else:
-        _, images = data.open_data(spec, size, val, False, args.trim_bars)
-        which = f"all of {val}" if val else f"held out of {spec}"
-    return data.spread(images, args.limit), which
 
 
 def draw_recon(path: Path, models: dict[str, VQModel], images: data.ImageDataset,
@@ -174,9 +164,9 @@ def reconstruct(vq: VQModel, images: np.ndarray) -> np.ndarray:
 
 def condition(args: argparse.Namespace) -> None:
     """Prints the eps loss with right, shuffled and no poses, in float32, and shuffled / right."""
-    ldm, _, spec, val, size = open_ldm(args)
+    ldm, _ = open_ldm(args)
     device = ldm.mean.device
-    _, held_out = data.open_data(spec, size, val, False, args.trim_bars)
+    _, held_out = data.open_data(args.data, args.size, args.val, False, args.trim_bars)
     held_out = data.spread(held_out, args.limit)
     with torch.no_grad(), progress(held_out, "encoding") as bar:
         pairs = [(ldm.encode(x.to(device)), pose) for x, pose, _ in bar]
@@ -189,16 +179,16 @@ def condition(args: argparse.Namespace) -> None:
         print("There is no loss without a pose: training did not drop poses.")
 
 
-def open_ldm(args: argparse.Namespace) -> tuple[LDM, int, str, str | None, int]:
-    """The model of --ckpt, its step, and (data, val, size) of `resolve`; prints what they are."""
+def open_ldm(args: argparse.Namespace) -> tuple[LDM, int]:
+    """The model of --ckpt and its step; sets --data, --val and --size, prints what is measured."""
     device = checkpoint.find_device(args.device)
     ldm, payload = checkpoint.load_ldm(args.ckpt, device, preset=args.preset, ema=not args.no_ema)
-    spec, val, size = resolve(args, [payload["config"]])
-    print(f"{checkpoint.dated(args.ckpt, payload['step'])}, device {device}, dataset {spec}")
+    ask_configs(args, [payload["config"]],
+                ldm.vq.config.factor * 2 ** (len(ldm.unet.config.channel_mult) - 1))
+    print(f"{checkpoint.dated(args.ckpt, payload['step'])}, device {device}, dataset {args.data}")
     if "source" in payload:
         print(compvis.describe(payload, args.ckpt))
-    check_size(size, ldm.vq.config.factor * 2 ** (len(ldm.unet.config.channel_mult) - 1))
-    return ldm, payload["step"], spec, val, size
+    return ldm, payload["step"]
 
 
 # -------------------------------------------------------------------------------------------- pose
@@ -216,78 +206,73 @@ def pose(args: argparse.Namespace) -> None:
     out, by = Path(args.out) if args.out else None, args.detected or "the keypoint detector"
     if args.detected:               # in the images of an earlier run: its model is not needed
         asked, images, about = detections.read_images(out)
-        n, side = len(asked), images.shape[1]
-        found = detections.read_found(args.detected, len(images), side)
-        drawn = Drawn(asked, images[:n], images[n:], about)
-        poses = np.stack([found.get(i, np.zeros_like(asked[0])) for i in range(len(images))])
-        kinds = {"samples": poses[:n]} | ({"real": poses[n:]} if max(found) >= n else {})
-        rows, read = judge(drawn, kinds), kinds["samples"]
+        n = len(asked)
+        drawn = Drawn(asked, images[:n], images[n:])
+        found = detections.read_found(args.detected, len(images), images.shape[1])
+        poses = np.stack([found.get(i, data.NO_POSE) for i in range(len(images))])
+        kinds = {"samples": poses[:n]}
+        if max(found) >= n:         # it has looked at the real images too
+            kinds["real"] = poses[n:]
+        rows, read = judge(asked, kinds), kinds["samples"]
     else:
-        drawn, rows, read = draw_and_read(args, out)
-    title = drawn.about["title"]
-    print("\n".join([title, "", *describe_pose(rows, by)]))
+        drawn, rows, read, about = draw_and_read(args, out)
+    title = about["title"]
+    named = {name: rows[key] for key, name in ROW_NAMES.items() if key in rows}
+    print(f"{title}\n\n{table(named, FIDELITY)}\n\n{what_it_means(rows, by)}")
     if out:
-        write_json(out / "pose.json", {"command": command_line(args), "read_by": by, **drawn.about,
-                                       "rows": rows})
-        words = [f"PCK@0.1 {rows['samples']['pck@0.1']:.3f}"]
-        if "real" in rows:
-            words.append(f"real images {rows['real']['pck@0.1']:.3f}")
+        write_report(out / "pose.json", args, {"read_by": by, **about, "rows": rows})
         scores = oks(read, drawn.asked, on_canvas(drawn.asked))
         extremes_figure(out / "pose.png", drawn.asked, drawn.samples, read, drawn.real, scores,
-                        f"{title}: {', '.join(words)}")
+                        f"{title}: PCK@0.1 {rows['samples']['pck@0.1']:.3f}")
         print(f"\nwrote {out}/pose.json and pose.png")
 
 
-def draw_and_read(args: argparse.Namespace, out: Path | None) -> tuple[Drawn, dict, np.ndarray]:
-    """Samples of held-out poses, the rows of the table, and the poses found in the samples."""
-    ldm, step, spec, val, size = open_ldm(args)
-    settle_sampling(args, ldm)
+def draw_and_read(args: argparse.Namespace,
+                  out: Path | None) -> tuple[Drawn, dict, np.ndarray, dict]:
+    """Samples of held-out poses, the rows of the table, the poses found in the samples, and what
+    the samples depend on."""
+    ldm, step = open_ldm(args)
+    sample.ask_model(args, ldm)
+    make_out(args.out, args.data, args.val)
     if out:
-        make_out(args.out, spec, val)
         detections.earlier_images(out)                      # before the work: are they ours?
-    train, held_out = data.open_data(spec, size, val, trim_bars=args.trim_bars)
+    train, held_out = data.open_data(args.data, args.size, args.val, trim_bars=args.trim_bars)
     held_out = data.spread(held_out, args.limit)
-    about = {"checkpoint": checkpoint.hash_of(ldm.unet.state_dict()), "data": spec, "val": val,
-             "size": size, "pictures": len(held_out), **sample.settings_of(args), "seed": args.seed,
-             "title": f"{len(held_out)} held-out poses of {spec}, {args.ckpt} step {step}, "
+    how = sample.settings_of(args)
+    about = {"checkpoint": checkpoint.hash_of(ldm.unet.state_dict()), "data": args.data,
+             "val": args.val, "size": args.size, "pictures": len(held_out), **how,
+             "seed": args.seed,
+             "title": f"{len(held_out)} held-out poses of {args.data}, {args.ckpt} step {step}, "
              f"{sample.SAMPLERS[args.sampler]} {args.steps} steps, eta {args.eta:g}, "
              f"guidance {args.guidance:g}"}
-    detector = find_detector(spec, train, str(ldm.mean.device))
-    drawn = draw_held_out(ldm, held_out, args.seed, about, **sample.settings_of(args))
-    rows, read = assess(detector, drawn, decoded=reconstruct(ldm.vq, drawn.real))
+    drawn = draw_held_out(ldm, held_out, args.seed, **how)
     if out:
-        every = np.concatenate([drawn.samples, drawn.real])
-        detections.write_images(out, drawn.asked, every, about)
+        detections.write_images(out, drawn.asked, np.concatenate([drawn.samples, drawn.real]),
+                                about)
         print(f"wrote {out}/{detections.IMAGES}/ and {detections.POSES}")
-    return drawn, rows, read
+    detector = find_detector(args.data, train, str(ldm.mean.device))
+    rows, read = assess(detector, drawn, decoded=reconstruct(ldm.vq, drawn.real))
+    return drawn, rows, read, about
 
 
-def describe_pose(rows: dict[str, dict], detector: str) -> Iterator[str]:
-    """The tables and what they mean."""
-    names = [name for name in ROW_NAMES if name in rows]
-    yield table({ROW_NAMES[name]: rows[name] for name in names}, FIDELITY)
-    yield ""
-    yield table({joint.replace("_", " "): {name: rows[name]["joints"][joint] for name in names}
-                 for joint in JOINTS}, {name: (name, "PCK@0.1", ".3f") for name in names})
-    yield ""
-    ours, floor = (rows[name]["pck@0.1"] for name in ("samples", "shuffled"))
+def what_it_means(rows: dict[str, dict], detector: str) -> str:
+    """The samples' PCK@0.1 between its floor and its ceiling, in sentences."""
     if "real" not in rows:
-        yield f"{detector} has no poses of the real images, so the ceiling is unknown."
-        return
-    ceiling = rows["real"]["pck@0.1"]
-    yield (f"PCK@0.1 of samples is {ours:.3f}, {ours / max(ceiling, 1e-9):.2f} of the ceiling "
-           f"{ceiling:.3f}; the floor is {floor:.3f}.")
+        return f"{detector} has no poses of the real images, so the ceiling is unknown."
+    ours, ceiling, floor = (rows[name]["pck@0.1"] for name in ("samples", "real", "shuffled"))
+    said = (f"PCK@0.1 of samples is {ours:.3f}, {ours / max(ceiling, 1e-9):.2f} of the ceiling "
+            f"{ceiling:.3f}; the floor is {floor:.3f}.")
     if ceiling < GOOD_DETECTOR:
-        yield (f"The ceiling is low: {detector} finds only {ceiling:.0%} of the joints in real "
-               "images, so it says little about samples. More training images make a better "
-               "detector, and --detected takes another one.")
+        said += (f"\nThe ceiling is low: {detector} finds only {ceiling:.0%} of the joints in real "
+                 "images, so it says little about samples. More training images make a better "
+                 "detector, and --detected takes another one.")
+    return said
 
 
 def draw_held_out(
     ldm: LDM,
     held_out: data.ImageDataset,
     seed: int = 0,
-    about: dict | None = None,
     interval: tuple[int, int] | None = None,    # timesteps with guidance; None: all
     **how: object,                              # of sample.settings, which has the defaults
 ) -> Drawn:
@@ -298,8 +283,8 @@ def draw_held_out(
         raise ValueError("shuffling poses needs at least 2 held-out images; add images")
     real, poses = np.concatenate([x for x, _ in pairs]), torch.cat([pose for _, pose in pairs])
     samples = sample.draw_images(ldm, poses, [seed + i for i in range(len(poses))],
-                                   held_out.size, interval=interval, **sample.settings(ldm, **how))
-    return Drawn(poses.double().numpy(), np.stack(samples), real, about or {})
+                                 held_out.size, interval=interval, **sample.settings(ldm, **how))
+    return Drawn(poses.double().numpy(), np.stack(samples), real)
 
 
 BUNDLED = Path(__file__).parent / "assets/pose-reader.pt"   # for 64 pixels, in half precision
@@ -317,40 +302,26 @@ def find_detector(spec: str, train: data.ImageDataset, device: str = "cpu",
              "steps": steps}
     name = re.sub(r"\W", "-", Path(spec).stem)
     path = Path("runs") / f"{name}-pose-reader-{side}-{about['pictures'][:8]}.pt"
-    bundled = about
+    known = [("saved", path, about)]
     if not data.is_folder(spec):
         figures = Figures(BUNDLED_FIGURES, train.size, seed=0)
-        bundled = about | {"pictures": figures.fingerprint()}
-    for which, file, wanted in (("saved", path, about), ("bundled", BUNDLED, bundled)):
-        if detector := load_detector(file, wanted):
+        known.append(("bundled", BUNDLED, about | {"pictures": figures.fingerprint()}))
+    for which, file, wanted in known:
+        found = checkpoint.read(file) if file.exists() else {}
+        if found.get("about") == wanted:
             print(f"Using the {which} keypoint detector {file}.")
-            return detector.to(device)
+            detector = checkpoint.build(lambda: KeypointDetector(side), found["reader"], str(file))
+            return detector.eval().requires_grad_(False).to(device)
     batches = data.batches(train, keypoint_detector.BATCH, 0, 0, steps, data.find_workers(device),
                            augment=True, zoom=(1.0, 1.0), device=device)
     amp = "bf16" if checkpoint.has_bf16(device) else "off"
     detector = keypoint_detector.train_detector(
         ((x, poses) for x, poses, _ in batches), steps, side, device,
         partial(checkpoint.autocast, amp, device))
-    if checkpoint.not_finite(detector.state_dict()):
-        raise ValueError("training the keypoint detector diverged; check the dataset with data.py, "
-                         "or use another detector with --detected")
     path.parent.mkdir(exist_ok=True)
     checkpoint.save(path, {"about": about, "reader": detector.state_dict()})
     print(f"Saved the keypoint detector to {path}.")
     return detector
-
-
-def load_detector(path: Path, about: dict) -> KeypointDetector | None:
-    """The detector in a file; None if there is none, or it is damaged or of other images."""
-    try:
-        found = checkpoint.read(path) if path.exists() else {}
-        if found.get("about") != about:
-            return None
-        detector = checkpoint.build(lambda: KeypointDetector(about["side"]), found["reader"],
-                                    str(path))
-    except ValueError:                                      # a new one replaces it
-        return None
-    return detector.eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------- overfit
@@ -361,7 +332,7 @@ FILM = 6                        # step-*.pt in the strip of one seed, beside bes
 def overfit(args: argparse.Namespace) -> None:
     """Prints the verdict on a run of stage 2; writes overfit.json and overfit.png."""
     ldm, config, rows = open_run(args)
-    verdict(rows)                                           # ValueError now, if the log cannot tell
+    verdict(rows)                               # ValueError now, if the log has no evaluation
     run, out = Path(args.run), Path(args.out or args.run)
     size, device = config["size"], ldm.mean.device
     make_out(str(out), config["data"], config["val"])
@@ -392,9 +363,8 @@ def overfit(args: argparse.Namespace) -> None:
     samples = {name: [{"distance": float(d), "nearest": int(row) // 2, "mirrored": bool(row % 2)}
                       for d, row in zip(near[name].distances, near[name].rows, strict=True)]
                for name in poses}
-    write_json(out / "overfit.json", {"command": command_line(args), "run": str(run), **found,
-                                      "samples": samples, **sample.settings_of(args),
-                                      "seed": args.seed})
+    write_report(out / "overfit.json", args, {"run": str(run), **found, "samples": samples,
+                                              **sample.settings_of(args), "seed": args.seed})
     strip = film(run, torch.stack([poses[name][0] for name in poses]), size, args)
     overfit_figure(out / "overfit.png", partial(sample.decode, ldm), trained, rows, found, near,
                    poses, strip)
@@ -406,7 +376,7 @@ def open_run(args: argparse.Namespace) -> tuple[LDM, dict, list[dict]]:
     run, args.device = Path(args.run), checkpoint.find_device(args.device)
     args.ckpt = str(run / "last.pt")
     ldm, payload = checkpoint.load_ldm(args.ckpt, args.device)
-    settle_sampling(args, ldm)
+    sample.ask_model(args, ldm)
     rows = [row for row in read_log(run / "log.jsonl") if row["step"] < payload["step"]]
     return ldm, payload["config"], rows
 
@@ -438,20 +408,20 @@ def film(run: Path, poses: Tensor, size: int,
 
 # ---------------------------------------------------------------------------------- what they share
 
-def resolve(args: argparse.Namespace, configs: list[dict]) -> tuple[str, str | None, int]:
-    """(data, val, size): the flags, else what the first training configuration with them says."""
+def ask_configs(args: argparse.Namespace, configs: list[dict], multiple: int) -> None:
+    """Sets --data, --val and --size, where they are not given, to those of the first training
+    configuration that has them. ValueError for a size that is no multiple of `multiple`."""
     args.trim_bars = any(config.get("trim_bars") for config in configs)     # as they were trained
-    known = next((config for config in configs if config.get("data")), {})
-    if not (args.data or known):
-        raise ValueError("the checkpoint does not say what it was trained on; name it with --data")
-    val = args.val or (None if args.data else known.get("val"))
+    known = next((config for config in configs if config.get("data")), None)
+    if not args.data:
+        if known is None:
+            raise ValueError("the checkpoint does not say what it was trained on; name it with "
+                             "--data")
+        args.data, args.val = known["data"], args.val or known.get("val")
     sizes = [args.size, *(config.get("size") for config in configs), DEFAULT_SIZE]
-    return args.data or known["data"], val, next(filter(None, sizes))
-
-
-def check_size(size: int, multiple: int) -> None:
-    if size % multiple:
-        raise ValueError(f"--size is {size}; this model needs a multiple of {multiple} pixels")
+    args.size = next(filter(None, sizes))
+    if args.size % multiple:
+        raise ValueError(f"--size is {args.size}; this model needs a multiple of {multiple} pixels")
 
 
 def make_out(out: str | None, *roots: str | None) -> None:
@@ -459,12 +429,6 @@ def make_out(out: str | None, *roots: str | None) -> None:
     if out:
         data.check_out(out, *roots)
         data.make_folder(out, f"--out {out}")
-
-
-def settle_sampling(args: argparse.Namespace, ldm: LDM) -> None:
-    """Sets the sampling flags that were not given to what suits the model."""
-    sample.ask_model(args, ldm)
-    sample.visited(ldm, args.sampler, args.steps, args.spacing)     # ValueError for too many steps
 
 
 def progress(ds: data.ImageDataset, what: str) -> tqdm:
@@ -484,8 +448,9 @@ def table(rows: dict[str, dict], columns: Columns) -> str:
                      for first, *rest in lines)
 
 
-def write_json(path: Path, report: dict) -> None:
-    """Writes a report, NaN and infinity as null, whole or not at all."""
+def write_report(path: Path, args: argparse.Namespace, report: dict) -> None:
+    """Writes the command and a report, NaN and infinity as null, whole or not at all."""
+    report = {"command": shlex.join(["python", "evaluate.py", *args.argv])} | report
     with checkpoint.replacing(path) as file:
         file.write(json.dumps(without_nan(report), indent=1, allow_nan=False).encode())
 
@@ -498,29 +463,15 @@ def without_nan(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def command_line(args: argparse.Namespace) -> str:
-    return shlex.join(["python", "evaluate.py", *args.argv])
-
-
 # ------------------------------------------------------------------------------------ command line
-
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An argparse type: a number from `low` to `high`."""
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return value
-    parse.__name__ = kind.__name__              # argparse names it for what is no number at all
-    return parse
-
 
 def limit(text: str) -> int:
     """An argparse type: a number of images, at least 2, or "all"."""
-    return sys.maxsize if text == "all" else number(int, 2, sys.maxsize)(text)
+    return sys.maxsize if text == "all" else sample.number(int, 2)(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    number = sample.number
     usage = "evaluate.py {recon,condition,pose,overfit} [--flags; COMMAND --help explains them]"
     parser = argparse.ArgumentParser(description=__doc__, usage=usage,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -533,8 +484,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = recon.add_argument
     add("--vq", nargs="+", default=["runs/vq/last.pt"], metavar="FILE",
         help="checkpoints of either stage, ours or CompVis' (default runs/vq/last.pt)")
-    add("--all", action="store_true", help="all images of --data, also those without keypoints: "
-        "for a dataset that no checkpoint was trained on")
     add("--against", metavar="DATA", help="other images: which codes do they use that --data does "
         "not, and the reverse?")
     add("--lpips-weights", nargs="+", metavar="FILE", help="VGG16 and linear weights; adds LPIPS")

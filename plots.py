@@ -123,18 +123,18 @@ def enlarged(image: np.ndarray, scale: int) -> np.ndarray:
     return np.repeat(np.repeat(image, scale, 0), scale, 1)
 
 
-def save_image(path: str | Path, picture: Image.Image | np.ndarray,
-                 words: dict[str, str] | None = None) -> None:
+def save_image(path: str | Path, image: Image.Image | np.ndarray,
+               words: dict[str, str] | None = None) -> None:
     """Writes an image; a PNG carries `words` (keyword -> ASCII text), other formats carry none.
 
     tEXt, not the compressed kind: PIL refuses to read back more than a mebibyte of that.
     """
-    picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     info = PngInfo()
     for keyword, text in (words or {}).items():
         info.add_text(keyword, text)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, **({"pnginfo": info} if Path(path).suffix.lower() == ".png" else {}))
+    image.save(path, pnginfo=info)                          # other formats ignore it
 
 
 def save_animation(path: str | Path, frames: list[np.ndarray], fps: float) -> None:
@@ -227,19 +227,9 @@ def draw_lines(ax: Axes, rows: list[dict], keys: dict[str, str]) -> None:
         ax.legend(fontsize=8)
 
 
-def draw_gaps(ax: Axes, rows: list[dict]) -> None:
-    """The held-out above the training loss, by timestep."""
-    draw_bins(ax, rows, overfit.gaps)
-
-
-def draw_rises(ax: Axes, rows: list[dict]) -> None:
-    """The held-out loss above its best, by timestep."""
-    draw_bins(ax, rows, overfit.risen)
-
-
 def draw_bins(ax: Axes, rows: list[dict], share: Callable[[dict], dict[str, float]]) -> None:
     """A heat map of `share` over steps and timesteps; a dot marks what has surely risen."""
-    found = [row for row in overfit.evaluations(rows) if overfit.bin_keys(row)]
+    found = overfit.evaluations(rows)
     if not found:
         ax.text(0.5, 0.5, "no value yet", ha="center", transform=ax.transAxes, color="gray")
         return
@@ -256,6 +246,10 @@ def draw_bins(ax: Axes, rows: list[dict], share: Callable[[dict], dict[str, floa
         ax.plot([centre] * len(high), np.array(high) + width / 2, "k.", markersize=4)
     ax.set(ylim=(0, None), ylabel="t")
     ax.figure.colorbar(mesh, ax=ax, format="%+g %%", pad=0.02).ax.tick_params(labelsize=8)
+
+
+draw_gaps = partial(draw_bins, share=overfit.gaps)      # the held-out above the training loss
+draw_rises = partial(draw_bins, share=overfit.risen)    # the held-out loss above its best
 
 
 def stacked(parts: list[Image.Image]) -> Image.Image:
@@ -312,23 +306,23 @@ def recon_figure(
     n, S = originals.shape[:2]
     parts = {"": [(0, 0, S, S)] * n, "eyes, ": [eyes_box(pose, S) for pose in poses],
              "hand, ": [hand_box(pose, S) for pose in poses]}
-    columns: dict[str, list[tuple[np.ndarray | None, str]]] = {}    # heading: tiles with captions
+    parts = {part: boxes for part, boxes in parts.items() if any(boxes)}
+    across = len(parts) * (1 + len(reconstructions)) + len(reconstructions)
+    side = int(np.clip(PAGE_WIDTH // across - GAP, *TILES))
+    columns: dict[str, list[np.ndarray | None]] = {}
+    words: dict[str, list[str]] = {"original": names}           # below the images of a column
     for part, boxes in parts.items():
-        if not any(boxes):
-            continue
-        true = [cropped(x, box) for x, box in zip(originals, boxes, strict=True)]
-        words = [""] * n if part else names
-        columns[f"{part}original"] = list(zip(true, words, strict=True))
-        for name, x_hats in reconstructions.items():
-            ours = [cropped(x_hat, box) for x_hat, box in zip(x_hats, boxes, strict=True)]
-            pairs = list(zip(ours, true, strict=True))
-            columns[f"{part}{name}"] = [(x_hat, decibels(x_hat, x)) for x_hat, x in pairs]
-            if not part:
-                columns[f"{name}: error"] = [(error_map(x_hat, x), "") for x_hat, x in pairs]
-    tile = int(np.clip(PAGE_WIDTH // len(columns) - GAP, *TILES))
-    rows = list(zip(*columns.values(), strict=True))
-    save_grid(path, [[resized(image, tile) for image, _ in row] for row in rows], list(columns),
-              labels, [[caption for _, caption in row] for row in rows], title, scale=1)
+        for name, images in {"original": originals, **reconstructions}.items():
+            columns[f"{part}{name}"] = [enlarged_part(x, box, side)
+                                        for x, box in zip(images, boxes, strict=True)]
+            if not part and name in reconstructions:
+                pairs = list(zip(images, originals, strict=True))
+                words[name] = [decibels(x_hat, x) for x_hat, x in pairs]
+                columns[f"{name}: error"] = [enlarged_part(error_map(x_hat, x), (0, 0, S, S), side)
+                                             for x_hat, x in pairs]
+    captions = [[words[name][i] if name in words else "" for name in columns] for i in range(n)]
+    save_grid(path, list(zip(*columns.values(), strict=True)), list(columns), labels, captions,
+              title, scale=1)
 
 
 def square(centre: np.ndarray, side: float, size: int) -> Box:
@@ -359,22 +353,16 @@ def hand_box(pose: np.ndarray, size: int) -> Box | None:
     return None
 
 
-def cropped(image: np.ndarray, box: Box | None) -> np.ndarray | None:
-    return None if box is None else image[box[1]:box[3], box[0]:box[2]]
-
-
-def resized(image: np.ndarray | None, side: int) -> np.ndarray | None:
-    """uint8 [H, W, 3] -> [side, side, 3]"""
-    if image is None:
+def enlarged_part(image: np.ndarray, box: Box | None, side: int) -> np.ndarray | None:
+    """The box of an image, uint8 [side, side, 3]; None without a box."""
+    if box is None:
         return None
-    how = Image.Resampling.BICUBIC if image.shape[0] < side else Image.Resampling.BOX
-    return np.asarray(Image.fromarray(image).resize((side, side), how))
+    how = Image.Resampling.BICUBIC if box[2] - box[0] < side else Image.Resampling.BOX
+    return np.asarray(Image.fromarray(image).resize((side, side), how, box))
 
 
-def decibels(x_hat: np.ndarray | None, x: np.ndarray | None) -> str:
+def decibels(x_hat: np.ndarray, x: np.ndarray) -> str:
     """The PSNR of uint8 images in words."""
-    if x is None:
-        return ""
     mse = np.square((x_hat.astype(float) - x) / 255).mean()
     return f"{-10 * math.log10(max(mse, 1e-12)):.1f} dB"
 
@@ -455,10 +443,10 @@ DENSITY = 10_000                # skeletons in the density: more would look the 
 
 
 def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: list[Suspect],
-                  report: dict, side: int, framed: Callable[[int], np.ndarray]) -> None:
-    """Where the joints are, what is missing, the sizes; ordinary images; the suspects `shown`.
+                  report: dict, framed: Callable[[int], np.ndarray]) -> None:
+    """Where the joints are, which are missing; ordinary images; the suspects `shown`.
 
-    `framed` gives image i with its skeleton, uint8 [side, side, 3].
+    `framed` gives image i with its skeleton, uint8 [S, S, 3].
     """
     sound = np.flatnonzero(checked.rows["sound"])
     title = [f"{plain(report['root'], 80)}: {len(sound)} images, {len(suspects)} suspects",
@@ -467,9 +455,7 @@ def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: 
         "where people are": partial(draw_density, poses=checked.rows["pose"][sound]),
         "images with a joint missing (grey) or outside (red)": partial(
             draw_joints, joints=report["joints"]),
-        "images by short side in pixels": partial(
-            draw_sizes, sizes=report["short_side"]["histogram"]),
-    }, across=3)
+    }, across=2)
     ordinary = sound[np.linspace(0, len(sound) - 1, min(len(sound), ACROSS)).round().astype(int)]
     rows, labels = [[framed(i) for i in ordinary]], ["ordinary images"]
     captions = [[plain(Path(checked.files[i]).name, 60) for i in ordinary]]
@@ -489,11 +475,6 @@ def draw_joints(ax: Axes, joints: dict[str, dict[str, int]]) -> None:
     ax.barh(names, outside, left=missing, color="indianred")
     ax.set_xlim(0, max(1, *np.add(missing, outside)))
     ax.invert_yaxis()
-
-
-def draw_sizes(ax: Axes, sizes: dict[str, int]) -> None:
-    ax.bar(list(sizes), list(sizes.values()), color="steelblue")
-    ax.set_xlim(-1, max(2, len(sizes)))
 
 
 def plain(text: str, most: int) -> str:

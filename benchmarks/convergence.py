@@ -145,7 +145,7 @@ def quality(ldm: LDM, reader: nn.Module, held_out: data.ImageDataset, n: int, S:
     samples = sample.draw_images(ldm, poses, list(range(len(poses))), held_out.size,
                                    sampler=sampler, steps=S, eta=eta, guidance=ldm.guidance,
                                    spacing=spacing)
-    drawn = metrics.pose.Drawn(poses.double().numpy(), np.stack(samples), real, {})
+    drawn = metrics.pose.Drawn(poses.double().numpy(), np.stack(samples), real)
     found, _ = metrics.pose.assess(reader, drawn)
     return found["samples"] | {"ceiling": found["real"]["pck@0.1"]}
 

@@ -477,7 +477,7 @@ def write_files(out: Path, checked: Checked, suspects: list[Suspect], report: di
     lines = ["\t".join(re.sub(r"\s", " ", word) for word in (s.file, s.kind, s.why))
              for s in suspects]
     try:
-        draw_overview(new["overview.png"], checked, suspects, worst(suspects), report, side,
+        draw_overview(new["overview.png"], checked, suspects, worst(suspects), report,
                       lambda i: framed(checked, i, side))
         new["report.json"].write_text(json.dumps(report, indent=1, allow_nan=False))
         new["suspects.txt"].write_text("".join(f"{line}\n" for line in lines), "utf-8",

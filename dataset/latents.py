@@ -1,5 +1,8 @@
 """The latent cache of stage 2: images and an encoder in; latents and poses on disk, batches out.
 
+Image i has two rows in the cache: row 2i is the plain image, row 2i + 1 its mirror image.
+A batch takes one of the two rows of each of its images, at random.
+
 Letters: N images, B batch, C latent channels, h w latent sides.
 """
 
@@ -25,15 +28,14 @@ FLOAT16_MAX = 65504.0
 
 
 class LatentCache:
-    """Every image and its mirror image as the encoder sees them: stage 2 then encodes nothing.
+    """Each image and its mirror image, encoded once in centre geometry; stage 2 then encodes none.
 
-    Row 2i is image i in centre geometry, row 2i+1 its mirror image with left and right joints
-    swapped; broken images have no rows. On disk, mapped and not loaded: `latents` float16
-    [2N, C, h, w] and `poses` float32 [2N, 17, 3]. The files are named after `key` and the dataset's
+    `latents` float16 [2N, C, h, w] and `poses` float32 [2N, 17, 3] are files, mapped and not
+    loaded. Broken images have no rows. The files are named after `key` and the dataset's
     fingerprint, so another model or other images have other files.
 
-    While it is filled, the json beside them ends in .tmp and counts the batches on disk. After a
-    kill, filling resumes there and ends with the same bytes. Only one process may fill it.
+    While they are written, the json beside them ends in .tmp and counts the batches on disk. After
+    a kill, filling resumes there and ends with the same bytes. Only one process may fill a cache.
     """
 
     def __init__(
@@ -63,9 +65,9 @@ class LatentCache:
                 raise data.DataError(f"{file}: {found:,} bytes long instead of "
                                      f"{size:,}; delete {self.json}, then rerun the same command")
         self.n, (C, h, w) = about["rows"], about["shape"]
-        self.latents, self.poses = (
-            np.asarray(np.memmap(file, dtype, "r", shape=(self.n, *shape))) for file, dtype, shape
-            in zip(self.files, ("f2", "f4"), ((C, h, w), data.NO_POSE.shape), strict=True))
+        shapes = (self.n, C, h, w), (self.n, *data.NO_POSE.shape)
+        self.latents = np.asarray(np.memmap(self.files[0], "f2", "r", shape=shapes[0]))
+        self.poses = np.asarray(np.memmap(self.files[1], "f4", "r", shape=shapes[1]))
         mean, squares = (np.array(about[k]) / (self.n * h * w) for k in ("sum", "squares"))
         std = np.sqrt(np.maximum(squares - mean ** 2, 1e-12))       # of a dead channel not 0
         self.mean = torch.tensor(mean, dtype=torch.float32).view(C, 1, 1)
@@ -94,14 +96,17 @@ class LatentCache:
                     file.truncate(size)                 # what was written after the record
                     file.seek(size)
                 for images, pose, _ in batches:
-                    if len(images):
+                    if len(images):                     # not every image of the batch is broken
                         h, pose = make_rows(data.to_tensor(images), pose.cpu().numpy(), encode)
-                        latents.write(h), poses.write(pose)
-                        about["rows"], about["shape"] = about["rows"] + len(h), h.shape[1:]
+                        latents.write(h)
+                        poses.write(pose)
+                        about["rows"] += len(h)
+                        about["shape"] = h.shape[1:]
                         h = h.astype(np.float64)
                         about["sum"] = (about["sum"] + h.sum((0, 2, 3))).tolist()
                         about["squares"] = (about["squares"] + (h ** 2).sum((0, 2, 3))).tolist()
-                    about["batches"], about["broken"] = about["batches"] + 1, ds.broken
+                    about["batches"] += 1
+                    about["broken"] = ds.broken
                     if about["batches"] % RECORD_EVERY == 0 or about["batches"] == ks.stop:
                         write_record(record, about, latents, poses)
         except OSError as error:
@@ -112,23 +117,22 @@ class LatentCache:
         os.replace(record, self.json)
 
     def __len__(self) -> int:
-        """Rows: two an image."""
+        """Rows: two for each image."""
         return self.n
 
     def rows(self, idx: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents float32 [B, C, h, w] as encoded, not normalised, and poses [B, 17, 3]."""
-        idx = np.asarray(idx)
         return torch.from_numpy(self.latents[idx]).float(), torch.from_numpy(self.poses[idx])
 
 
 def file_sizes(about: dict) -> tuple[int, int]:
-    """Of the latents and the poses, bytes."""
+    """Bytes of the latents and of the poses that a record counts."""
     return about["rows"] * 2 * math.prod(about["shape"]), about["rows"] * 4 * data.NO_POSE.size
 
 
 def make_rows(x: torch.Tensor, pose: np.ndarray, encode: Callable) -> tuple[np.ndarray, np.ndarray]:
-    """Images [B, 3, S, S] and poses [B, 17, 3] -> latents float16 [2B, C, h, w], poses float32
-    [2B, 17, 3], each followed by that of its mirror image."""
+    """Images [B, 3, S, S], poses [B, 17, 3] -> latents float16 [2B, C, h, w], poses [2B, 17, 3]:
+    those of image i in row 2i, those of its mirror image in row 2i + 1."""
     with torch.no_grad():
         h = torch.stack([encode(x), encode(x.flip(-1))], 1).flatten(0, 1).float().cpu()
     if not h.abs().max() <= FLOAT16_MAX:
@@ -152,8 +156,12 @@ def write_record(path: Path, about: dict, *files) -> None:
 def latent_batch(
     cache: LatentCache, batch_size: int, seed: int, k: int, rank: int = 0, world: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Step k's latents and poses, a function of (seed, k): every image once an epoch, mirrored half
-    of the time. Of `world` processes that share the batch, `rank` takes its part (see batches)."""
+    """Latents [B, C, h, w] and poses [B, 17, 3] of step k, a function of (seed, k).
+
+    Every image comes once an epoch: half of the time row 2i, the plain image, else row 2i + 1, its
+    mirror image. `rank` of `world` processes gets its share of the batch.
+    """
+    images = data.step_indices(len(cache) // 2, batch_size, seed, k)
     mirror = np.random.default_rng((data.MIRROR_STREAM, seed, k)).integers(0, 2, batch_size)
-    rows = 2 * data.step_indices(len(cache) // 2, batch_size, seed, k) + mirror
+    rows = 2 * images + mirror
     return cache.rows(rows[data.share(batch_size, rank, world)])

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -74,40 +73,22 @@ def box_baseline(x: Tensor, factor: int) -> Tensor:
 
 # -------------------------------------------------------------------------------- measures of a set
 
-class Moments:
-    """Mean [D] and covariance [D, D] of features, from running sums in float64."""
+def frechet(a: Tensor, b: Tensor) -> float:
+    """Squared Frechet distance of Gaussians fitted to features [N, D] and [M, D]; of Inception FID.
 
-    def __init__(self):
-        self.n, self.total, self.outer = 0, 0.0, 0.0
-
-    def add(self, features: Tensor) -> None:
-        """features [B, D]"""
-        f = features.double()
-        self.n += len(f)
-        self.total += f.sum(0)
-        self.outer += f.T @ f
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        mean = self.total / self.n
-        return mean, (self.outer - self.n * torch.outer(mean, mean)) / (self.n - 1)
-
-
-def frechet(a: Moments, b: Moments) -> float:
-    """Squared Frechet distance of two Gaussians (arXiv:1706.08500 eq. 6); FID for Inception.
-
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The last trace is the sum of the square roots
-    of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric. NaN where a feature is not
-    finite, and of a single image.
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), arXiv:1706.08500 eq. 6. The last trace is the
+    sum of the square roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric. NaN
+    where a feature is not finite, and of a single image.
     """
-    if min(a.n, b.n) < 2:
-        return math.nan
-    (m_a, c_a), (m_b, c_b) = a.result(), b.result()
+    a, b = a.double(), b.double()
+    c_a, c_b = torch.cov(a.T), torch.cov(b.T)
     if not (c_a.isfinite().all() and c_b.isfinite().all()):     # eigh would raise
         return math.nan
     values, vectors = torch.linalg.eigh(c_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ c_b @ root).clamp(min=0).sqrt().sum()
-    return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * cross).clamp(min=0).item()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return (means + c_a.trace() + c_b.trace() - 2 * cross).clamp(min=0).item()
 
 
 def inception(device: str | torch.device) -> Features:
@@ -126,7 +107,7 @@ def inception(device: str | torch.device) -> Features:
 # ------------------------------------------------------------------------- one pass over the images
 
 class Tally:
-    """The scores of one kind of reconstruction, and running sums of its codes and features."""
+    """The scores of one kind of reconstruction, its code counts and its features."""
 
     def __init__(
         self,
@@ -134,10 +115,10 @@ class Tally:
         n_embed: int = 0,                       # codes to count; 0: none
         features: Features | None = None,       # for rFID
     ):
-        self.measures, self.features = measures, features
+        self.measures, self.extract = measures, features
         self.scores: dict[str, list[float]] = {name: [] for name in measures}   # of each image
         self.counts = torch.zeros(n_embed, dtype=torch.long)
-        self.moments = Moments()
+        self.features: list[Tensor] = []        # [B, D] of each batch
 
     def add(self, x_hat: Tensor, x: Tensor, indices: Tensor | None = None) -> None:
         """Reconstructions x_hat of x, and their codes [B, h, w]."""
@@ -145,25 +126,24 @@ class Tally:
             self.scores[name] += measure(x_hat, x).tolist()
         if indices is not None:
             self.counts += count_codes(indices, len(self.counts))
-        if self.features is not None:
-            self.moments.add(self.features(x_hat))
+        if self.extract is not None:
+            self.features.append(self.extract(x_hat).cpu())
 
-    def result(self, originals: Moments | None = None) -> dict[str, float]:
+    def result(self, originals: list[Tensor] = ()) -> dict[str, float]:
         """Means over the images, code use, and "rfid" against the features of the `originals`."""
         out = {name: float(np.mean(scores)) for name, scores in self.scores.items()}
         if len(self.counts):
             out |= code_use(self.counts)
-        if originals is not None:
-            out["rfid"] = frechet(originals, self.moments)
+        if originals:
+            out["rfid"] = frechet(torch.cat(originals), torch.cat(self.features))
         return out
 
 
-@dataclass
-class Comparison:
+class Comparison(NamedTuple):
     """What `compare` measured."""
     tallies: list[Tally]                # of each model
     boxes: dict[int, Tally]             # of the box baseline, by factor
-    originals: Moments | None           # of the images' own features
+    originals: list[Tensor]             # features [B, D] of the images themselves, for rFID
 
 
 @torch.no_grad()
@@ -176,21 +156,21 @@ def compare(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Comparison:
     """Every model, and the box baseline of its factor, on the same images in one pass."""
-    factors = sorted({model.config.factor for model in models})
-    found = Comparison([Tally(measures, model.config.n_embed, features) for model in models],
-                       {factor: Tally(measures, 0, features) for factor in factors},
-                       None if features is None else Moments())
+    tallies = [Tally(measures, model.config.n_embed, features) for model in models]
+    boxes = {factor: Tally(measures, features=features)
+             for factor in sorted({model.config.factor for model in models})}
+    originals = []
     for x in batches:
         x = x.to(device)
         if features is not None:
-            found.originals.add(features(x))
-        for model, tally in zip(models, found.tallies, strict=True):
+            originals.append(features(x).cpu())
+        for model, tally in zip(models, tallies, strict=True):
             with autocast():
                 x_hat, _, codes = model(x)
             tally.add(x_hat.float().clamp(-1, 1), x, codes)
-        for factor, tally in found.boxes.items():
+        for factor, tally in boxes.items():
             tally.add(box_baseline(x, factor), x)
-    return found
+    return Comparison(tallies, boxes, originals)
 
 
 @torch.no_grad()
@@ -204,8 +184,8 @@ def reconstruction(
     found = compare([model], batches, {"psnr": psnr, "l1": l1}, None, device, autocast)
     model.train(was_training)
     tally, box = found.tallies[0], found.boxes[model.config.factor]
-    n = len(tally.scores["psnr"])
-    return tally.result() | {"psnr_box": box.result()["psnr"], "pictures": n}
+    return tally.result() | {"psnr_box": box.result()["psnr"],
+                             "pictures": len(tally.scores["psnr"])}
 
 
 def typical_and_worst(scores: list[float], n: int) -> tuple[list[int], list[int]]:

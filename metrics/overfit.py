@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,7 +43,7 @@ HELD_OUT = "held out"           # the key of the held-out images among the dista
 # --------------------------------------------------------------------------------- during training
 
 class OverfitMonitor:
-    """Held-out and training losses of a run, compared with its evaluation of lowest held-out loss.
+    """Compares the held-out and training losses of a run with those of its best evaluation.
 
     Over all timesteps (key "") and in bins (keys "_t000", "_t100", ...), each with its own best.
     """
@@ -113,8 +112,7 @@ def best_step(rows: list[dict]) -> int:
 
 def bin_keys(row: dict) -> list[str]:
     """"_t000", "_t100", ... of an evaluation."""
-    keys = [name.removeprefix("val_right") for name in row if re.match(r"val_right_t\d", name)]
-    return sorted(keys, key=lambda key: int(key[2:]))
+    return [name.removeprefix("val_right") for name in row if name.startswith("val_right_t")]
 
 
 def gaps(row: dict) -> dict[str, float]:
@@ -154,16 +152,10 @@ def overfitting(rows: list[dict], row_of: int = ROW_OF) -> str | None:
     rising = {key: n for key, n in streaks(rows).items() if n >= row_of}
     if not rising:
         return None
-    keys = bin_keys(evaluations(rows)[-1])
-    where, thirds = "over all timesteps", set()
-    if bins := [key for key in keys if key in rising]:
-        where = f"in the bins from t = {', '.join(str(int(key[2:])) for key in bins)}"
-        thirds = {3 * keys.index(key) // len(keys) for key in bins}
-    # What the network decides in the first, middle and last third of the timesteps.
-    decided = "fine details", "shapes", "whole images"
-    what = " and ".join(decided[third] for third in sorted(thirds)) or "training images"
-    return (f"The held-out loss has risen for {max(rising.values())} evaluations {where}: "
-            f"the model is memorising {what}. The best step was {best_step(rows):,}.")
+    bins = [str(int(key[2:])) for key in bin_keys(evaluations(rows)[-1]) if key in rising]
+    where = f"in the bins from t = {', '.join(bins)}" if bins else "over all timesteps"
+    return (f"The held-out loss has risen for {max(rising.values())} evaluations {where}: the "
+            f"model is memorising training images. The best step was {best_step(rows):,}.")
 
 
 # ----------------------------------------------------------------------- copies of training images
@@ -238,13 +230,12 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
     """Is a run of stage 2 underfit, good or memorising? From its log, and distances as in `copies`.
 
     "verdict"; "since", the step since which losses show memorising, or None; "best", the step of
-    best.pt; "pose", followed or ignored; "reasons", sentences; "numbers". ValueError if the log
-    cannot tell.
+    best.pt; "pose", followed or ignored; "reasons", sentences; "numbers". ValueError if the log has
+    no evaluation.
     """
     found = evaluations(rows)
-    if not found or "val_train" not in found[-1]:
-        raise ValueError("the log has no evaluation of both held-out and training loss; train "
-                         "longer, or again with --fresh if the run is of an older version")
+    if not found:
+        raise ValueError("the log has no evaluation yet; train longer")
     last, steps = found[-1], found[-1]["step"] + 1
     loss, training = last["val_right"], last["val_train"]
     fell, risen_for, warning = recent_fall(found), streaks(rows), overfitting(rows)
@@ -269,19 +260,19 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
                            f"{c['chance']:.0e}.")
     word = "memorising"
     if not reasons:
-        word, reasons = underfit_or_good(loss, training, fell, steps, copied)
+        word, reason = underfit_or_good(loss, training, fell, steps, copied)
+        reasons = [reason]
     follows = (last["val_ratio"] >= HEEDED
                and last["val_shuffled"] - loss > SIGNIFICANT * last["val_shuffled_se"])
     reasons.append(f"Shuffled poses have {last['val_ratio']:.3f} times the loss of right poses: "
                    f"the model {'follows' if follows else 'ignores'} the pose.")
     since = max(risen_for.values()) if warning else ahead
-    numbers = {"step": steps, "evaluations": len(found), "loss": loss, "training": training,
-               "fell": fell, "ratio": last["val_ratio"], "risen_for": risen_for, "widened": gap[-1],
-               "limit": limit, "copies": copied,
-               "rise": {key: share for key, share in risen(last).items() if math.isfinite(share)}}
     return {"verdict": word, "since": found[-since]["step"] + 1 if since else None,
             "best": best_step(rows), "pose": "followed" if follows else "ignored",
-            "reasons": reasons, "numbers": numbers}
+            "reasons": reasons,
+            "numbers": {"step": steps, "loss": loss, "training": training, "fell": fell,
+                        "ratio": last["val_ratio"], "risen_for": risen_for, "widened": gap[-1],
+                        "limit": limit, "copies": copied}}
 
 
 def recent_fall(found: list[dict]) -> float | None:
@@ -297,35 +288,31 @@ def widened(found: list[dict]) -> list[float]:
 
     Relative to the first, a difference in difficulty between the two sets of images cancels.
     """
-    shares = [row.get("val_train", math.nan) / row["val_right"] for row in found]
-    first = next(filter(math.isfinite, shares), math.nan)   # older runs began without training loss
-    return [1 - share / first for share in shares]
+    shares = [row["val_train"] / row["val_right"] for row in found]
+    return [1 - share / shares[0] for share in shares]
 
 
 def underfit_or_good(loss: float, training: float, fell: float | None, steps: int,
-                     copied: dict[str, dict]) -> tuple[str, list[str]]:
+                     copied: dict[str, dict]) -> tuple[str, str]:
     """Which of the two a run is that does not memorise, and why."""
     so_far = f"The held-out loss is {loss:.4f}"
     if fell is not None:
         so_far += f"; it fell by {fell:.1%} in the last quarter of the {steps:,} steps"
     far, drawn, near = (sum(c[key] for c in copied.values()) for key in ("far", "of", "copies"))
     if not loss < UNLEARNT:
-        return "underfit", [f"{so_far}. Predicting eps = 0 has loss 1."]
+        return "underfit", f"{so_far}. Predicting eps = 0 has loss 1."
     if fell is None:
-        return "underfit", [f"{so_far}. It is too early to tell if it still falls; train longer."]
+        return "underfit", f"{so_far}. It is too early to tell if it still falls; train longer."
     if not fell < STILL_FALLING:
-        return "underfit", [f"{so_far}. It still falls; train longer."]
+        return "underfit", f"{so_far}. It still falls; train longer."
     if far > drawn / 2:
-        return "underfit", [f"{far} of {drawn} samples are farther from every training image than "
+        return "underfit", (f"{far} of {drawn} samples are farther from every training image than "
                             f"{HELD_OUT_SHARE}: they do not look like images of this dataset yet; "
-                            f"train longer. {so_far}."]
-    reasons = [f"{so_far}. The training loss is {training:.4f}. The held-out loss rises in no bin "
-               "of timesteps, so more steps would do no harm."]
-    if drawn:
-        reasons.append(f"{near or 'None'} of {drawn} samples {'are' if near > 1 else 'is'} nearer "
-                       f"to a training image than {HELD_OUT_SHARE}"
-                       + (", no more than chance gives." if near else "."))
-    return "good", reasons
+                            f"train longer. {so_far}.")
+    copies_found = (f" Samples nearer to a training image than {HELD_OUT_SHARE}: {near} of "
+                    f"{drawn}, no more than chance gives." if drawn else "")
+    return "good", (f"{so_far}. The training loss is {training:.4f}. The held-out loss rises in no "
+                    f"bin of timesteps, so more steps would do no harm.{copies_found}")
 
 
 def headline(found: dict) -> str:

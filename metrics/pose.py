@@ -11,7 +11,7 @@ import torch
 
 from keypoints import JOINTS, on_canvas
 from metrics.condition import SHUFFLE_SEED, derangement
-from metrics.images import Moments, frechet
+from metrics.images import frechet
 from metrics.keypoint_detector import BATCH, KeypointDetector
 
 # Standard deviation of annotators per joint, as a fraction of the person's size: COCO's constants
@@ -73,15 +73,12 @@ def fidelity(read: np.ndarray, asked: np.ndarray) -> dict:
             "joints": dict(zip(JOINTS, joints.tolist(), strict=True))}
 
 
-def read_all(reader: KeypointDetector, images: np.ndarray) -> tuple[np.ndarray, Moments]:
-    """The poses [N, J, 3] in images uint8 [N, S, S, 3], and the moments of their features."""
-    moments, poses = Moments(), []
-    for i in range(0, len(images), BATCH):
-        x = torch.from_numpy(images[i:i + BATCH]).movedim(-1, 1).float() / 127.5 - 1
-        pose, features = reader.read(x)
-        moments.add(features)
-        poses.append(pose)
-    return np.concatenate(poses), moments
+def read_all(reader: KeypointDetector, images: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+    """The poses [N, J, 3] in images uint8 [N, S, S, 3], and the features [N, D] of the images."""
+    parts = [reader.read(part.movedim(-1, 1).float() / 127.5 - 1)
+             for part in torch.from_numpy(images).split(BATCH)]
+    poses, features = zip(*parts, strict=True)
+    return np.concatenate(poses), torch.cat(features)
 
 
 @dataclass(frozen=True)
@@ -90,16 +87,15 @@ class Drawn:
     asked: np.ndarray               # [N, J, 3]
     samples: np.ndarray             # uint8 [N, S, S, 3]
     real: np.ndarray                # uint8 [N, S, S, 3]
-    about: dict                     # what the samples depend on: checkpoint, seed, ...
 
 
-def judge(drawn: Drawn, read: dict[str, np.ndarray]) -> dict[str, dict]:
+def judge(asked: np.ndarray, read: dict[str, np.ndarray]) -> dict[str, dict]:
     """`fidelity` of each kind of image in `read`; "shuffled" is of samples to other images' poses.
 
     `read` has the poses [N, J, 3] found in "samples" and perhaps in "decoded" and "real" images.
     """
-    rows = {name: fidelity(poses, drawn.asked) for name, poses in read.items()}
-    wrong = drawn.asked[derangement(len(drawn.asked), SHUFFLE_SEED)]
+    rows = {name: fidelity(poses, asked) for name, poses in read.items()}
+    wrong = asked[derangement(len(asked), SHUFFLE_SEED)]
     return rows | {"shuffled": fidelity(read["samples"], wrong)}
 
 
@@ -112,7 +108,7 @@ def assess(reader: KeypointDetector, drawn: Drawn,
     """
     kinds = {"samples": drawn.samples, **more, "real": drawn.real}
     found = {name: read_all(reader, images) for name, images in kinds.items()}
-    rows = judge(drawn, {name: poses for name, (poses, _) in found.items()})
+    rows = judge(drawn.asked, {name: poses for name, (poses, _) in found.items()})
     for name in kinds.keys() - {"real"}:
         rows[name]["frechet"] = frechet(found["real"][1], found[name][1])
     return rows, found["samples"][0]

@@ -27,36 +27,37 @@ TINY = VQConfig(ch=8, n_embed=32, resolution=16, norm_groups=0, zero_init=True)
 N = 24                          # held-out figures
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Two tiny autoencoders a/last.pt and b/last.pt, as train.py writes them."""
-    root = tmp_path_factory.mktemp("models")
-    x = torch.stack([data.to_tensor(Figures(8, 16)[i][0]) for i in range(8)])
-    for seed, name in enumerate("ab"):
-        torch.manual_seed(seed)
-        model = VQModel(TINY).eval()
-        model.quantize.init_codes(model.encode(x))
-        (root / name).mkdir()
-        checkpoint.save(root / name / "last.pt", {
-            "format": checkpoint.FORMAT, "stage": "vq", "step": 3, "vq": model.state_dict(),
-            "vq_config": asdict(TINY), "config": {"size": 16, "data": f"figures:{N}", "val": None}})
-    return root
+def stage_1(seed: int = 0, n: int = N) -> dict:
+    """The payload of a tiny autoencoder of n figures, as train.py writes it."""
+    torch.manual_seed(seed)
+    model = VQModel(TINY).eval()
+    model.quantize.init_codes(model.encode(torch.stack(
+        [data.to_tensor(Figures(8, 16)[i][0]) for i in range(8)])))
+    return {"format": checkpoint.FORMAT, "stage": "vq", "step": 3, "vq": model.state_dict(),
+            "vq_config": asdict(TINY),
+            "config": {"size": 16, "data": f"figures:{n}", "val": None, "preset": "tiny"}}
 
 
-@pytest.fixture(scope="module")
-def ldm(files) -> dict:
-    """The payload of a tiny stage 2 on a/last.pt, with EMA weights only, as in best.pt."""
-    torch.manual_seed(0)
-    stage_1 = checkpoint.load(files / "a/last.pt", "vq")
-    unet = UNetConfig(model_channels=32, num_res_blocks=1, channel_mult=(1, 2),
-                      attention_resolutions=(2,), num_heads=4)
-    cond = ConditionConfig(("seed",))
-    return stage_1 | {
+def stage_2(n: int = N, knows_null: bool = True) -> dict:
+    """The payload of a tiny diffusion model on stage_1(), with EMA weights only, as in best.pt."""
+    payload, cond = stage_1(n=n), ConditionConfig(("tokens", "maps"), 8)
+    unet = UNetConfig(in_channels=3 + cond.map_channels, model_channels=32, num_res_blocks=1,
+                      channel_mult=(1, 2), attention_resolutions=(2,), num_heads=4, context_dim=8)
+    return payload | {
         "stage": "ldm", "unet": UNet(unet).state_dict(), "unet_config": asdict(unet),
         "cond": PoseCondition(cond).state_dict(), "cond_config": asdict(cond),
-        "mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "knows_null": False,
-        "config": stage_1["config"] | {"preset": "tiny"},
+        "mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1), "knows_null": knows_null,
         "schedule": {"timesteps": 100, "linear_start": 0.0015, "linear_end": 0.0195}}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with two tiny autoencoders, a/last.pt and b/last.pt."""
+    root = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate("ab"):
+        (root / name).mkdir()
+        checkpoint.save(root / name / "last.pt", stage_1(seed))
+    return root
 
 
 def one_sentence(capsys, argv: list[str], *words: str) -> None:
@@ -97,33 +98,26 @@ def test_code_use_and_overlap_by_hand():
     assert metrics.codebook.code_overlap(ours, theirs) == pytest.approx(wanted)
 
 
-def moments(mean, cov) -> metrics.images.Moments:
-    """Moments of points that have exactly this mean and covariance."""
+def points(mean, cov) -> torch.Tensor:
+    """Features [50, D] that have exactly this mean and covariance."""
     z = np.random.default_rng(0).standard_normal((50, len(mean)))
     z -= z.mean(0)
     z = z @ np.linalg.inv(np.linalg.cholesky(np.cov(z.T)).T)                    # covariance 1
-    points = torch.from_numpy(z @ np.linalg.cholesky(np.asarray(cov, float)).T + mean)
-    m = metrics.images.Moments()
-    for part in points.split(7):
-        m.add(part)
-    return m
+    return torch.from_numpy(z @ np.linalg.cholesky(np.asarray(cov, float)).T + mean)
 
 
 def test_the_frechet_distance_in_closed_form():
     frechet = metrics.images.frechet
     # Covariances that commute: |m|^2 + sum (sqrt(a) - sqrt(b))^2 over their eigenvalues.
-    a, b = moments([0, 0, 1], np.diag([1, 4, 9])), moments([1, 0, 3], np.diag([4, 4, 1]))
+    a, b = points([0, 0, 1], np.diag([1, 4, 9])), points([1, 0, 3], np.diag([4, 4, 1]))
     assert frechet(a, b) == pytest.approx(1 + 4 + 1 + 0 + 4, rel=1e-8)
     assert frechet(a, a) == pytest.approx(0, abs=1e-9)
     # In two dimensions tr (AB)^(1/2) = sqrt(tr AB + 2 sqrt(det AB)); these do not commute.
     A, B = np.array([[2, 1], [1, 3]]), np.array([[5, -2], [-2, 1]])
     root = math.sqrt(np.trace(A @ B) + 2 * math.sqrt(np.linalg.det(A @ B)))
-    found = frechet(moments([0, 0], A), moments([0, 0], B))
+    found = frechet(points([0, 0], A), points([0, 0], B))
     assert found == pytest.approx(5 + 6 - 2 * root, rel=1e-8)
-    broken, single = metrics.images.Moments(), metrics.images.Moments()
-    broken.add(torch.tensor([[math.nan, 0], [1, 1]])), single.add(torch.ones(1, 2))
-    assert math.isnan(frechet(moments([0, 0], A), broken))
-    assert math.isnan(frechet(single, moments([0, 0], A)))
+    assert math.isnan(frechet(points([0, 0], A), torch.tensor([[math.nan, 0], [1, 1]])))
 
 
 @pytest.mark.parametrize("nans", [0, 2])
@@ -163,9 +157,9 @@ def test_rfid_compares_the_features_of_reconstructions_and_originals():
 def test_memory_does_not_grow_with_the_images():
     alive, most = weakref.WeakSet(), []
 
-    def batches(n):
-        for k in range(n):
-            x = torch.full((2, 3, 16, 16), k / n)
+    def batches():
+        for k in range(40):
+            x = torch.full((2, 3, 16, 16), k / 40)
             alive.add(x)
             most.append(len(alive))
             yield x
@@ -175,9 +169,8 @@ def test_memory_does_not_grow_with_the_images():
         alive.add(x_hat)
         return x_hat, *rest
     model.config = halving.config
-    for n in (4, 40):
-        found = metrics.images.compare([model], batches(n), {"psnr": metrics.images.psnr})
-        assert len(found.tallies[0].scores["psnr"]) == 2 * n
+    found = metrics.images.compare([model], batches(), {"psnr": metrics.images.psnr})
+    assert len(found.tallies[0].scores["psnr"]) == 80
     assert max(most) <= 3       # a batch, its reconstruction, and the batch that is being made
 
 
@@ -216,14 +209,12 @@ def test_recon_end_to_end(files, tmp_path, capsys):
         assert own["ssim"] == pytest.approx(metrics.images.ssim(x_hat, x).mean().item(), rel=1e-4)
         assert own["codes_used"] == pytest.approx(len(indices.unique()) / 32)
         assert own["hash"] == checkpoint.hash_of(payload["vq"])
-    assert report["pictures"] == N and report["size"] == 16
-    assert report["command"].startswith("python evaluate.py recon --vq")
+    assert report["pictures"] == N and report["command"].startswith("python evaluate.py recon --vq")
     assert [box["name"] for box in report["baselines"]] == ["boxes of 4 x 4"]
     overlap = report["against"]["overlap"]["a/last.pt"]
     assert report["against"]["pictures"] == 6 and 0 < overlap["histogram"] <= 1
     rows = [line for line in printed.splitlines() if line.startswith(("a/last.pt", "b/last.pt"))]
     assert len(rows) == 4 and f"{report['checkpoints'][0]['psnr']:.2f}" in rows[0].split()
-    assert "--lpips-weights" in printed and "--rfid" in printed
     page = Image.open(out / "recon.png")
     assert 1000 < page.width <= 2500 and page.height > 2 * evaluate.SHOWN * plots.TILES[0]
 
@@ -232,11 +223,10 @@ def test_broken_images_do_not_count_and_shift_no_name(files, tmp_path):
     mine, out = tmp_path / "mine", tmp_path / "out"
     mine.mkdir()
     rng = np.random.default_rng(0)
-    for i in range(120):                                # the later, the noisier and so the worse
+    for i in range(120):        # 1 of 100 may be broken; the later, the noisier and so the worse
         noise = rng.normal(128, i / 2, (16, 16, 3)).clip(0, 255).astype(np.uint8)
         Image.fromarray(noise).save(mine / f"{i:03}.png")
     (mine / "040.png").write_bytes(b"no image")
-    (mine / "captions.json").write_text('{"000.png": "a person"}')
     argv = ["recon", "--vq", str(files / "a/last.pt"), "--data", str(mine), "--limit", "all",
             "--against", str(mine), "--out"]
     assert evaluate.main([*argv, str(out)]) == 0
@@ -284,7 +274,7 @@ def test_lpips_and_rfid_on_demand(files, monkeypatch, capsys):
 
         def forward(self, x):
             self.seen.append(x)
-            return [x.mean((1, 2, 3)).view(-1, 1, 1, 1).expand(-1, 2048, 1, 1)]
+            return [x.mean((2, 3))[..., None, None]]
     module = ModuleType("pytorch_fid.inception")
     module.InceptionV3 = InceptionV3
     monkeypatch.setitem(sys.modules, "pytorch_fid", ModuleType("pytorch_fid"))
@@ -300,11 +290,11 @@ def test_lpips_and_rfid_on_demand(files, monkeypatch, capsys):
     one_sentence(capsys, argv, "pip install pytorch-fid")
 
 
-def test_a_published_file_and_a_stage_2_file(ldm, tmp_path, capsys):
+def test_a_published_file_and_a_stage_2_file(tmp_path, capsys):
     torch.manual_seed(0)
     weights = VQModel(VQConfig(ch=32, n_embed=32)).state_dict()
     torch.save({"state_dict": weights, "global_step": 77}, tmp_path / "vq.ckpt")
-    checkpoint.save(tmp_path / "ldm.pt", ldm | {"source": "CompVis", "weights": "EMA"})
+    checkpoint.save(tmp_path / "ldm.pt", stage_2() | {"source": "CompVis", "weights": "EMA"})
     flags = ["--data", "figures:4", "--size", "16", "--limit", "4"]
     for argv, words in ((["recon", "--vq", "vq.ckpt"], "stage vq, step 77"),
                         (["recon", "--vq", "ldm.pt"], "stage ldm"),
@@ -314,27 +304,23 @@ def test_a_published_file_and_a_stage_2_file(ldm, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--size", "18"], ["--size is 18", "multiple of 4"]), (["--data", "nowhere"], ["nowhere"]),
-    (["--against", "figures:x"], ["figures:x"]), (["--lpips-weights", "no.pth"], ["no.pth"]),
-    (["--device", "tpu"], ["tpu"]), (["--vq", "none.pt"], ["none.pt"])])
+    (["--size", "18"], ["--size is 18", "multiple of 4"]), (["--against", "figures:x"], ["figures:x"]),
+    (["--vq", "none.pt"], ["none.pt"])])
 def test_a_mistake_is_one_sentence(files, capsys, flags, words):
     one_sentence(capsys, ["recon", "--vq", str(files / "a/last.pt"), *flags], *words)
 
 
-@pytest.mark.parametrize("flags", [["recon", "--limit", "1"], ["recon", "--size", "8"],
-                                   ["pose", "--guidance", "nan"], ["pose", "--eta", "2"],
-                                   ["pose", "--steps", "0"], ["overfit", "--seed", "-1"],
-                                   ["overfit", "-n", "0"], ["pose", "--detected", "x.json"]])
+@pytest.mark.parametrize("flags", [["recon", "--limit", "1"], ["pose", "--guidance", "nan"],
+                                   ["pose", "--eta", "2"], ["overfit", "--seed", "-1"],
+                                   ["pose", "--detected", "x.json"]])
 def test_numbers_have_ranges(capsys, flags):
     with pytest.raises(SystemExit) as e:
         evaluate.parse_args(flags)
     assert e.value.code == 2 and flags[1] in capsys.readouterr().err
-    assert evaluate.parse_args(["recon", "--limit", "all"]).limit > 10 ** 9
 
 
 @pytest.mark.parametrize("error, status, words", [
     (torch.OutOfMemoryError("CUDA out of memory.\nMore\nlines"), 2, "out of memory"),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory"),
     (KeyboardInterrupt(), 130, "interrupted")])
 def test_too_little_memory_and_an_interrupt_are_one_line(files, monkeypatch, capsys, error, status,
                                                          words):
@@ -347,11 +333,10 @@ def test_too_little_memory_and_an_interrupt_are_one_line(files, monkeypatch, cap
 
 # ---------------------------------------------------------------------------------------- condition
 
-def test_condition_says_what_it_measures_and_leaves_out_a_null_that_was_not_trained(
-        ldm, tmp_path, capsys):
+def test_condition_says_what_it_measures_and_leaves_out_a_null_that_was_not_trained(tmp_path, capsys):
     printed = []
     for knows in (False, True):
-        checkpoint.save(tmp_path / "ldm.pt", ldm | {"knows_null": knows})
+        checkpoint.save(tmp_path / "ldm.pt", stage_2(knows_null=knows))
         argv = ["condition", "--ckpt", str(tmp_path / "ldm.pt"), "--device", "cpu"]
         assert evaluate.main(argv) == 0
         first, *lines = capsys.readouterr().out.splitlines()

@@ -80,7 +80,7 @@ def test_a_run_that_levels_off_is_good():
     assert (found["verdict"], found["since"], found["pose"]) == ("good", None, "followed")
     assert overfit.overfitting(rows) is None
     last, then = (rows[2 * k + 1]["val_right"] for k in (19, 14))      # evaluations 20 and 15
-    assert found["numbers"]["loss"] == last and found["numbers"]["evaluations"] == EVALS
+    assert found["numbers"]["loss"] == last
     assert found["numbers"]["fell"] == pytest.approx(1 - last / then)
     fell = overfit.verdict(rows[:2 * 18])["numbers"]["fell"]      # 13,500 lies between two
     middle = (rows[2 * 12 + 1]["val_right"] + rows[2 * 13 + 1]["val_right"]) / 2
@@ -98,7 +98,7 @@ def test_a_rise_in_three_bins_is_found_at_its_third_evaluation_and_said_plainly(
     best = min(range(EVALS), key=lambda k: rows[2 * k + 1]["val_right"])
     assert found["best"] == (best + 1) * EVERY              # of all bins, most of which still fall
     said = overfit.overfitting(rows[:2 * 15])
-    assert "risen for 3 evaluations in the bins from t = 0, 100, 200: the model is " in said
+    assert "risen for 3 evaluations in the bins from t = 0, 100, 200: the model is memorising" in said
     assert f"The best step was {overfit.best_step(rows[:2 * 15]):,}." in said
 
 
@@ -114,13 +114,6 @@ def test_training_losses_that_run_ahead_of_flat_held_out_ones_are_memorising():
     assert overfit.verdict(planted(falling, lambda k, b: 0.7 * falling(k, b)))["verdict"] == "good"
     both = planted(steep, lambda k, b: 0.3 * 0.95 ** k, wander=0.01)    # both learn, one more
     assert overfit.verdict(both)["verdict"] == "underfit"
-
-
-@pytest.mark.parametrize("bins, words", [
-    ({0}, "t = 0: the model is memorising fine details."), ({4, 5}, "t = 400, 500: the model is"),
-    ({0, 8, 9}, "t = 0, 800, 900: the model is memorising fine details and whole images.")])
-def test_the_bins_are_named(bins, words):
-    assert words in overfit.overfitting(planted(rising(5, bins, 0.05), falling))
 
 
 @pytest.mark.parametrize("val, evals", [(steep, EVALS), (lambda k, b: 1.0, EVALS), (falling, 1)])
@@ -144,15 +137,11 @@ def test_the_pose_is_ignored_where_the_ratio_is_small_or_within_its_error():
         assert overfit.verdict([*rows[:-1], rows[-1] | change])["pose"] == "ignored"
 
 
-def test_logs_without_training_losses():
-    rows = planted(falling, falling)
-    del rows[1]["val_train"]
-    found = overfit.verdict(rows)
-    assert found["numbers"]["widened"] == pytest.approx(0, abs=0.01)
-    found |= {"more": [math.nan, {"deep": math.inf}]}
+def test_a_verdict_is_valid_json_and_needs_an_evaluation():
+    found = overfit.verdict(planted(falling, falling)) | {"more": [math.nan, {"deep": math.inf}]}
     json.dumps(evaluate.without_nan(found), allow_nan=False)
-    with pytest.raises(ValueError, match="no evaluation of both"):
-        overfit.verdict([{"step": 9, "val_right": 0.1, "val_ratio": 1.2}])
+    with pytest.raises(ValueError, match="no evaluation"):
+        overfit.verdict([{"step": 9, "loss": 0.1}])
 
 
 # -------------------------------------------------------------------------------------- the monitor
@@ -328,15 +317,15 @@ def test_patience_ends_the_run_and_the_same_command_leaves_it_so(
 
 
 def test_without_patience_a_run_says_so_and_goes_on(trained, tmp_path, monkeypatch, capsys):
-    alarm_after(monkeypatch, 3)
-    assert train.main(run_of(trained, tmp_path / "run")) == 0
+    alarm_after(monkeypatch, 1)
+    assert train.main(run_of(trained, tmp_path / "run", "--steps", "2")) == 0
     assert "it overfits" in capsys.readouterr().out
-    assert checkpoint.load(tmp_path / "run/last.pt", "ldm")["step"] == 6
+    assert checkpoint.load(tmp_path / "run/last.pt", "ldm")["step"] == 2
 
 
 # ----------------------------------------------------------------------------- curves, evaluate.py
 
-@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("rows", [1, 40])
 def test_the_curves_have_every_figure_of_few_points_and_of_many(tmp_path, monkeypatch, rows):
     import matplotlib.figure
     kept = []
