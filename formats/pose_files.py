@@ -470,8 +470,8 @@ def _place(person: Person, pixels: bool, canvas: tuple[float, float] | None = No
     """The pose [17, 3] of a person of `_known` in 0..1."""
     size = (person.size or canvas) if pixels else (1, 1)
     if size is None:
-        raise person.node.refusal("is in pixels, and the file does not give the image size; add it "
-                                  "there, or give for example --canvas 768x512")
+        raise person.node.refusal("is in pixels, but its image has no width and height in the "
+                                  "file; give them, for example --canvas 768x512")
     pose = person.joints / (*size, 1)
     if (far := np.abs(pose).max(axis=1) > FAR).any():
         j, (w, h) = int(far.argmax()), size
