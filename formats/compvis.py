@@ -31,6 +31,7 @@ PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_uti
             "torchmetrics", "omegaconf", "taming", "main", "__main__", "typing", "pathlib", "numpy",
             "torch", "collections", "argparse", "datetime", "_codecs", "copyreg", "copy_reg"}
 TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"}     # of torch._utils
+PYTHON_2 = {"long", "unicode", "xrange"}   # int, str and range in pickles of protocol 2
 MOST_NESTED = 100                       # tuples in tuples; torch.save's own are two deep
 
 
@@ -59,7 +60,8 @@ class InertUnpickler(pickle.Unpickler):
             return lambda *args: function(*args)    # of the function, a pickle could set attributes
         if module == "collections" and name == "OrderedDict":
             return OrderedDict
-        known = module in ("builtins", "__builtin__") and isinstance(vars(builtins).get(name), type)
+        known = module in ("builtins", "__builtin__") and (
+            name in PYTHON_2 or isinstance(vars(builtins).get(name), type))
         if not known and module.split(".")[0] not in PACKAGES:
             raise Refused(f"the file references {module}.{name}")
         return Inert

@@ -353,7 +353,8 @@ TO_K = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.wei
 
 @pytest.mark.parametrize("removed, added, words", [
     ("first_stage_model.quantize.", {}, "no codebook"),
-    (None, {"first_stage_model.quantize.embed.weight": torch.zeros(4, 3)}, "no codebook"),
+    (None, {"first_stage_model.quantize.embed.weight": torch.zeros(4, 3)},
+     "quantize.embed.weight: file (4, 3), model lacks"),
     (None, {"cond_stage_model.transformer.weight": torch.zeros(3)}, "learned condition"),
     (None, {TO_K: torch.zeros(64, 77)}, "width 77"),
     ("first_stage_model.", {}, "no codebook"),
