@@ -543,7 +543,7 @@ def test_a_program_is_refused(tmp_path):
     with zipfile.ZipFile(program) as source, zipfile.ZipFile(plain, "w") as archive:
         for name in source.namelist():
             archive.writestr(name, source.read(name))
-    assert "records are compressed" in refusal(program) and "cannot be read" in refusal(plain)
+    assert all("cannot be read" in refusal(path) for path in (program, plain))
 
 
 def test_truncated_files_are_one_sentence(tmp_path, networks, foreign_classes):
