@@ -3,8 +3,8 @@
     python checkpoint.py runs/ldm/last.pt mine.pt       a small file to share, in half precision
 
 A file holds tensors and primitives only and is loaded with weights_only=True, so opening it runs no
-code. Published CompVis files (.ckpt of PyTorch Lightning) also hold objects; formats/compvis.py
-replaces these by dummies and converts the file to the same payload.
+code. Published CompVis files (.ckpt of PyTorch Lightning) also name foreign classes;
+formats/compvis.py imports none of them and converts the file to the same payload.
 
     {"format": 1, "stage": "vq" | "ldm", "step": k, "config": {...}, "vq": state dict,
      "vq_config": {...}, "train": {...}, and for ldm: "unet", "unet_config", "cond", "cond_config",
@@ -20,10 +20,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import pickle
 import sys
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
@@ -51,8 +51,6 @@ HOW_TO_MAKE = {"vq": "python train.py --stage vq", "ldm": "python train.py --sta
 VQ_PART = ("config", "step", "vq", "vq_config", "source", "weights")
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}     # --amp
 AGES = (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second")
-
-
 SIZES = range(8, 4097)              # of images, pixels
 
 
@@ -64,18 +62,12 @@ class WrongStage(ValueError):
 
 def find_device(name: str) -> str:
     """auto -> cuda where there is one, else cpu; ValueError for a device that is not there."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    found = ["cpu", "cuda", *gpus] if gpus else ["cpu"]
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}; use auto, cpu, cuda or cuda:N")
-    gpus = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= gpus:
-        raise ValueError(f"--device is {name}, but torch finds {plural(gpus, 'CUDA GPU')}, counted "
-                         "from cuda:0; use one of them or --device cpu")
+        return "cuda" if gpus else "cpu"
+    if name not in found:
+        raise ValueError(f"--device is {name}; use auto or what torch finds: {', '.join(found)}")
     return name
 
 
@@ -147,8 +139,7 @@ def load(path: str | Path, stage: str, advice: str | None = None, preset: str | 
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is a folder; name a checkpoint in it, such as {path / 'last.pt'}"
-                         if path.is_dir() else f"there is no checkpoint {path}; name another, or "
+        raise ValueError(f"there is no checkpoint {path}; name a file such as runs/ldm/last.pt, or "
                          f"make one with: {HOW_TO_MAKE[stage]} (and your --data and --preset)")
     payload = read(path)
     if not isinstance(payload, dict) or "format" not in payload:
@@ -176,10 +167,6 @@ def load(path: str | Path, stage: str, advice: str | None = None, preset: str | 
                          "be; use another checkpoint")
     for state in states:
         check_bytes(state, path)
-    trained_with = config.get("preset")
-    if preset not in (None, trained_with):
-        raise ValueError(f"--preset is {preset}, but {path} was trained with preset {trained_with} "
-                         "and needs no --preset")
     return payload
 
 
@@ -202,22 +189,29 @@ def load_vq(path: str | Path, ema: bool = True, say: Callable[[str], None] = pri
 def read(path: str | Path) -> object:
     """The content of a file, on the CPU, without running any code; ValueError if it cannot be read.
 
-    Objects of the foreign classes that Lightning files name come out as `compvis.Inert`.
+    A zip file that is refused for its foreign classes is read with `compvis.Inert` for each.
     """
-    from formats.compvis import Inert, Refused, foreign_classes
+    from formats.compvis import Refused, check_archive, load_inert
     path = Path(path)
-    try:
-        names = foreign_classes(path) if zipfile.is_zipfile(path) else []
-        dummies = torch.serialization.safe_globals([(Inert, name) for name in names])
-        with dummies, warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # the one sentence below replaces torch's pages
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Refused:
-        raise
-    except Exception as e:                      # torch, pickle and zipfile raise a dozen classes
-        raise ValueError(f"{path} cannot be read as a checkpoint: it is empty, cut short, another "
-                         "kind of file, or holds more than tensors and plain values "
-                         f"({type(e).__name__})") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # the one sentence below replaces torch's pages
+        try:
+            with open(path, "rb") as file:
+                zipped = file.read(4) == b"PK\x03\x04"
+            if zipped:
+                check_archive(path)
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:      # it names foreign classes
+                if not zipped:
+                    raise
+                return load_inert(path)
+        except Refused as e:
+            raise ValueError(f"refusing to load {path}: {e}") from None
+        except Exception as e:                  # torch, pickle and zipfile raise a dozen classes
+            raise ValueError(f"{path} cannot be read as a checkpoint: it is empty, cut short, "
+                             "another kind of file, or holds more than tensors and plain values "
+                             f"({type(e).__name__})") from None
 
 
 def check_bytes(state: dict[str, Tensor], path: Path) -> None:
@@ -392,13 +386,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                                      "share it: EMA weights in half precision, no training state.")
     parser.add_argument("ckpt", metavar="CKPT", help="such as runs/ldm/last.pt")
     parser.add_argument("out", metavar="OUT", help="the file to write")
+    parser.add_argument("--preset", help="of a published CompVis checkpoint, as in sample.py")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        payload = load(args.ckpt, "ldm")
+        payload = load(args.ckpt, "ldm", preset=args.preset)
         if Path(args.out).resolve() == Path(args.ckpt).resolve():
             raise ValueError(f"OUT is {args.out}, the checkpoint itself; give another file")
         save(args.out, slim(payload))

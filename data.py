@@ -439,7 +439,7 @@ def find_coco(root: Path) -> tuple[Path, dict] | None:
         for path in files:
             text = path.read_bytes()
             if b'"images"' in text and b'"annotations"' in text:        # else it need not be parsed
-                content = pose_files.read_json(path, limit=None)
+                content = pose_files.read_content(path)
                 if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
                     found.append((path, content))
         if len(found) > 1:

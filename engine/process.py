@@ -20,7 +20,8 @@ def locked(folder: Path) -> Iterator[None]:
     training into it.
 
     The kernel's lock counts, not the file: it ends with its process, so a kill -9 leaves nothing to
-    clean up. Without fcntl (Windows) or locks of the file system, a second run is not noticed.
+    clean up. The file stays: if it were removed, one process could lock it and the next a new file
+    of its name. Without fcntl (Windows) or locks of the file system, a second run is not noticed.
     """
     path = folder / "lock"
     try:
@@ -44,11 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.ctime()}")
             file.flush()
-        try:
-            yield
-        finally:
-            with suppress(OSError):                             # Windows removes no open file
-                path.unlink()
+        yield
 
 
 @contextmanager

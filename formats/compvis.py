@@ -1,14 +1,18 @@
 """Published CompVis checkpoints in, the payload that checkpoint.py knows out; no code in them runs.
 
-A .ckpt of PyTorch Lightning is a pickle that names classes of other packages. torch's weights_only
-unpickler reads it with all of these replaced by a dummy class. Sizes are read off tensor shapes.
+A .ckpt of PyTorch Lightning is a pickle that names classes of other packages. It is read with all
+of these replaced by a dummy class, so nothing is imported. Sizes are read off tensor shapes.
 """
 from __future__ import annotations
 
+import builtins
+import pickle
 import pickletools
 import zipfile
+from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,63 +25,76 @@ from vq import VQConfig
 
 # ----------------------------------------------------------- Lightning files, without their classes
 
-# What Lightning checkpoints name besides tensors. None of it is imported, so loading would be safe
-# without these lists; but a file that names anything else is suspicious and is refused.
+# What Lightning checkpoints name besides tensors and classes of builtins. None of it is imported,
+# so loading would be safe without this list; a file that names anything else is suspicious.
 PACKAGES = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "ldm",
             "torchmetrics", "omegaconf", "taming", "main", "__main__", "typing", "pathlib", "numpy",
-            "torch"}
-CLASSES = {"builtins.bool", "builtins.bytes", "builtins.dict", "builtins.float", "builtins.int",
-           "builtins.frozenset", "builtins.list", "builtins.object", "builtins.slice",
-           "builtins.str", "builtins.tuple", "collections.defaultdict", "copyreg._reconstructor",
-           "argparse.Namespace", "datetime.date", "datetime.datetime", "datetime.timedelta"}
+            "torch", "collections", "argparse", "datetime", "_codecs", "copyreg", "copy_reg"}
+TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"}     # of torch._utils
+PYTHON_2 = {"long", "unicode", "xrange"}   # int, str and range in pickles of protocol 2
 MOST_NESTED = 100                       # tuples in tuples; torch.save's own are two deep
 
 
 class Refused(ValueError):
-    """A file that is not opened any further; the message is one sentence with its path."""
+    """A file that is not opened any further; the message is the reason."""
 
 
 class Inert:
-    """Stands in for every foreign class; takes any arguments and any state, and keeps nothing."""
+    """Stands in for every foreign class; takes any arguments, state and members, keeps nothing."""
 
-    def __new__(cls, *ignored: object) -> Inert:
+    def __new__(cls, *ignored: object, **also_ignored: object) -> Inert:
         return object.__new__(cls)
 
-    def __setstate__(self, ignored: object) -> None:
+    def ignore(self, *ignored: object) -> None:
         pass
 
+    __setstate__ = __setitem__ = append = extend = add = ignore
 
-def foreign_classes(path: Path) -> list[str]:
-    """The foreign classes that a zip file of torch.save names, all of them harmless.
 
-    Refused for a file that is damaged, or that torch.load would open in more memory than its size.
-    Other files than those of torch.save raise what zipfile, pickletools and torch raise.
-    """
+class InertUnpickler(pickle.Unpickler):
+    """Makes tensors, plain values and Inert, and imports nothing."""
+
+    def find_class(self, module: str, name: str) -> object:
+        if module == "torch._utils" and name in TENSORS:
+            function = getattr(torch._utils, name)
+            return lambda *args: function(*args)    # of the function, a pickle could set attributes
+        if module == "collections" and name == "OrderedDict":
+            return OrderedDict
+        known = module in ("builtins", "__builtin__") and (
+            name in PYTHON_2 or isinstance(vars(builtins).get(name), type))
+        if not known and module.split(".")[0] not in PACKAGES:
+            raise Refused(f"the file references {module}.{name}")
+        return Inert
+
+
+def load_inert(path: Path) -> object:
+    """The content of a zip file of torch.save, with Inert in place of every foreign class."""
+    return torch.load(path, map_location="cpu", weights_only=False,
+                      pickle_module=SimpleNamespace(__name__="inert", Unpickler=InertUnpickler))
+
+
+def check_archive(path: Path) -> None:
+    """Refused for a zip file that is damaged, or that torch.load would open in more memory than its
+    size. Other files than those of torch.save raise what zipfile and pickletools raise."""
     with zipfile.ZipFile(path) as archive:
         records = archive.infolist()
         # torch.save does not compress, so the records together are no larger than the file.
-        if any(record.compress_type != zipfile.ZIP_STORED for record in records) or (
-                sum(record.file_size for record in records) > path.stat().st_size):
-            raise Refused(f"refusing to load {path}: its records are compressed or overlap")
+        if sum(record.file_size for record in records) > path.stat().st_size:
+            raise Refused("its records are compressed or overlap")
         if damaged := archive.testzip():                    # torch does not check the checksums
-            raise Refused(f"{path} is damaged: the checksum of {damaged} in it is wrong; use "
-                          "another checkpoint")
+            raise Refused(f"the checksum of {damaged} in it is wrong; use another checkpoint")
         pickled = archive.read(f"{records[0].filename.split('/')[0]}/data.pkl")
     nested = 0
     for op, arg, _ in pickletools.genops(pickled):
-        if op.name == "GLOBAL":
-            module, _, name = arg.partition(" ")
-            if "." in name or name == "bytearray":          # bytearray(10 ** 11) fills the memory
-                raise Refused(f"refusing to load {path}: the file references {module}.{name}")
-        if not op.name.endswith("PUT"):
+        if op.name == "GLOBAL" and arg.endswith(" bytearray"):
+            raise Refused("bytearray(10 ** 11) would fill the memory")  # which torch calls
+        if op.name.endswith("PUT"):
+            if arg > len(pickled):                          # pickle makes a table of that size
+                raise Refused("its pickle has a place in the memo beyond its length")
+        elif op.name != "MEMOIZE":
             nested = nested + 1 if op.name.startswith("TUPLE") else 0
         if nested > MOST_NESTED:                            # hashing it overflows the stack of C
-            raise Refused(f"refusing to load {path}: its pickle nests tuples without end")
-    names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    for name in names:
-        if name not in CLASSES and name.split(".")[0] not in PACKAGES:
-            raise Refused(f"refusing to load {path}: the file references {name}")
-    return names
+            raise Refused("its pickle nests tuples without end")
 
 
 # -------------------------------------------------------------------- published CompVis checkpoints
@@ -195,15 +212,9 @@ def first_stage(state: dict[str, Tensor], path: Path, ema: bool) -> tuple[dict, 
     """{"vq", "vq_config"} from the tensors of a VQGAN, and whether they are "EMA" or "raw"."""
     vq = {name: v for name, v in state.items()
           if not name.startswith(("loss.", SHADOW)) and name != "colorize"}
-    if not vq:
-        raise ValueError(f"{path} has a UNet but no autoencoder ({FIRST_STAGE}*), so it cannot "
-                         "make images")
-    if "quantize.embed.weight" in vq:
-        raise ValueError(f"{path} has a Gumbel quantizer (quantize.embed.weight); only "
-                         "nearest-neighbour codebooks are supported")
-    if not any(name.startswith("quantize.") for name in vq):
-        raise ValueError(f"{path} has a KL autoencoder (no codebook quantize.*); only VQ ones are "
-                         "supported")
+    if "quantize.embedding.weight" not in vq:
+        raise ValueError(f"{path} has no codebook quantize.embedding.weight; only full checkpoints "
+                         "with a nearest-neighbour VQ autoencoder are supported, no KL or Gumbel")
     ch, in_channels = shape(vq, "encoder.conv_in.weight", 4, path)[:2]
     levels = range(max(1, count(vq, "encoder.down.")))
     widths = [shape(vq, f"encoder.down.{i}.block.0.conv1.weight", 4, path)[0] for i in levels]
@@ -251,14 +262,12 @@ def find_preset(name: str | None, config: dict, factor: int, path: Path) -> Publ
                if all(width % p.num_heads == 0 for width in widths)
                and p.cond.context_dim == config["context_dim"]
                and p.size % (factor * 2 ** (len(mults) - 1)) == 0]
-    if name in fitting:
-        return PUBLISHED[name]
-    problem = f"preset {name} does not fit" if name else "a preset is needed"
-    advice = (f"give --preset {' or '.join(fitting)}" if fitting else
-              f"none of {', '.join(PUBLISHED)} fits a context of width {config['context_dim']} and "
-              f"levels of {widths} channels")
-    raise ValueError(f"{path} is a CompVis checkpoint, whose tensors tell neither num_heads nor "
-                     f"the size of its images; {problem}: {advice}")
+    if name not in fitting:
+        raise ValueError(f"{path} is a CompVis checkpoint, whose tensors do not tell num_heads and "
+                         f"the size of its images; --preset is {name}; presets that fit a context "
+                         f"of width {config['context_dim']} and levels of {widths} channels: "
+                         f"{', '.join(fitting) or 'none'}")
+    return PUBLISHED[name]
 
 
 def schedule_of(state: dict[str, Tensor], path: Path) -> dict:
@@ -277,12 +286,9 @@ def schedule_of(state: dict[str, Tensor], path: Path) -> dict:
 def describe(payload: dict, path: str | Path) -> str:
     """One line on what was read from a published file."""
     vq = VQConfig(**payload["vq_config"])
-    networks = f"VQ-f{vq.factor} {vq.ch} wide x {vq.ch_mult}, {vq.n_embed} codes of {vq.embed_dim}"
+    networks = f"VQ-f{vq.factor} with {vq.n_embed} codes"
     if payload["stage"] == "ldm":
         unet = UNetConfig(**payload["unet_config"])
-        networks = (f"UNet {unet.model_channels} wide x {unet.channel_mult}, attention at "
-                    f"{unet.attention_resolutions}, {unet.num_heads} heads (preset "
-                    f"{payload['config']['preset']}), {networks}, "
-                    f"{payload['schedule']['timesteps']} timesteps")
+        networks = f"UNet {unet.model_channels} wide x {unet.channel_mult}, {networks}"
     return (f"{path}: a CompVis checkpoint of stage {payload['stage']}, step {payload['step']}, "
             f"{payload['weights']} weights: {networks}")

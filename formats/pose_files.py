@@ -1,5 +1,8 @@
 """Pose files of thirteen tools in; poses [17, 3] = (x, y, visible), 0..1 of their own image, out.
 
+    content -> format (guess_format) -> every Person in the file's own unit (the format's reader)
+    -> confidence, unit, canvas (_place) -> one pose per image (load_poses)
+
 The content of a file decides its format, not its name. A file that cannot be used is a PoseError:
 one sentence that names the file, the place in it and what to do.
 """
@@ -9,9 +12,8 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +26,6 @@ class NobodyFound(PoseError):
     """A valid pose file without the person asked for, or without anyone."""
 
 
-# content -> format (guess_format) -> every Person in the file's own unit (the format's reader)
-# -> confidence, unit, canvas (_place) -> one pose per image (load_poses)
-
-MAX_BYTES = 32 << 20            # of a pose file: thousands of frames with face and hands
 MIN_CONFIDENCE = 0.3            # below it a joint counts as missing
 PIXELS_ABOVE = 2.0              # where a format allows two units: no coordinate in 0..1 exceeds it
 FAR = 10.0                      # image sizes; a joint further from the corner has another unit
@@ -51,7 +49,7 @@ class Person(NamedTuple):
     """A person as the file has them, before confidence, unit and canvas are applied."""
     node: Node                                  # their place in the file, for messages
     joints: np.ndarray                          # [17, 3] (x, y, confidence) in the file's own unit
-    picture: str | int = 1                      # which image or frame of the file
+    picture: str | float = 1                    # which image or frame of the file
     size: tuple[float, float] | None = None     # (width, height) of that image, if the file has it
 
 
@@ -66,74 +64,38 @@ class Poses:
     taken_for: str                              # the format, the unit and how many people
 
 
-# ----------------------------------------------------------------------------------- files and text
+# --------------------------------------------------------------------------- from a file to values
 
-def read_text(path: str | Path, limit: int | None = MAX_BYTES) -> str:
-    """A file's text, in UTF-8 or in the UTF-16 that a Windows shell writes."""
-    path = Path(path)
-    if not path.is_file():                                      # reading a pipe would hang
-        raise PoseError(f"there is no pose file {path}" if not path.is_dir() else
-                        f"pose file {path} is a folder; name the files in it")
+def read_content(path: str | Path) -> object:
+    """The parsed file: JSON, MediaPipe's protobuf text, or the words of each line (YOLO)."""
     try:
-        if limit and path.stat().st_size > limit:
-            raise PoseError(f"pose file {path} has {path.stat().st_size / 2 ** 20:.0f} MiB; at "
-                            f"most {limit >> 20} are read, so split it")
-        raw = path.read_bytes()
-        return raw.decode(json.detect_encoding(raw))
+        raw = Path(path).read_bytes()
+        text = raw.decode(json.detect_encoding(raw))        # a Windows shell writes UTF-16
     except UnicodeDecodeError:
         raise PoseError(f"{path} is not a text file; expected .json or .txt") from None
     except OSError as e:
-        raise PoseError(f"pose file {path} cannot be read: {e}") from None
-
-
-def read_json(path: str | Path, limit: int | None = MAX_BYTES) -> object:
-    """The parsed file; PoseError for a file that is not JSON."""
-    return _parse_json(read_text(path, limit), path)
-
-
-def _parse_json(text: str, path: str | Path) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:                   # also an integer of 5,000 digits
-        raise PoseError(f"pose file {path} is not valid JSON ({e}); export it again") from None
-
-
-def read_content(path: str | Path) -> object:
-    """The parsed file: JSON, MediaPipe's protobuf text, or lines of numbers (YOLO)."""
-    text = read_text(path)
+        raise PoseError(f"pose file {path} cannot be read: {e.strerror}") from None
     if text.lstrip()[:1] in ("{", "["):
-        return _parse_json(text, path)
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as e:           # also an integer of 5,000 digits
+            raise PoseError(f"pose file {path} is not valid JSON ({e}); export it again") from None
     if "landmark" in text:
-        return _parse_landmarks(text, path)
-    return [_parse_numbers(line.split(), f"{path}: line {i + 1}")
-            for i, line in enumerate(text.splitlines())]
+        return _parse_landmarks(text)
+    return [line.split() for line in text.splitlines()]
 
 
-def _parse_numbers(words: list[str], where: str) -> list[float]:
-    try:
-        return [float(word) for word in words]
-    except ValueError:
-        raise PoseError(f"{where} is {SHORT.repr(' '.join(words))}; a pose file is JSON, lines of "
-                        "numbers (YOLO) or landmarks with numbers (MediaPipe)") from None
+def _parse_landmarks(text: str) -> dict[str, list]:
+    """`landmarks { landmark { x: .5 y: .4 } ... }` -> {"landmarks": [[{"x": ".5", "y": ".4"}]]}."""
+    found: dict[str, list] = {}
+    groups = re.split(r"\b((?:world_)?landmarks)\s*\{", "landmarks {" + text)
+    for group, body in zip(groups[1::2], groups[2::2], strict=True):
+        points = [dict(re.findall(r"\b(x|y|visibility)\s*:\s*([^\s{}]+)", point))
+                  for point in re.split(r"\blandmark\s*\{", body)[1:]]
+        if points:
+            found.setdefault(group, []).append(points)
+    return found
 
-
-def _parse_landmarks(text: str, path: str | Path) -> dict[str, list]:
-    """`landmarks { landmark { x: .5 y: .4 } ... }` -> {"landmarks": [[{"x": .5, "y": .4}, ..]]}."""
-    found: dict[str, list] = {"landmarks": [], "world_landmarks": []}
-    group, pieces = "landmarks", re.split(r"\b(landmark|landmarks|world_landmarks)\s*\{", text)
-    for tag, body in zip(pieces[1::2], pieces[2::2], strict=True):
-        group = group if tag == "landmark" else tag
-        if tag != "landmark" or not found[group]:
-            found[group].append([])
-        if tag == "landmark":
-            fields = dict(re.findall(r"\b(x|y|z|visibility)\s*:\s*([^\s{}]+)", body))
-            where = f"{path}: landmark {len(found[group][-1])} of {group}"
-            numbers = _parse_numbers(list(fields.values()), where)
-            found[group][-1].append(dict(zip(fields, numbers, strict=True)))
-    return {key: people for key, people in found.items() if people}
-
-
-# -------------------------------------------------------------------------------------------- nodes
 
 @dataclass(frozen=True)
 class Node:
@@ -144,21 +106,26 @@ class Node:
     def refusal(self, why: str) -> PoseError:
         return PoseError(f"{self.where.rstrip()} {why}")
 
+    def get(self, key: str, default: object = None) -> object:
+        """The value of a member of an object."""
+        if not isinstance(self.value, dict):
+            raise self.refusal(f"is {SHORT.repr(self.value)}; an object is needed")
+        return self.value.get(key, default)
+
     def __getitem__(self, key: str) -> Node:
         """The member of an object; None where it has none."""
         dot = "" if self.where.endswith(": ") else "."
-        return Node(self.value.get(key), f"{self.where}{dot}{key}")
+        return Node(self.get(key), f"{self.where}{dot}{key}")
+
+    def id(self, key: str, default: int = 0) -> str | float:
+        """The name or number under this key."""
+        value = self.get(key)
+        return value if isinstance(value, str | int | float) else default
 
     def items(self) -> list[Node]:
         if not isinstance(self.value, list):
             raise self.refusal(f"is {SHORT.repr(self.value)}; a list is needed")
         return [Node(item, f"{self.where}[{i}]") for i, item in enumerate(self.value)]
-
-    def objects(self) -> list[Node]:
-        for node in (nodes := self.items()):
-            if not isinstance(node.value, dict):
-                raise node.refusal(f"is {SHORT.repr(node.value)}; an object is needed")
-        return nodes
 
     def numbers(self, *lengths: int) -> np.ndarray:
         """The finite numbers of a list that has one of `lengths`."""
@@ -174,19 +141,14 @@ class Node:
                                "NaN or infinity")
         return np.array(numbers)
 
-    def joints(self, n: int) -> np.ndarray:
-        """[x, y, c, x, y, c, ...] of a tool with n joints -> our [17, 3]."""
-        return self.numbers(3 * n).reshape(n, 3)[ORDERS[n]]
-
-    def id(self, default: int) -> int | str:
-        value = default if self.value is None else self.value
-        if not isinstance(value, int | str):
-            raise self.refusal(f"is {SHORT.repr(value)}; a number or a string is needed")
-        return value
+    def joints(self, *counts: int) -> np.ndarray:
+        """[x, y, c, x, y, c, ...] of a tool with one of these numbers of joints -> our [17, 3]."""
+        rows = self.numbers(*(3 * n for n in counts)).reshape(-1, 3)
+        return rows[ORDERS[len(rows)]]
 
     def size(self, prefix: str = "") -> tuple[float, float] | None:
         """(width, height) in pixels; None if the object gives neither."""
-        sides = [self.value.get(f"{prefix}width"), self.value.get(f"{prefix}height")]
+        sides = [self.get(f"{prefix}width"), self.get(f"{prefix}height")]
         if sides == [None, None]:
             return None
         w, h = Node(sides, f"{self.where} [{prefix}width, {prefix}height]").numbers(2).tolist()
@@ -194,24 +156,33 @@ class Node:
             raise self.refusal(f"has width {w:g} and height {h:g}; 1 to {MAX_SIDE} are allowed")
         return w, h
 
-    def order(self) -> list[int]:
-        """Where our 17 joints are in a tool's own list of names."""
-        ours = [joint_of(node.value) for node in self.items()]
-        self.check_names(ours, self.value)
-        return [ours.index(j) for j in range(len(JOINTS))]
 
-    def check_names(self, ours: Collection[int | None], names: list) -> None:
-        """17 joints need not be COCO's: PoseTrack18 has no eyes, Human3.6M is another skeleton."""
-        if missing := [name for j, name in enumerate(JOINTS) if j not in ours]:
-            others = [name for name in names if joint_of(name) is None]
-            raise self.refusal(f"names other joints than COCO's 17: no {', '.join(missing)}, but "
-                               f"{SHORT.repr(others)}; another skeleton cannot be converted")
-
+# -------------------------------------------------------------------------------- joints by name
 
 def joint_of(name: object) -> int | None:
     """Our number of left_eye, eye_left, leftEye or LEFT_EYE; None if COCO has no such joint."""
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name) if isinstance(name, str) else ()
     return JOINT_OF_WORDS.get(frozenset(word.lower() for word in words))
+
+
+def order_of(names: Node) -> list[int]:
+    """Where our 17 joints are in a tool's own list of names; -1: nowhere.
+
+    17 joints need not be COCO's: PoseTrack18 has no eyes, Human3.6M is another skeleton. So a list
+    with names that are not ours is refused unless it has all of ours.
+    """
+    ours = [joint_of(name.value) for name in names.items()]
+    missing = [name for j, name in enumerate(JOINTS) if j not in ours]
+    others = [name for name, j in zip(names.value, ours, strict=True) if j is None]
+    if missing and others:
+        raise names.refusal(f"names other joints than COCO's 17: no {', '.join(missing)}, but "
+                            f"{SHORT.repr(others)}; another skeleton cannot be converted")
+    return [ours.index(j) if j in ours else -1 for j in range(len(JOINTS))]
+
+
+def in_order(rows: list[np.ndarray] | np.ndarray, order: list[int]) -> np.ndarray:
+    """A tool's rows (x, y, c) -> our [17, 3]; a joint at -1 is missing."""
+    return np.vstack([*rows, np.zeros(3)])[order]
 
 
 # ------------------------------------------------------------------------------------------ readers
@@ -220,9 +191,7 @@ def joint_of(name: object) -> int | None:
 
 def _rows_by_name(node: Node, n: int) -> np.ndarray:
     """{"nose": [n numbers], ...} -> [17, n]."""
-    if not isinstance(node.value, dict):
-        raise node.refusal(f'is {SHORT.repr(node.value)}; {{"nose": [{n} numbers], ...}} is needed')
-    if missing := [name for name in JOINTS if name not in node.value]:
+    if missing := [name for name in JOINTS if node.get(name) is None]:
         raise node.refusal(f"lacks the joint {', '.join(missing)}; all 17 are needed")
     return np.array([node[name].numbers(n) for name in JOINTS])
 
@@ -247,45 +216,44 @@ def _coco(file: Node) -> Iterator[Person]:
         yield _coco_person(*person)
 
 
-def _coco_images(file: Node) -> list[Node]:
-    if not isinstance(file.value, dict) or not all(isinstance(file.value.get(key), list)
-                                                   for key in ("images", "annotations")):
-        raise file.refusal('is not a COCO file; it needs the lists "images" and "annotations"')
-    for image in (images := file["images"].objects()):
-        if not isinstance(image.value.get("file_name"), str):
+def _coco_images(file: Node) -> dict[str | float, Node]:
+    images = {image.id("id"): image for image in file["images"].items()}
+    for image in images.values():
+        if not isinstance(image.get("file_name"), str):
             raise image.refusal("has no file_name")
     return images
 
 
-def _coco_people(file: Node) -> Iterator[tuple[Node, Node, dict]]:
-    """Each annotation with joints, its image, and {category id: (number of joints, our order)}."""
-    images = {image["id"].id(0): image for image in _coco_images(file)}
-    categories = file["categories"].objects() if file.value.get("categories") else []
-    orders = {category["id"].id(0): (len(names.value), names.order()) for category in categories
-              if isinstance((names := category["keypoints"]).value, list)}
-    for annotation in file["annotations"].objects():
-        told, image = annotation.value, annotation["image_id"].id(0)
-        if told.get("iscrowd") or not told.get("num_keypoints", 1) or "keypoints" not in told:
+def _coco_people(file: Node) -> Iterator[tuple[Node, Node, int, list[int]]]:
+    """Each annotation with joints, its image, how many joints it has and our order in them."""
+    images, orders = _coco_images(file), {}
+    for category in file["categories"].items() if file.get("categories") else []:
+        if category.get("keypoints"):
+            order = order_of(category["keypoints"])
+            orders[category.id("id")] = len(category.get("keypoints")), order
+    for annotation in file["annotations"].items():
+        if (annotation.get("iscrowd") or not annotation.get("num_keypoints", 1)
+                or annotation.get("keypoints") is None):
             continue
+        image = annotation.id("image_id")
         if image not in images:
             raise annotation.refusal(f"has image_id {SHORT.repr(image)}, which is not among the "
                                      "images")
-        yield annotation, images[image], orders
+        yield annotation, images[image], *orders.get(annotation.id("category_id"), (17, ORDERS[17]))
 
 
-def _coco_person(annotation: Node, image: Node, orders: dict) -> Person:
-    n, order = orders.get(annotation["category_id"].id(0), (17, ORDERS[17]))
-    joints = annotation["keypoints"].numbers(3 * n).reshape(n, 3)[order]
-    return Person(annotation, joints, image.value["file_name"], image.size())
+def _coco_person(annotation: Node, image: Node, n: int, order: list[int]) -> Person:
+    rows = annotation["keypoints"].numbers(3 * n).reshape(n, 3)
+    return Person(annotation, in_order(rows, order), image.get("file_name"), image.size())
 
 
 def _detections(file: Node) -> Iterator[Person]:
     """[{"keypoints": 17 x (x, y, c), "image_id": ...}]: COCO results, AlphaPose, openpifpaf."""
-    for person in file.objects():
-        if "keypoints" not in person.value:
+    for person in file.items():
+        if person.get("keypoints") is None:
             raise person.refusal("has no keypoints: a box alone is not a pose; run a pose model on "
                                  "these detections")
-        yield Person(person, person["keypoints"].joints(17), person["image_id"].id(1))
+        yield Person(person, person["keypoints"].joints(17), person.id("image_id", 1))
 
 
 def _yolo(file: Node) -> Iterator[Person]:
@@ -293,21 +261,23 @@ def _yolo(file: Node) -> Iterator[Person]:
     for i, row in enumerate(file.items()):
         if row.value:
             line = Node(row.value, f"{file.where}line {i + 1}")
-            numbers = line.numbers(56, 57, 58, 39)
+            numbers = line.numbers(39, 56, 57, 58)
             joints = numbers[5:56].reshape(17, -1)                              # [17, 3] or [17, 2]
             seen = joints[:, 2:] if len(numbers) > 39 else joints.any(axis=1, keepdims=True)
             yield Person(line, np.hstack([joints[:, :2], seen]))
 
 
-def _openpose(file: Node, n: int) -> Iterator[Person]:
-    """{"people": [{"pose_keypoints_2d": n x (x, y, c)}]}, or a list of these, one per image."""
-    for f, frame in enumerate([file] if isinstance(file.value, dict) else file.objects()):
-        for person in frame["people"].objects():
-            told = person.value                                 # null or []: a face or hands only
-            key = "pose_keypoints_2d" if told.get("pose_keypoints_2d") else "pose_keypoints"
-            if told.get(key):
-                yield Person(person, person[key].joints(n), f + 1, frame.size("canvas_"))
-            elif told.get("pose_keypoints_3d"):
+def _openpose(file: Node) -> Iterator[Person]:
+    """{"people": [{"pose_keypoints_2d": 18 or 25 x (x, y, c)}]}, or a list of these, one an image.
+
+    ComfyUI and ControlNet add the size of the image.
+    """
+    for f, frame in enumerate([file] if isinstance(file.value, dict) else file.items()):
+        for person in frame["people"].items():                  # null or []: a face or hands only
+            key = "pose_keypoints_2d" if person.get("pose_keypoints_2d") else "pose_keypoints"
+            if person.get(key):
+                yield Person(person, person[key].joints(18, 25), f + 1, frame.size("canvas_"))
+            elif person.get("pose_keypoints_3d"):
                 raise person.refusal(f"has only pose_keypoints_3d: {NO_DEPTH}")
 
 
@@ -316,21 +286,21 @@ def _mmpose(file: Node) -> Iterator[Person]:
     with the names of the joints in "meta_info"."""
     n, order = 17, ORDERS[17]
     if isinstance(file.value, dict):
-        if _has(file.value.get("meta_info"), "keypoint_id2name"):
+        if _has(file.get("meta_info"), "keypoint_id2name"):
             names = file["meta_info"]["keypoint_id2name"]
             if isinstance(names.value, dict):                   # {"0": "nose", "1": ...}
                 names = Node(list(names.value.values()), names.where)
-            n, order = len(names.items()), names.order()
+            n, order = len(names.items()), order_of(names)
         file = file["instance_info"]
-    for item in file.objects():
-        frame = item["frame_id"].id(1)
-        if item.value.get("instances") == []:                   # the frame counts, without people
+    for item in file.items():
+        frame = item.id("frame_id", 1)
+        if item.get("instances") == []:                         # the frame counts, without people
             yield Person(item, np.zeros((len(JOINTS), 3)), frame)
-        for person in item["instances"].objects() if "instances" in item.value else [item]:
-            yield Person(person, _mmpose_joints(person, n)[order], frame)
+        for person in item["instances"].items() if "instances" in item.value else [item]:
+            yield Person(person, in_order(_mmpose_rows(person, n), order), frame)
 
 
-def _mmpose_joints(person: Node, n: int) -> np.ndarray:
+def _mmpose_rows(person: Node, n: int) -> np.ndarray:
     """{"keypoints": n x [x, y], "keypoint_scores": n x c} -> [n, 3]."""
     keypoints = person["keypoints"]
     rows = [row.numbers(2, 3) for row in keypoints.items()]
@@ -338,7 +308,7 @@ def _mmpose_joints(person: Node, n: int) -> np.ndarray:
         raise keypoints.refusal(f"has [x, y, z]: {NO_DEPTH}")
     if len(rows) != n:
         raise keypoints.refusal(f"has {len(rows)} joints; {n} are needed")
-    scored = "keypoint_scores" in person.value
+    scored = person.get("keypoint_scores") is not None
     return np.column_stack([rows, person["keypoint_scores"].numbers(n) if scored else np.ones(n)])
 
 
@@ -350,7 +320,7 @@ def _mediapipe(file: Node, picture: int | None = None) -> Iterator[Person]:
         if key is None:
             raise file.refusal(f"has no pose landmarks, only {SHORT.repr(list(data))}: {NO_METRES}")
         yield from _mediapipe(file[key], picture or 1)
-    elif isinstance(data, list) and data and (_has(data[0], "x") or _are_numbers(data[0])):
+    elif isinstance(data, list) and data and (_has(data[0], "x") or len(_shape(data)) == 2):
         yield Person(file, _landmarks(file), picture or 1)
     else:
         for i, item in enumerate(file.items()):
@@ -362,53 +332,49 @@ def _landmarks(points: Node) -> np.ndarray:
     if len(points.value) != 33:
         raise points.refusal(f"has {len(points.value)} landmarks; all 33 are needed, because the "
                              "place in the list is a landmark's name: export the hidden ones too")
-    rows = []
-    for point in points.items():
-        if isinstance(p := point.value, dict):
-            point = Node([p.get("x"), p.get("y"), p.get("visibility", 1)], point.where)
-        elif isinstance(p, list):
-            point = Node([*p[:2], *(p[3:4] or [1])], point.where)
-        rows.append(point.numbers(3))
-    joints = np.array(rows)[ORDERS[33]]
+    joints = np.array([_point(point) for point in points.items()])[ORDERS[33]]
     hips = joints[[JOINTS.index("hip_left"), JOINTS.index("hip_right")], :2]
     if np.abs(hips.mean(axis=0)).max() < AT_ORIGIN:
         raise points.refusal(f"has its origin between the hips: {NO_METRES}")
     return joints
 
 
+def _point(point: Node) -> np.ndarray:
+    """(x, y, c) of {x, y, score or visibility} or [x, y, z, visibility]; c is 1 where it is absent.
+
+    PoseNet has x and y under position.
+    """
+    if isinstance(p := point.value, list):
+        xyc = [*p[:2], *(p[3:4] or [1])]
+    else:
+        at = point["position"] if point.get("position") else point
+        xyc = [at.get("x"), at.get("y"), point.get("score", point.get("visibility", 1))]
+    return Node(xyc, point.where).numbers(3)
+
+
 def _tfjs(file: Node) -> Iterator[Person]:
     """Named points: of one person, of a list of people {"keypoints": ...}, or of a list of frames,
     each of one person or of several."""
-    alone = isinstance(file.value, dict) or _are_points(file.value)
+    alone = isinstance(file.value, dict) or _are_named(file.value)
     for f, frame in enumerate([file] if alone else file.items()):
-        several = isinstance(frame.value, list) and frame.value and not _are_points(frame.value)
+        several = isinstance(frame.value, list) and frame.value and not _are_named(frame.value)
         picture = 1 if _has(frame.value, "keypoints") else f + 1    # a list of people, not frames
         for person in frame.items() if several else [frame]:
             yield Person(person, _named_points(person), picture)
 
 
 def _named_points(person: Node) -> np.ndarray:
-    """{name: {x, y}} or [{name, x, y, score}] -> [17, 3]; joints that are not named are missing.
-
-    PoseNet writes part for name, and x and y under position.
-    """
+    """{name: {x, y}} or [{name or part, x, y, score}] -> [17, 3]; joints without a name in it are
+    missing."""
     if _has(person.value, "keypoints"):
-        person = Node(person.value["keypoints"], person.where)
-    elif isinstance(person.value, dict):
-        named = [{"name": name, **point} if isinstance(point, dict) else point
-                 for name, point in person.value.items()]
-        person = Node(named, person.where)
-    joints, names = {}, []
-    for point in person.objects():
-        told, position = point.value, point.value.get("position")
-        xy = position if isinstance(position, dict) else told
-        names.append(told.get("name", told.get("part")))
-        if (j := joint_of(names[-1])) is not None:
-            row = [xy.get("x"), xy.get("y"), told.get("score", 1)]
-            joints[j] = Node(row, f"{point.where} ({JOINTS[j]})").numbers(3)
-    if len(joints) < len(names):                # BlazePose names 33, all of ours among them
-        person.check_names(joints, names)
-    return np.array([joints.get(j, (0, 0, 0)) for j in range(len(JOINTS))], dtype=np.float64)
+        person = person["keypoints"]
+    if isinstance(person.value, dict):
+        names, points = list(person.value), [person[name] for name in person.value]
+    else:
+        points = person.items()
+        names = [point.get("name", point.get("part")) for point in points]
+    order = order_of(Node(names, person.where))
+    return in_order([_point(point) for point in points], order)
 
 
 # ------------------------------------------------------------------------------------------ formats
@@ -421,15 +387,11 @@ class Format(NamedTuple):
 
 FORMATS = {
     "coco": Format("COCO annotations", "pixels", _coco),
-    "openpose-25": Format("OpenPose BODY_25", None, partial(_openpose, n=25)),
-    "comfyui": Format("ComfyUI POSE_KEYPOINT, 18 joints", None, partial(_openpose, n=18)),
-    "controlnet": Format("ControlNet's OpenPose, 18 joints", None, partial(_openpose, n=18)),
-    "openpose-18": Format("OpenPose COCO-18", None, partial(_openpose, n=18)),
+    "openpose": Format("OpenPose (or ComfyUI, ControlNet)", None, _openpose),
     "mmpose": Format("MMPose predictions", "pixels", _mmpose),
     "tfjs": Format("named points (tfjs MoveNet, PoseNet)", None, _tfjs),
     "mediapipe": Format("MediaPipe landmarks", "images", _mediapipe),
-    "alphapose": Format("AlphaPose", "pixels", _detections),
-    "coco-results": Format("COCO results", "pixels", _detections),
+    "coco-results": Format("COCO results (or AlphaPose)", "pixels", _detections),
     "openpifpaf": Format("openpifpaf", "pixels", _detections),
     "ours": Format("our own [x, y, visible]", "images", _ours),
     "seed": Format("the seed's [row, col]", "pixels", _seed),
@@ -440,34 +402,31 @@ FORMATS = {
 
 def guess_format(data: object) -> str | None:
     """The name in FORMATS of a parsed file, by its content; None if it is none of them."""
-    first, is_list = _first(data), isinstance(data, list)
+    first, shape = _first(data), _shape(data)
+    if isinstance(first, str):                                  # the words of a text file
+        return "yolo" if first[:1].isdigit() else None
+    if not isinstance(first, dict):
+        return ("ours" if shape == (17, 3) else
+                "blazepose" if shape[-2:] in ((33, 3), (33, 4)) else None)
     if _has(data, "annotations"):
         return "coco"
-    if _has(first, "people"):
-        return ("openpose-25" if _has_body(first["people"], 25) else "comfyui" if is_list else
-                "controlnet" if "canvas_width" in first else "openpose-18")
-    if (_has(data, "instance_info") or _has(first, "keypoint_scores")
+    if "people" in first:
+        return "openpose"
+    if ("instance_info" in first or "keypoint_scores" in first
             or _has(first, "frame_id", "instances")):
         return "mmpose"
-    if (_by_joint(first, dict) or _is_point(first)
-            or _has(first, "keypoints") and isinstance(_first(first["keypoints"]), dict)):
+    by_joint = [value for name, value in first.items() if joint_of(name) is not None]
+    if (_are_named([first]) or any(isinstance(value, dict) for value in by_joint)
+            or isinstance(_first(first.get("keypoints")), dict)):
         return "tfjs"
-    if _has(first, "x", "y") or isinstance(first, dict) and any("andmark" in key for key in first):
+    if _has(first, "x", "y") or any("andmark" in key for key in first):
         return "mediapipe"
-    if _has(first, "keypoints") and isinstance(first.get("image_id"), str):
-        return "alphapose"
-    if _has(first, "image_id"):
+    if "image_id" in first:
         return "coco-results"
-    if _has(first, "keypoints"):
+    if "keypoints" in first:
         return "openpifpaf"
-    if _by_joint(data, list, 3) or _are_rows(data, 3) and len(data) == 17:
-        return "ours"
-    if _by_joint(data, list):
-        return "seed"
-    for rows in (data, data[0]) if is_list and data else ():
-        if _are_rows(rows, 3, 4) and len(rows) == 33:
-            return "blazepose"
-    return "yolo" if _are_rows(data, 39, 56, 57, 58) else None
+    widths = [len(value) for value in by_joint if isinstance(value, list)]
+    return None if not widths else "ours" if max(widths) > 2 else "seed"
 
 
 def _first(data: object) -> object:
@@ -477,66 +436,49 @@ def _first(data: object) -> object:
     return data
 
 
+def _shape(data: object) -> tuple[int, ...]:
+    """The lengths of nested lists of numbers, by the first of each; () for anything else."""
+    shape = []
+    while isinstance(data, list) and data:
+        shape.append(len(data))
+        data = data[0]
+    return tuple(shape) if isinstance(data, int | float) else ()
+
+
 def _has(value: object, *keys: str) -> bool:
     return isinstance(value, dict) and all(key in value for key in keys)
 
 
-def _is_point(value: object) -> bool:
-    return _has(value, "name") or _has(value, "part")
-
-
-def _are_points(value: object) -> bool:
-    return isinstance(value, list) and len(value) > 0 and _is_point(value[0])
-
-
-def _are_numbers(value: object) -> bool:
-    return (isinstance(value, list) and len(value) > 0
-            and all(isinstance(v, int | float) for v in value))
-
-
-def _are_rows(data: object, *widths: int) -> bool:
-    """A list of rows of numbers? The first row that is not empty decides."""
-    row = next((row for row in data if row != []), None) if isinstance(data, list) else None
-    return _are_numbers(row) and len(row) in widths
-
-
-def _by_joint(data: object, kind: type, n: int = 0) -> bool:
-    """An object of joints and values of this kind, some of them with n members or more?"""
-    return isinstance(data, dict) and any(
-        isinstance(value, kind) and len(value) >= n and joint_of(name) is not None
-        for name, value in data.items())
-
-
-def _has_body(people: object, n: int) -> bool:
-    """Does one of OpenPose's people have a body of n joints?"""
-    bodies = [body for person in (people if isinstance(people, list) else [])
-              if isinstance(person, dict)
-              for body in (person.get("pose_keypoints_2d"), person.get("pose_keypoints"))]
-    return any(isinstance(body, list) and len(body) == 3 * n for body in bodies)
+def _are_named(points: object) -> bool:
+    return (isinstance(points, list) and len(points) > 0
+            and (_has(points[0], "name") or _has(points[0], "part")))
 
 
 # ----------------------------------------------------------------------------- from people to poses
 
-def _visible(person: Person, min_confidence: float) -> np.ndarray:
-    """[17] bool, by confidence alone: a missing joint may be (0, 0), (0, -3) or any filler."""
-    return (person.joints[:, 2] > 0) & (person.joints[:, 2] >= min_confidence)
+def _known(person: Person, min_confidence: float = MIN_CONFIDENCE) -> Person:
+    """The person with joints (x, y, visible), a missing one (0, 0, 0).
+
+    Confidence alone decides: a missing joint may be (0, 0), (0, -3) or any filler.
+    """
+    xy, c = person.joints[:, :2], person.joints[:, 2:]
+    visible = (c > 0) & (c >= min_confidence)
+    return person._replace(joints=np.hstack([np.where(visible, xy, 0), visible]))
 
 
-def _place(person: Person, pixels: bool, canvas: tuple[float, float] | None = None,
-           min_confidence: float = MIN_CONFIDENCE) -> np.ndarray:
-    """The pose [17, 3] of a person in 0..1; missing joints are (0, 0, 0)."""
-    size = person.size or canvas
-    if pixels and size is None:
-        raise person.node.refusal("is in pixels, and the file does not give the image size; give "
-                                  "it, for example --canvas 768x512")
-    visible = _visible(person, min_confidence)
-    xy = np.where(visible[:, None], person.joints[:, :2], 0.0) / (size if pixels else 1.0)
-    if (far := np.abs(xy).max(axis=1) > FAR).any():
-        j, (w, h) = int(far.argmax()), size if pixels else (1, 1)
+def _place(person: Person, pixels: bool, canvas: tuple[float, float] | None = None) -> np.ndarray:
+    """The pose [17, 3] of a person of `_known` in 0..1."""
+    size = (person.size or canvas) if pixels else (1, 1)
+    if size is None:
+        raise person.node.refusal("is in pixels, but its image has no width and height in the "
+                                  "file; give them, for example --canvas 768x512")
+    pose = person.joints / (*size, 1)
+    if (far := np.abs(pose).max(axis=1) > FAR).any():
+        j, (w, h) = int(far.argmax()), size
         x, y, _ = person.joints[j]
         raise person.node.refusal(f"has {JOINTS[j]} at ({x:g}, {y:g}), far outside an image of "
                                   f"{w:g} x {h:g}; check the unit and the image size")
-    return np.column_stack([xy, visible])
+    return pose
 
 
 def largest(poses: list[np.ndarray]) -> np.ndarray | None:
@@ -545,7 +487,7 @@ def largest(poses: list[np.ndarray]) -> np.ndarray | None:
     def box_and_joints(pose: np.ndarray) -> tuple[float, int]:
         seen = pose[pose[:, 2] > 0, :2]
         return float(np.prod(np.ptp(seen, axis=0))), len(seen)
-    return max((pose for pose in poses if (pose[:, 2] > 0).any()), key=box_and_joints, default=None)
+    return max((pose for pose in poses if pose[:, 2].any()), key=box_and_joints, default=None)
 
 
 def load_poses(
@@ -561,22 +503,21 @@ def load_poses(
     sentence with file and place, for a file that cannot be used.
     """
     data = read_content(path)
-    if data == []:                              # what detectors write for an image without people
+    if _first(data) is None:                    # what detectors write for an image without people
         raise NobodyFound(f"{path}: nobody was found in this image, the file is empty")
     format = format or guess_format(data)
     if format not in FORMATS:
         raise PoseError(f"{path} is not a known pose file; known formats are {', '.join(FORMATS)}")
     kind = FORMATS[format]
-    people = list(kind.read(Node(data, f"{path}: ")))
+    people = [_known(p, min_confidence) for p in kind.read(Node(data, f"{path}: "))]
 
     # Where a format allows two units, the largest number in the file decides, as in the tools.
-    reach = max((np.abs(p.joints[_visible(p, min_confidence), :2]).max(initial=0) for p in people),
-                default=0)
+    reach = max((np.abs(p.joints[:, :2]).max() for p in people), default=0)
     pixels = kind.unit == "pixels" or kind.unit is None and reach > PIXELS_ABOVE
-    images: dict[int | str, list[np.ndarray]] = {}
+    images: dict[str | float, list[np.ndarray]] = {}
     for p in people:
-        if _visible(p, min_confidence).any():
-            images.setdefault(p.picture, []).append(_place(p, pixels, canvas, min_confidence))
+        if p.joints[:, 2].any():
+            images.setdefault(p.picture, []).append(_place(p, pixels, canvas))
     most = max(map(len, images.values()), default=0)
     if not most:
         raise NobodyFound(f"{path}: {kind.about}, but nobody with a joint of confidence "
@@ -597,7 +538,7 @@ def load_poses(
                  frames=[_called(name) for name in sizes], format=format, taken_for=taken_for)
 
 
-def _called(name: str | int) -> str:
+def _called(name: str | float) -> str:
     """The name of an image in messages: the end of a path, where the file name is."""
     return "".join(c if c.isprintable() else "?" for c in str(name)[-60:])
 
@@ -609,7 +550,7 @@ def read_seed(path: str | Path) -> np.ndarray:
     become 176, and dividing by 512 is exact. (Datasets hold float32, so in training such a joint
     may fall into the next cell.)
     """
-    (person,) = _seed(Node(read_json(path), f"{path}: "))
+    (person,) = _seed(Node(read_content(path), f"{path}: "))
     return _place(person, pixels=True)
 
 
@@ -620,15 +561,13 @@ def read_coco(path: str | Path, content: object = None
 
     Crowd regions and people without a labelled joint are left out, so a list may be empty.
     """
-    file = Node(content or read_json(path, limit=None), f"{path}: ")    # COCO's own has 238 MB
-    poses: dict[str, list] = {image.value["file_name"]: [] for image in _coco_images(file)}
+    file = Node(content or read_content(path), f"{path}: ")
+    poses: dict[str, list] = {image.get("file_name"): [] for image in _coco_images(file).values()}
     refused: dict[str, str] = {}
-    for annotation, image, orders in _coco_people(file):
-        name = image.value["file_name"]
+    for annotation, image, *joints in _coco_people(file):
+        name = image.get("file_name")
         try:
-            if image.size() is None:
-                raise image.refusal("has no width and height; a dataset needs them")
-            pose = _place(_coco_person(annotation, image, orders), pixels=True)
+            pose = _place(_known(_coco_person(annotation, image, *joints)), pixels=True)
         except PoseError as error:
             refused.setdefault(name, str(error))
             continue

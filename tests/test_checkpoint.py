@@ -269,8 +269,6 @@ def test_raw_weights_of_our_own_files(tmp_path, ckpt):
         assert torch.equal(ldm.unet.state_dict()["out.2.bias"], wanted["out.2.bias"])
     with pytest.raises(ValueError, match=r"best.pt holds the EMA weights only; .*last.pt"):
         checkpoint.load(tmp_path / "best.pt", "ldm", ema=False)
-    with pytest.raises(ValueError, match="danbooru, but .*best.pt was trained with preset toy"):
-        checkpoint.load(tmp_path / "best.pt", "ldm", preset="danbooru")
 
 
 def test_a_slim_file_is_the_same_model_in_half_precision(tmp_path, ckpt, capsys):
@@ -291,7 +289,9 @@ def test_a_slim_file_is_the_same_model_in_half_precision(tmp_path, ckpt, capsys)
         assert b.dtype == torch.float32 and (a - b).abs().max() <= a.abs().max() / 1024, name
     with pytest.raises(ValueError, match="vq.quant_conv.bias holds numbers beyond 65504"):
         checkpoint.slim(big | {"vq": big["vq"] | {"quant_conv.bias": torch.full((3,), 1e5)}})
-    for argv, words in (([str(ckpt), "x.pt"], "preset"), ([str(was), str(was)], "another file"),
+    assert checkpoint.main([str(ckpt), str(now), "--preset", "tiny"]) == 0      # a published file
+    assert checkpoint.load_ldm(now)[0].spacing == "uniform"
+    for argv, words in (([str(ckpt), "x.pt"], "--preset"), ([str(was), str(was)], "another file"),
                         ([str(tmp_path / "none.pt"), "x.pt"], "there is no checkpoint")):
         assert checkpoint.main(argv) == 2 and words in capsys.readouterr().err
 
@@ -309,7 +309,7 @@ def test_a_hash_is_what_it_always_was():
     assert checkpoint.hash_of(state) == "a5b67ea0308d9af3"
 
 
-@pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99", "no device"])
+@pytest.mark.parametrize("name", ["tpu", "cuda:99"])
 def test_a_device_that_is_not_there_is_one_sentence(name):
     assert checkpoint.find_device("cpu") == "cpu"
     with pytest.raises(ValueError, match=f"--device is .*{name}.*use"):
@@ -340,24 +340,24 @@ def test_a_damaged_or_hostile_file_of_ours_is_one_sentence(tmp_path, where, valu
 
 def test_presets_that_do_not_fit_name_those_that_do(ckpt, monkeypatch):
     monkeypatch.setitem(PUBLISHED, "odd", Published(size=32, num_heads=5, cond=SEED))
-    for preset, problem in ((None, "a preset is needed"), ("toy", "toy does not fit"),
-                            ("odd", "odd does not fit")):
+    for preset in (None, "toy", "odd"):
         said = refusal(ckpt, preset=preset)
-        assert f"{problem}: give --preset danbooru or tiny" in said
+        assert f"--preset is {preset}; " in said and said.endswith(": danbooru, tiny")
     for name in ("danbooru", "tiny"):
         monkeypatch.delitem(PUBLISHED, name)
-    assert "none of odd fits" in refusal(ckpt, preset="odd")
+    assert refusal(ckpt, preset="odd").endswith(": none")
 
 
 TO_K = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 
 
 @pytest.mark.parametrize("removed, added, words", [
-    ("first_stage_model.quantize.", {}, "KL autoencoder"),
-    (None, {"first_stage_model.quantize.embed.weight": torch.zeros(4, 3)}, "Gumbel"),
+    ("first_stage_model.quantize.", {}, "no codebook"),
+    (None, {"first_stage_model.quantize.embed.weight": torch.zeros(4, 3)},
+     "quantize.embed.weight: file (4, 3), model lacks"),
     (None, {"cond_stage_model.transformer.weight": torch.zeros(3)}, "learned condition"),
     (None, {TO_K: torch.zeros(64, 77)}, "width 77"),
-    ("first_stage_model.", {}, "no autoencoder"),
+    ("first_stage_model.", {}, "no codebook"),
     (None, {"betas": torch.linspace(0.0015, 0.0195, 1000)}, "linear in sqrt"),
     ("betas", {}, "betas is missing"),
     (None, {"scale_factor": torch.tensor(float("nan"))}, "std that are not finite"),
@@ -394,8 +394,8 @@ def foreign_classes():
                  "omegaconf.dictconfig"):
         made[name] = sys.modules[name] = types.ModuleType(name)
 
-    def define(module: str, name: str) -> type:
-        cls = type(name, (), {"__module__": module})
+    def define(module: str, name: str, *bases: type) -> type:
+        cls = type(name, bases, {"__module__": module})
         setattr(made[module], name, cls)
         return cls
     yield define
@@ -407,17 +407,21 @@ def forget_foreign_classes() -> None:
         del sys.modules[name]
 
 
-def test_foreign_objects_are_passed_over(tmp_path, networks, golden, foreign_classes):
+@pytest.mark.parametrize("protocol", [2, 4, pickle.HIGHEST_PROTOCOL])
+def test_foreign_objects_are_passed_over(tmp_path, networks, golden, foreign_classes, protocol):
     callback = foreign_classes("pytorch_lightning.callbacks", "ModelCheckpoint")
     thing = foreign_classes("omegaconf.dictconfig", "DictConfig")()
     thing.content = {"a": [1, 2], "path": Path("x"), "itself": thing}
+    mapping = foreign_classes("omegaconf.dictconfig", "Mapping", dict)(a=1, b=thing)
+    sequence = foreign_classes("omegaconf.dictconfig", "Sequence", list)([1, mapping])
     state = collections.OrderedDict(full(networks))
     state._metadata = {"": {"version": 1}}
     state["betas"] = torch.nn.Parameter(state["betas"], requires_grad=False)
     others = [np.arange(3), np.float64(1), {1, 2}, torch.float32, torch.Size([1]), int, str, dict,
-              collections.defaultdict(dict), frozenset([1]), collections.Counter("ab")]
+              collections.defaultdict(dict, {1: {2: 3}}), frozenset([1]),
+              collections.Counter("ab"), mapping, sequence]
     torch.save(lightning(state, callbacks={callback: {"best": thing}}, hyper_parameters=thing,
-                         others=others), tmp_path / "m.ckpt")
+                         others=others), tmp_path / "m.ckpt", pickle_protocol=protocol)
     forget_foreign_classes()
     with pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "m.ckpt", weights_only=True)
@@ -471,7 +475,7 @@ def test_nothing_in_a_file_is_run(tmp_path, foreign_classes, kind, where):
         else:
             rewritten(path, {"data.pkl": pickle.dumps(found, protocol)})
         said = refusal(path)
-        assert "the file references" in said or where == "legacy" or protocol != 2
+        assert "the file references" in said or where == "legacy"
         assert not owned.exists()
         if kind != "attrgetter":
             torch.load(path, weights_only=False)        # the file does hold a call that works
@@ -480,13 +484,13 @@ def test_nothing_in_a_file_is_run(tmp_path, foreign_classes, kind, where):
 
 
 @pytest.mark.parametrize("pickled, words", [
-    (b"\x80\x02ctorch\nos.system\nX\x04\x00\x00\x00true\x85R.", "torch.os.system"),
+    (b"\x80\x02ctorch\nos.system\nX\x04\x00\x00\x00true\x85R.", "no state dict"),
     (b"\x80\x02c__builtin__\nset.__or__\n.", "set.__or__"),
     (b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.", "posix.system"),
-    (b"\x80\x02(cos\nsystem\nX\x04\x00\x00\x00trueo.", "cannot be read"),      # OBJ
-    (b"\x80\x02(X\x04\x00\x00\x00trueios\nsystem\n.", "cannot be read"),      # INST
-    (b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.", "cannot be read"),
-    (b"\x80\x02\x8a\x01\x01r\xff\xff\xff\x7f.", "no state dict"),       # place 2^31 of the memo
+    (b"\x80\x02(cos\nsystem\nX\x04\x00\x00\x00trueo.", "os.system"),           # OBJ
+    (b"\x80\x02(X\x04\x00\x00\x00trueios\nsystem\n.", "os.system"),           # INST
+    (b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x04true\x85R.", "posix.system"),
+    (b"\x80\x02\x8a\x01\x01r\xff\xff\xff\x7f.", "in the memo"),         # place 2^31 of the memo
     (b"\x80\x02X\xff\xff\xff\x7fa.", "cannot be read"),                     # a string of 2 GB
     (b"\x80\x02X\x01\x00\x00\x00xQ.", "cannot be read"),                    # an unknown reference
     (b"\x80\x02\x82\x01.", "cannot be read"),                               # the copyreg registry
@@ -532,12 +536,6 @@ def test_records_that_overlap_are_refused(tmp_path):
     assert "records are compressed or overlap" in refusal(path)
 
 
-def test_another_byte_order_is_read(tmp_path):
-    numbers = np.arange(10 ** 5, dtype=">f4").tobytes()
-    path = rewritten(tmp_path / "m.pt", {"byteorder": b"big", "data/0": numbers})
-    assert torch.equal(checkpoint.read(path)["x"], torch.arange(10.0 ** 5))
-
-
 def test_a_program_is_refused(tmp_path):
     """As torch.jit saves it, with compressed records, and with plain ones."""
     program, plain = tmp_path / "program.pt", tmp_path / "plain.pt"
@@ -545,17 +543,16 @@ def test_a_program_is_refused(tmp_path):
     with zipfile.ZipFile(program) as source, zipfile.ZipFile(plain, "w") as archive:
         for name in source.namelist():
             archive.writestr(name, source.read(name))
-    assert "records are compressed" in refusal(program) and "cannot be read" in refusal(plain)
+    assert all("cannot be read" in refusal(path) for path in (program, plain))
 
 
-@pytest.mark.parametrize("foreign", [True, False])
-def test_truncated_files_are_one_sentence(tmp_path, networks, foreign_classes, foreign):
+def test_truncated_files_are_one_sentence(tmp_path, networks, foreign_classes):
     thing = foreign_classes("omegaconf.dictconfig", "DictConfig")()
-    torch.save(lightning(full(networks), x=thing if foreign else None), tmp_path / "whole.ckpt")
+    torch.save(lightning(full(networks), x=thing), tmp_path / "whole.ckpt")
     forget_foreign_classes()
     whole = (tmp_path / "whole.ckpt").read_bytes()
     bad = tmp_path / "m.ckpt"
-    for share in (0, 1e-5, 0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.99999):
+    for share in (0, 1e-5, 0.01, 0.5, 0.99, 0.99999):
         bad.write_bytes(whole[:int(share * len(whole))])
         assert "cut short" in refusal(bad)
     bad.write_bytes(whole[:-10 ** 5] + b"x" + whole[-10 ** 5 + 1:])

@@ -95,7 +95,7 @@ LOW = (99, 99, 0.1)
 SCORES = {"keypoint_scores": [v[2] for v in points(COCO, LOW)]}
 XYS = [v[:2] for v in points(COCO, LOW)]
 SCORED = named(COCO, "name", "x", "y", "score", missing=LOW)
-NAMES = {str(i): name for i, name in enumerate(COCO)}
+NAMES = {str(i): name for i, name in enumerate(["neck", *COCO[::-1]])}
 # case -> (the format it must be taken for, the file's content)
 FILES = {
     "seed": ("seed", {name: [y * 512 / H, x * 512 / W] for name, (x, y) in XY.items()}),
@@ -105,7 +105,7 @@ FILES = {
     "COCO annotations in another order": ("coco", coco(["neck", *COCO[::-1]])),
     "COCO results, filler": ("coco-results", [
         {"image_id": 785, "keypoints": flat(COCO, (20.2, 191, 0)), "score": .9}]),
-    "AlphaPose": ("alphapose", [
+    "AlphaPose": ("coco-results", [
         {"image_id": "1.jpg", "keypoints": flat(COCO, (99, 99, 0.04), 1.07), "score": 3.0}]),
     "openpifpaf": ("openpifpaf", [
         {"keypoints": flat(COCO, (0, -3, 0)), "bbox": [1, 2, 3, 4], "score": .8}]),
@@ -113,17 +113,14 @@ FILES = {
     "YOLO, score and track": ("yolo", "\n" + yolo(0.93, 4)),
     "YOLO without visibility": ("yolo", " ".join(map(str, [0, .5, .5, .4, .8, *(
         n for x, y, _ in points(COCO, scale=(W, H)) for n in (x, y))]))),
-    "OpenPose BODY_25": ("openpose-25", {"version": 1.3} | openpose(OPENPOSE_25)),
-    "OpenPose COCO-18": ("openpose-18", {"version": 1.1} | openpose(OPENPOSE_18)),
-    "OpenPose v1.0": ("openpose-18", {"version": 1.0} | openpose(OPENPOSE_18, "pose_keypoints")),
-    "ComfyUI": ("comfyui", [openpose(OPENPOSE_18, c=1) | CANVAS]),
-    "ControlNet": ("controlnet", openpose(OPENPOSE_18, c=1, scale=(W, H)) | CANVAS),
+    "OpenPose BODY_25": ("openpose", {"version": 1.3} | openpose(OPENPOSE_25)),
+    "OpenPose COCO-18": ("openpose", {"version": 1.1} | openpose(OPENPOSE_18)),
+    "OpenPose v1.0": ("openpose", {"version": 1.0} | openpose(OPENPOSE_18, "pose_keypoints")),
+    "ComfyUI": ("openpose", [openpose(OPENPOSE_18, c=1) | CANVAS]),
+    "ControlNet": ("openpose", openpose(OPENPOSE_18, c=1, scale=(W, H)) | CANVAS),
     "MMPose": ("mmpose", [{"keypoints": XYS, "bbox": [[0, 0, 9, 9]], "bbox_score": 1.0} | SCORES]),
-    "MMPose with meta_info": ("mmpose", {
-        "meta_info": {"keypoint_id2name": NAMES},
-        "instance_info": [{"frame_id": 1, "instances": [{"keypoints": XYS} | SCORES]}]}),
-    "MMPose, names in a list and another order": ("mmpose", {
-        "meta_info": {"keypoint_id2name": ["neck", *COCO[::-1]]}, "instance_info": [
+    "MMPose, names in another order": ("mmpose", {
+        "meta_info": {"keypoint_id2name": NAMES}, "instance_info": [
             {"frame_id": 1, "instances": [{
                 "keypoints": [[0, 0], *XYS[::-1]],
                 "keypoint_scores": [1, *SCORES["keypoint_scores"][::-1]]}]}]}),
@@ -146,6 +143,7 @@ FILES = {
         for name, (x, y, c) in zip(COCO, points(COCO, LOW), strict=True)]}),
 }
 UNMARKED = ("seed", "BlazePose rows")                           # they cannot mark a missing joint
+SIZED = ("seed", "COCO annotations", "COCO annotations in another order", "ComfyUI", "ControlNet")
 
 
 def write(path, content) -> str:
@@ -162,9 +160,6 @@ def refusal(path, content, **how) -> str:
     return str(e.value)
 
 
-TRUTH = np.array([(x / W, y / H, 1.0) for x, y in XY.values()])
-
-
 # --------------------------------------------------------------------------- every tool, one person
 
 def test_every_format_has_a_file():
@@ -173,40 +168,28 @@ def test_every_format_has_a_file():
 
 @pytest.mark.parametrize("case", FILES)
 def test_the_same_person_comes_out_of_every_tools_file(tmp_path, case):
+    """The orders of joints are those that the tools' documentation prints."""
     format, content = FILES[case]
     file = write(tmp_path / "misleading_name.dat", content)
     found = pose_files.load_poses(file, canvas=(W, H))
     (pose,) = found.poses
-    truth = TRUTH.copy()
+    truth = np.array([(x / W, y / H, 1.0) for x, y in XY.values()])
     if case not in UNMARKED:
         truth[JOINTS.index(MISSING)] = 0
     np.testing.assert_allclose(pose, truth, atol=1e-7)
-    assert found.taken_for.startswith(FORMATS[format].about) and "1 person" in found.taken_for
+    assert found.format == format and found.taken_for.startswith(FORMATS[format].about)
+    assert "1 person" in found.taken_for
     assert found.sizes == [(512, 512) if case == "seed" else (W, H)]
-
-
-@pytest.mark.parametrize("case", FILES)
-def test_a_file_that_needs_a_canvas_says_so(tmp_path, case):
-    format, content = FILES[case]
-    normalised = FORMATS[format].unit == "images" or case == "ControlNet"
-    if normalised or case in ("seed", "ComfyUI") or format == "coco":
-        pose_files.load_poses(write(tmp_path / "p.json", content))
+    if case in SIZED or FORMATS[format].unit == "images":
+        pose_files.load_poses(file)
     else:
         assert "--canvas" in refusal(tmp_path, content)
 
 
-def test_left_is_the_persons_own_and_y_points_down():
-    """Two joints by hand, out of the orders as they are printed in the tools' documentation."""
-    for order, n in ((OPENPOSE_18, 18), (OPENPOSE_25, 25), (MEDIAPIPE, 33), (COCO, 17)):
-        assert ours(order[pose_files.ORDERS[n][JOINTS.index("wrist_left")]]) == "wrist_left"
-        assert [ours(order[i]) for i in pose_files.ORDERS[n]] == list(JOINTS)
-
-
 def test_format_overrides_the_guess(tmp_path):
     file = write(tmp_path / "p.json", FILES["openpifpaf"][1])
-    found = pose_files.load_poses(file, format="coco-results", canvas=(W, H))
-    assert found.taken_for.startswith("COCO results")
-    assert "annotations" in refusal(tmp_path, FILES["openpifpaf"][1], format="coco")
+    assert pose_files.load_poses(file, "coco-results", canvas=(W, H)).format == "coco-results"
+    assert "an object is needed" in refusal(tmp_path, FILES["openpifpaf"][1], format="coco")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
@@ -218,7 +201,7 @@ def test_encodings_of_a_windows_shell(tmp_path, encoding):
         assert len(pose_files.load_poses(tmp_path / "p.txt").poses) == 1
 
 
-# ---------------------------------------------------------------------------------- the eight traps
+# ---------------------------------------------------------------------------------- the traps
 
 def test_trap_1_one_schema_two_units(tmp_path):
     """Pixels or 0..1 under the same keys; a joint just outside does not make 0..1 into pixels."""
@@ -231,21 +214,16 @@ def test_trap_1_one_schema_two_units(tmp_path):
     assert "in pixels" in pixels.taken_for and "in 0..1" in normalised.taken_for
 
 
-def test_trap_2_seventeen_joints_need_not_be_cocos(tmp_path):
-    depth = {"keypoints": [[1, 2, 3]] * 17, "keypoint_scores": [1] * 17}
-    names = {str(i): name for i, name in enumerate(H36M)}
-    for content, *words in (
-            (coco(POSETRACK), "eye_left", "head_top"),
-            ([dict.fromkeys(POSETRACK, {"x": 1, "y": 2})], "head_top"),
-            ({"meta_info": {"keypoint_id2name": names}, "instance_info": [
-                {"frame_id": 1, "instances": [depth]}]}, "nose", "meta_info.keypoint_id2name"),
-            ({"meta_info": {"keypoint_id2name": H36M}, "instance_info": [
-                {"instances": [{"keypoints": XYS} | SCORES]}]}, "no nose, eye_left"),
-            ([{"keypoints": [[1, 2]] * 5, "keypoint_scores": [1] * 5}], "5 joints"),
-            ([depth], "3-D", "[0].keypoints"),
-            ({"people": [{"pose_keypoints_3d": [1.0] * 72}]}, "3-D")):
-        said = refusal(tmp_path, content)
-        assert all(word in said for word in words), said
+@pytest.mark.parametrize("content, words", [
+    (coco(POSETRACK), ["eye_left", "head_top"]),
+    ([dict.fromkeys(POSETRACK, {"x": 1, "y": 2})], ["head_top"]),
+    ({"meta_info": {"keypoint_id2name": H36M}, "instance_info": []}, ["nose", "keypoint_id2name"]),
+    ([{"keypoints": [[1, 2]] * 5, "keypoint_scores": [1] * 5}], ["5 joints"]),
+    ([{"keypoints": [[1, 2, 3]] * 17, "keypoint_scores": [1] * 17}], ["3-D", "[0].keypoints"]),
+    ({"people": [{"pose_keypoints_3d": [1.0] * 72}]}, ["3-D"])], ids=str)
+def test_trap_2_seventeen_joints_need_not_be_cocos(tmp_path, content, words):
+    sentence = refusal(tmp_path, content)
+    assert all(word in sentence for word in words), sentence
 
 
 def test_trap_3_confidence_decides_what_is_missing(tmp_path):
@@ -261,12 +239,6 @@ def test_trap_3_confidence_decides_what_is_missing(tmp_path):
     coco_file = write(tmp_path / "c.json", coco(keypoints=[5, 5, 1] * 16 + [0, 0, 0]))
     hidden = pose_files.load_poses(coco_file, min_confidence=0).poses[0]    # 1: labelled, hidden
     assert hidden[:, 2].tolist() == [1] * 16 + [0]
-
-
-def test_trap_4_mmpose_nests_its_box(tmp_path):
-    for box in ([[0.0, 0.0, 4320.0, 2430.0]], [0.0, 0.0, 4320.0, 2430.0], None):
-        file = write(tmp_path / "p.json", [{"keypoints": XYS, "bbox": box} | SCORES])
-        assert "MMPose" in pose_files.load_poses(file, canvas=(W, H)).taken_for
 
 
 def test_trap_5_coco_has_crowds_empty_persons_and_boxes(tmp_path):
@@ -285,7 +257,7 @@ def test_trap_5_coco_has_crowds_empty_persons_and_boxes(tmp_path):
     assert "no keypoints" in refusal(tmp_path, boxes) and "[0]" in refusal(tmp_path, boxes)
 
 
-def test_trap_6_nobody_somebody_several(tmp_path):
+def test_trap_4_nobody_somebody_several(tmp_path):
     big, small = openpose(OPENPOSE_18)["people"], openpose(OPENPOSE_18)["people"]
     small[0]["pose_keypoints_2d"] = [v if i % 3 == 2 else v / 4
                                      for i, v in enumerate(small[0]["pose_keypoints_2d"])]
@@ -301,7 +273,7 @@ def test_trap_6_nobody_somebody_several(tmp_path):
         assert "nobody" in refusal(tmp_path, empty)
 
 
-def test_trap_7_landmarks_in_metres_or_only_the_visible_ones(tmp_path):
+def test_trap_6_landmarks_in_metres_or_only_the_visible_ones(tmp_path):
     hips = [(p["x"], p["y"]) for name, p in zip(MEDIAPIPE, mediapipe(), strict=True)
             if name.endswith("_hip")]
     x0, y0 = np.mean(hips, axis=0).tolist()
@@ -314,7 +286,7 @@ def test_trap_7_landmarks_in_metres_or_only_the_visible_ones(tmp_path):
     assert f"{len(visible)} landmarks; all 33" in refusal(tmp_path, visible)
 
 
-def test_trap_8_the_seeds_row_is_x_for_its_condition_and_y_for_the_drawing(tmp_path):
+def test_trap_7_the_seeds_row_is_x_for_its_condition_and_y_for_the_drawing(tmp_path):
     """Row 100, column 400: drawn at x = 400 of 512; the token is row + col * 32 in cells of 16."""
     file = write(tmp_path / "p.json", {name: [100.0, 400.0] for name in JOINTS})
     (pose,) = pose_files.load_poses(file).poses
@@ -359,9 +331,9 @@ SEED = dict.fromkeys(JOINTS, [1, 2])
 
 
 @pytest.mark.parametrize("content, words", [
-    ("", ["nobody was found"]), ("[]", ["nobody was found"]), ("hello\nworld", ["line 1", "hello"]),
-    ("0 1 2\n", ["not a known pose file"]), (yolo() + yolo() + "0 0.5\n", ["line 3", "2 values"]),
-    ("[" * 5000, ["valid JSON"]), ("{not json", ["valid JSON"]), ("\x00\x01", ["line 1"]),
+    ("", ["nobody was found"]), ("[]", ["nobody was found"]), ("hello\n", ["not a known pose file"]),
+    ("0 1 2\n", ["line 1", "3 values"]), (yolo() + yolo() + "0 x\n", ["line 3", "2 values"]),
+    ("[" * 5000, ["valid JSON"]), ("{not json", ["valid JSON"]),
     (openpose(OPENPOSE_18) | {"canvas_width": 0, "canvas_height": 5}, ["width 0"]),
     (openpose(OPENPOSE_18) | {"canvas_width": 1e308, "canvas_height": 5}, ["width 1e+308"]),
     ({"people": [{"pose_keypoints_2d": [1.0] * 53}]}, ["people[0].pose_keypoints_2d", "53", "54"]),
@@ -370,17 +342,15 @@ SEED = dict.fromkeys(JOINTS, [1, 2])
     ({"instance_info": [{"instances": 3}]}, ["instance_info[0].instances", "a list"]),
     ({"nose": [1, 2]}, ["eye_left"]), (SEED | {"nose": [1, "a"]}, ["nose is [1, 'a']"]),
     (SEED | {"nose": [1, 10 ** 400]}, ["nose"]), (SEED | {"nose": [1, 2, 1]}, ["3 numbers"]),
-])
+], ids=lambda value: str(value)[:40])
 def test_a_refusal_names_the_place(tmp_path, content, words):
     sentence = refusal(tmp_path, content, canvas=(W, H))
     assert all(word in sentence for word in words), sentence
 
 
-def test_what_is_no_file_or_too_large_is_refused(tmp_path):
-    (tmp_path / "large.json").write_bytes(b" " * (pose_files.MAX_BYTES + 1))
+def test_what_is_no_text_file_is_refused(tmp_path):
     (tmp_path / "image.json").write_bytes(b"\x89PNG\r\n\xff\xff")
-    for path, word in ((tmp_path, "is a folder"), (tmp_path / "none.json", "there is no pose file"),
-                       (tmp_path / "large.json", "at most 32"), ("/dev/zero", "there is no"),
+    for path, word in ((tmp_path, "cannot be read"), (tmp_path / "none.json", "No such file"),
                        (tmp_path / "image.json", "is not a text file")):
         with pytest.raises(PoseError, match=word):
             pose_files.load_poses(path)
@@ -431,7 +401,7 @@ def damaged(rng: random.Random) -> bytes:
 
 def test_damaged_files_give_poses_or_a_sentence(tmp_path):
     rng, file, refused = random.Random(2), tmp_path / "damaged.json", 0
-    for _ in range(5_000):
+    for _ in range(2_500):
         file.write_bytes(damaged(rng))
         how = {"format": rng.choice(list(FORMATS)) if rng.random() < 0.2 else None,
                "canvas": rng.choice([None, *[(W, H)] * 4]),
@@ -448,4 +418,4 @@ def test_damaged_files_give_poses_or_a_sentence(tmp_path):
             assert set(pose[:, 2]) <= {0, 1} and pose[:, 2].any()
             assert (pose[pose[:, 2] == 0] == 0).all()
             assert np.isfinite(K.fit(pose, size or (1, 1), "crop")).all()
-    assert 1_000 < refused < 4_750
+    assert 500 < refused < 2_375
