@@ -185,12 +185,12 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(tmp_path, monkeyp
     same(*(checkpoint.load(tmp_path / run / "last.pt", "vq") for run in ("whole", "cut")))
 
 
-def test_stage_two_does_not_resume_in_another_latent_space(tmp_path, capsys):
-    vq = command("vq", tmp_path / "vq", "--steps", "2")
-    ldm = command("ldm", tmp_path / "ldm", "--steps", "2", "--vq", str(tmp_path / "vq/last.pt"))
-    assert train.main(vq) == train.main(ldm) == train.main([*vq, "--seed", "5", "--fresh"]) == 0
+def test_stage_two_does_not_resume_in_another_latent_space(trained, tmp_path, capsys):
+    vq = command("vq", tmp_path / "vq", "--steps", "1", "--seed", "5")
+    assert train.main(vq) == 0
     capsys.readouterr()
-    assert train.main(ldm) == 2 and "another autoencoder than" in capsys.readouterr().err
+    ldm = command("ldm", trained / "ldm", "--steps", "4", "--vq", str(tmp_path / "vq/last.pt"))
+    one_sentence(capsys, train.main(ldm), "another autoencoder than")
 
 
 def test_fresh_deletes_nothing_before_the_run_begins(trained, tmp_path):
@@ -531,13 +531,13 @@ def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_p
     (["--preset", "base"], ["--lpips-weights", "--download-lpips", "--perceptual off"]),
     (["--disc-start", "5"], ["--disc-start is 5", "--disc-weight 0.75"]),
     (["--lpips-weights", "x.pth"], ["LPIPS", "--perceptual 1"]),
-    (["--disc-weight", "1", "--disc-start", "-5"], ["'-5'"]),
     (["--perceptual", "none"], ["'none'", "a number of at least 0"]),
     (["--vq", "a.pt"], ["--vq belongs to stage 2"]),
     (["--stage", "ldm", "--disc-weight", "1"], ["--disc-weight belongs to stage 1"]),
     (["--minutes", "1"], ["--steps and --minutes"]), (["--data", "nowhere"], ["nowhere"]),
     (["--data", "figures:many"], ["figures:many"]), (["--lr", "nan"], ["--lr", "nan"]),
     (["--val", "somewhere"], ["--val", "somewhere"]), (["--amp", "fp16"], ["fp16", "bf16"]),
+    (["--out", f"{__file__}/run"], ["test_train.py/run", "--out"]),
     pytest.param(["--device", "cuda"], ["cuda", "0 CUDA GPUs"],
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
@@ -617,11 +617,6 @@ def test_stage_two_takes_a_stage_one_that_fits_or_names_what_would(trained, tmp_
     c = train.make_config(train.parse_args(flags("d", another, preset="f8")))
     with pytest.raises(ValueError, match="toy or small or base or danbooru"):       # size unknown
         train.check_latents(c, VQConfig(), None)
-
-
-def test_an_unwritable_folder_is_one_sentence(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    one_sentence(capsys, train.main(command("vq", tmp_path / "file/run")), "file/run", "--out")
 
 
 def test_images_that_cannot_be_used(tmp_path, capsys):
