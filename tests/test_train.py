@@ -68,13 +68,13 @@ def micro(monkeypatch):
 
 
 def command(stage: str, out: Path, *flags: str, preset: str = "micro") -> list[str]:
-    """Evaluates twice unless `flags` say otherwise. Stage 1 ignores --vq."""
+    """Evaluates six times unless `flags` say otherwise. Stage 1 ignores --vq."""
     if stage == "vq" and "--vq" in flags:
         at = flags.index("--vq")
         flags = flags[:at] + flags[at + 2:]
     steps = int(flags[flags.index("--steps") + 1]) if "--steps" in flags else RECIPE.steps
     return ["--stage", stage, "--preset", preset, "--data", "figures:12", "--out", str(out),
-            "--device", "cpu", "--eval-every", str(max(1, steps // 2)), *flags]
+            "--device", "cpu", "--eval-every", str(max(1, steps // 6)), *flags]
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +146,7 @@ def one_sentence(capsys, code: int, *words: str) -> None:
     ("vq", "micro"), ("vq", "micro_plain"), ("vq", "micro_gan"), ("ldm", "micro"),
     ("ldm", "micro_toy")])
 def test_six_steps_equal_three_and_resume_and_three(trained, tmp_path, monkeypatch, stage, preset):
-    flags = ["--steps", "6", "--vq", str(trained / "vq/last.pt")]
+    flags = ["--steps", "6", "--eval-every", "3", "--vq", str(trained / "vq/last.pt")]
     assert train.main(command(stage, tmp_path / "whole", *flags, preset=preset)) == 0
     with monkeypatch.context() as m:
         die_after(m, 3)
