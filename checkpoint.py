@@ -303,12 +303,14 @@ def build(make: Callable[[], nn.Module], state: dict[str, Tensor], what: str) ->
 
 
 OLD_NAMES = {"doors": "conditioning"}       # of fields, in older files of format 1
+DROPPED = {"beta"}                          # fields of older files; nothing ever set another value
 
 
 def config_of(kind: type, payload: dict, name: str, what: str) -> object:
     """payload[name] as a configuration of class `kind`."""
     try:
-        fields = {OLD_NAMES.get(key, key): value for key, value in dict(payload[name]).items()}
+        fields = {OLD_NAMES.get(key, key): value for key, value in dict(payload[name]).items()
+                  if key not in DROPPED}
         return kind(**fields)
     except (TypeError, ValueError) as e:
         raise ValueError(f"{what} has a {name} that this version does not know: {e}") from None

@@ -65,7 +65,6 @@ from torch import Tensor
 Model = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]      # (x, t [B], cond [B, ...], drop)
 EpsFn = Callable[[Tensor, Tensor], Tensor]                      # (x, t [B]) -> eps
 NoiseFn = Callable[[int, Tensor], Tensor]                       # (step i, x) -> noise like x
-PREDICTIONS, MOST_TIMESTEPS = ("eps", "v"), 1_000_000
 
 
 class Diffusion:
@@ -73,7 +72,7 @@ class Diffusion:
 
     def __init__(self, timesteps: int = 1000, linear_start: float = 0.0015,
                  linear_end: float = 0.0195, prediction: str = "eps"):
-        if (prediction not in PREDICTIONS or not 2 <= timesteps <= MOST_TIMESTEPS
+        if (prediction not in ("eps", "v") or not 2 <= timesteps <= 1_000_000
                 or not 0 < linear_start <= linear_end < 1):         # from a damaged checkpoint
             raise ValueError(f"no schedule has {timesteps} timesteps from {linear_start} to "
                              f"{linear_end} and prediction {prediction!r}")
@@ -146,19 +145,11 @@ class Diffusion:
         model: Model,                   # called once: model(x_t, t, cond, drop) -> eps or v
         x0: Tensor,                     # [B, ...]
         cond: Tensor,                   # [B, ...] the poses, passed through
-        p_drop: float = 0.1,            # probability of the null condition
-        t: Tensor | None = None,        # [B], default uniform
-        noise: Tensor | None = None,    # like x0, default N(0, I)
-        drop: Tensor | None = None,     # [B] bool, default with probability p_drop
+        t: Tensor,                      # [B] uniform in 0 to T - 1
+        noise: Tensor,                  # like x0, N(0, I)
+        drop: Tensor,                   # [B] bool, where the null condition replaces the pose
     ) -> Tensor:
         """DDPM (14): mean squared error of each sample, [B], in float32 also under autocast."""
-        B, device = x0.shape[0], x0.device
-        if t is None:
-            t = torch.randint(self.timesteps, (B,), device=device)
-        if noise is None:
-            noise = torch.randn_like(x0, dtype=torch.float32)
-        if drop is None:
-            drop = torch.rand(B, device=device) < p_drop
         predicted = model(self.q_sample(x0, t, noise), t, cond, drop)
         error = predicted.float() - self.target(x0, t, noise)
         return error.square().flatten(1).mean(1)                                            # [B]

@@ -30,8 +30,6 @@ KeysValues = list[tuple[Tensor, Tensor]]
 
 NORM_GROUPS = 32        # Wu & He, arXiv:1803.08494, and every model of this family since
 MAX_PERIOD = 10_000     # slowest wave of the timestep embedding, arXiv:1706.03762 section 3.5
-EMBED_MULT = 4          # E / M
-FF_MULT = 4             # hidden width of the feed-forward network over its input
 HALF = torch.bfloat16, torch.float16
 MANY_KEYS = 1024        # with so many keys bf16 attention on a CPU is faster than float32
 
@@ -179,10 +177,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        hidden = FF_MULT * channels
         # Identity replaces the reference's dropout of 0, so the last layer is still named net.2.
-        self.net = nn.Sequential(GEGLU(channels, hidden), nn.Identity(),
-                                 nn.Linear(hidden, channels))
+        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(),
+                                 nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -255,16 +252,14 @@ class UNet(nn.Module):
 
     Call .to(memory_format=torch.channels_last) once for speed. With `checkpointing` (gradient
     checkpointing, arXiv:1604.06174) training stores only the inputs of each Stage and recomputes
-    its activations in the backward pass: a third more time, a fraction of the memory, the same
-    numbers.
+    its activations in the backward pass: a third more time, a fraction of the memory.
     """
 
     def __init__(self, config: UNetConfig):
         super().__init__()
         self.config = config
         self.checkpointing = False
-        M, E = config.model_channels, EMBED_MULT * config.model_channels
-        levels = len(config.channel_mult)
+        M, E = config.model_channels, 4 * config.model_channels
 
         def res(in_channels: int, out_channels: int) -> ResBlock:
             return ResBlock(in_channels, E, out_channels, config.dropout)
@@ -287,7 +282,7 @@ class UNet(nn.Module):
                     layers.append(transformer(C))
                 self.input_blocks.append(Stage(*layers))
                 skips.append(C)
-            if level < levels - 1:
+            if level < len(config.channel_mult) - 1:
                 self.input_blocks.append(Stage(Downsample(C)))
                 skips.append(C)
 
@@ -304,7 +299,6 @@ class UNet(nn.Module):
                 if level and i == config.num_res_blocks:
                     layers.append(Upsample(C))
                 self.output_blocks.append(Stage(*layers))
-        assert not skips, f"{len(skips)} skips left over"
 
         self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, C), nn.SiLU(),
                                  zero(nn.Conv2d(C, config.out_channels, 3, padding=1)))

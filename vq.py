@@ -11,8 +11,6 @@ used. Fields that the reference lacks default to its behaviour; the small preset
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +25,7 @@ SHORTCUT_SCALE = 2.0                        # of the pooled image: the latent's 
 DISTANCES_AT_ONCE = 2 ** 24                 # entries of the distance matrix in memory: 64 MiB
 USAGE_DECAY = 0.98                          # of the moving count of each code's use: 50 steps
 DEAD_BELOW = 0.1                            # a code used less than this share of the mean is dead
-HALF = torch.bfloat16, torch.float16
+BETA = 0.25                                 # weight of the commitment loss
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,6 @@ class VQConfig:
     zero_init: bool = False
     ema_codebook: bool = False              # codes follow a moving average, not a gradient
     shortcut: bool = False                  # both networks learn a residual to plain scaling
-    beta: float = 0.25                      # weight of the commitment loss
 
     def __post_init__(self) -> None:
         # JSON has no tuples; a config that was saved must equal the one that is loaded.
@@ -61,10 +58,8 @@ class VQConfig:
         if not set(self.attn_resolutions) <= set(sizes):            # else silently no attention
             raise ValueError(f"VQConfig attn_resolutions is {self.attn_resolutions}; the levels "
                              f"have the sizes {sizes}")
-        if self.shortcut and not self.in_channels == self.embed_dim == self.out_ch:
-            raise ValueError("VQConfig shortcut needs a latent with the channels of the image, but "
-                             f"in_channels is {self.in_channels}, embed_dim {self.embed_dim}, "
-                             f"out_ch {self.out_ch}")
+        assert not self.shortcut or self.in_channels == self.embed_dim == self.out_ch, (
+            "the shortcut needs a latent with the channels of the image")
 
     @property
     def factor(self) -> int:
@@ -87,15 +82,9 @@ def norm(channels: int, config: VQConfig) -> nn.Module:
     return nn.GroupNorm(config.norm_groups, channels, eps=NORM_EPS)
 
 
-def zero_(module: nn.Conv2d) -> nn.Conv2d:
+def zero_(module: nn.Conv2d) -> None:
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
-    return module
-
-
-def branch_end(module: nn.Conv2d, config: VQConfig) -> nn.Conv2d:
-    """The last convolution of a residual branch starts at zero where the config says so."""
-    return zero_(module) if config.zero_init else module
 
 
 class ResBlock(nn.Module):
@@ -107,7 +96,9 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = norm(c_out, config)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv2 = branch_end(nn.Conv2d(c_out, c_out, 3, padding=1), config)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if config.zero_init:
+            zero_(self.conv2)
         self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,18 +116,16 @@ class AttnBlock(nn.Module):
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = branch_end(nn.Conv2d(channels, channels, 1), config)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+        if config.zero_init:
+            zero_(self.proj_out)
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
         h = self.norm(x)
         q, k, v = (f(h).permute(0, 2, 3, 1).reshape(B, 1, H * W, C)
                    for f in (self.q, self.k, self.v))
-        if x.device.type == "cpu" and q.dtype in HALF:
-            # With one wide head plain matmuls take 0.37 s, the fused bf16 kernel 0.89 s (measured).
-            a = (C ** -0.5 * q @ k.mT).softmax(-1) @ v                      # [B, 1, HW, C]
-        else:
-            a = F.scaled_dot_product_attention(q, k, v)
+        a = F.scaled_dot_product_attention(q, k, v)                         # [B, 1, HW, C]
         return x + self.proj_out(a.reshape(B, H, W, C).permute(0, 3, 1, 2))     # channels_last
 
 
@@ -152,7 +141,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """x [B, C, H, W] -> [B, C, 2H, 2W] by nearest neighbour and a convolution."""
+    """x [B, C, H, W] -> [B, C, 2H, 2W]"""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -170,8 +159,8 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(
             ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(n_blocks))
-        n_attn = n_blocks if resolution in config.attn_resolutions else 0
-        self.attn = nn.ModuleList(AttnBlock(c_out, config) for _ in range(n_attn))
+        attends = resolution in config.attn_resolutions
+        self.attn = nn.ModuleList(AttnBlock(c_out, config) for _ in range(n_blocks * attends))
         self.downsample = Downsample(c_out) if down else nn.Identity()
         self.upsample = Upsample(c_out) if up else nn.Identity()
 
@@ -183,19 +172,11 @@ class Level(nn.Module):
         return run(self.upsample, run(self.downsample, h, checkpointing), checkpointing)
 
 
-class Middle(nn.Module):
-    """ResBlock, attention, ResBlock at the lowest resolution."""
-
-    def __init__(self, channels: int, config: VQConfig):
-        super().__init__()
-        self.block_1 = ResBlock(channels, channels, config)
-        self.attn_1 = AttnBlock(channels, config)
-        self.block_2 = ResBlock(channels, channels, config)
-
-    def forward(self, h: Tensor, checkpointing: bool) -> Tensor:
-        for module in (self.block_1, self.attn_1, self.block_2):
-            h = run(module, h, checkpointing)
-        return h
+def middle(channels: int, config: VQConfig) -> nn.Sequential:
+    """The lowest resolution, with attention whatever the config says."""
+    return nn.Sequential(OrderedDict(
+        block_1=ResBlock(channels, channels, config), attn_1=AttnBlock(channels, config),
+        block_2=ResBlock(channels, channels, config)))
 
 
 class Encoder(nn.Module):
@@ -211,7 +192,7 @@ class Encoder(nn.Module):
             self.down.append(Level(c, width, config.num_res_blocks, config.resolution // 2 ** i,
                                    config, down=i < len(widths) - 1))
             c = width
-        self.mid = Middle(c, config)
+        self.mid = middle(c, config)
         self.norm_out = norm(c, config)
         self.conv_out = nn.Conv2d(c, config.z_channels, 3, padding=1)
 
@@ -219,7 +200,8 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h, checkpointing)
-        h = self.mid(h, checkpointing)
+        for block in self.mid:
+            h = run(block, h, checkpointing)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -231,7 +213,7 @@ class Decoder(nn.Module):
         widths = [config.ch * m for m in config.ch_mult]
         c = widths[-1]
         self.conv_in = nn.Conv2d(config.z_channels, c, 3, padding=1)
-        self.mid = Middle(c, config)
+        self.mid = middle(c, config)
         levels = []
         for i in reversed(range(len(widths))):                          # lowest resolution first
             levels.append(Level(c, widths[i], config.num_res_blocks + 1,
@@ -243,7 +225,9 @@ class Decoder(nn.Module):
 
     def features(self, z: Tensor, checkpointing: bool = False) -> Tensor:
         """All but the last layer: [B, z_channels, h, w] -> [B, ch, H, W]."""
-        h = self.mid(self.conv_in(z), checkpointing)
+        h = self.conv_in(z)
+        for block in self.mid:
+            h = run(block, h, checkpointing)
         for level in reversed(self.up):
             h = level(h, checkpointing)
         return F.silu(self.norm_out(h))
@@ -257,17 +241,6 @@ class Decoder(nn.Module):
 
 # ------------------------------------------------------------------------------ the codebook
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 matmuls in float32: TF32 has 10 bits of mantissa and picks wrong codes."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 class VectorQuantizer(nn.Module):
     """h [B, C, h, w] -> (z_q [B, C, h, w], codebook loss, indices [B, h, w]).
 
@@ -276,9 +249,9 @@ class VectorQuantizer(nn.Module):
     By default the reference multiplies the first term by beta, a known bug.
     """
 
-    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, ema: bool = False):
+    def __init__(self, n_embed: int, embed_dim: int, ema: bool = False):
         super().__init__()
-        self.beta, self.ema = beta, ema
+        self.ema = ema
         self.embedding = nn.Embedding(n_embed, embed_dim)
         # The reference's start: nearly all of these codes are never the nearest to anything.
         # Training therefore calls `init_codes`, except in preset danbooru.
@@ -291,10 +264,12 @@ class VectorQuantizer(nn.Module):
         """Indices [N] of the codes nearest to vectors h [N, C]; the distances come in chunks."""
         codes = self.embedding.weight.float()
         norms = codes.square().sum(1)                           # |h|^2 is the same for all K
-        chunks = h.float().split(max(1, DISTANCES_AT_ONCE // len(codes)))
-        with full_precision():
-            return torch.cat([torch.addmm(norms, part, codes.T, alpha=-2).argmin(1)
-                              for part in chunks])
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")           # TF32 picks wrong codes: 10 bits
+        indices = [torch.addmm(norms, part, codes.T, alpha=-2).argmin(1)
+                   for part in h.split(max(1, DISTANCES_AT_ONCE // len(codes)))]
+        torch.set_float32_matmul_precision(precision)
+        return torch.cat(indices)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """indices [B, h, w] -> z_q [B, C, h, w]."""
@@ -307,7 +282,7 @@ class VectorQuantizer(nn.Module):
             flat = h.permute(0, 2, 3, 1).flatten(0, 2)                      # [N, C]
             indices = self.nearest(flat.detach()).view(h.shape[0], *h.shape[2:])
             z_q = self.lookup(indices)
-            loss = self.beta * F.mse_loss(h, z_q.detach())
+            loss = BETA * F.mse_loss(h, z_q.detach())
             if not self.ema:
                 loss = loss + F.mse_loss(z_q, h.detach())
             z_q = h + (z_q - h).detach()                        # straight-through gradient
@@ -362,9 +337,9 @@ class VQModel(nn.Module):
 
     Stage 2 works on the output of `encode`, before quantisation; `decode` quantises first, which
     maps sampled latents to codes that the decoder was trained on. With `shortcut`, encoder and
-    decoder start as plain averaging down and bicubic scaling up and learn what is missing (the idea
-    of DC-AE, arXiv:2410.10733): the latent looks like the image from the first step on.
-    With `checkpointing` (arXiv:1604.06174) training stores only the inputs of each ResBlock.
+    decoder start as averaging down and bicubic scaling up and learn what is missing (the idea of
+    DC-AE, arXiv:2410.10733). With `checkpointing` (arXiv:1604.06174) training stores only the
+    inputs of each ResBlock.
     """
 
     def __init__(self, config: VQConfig):
@@ -373,8 +348,7 @@ class VQModel(nn.Module):
         self.checkpointing = False
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantize = VectorQuantizer(config.n_embed, config.embed_dim, config.beta,
-                                        config.ema_codebook)
+        self.quantize = VectorQuantizer(config.n_embed, config.embed_dim, config.ema_codebook)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
         if config.shortcut:
@@ -384,9 +358,7 @@ class VQModel(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """x [B, 3, H, W] in [-1, 1] -> h [B, embed_dim, H/f, W/f]; f must divide H and W."""
         f = self.config.factor
-        if x.shape[2] % f or x.shape[3] % f:
-            raise ValueError(f"the autoencoder got images of {x.shape[3]}x{x.shape[2]} pixels; "
-                             f"both sides must be multiples of {f}")
+        assert x.shape[2] % f == x.shape[3] % f == 0, f"{list(x.shape)} is not a multiple of {f}"
         x = x.contiguous(memory_format=torch.channels_last)
         h = self.quant_conv(self.encoder(x, self.checkpointing))
         return h + SHORTCUT_SCALE * F.avg_pool2d(x, f) if self.config.shortcut else h
@@ -404,15 +376,9 @@ class VQModel(nn.Module):
         """h [B, embed_dim, h, w] -> x_hat [B, 3, H, W], quantised on the way."""
         return self.decode_raw(self.quantize(h)[0])
 
-    def decode_code(self, indices: Tensor) -> Tensor:
-        """indices [B, h, w] -> x_hat [B, 3, H, W]."""
-        return self.decode_raw(self.quantize.lookup(indices))
-
     def reconstruct(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, ...]:
-        """x -> (h [B, C, h, w], codebook loss, indices [B, h, w], x_hat [B, 3, H, W]).
-
-        With quantize False the decoder gets h itself; loss and indices are 0.
-        """
+        """x -> (h [B, C, h, w], codebook loss, indices [B, h, w], x_hat [B, 3, H, W]). Without
+        quantize the decoder gets h itself; loss and indices are 0."""
         h = self.encode(x)
         if not quantize:
             indices = torch.zeros_like(h[:, 0], dtype=torch.long)
@@ -435,14 +401,12 @@ class PatchDiscriminator(nn.Sequential):
     `main`, as in the reference.
     """
 
-    def __init__(self, in_channels: int = 3, ch: int = 64, n_layers: int = 3):
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, ch, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for i in range(1, n_layers + 1):
-            c_in, c_out = ch * min(2 ** (i - 1), 8), ch * min(2 ** i, 8)
-            stride = 2 if i < n_layers else 1
+    def __init__(self):
+        layers = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for c_in, c_out, stride in (64, 128, 2), (128, 256, 2), (256, 512, 1):
             layers += [nn.Conv2d(c_in, c_out, 4, stride, 1, bias=False), nn.BatchNorm2d(c_out),
                        nn.LeakyReLU(0.2)]
-        layers.append(nn.Conv2d(c_out, 1, 4, 1, 1))
+        layers.append(nn.Conv2d(512, 1, 4, 1, 1))
         super().__init__(OrderedDict(main=nn.Sequential(*layers)))
         for module in self.modules():                       # DCGAN's init, as in the reference
             if isinstance(module, nn.Conv2d):
@@ -527,10 +491,9 @@ class VQLoss(nn.Module):
         self.disc = PatchDiscriminator() if config.disc_weight else None
 
     def disc_factor(self, step: int, steps: int) -> float:
-        """Weight of the adversarial loss at a step of a run of `steps`: 0 before disc_start, then
-        up to 1."""
-        c = self.config
-        start, ramp = (v if v == 0 or v >= 1 else v * steps for v in (c.disc_start, c.disc_ramp))
+        """Weight of the adversarial loss at a step of a run: 0 before disc_start, then up to 1."""
+        start, ramp = (at if at >= 1 else at * steps
+                       for at in (self.config.disc_start, self.config.disc_ramp))
         if self.disc is None or step < start:
             return 0.0
         return min(1.0, (step - start + 1) / ramp) if ramp else 1.0
@@ -542,25 +505,25 @@ class VQLoss(nn.Module):
         return (nll_grad.norm() / (g_grad.norm() + 1e-4)).clamp(max=self.config.disc_cap).detach()
 
     def generator(self, x: Tensor, x_hat: Tensor, codebook_loss: Tensor, last_layer: Tensor,
-                  disc_factor: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+                  disc_factor: float) -> tuple[Tensor, dict[str, Tensor]]:
         """The autoencoder's loss for images x and reconstructions x_hat [B, 3, H, W], and its terms
         for the log. At disc_factor 0 the adversarial loss and its two extra backward passes are
         not computed."""
         c = self.config
         with torch.autocast(x.device.type, enabled=False):
             x_hat = x_hat.float()
-            terms = {"l1": (x - x_hat).abs().mean()}
-            nll = terms["l1"]
+            nll = (x - x_hat).abs().mean()
+            terms = {"l1": nll}
             if self.perceptual_loss is not None:
                 terms["lpips"] = self.perceptual_loss(x, x_hat).mean()
                 nll = nll + c.perceptual * terms["lpips"]
             loss = nll + codebook_loss
-            if disc_factor > 0 and self.disc is not None:
+            if disc_factor > 0:
                 self.disc.requires_grad_(False)     # its gradients come from `discriminator` only
-                terms["g"] = -self.disc(x_hat).mean()
-                d_weight = c.disc_weight * self.adaptive_weight(nll, terms["g"], last_layer)
-                terms["d_weight"] = d_weight
-                loss = loss + disc_factor * d_weight * terms["g"]
+                g = -self.disc(x_hat).mean()
+                d_weight = c.disc_weight * self.adaptive_weight(nll, g, last_layer)
+                loss = loss + disc_factor * d_weight * g
+                terms |= {"g": g, "d_weight": d_weight}
         return loss, {name: value.detach() for name, value in terms.items()}
 
     def discriminator(self, x: Tensor, x_hat: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -68,8 +68,8 @@ class SimVQ(vq.VectorQuantizer):
     """All codes move together (arXiv:2411.02038); the map starts at the mean and covariance of the
     encoder outputs."""
 
-    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, ema: bool = False):
-        super().__init__(n_embed, embed_dim, beta)
+    def __init__(self, n_embed: int, embed_dim: int, ema: bool = False):
+        super().__init__(n_embed, embed_dim)
         self.embedding = Projected(n_embed, embed_dim)
 
     @torch.no_grad()

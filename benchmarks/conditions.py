@@ -37,7 +37,7 @@ from benchmarks.timing import medians  # noqa: E402
 from diffusion import Diffusion  # noqa: E402
 from engine.run import read_log  # noqa: E402
 from keypoints import ConditionConfig  # noqa: E402
-from ldm import DEFAULT_GUIDANCE, LDM  # noqa: E402
+from ldm import LDM  # noqa: E402
 
 CELLS = 32                      # a side of the grid, that of the original blog post
 WAVES = 4                       # frequencies of a pixel's own place, pi, 2 pi, ...
@@ -142,16 +142,16 @@ def step_times(args: argparse.Namespace) -> dict[str, float]:
 
 def stepper(ldm: LDM, c: train.Config, z: Tensor) -> Callable[[], None]:
     """A function that makes one training step of `ldm` on latents z."""
-    pose = torch.rand(len(z), len(keypoints.JOINTS), 3)
-    optimizers, diffusion = train.ldm_optimizers(ldm, c.recipe), Diffusion(**c.schedule)
+    pose, noise = torch.rand(len(z), len(keypoints.JOINTS), 3), torch.randn_like(z)
+    optimizer, diffusion = train.ldm_optimizer(ldm, c.recipe), Diffusion(**c.schedule)
+    t, drop = torch.randint(diffusion.timesteps, (len(z),)), torch.rand(len(z)) < c.recipe.p_drop
 
     def step() -> None:
         with train.autocast(c):
-            loss = diffusion.loss(ldm, z, pose, c.recipe.p_drop).mean()
+            loss = diffusion.loss(ldm, z, pose, t, noise, drop).mean()
         loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return step
 
@@ -167,21 +167,17 @@ def share_latents(out: Path, run: Path) -> None:
 
 def figures_of(args: argparse.Namespace, name: str, seed: int) -> dict:
     """One row of the table: losses from the run's log, the rest from samples of its last
-    checkpoint; kept in a file."""
+    checkpoint."""
     run = Path(args.out, f"{name}-{seed}")
-    kept = run / f"fidelity-{args.pictures}-{args.sampling_steps}-w{DEFAULT_GUIDANCE:g}.json"
-    if not kept.exists():
-        with variant(name):
-            ldm, payload = checkpoint.load_ldm(run / "last.pt")
-        train_part, held_out = data.open_data(args.data, payload["config"]["size"])
-        reader = evaluate.find_detector(args.data, train_part)
-        drawn = evaluate.draw_held_out(ldm, data.spread(held_out, args.pictures), sampler="ddim",
-                                       steps=args.sampling_steps)
-        rows, _ = metrics.pose.assess(reader, drawn)
-        last = [row for row in read_log(run / "log.jsonl") if "val_right" in row][-1]
-        kept.write_text(json.dumps(rows | {"losses": last}, indent=1))
-    found = json.loads(kept.read_text())
-    losses, samples = found["losses"], found["samples"]
+    with variant(name):
+        ldm, payload = checkpoint.load_ldm(run / "last.pt")
+    train_part, held_out = data.open_data(args.data, payload["config"]["size"])
+    reader = evaluate.find_detector(args.data, train_part)
+    drawn = evaluate.draw_held_out(ldm, data.spread(held_out, args.pictures), sampler="ddim",
+                                   steps=args.sampling_steps)
+    found, _ = metrics.pose.assess(reader, drawn)
+    losses = [row for row in read_log(run / "log.jsonl") if "val_right" in row][-1]
+    samples = found["samples"]
     return {"steps": losses["step"] + 1, "right": losses["val_right"],
             "shuffled": losses["val_shuffled"], "null": losses["val_null"],
             "ratio": losses["val_ratio"], "floor": found["shuffled"]["pck@0.1"],

@@ -8,13 +8,11 @@ the latents. A sampler that adds noise has no such limit, for its noise differs 
 networks: the model of --ckpt with its default guidance, and the danbooru recipe's 206 M parameters
 at random, whose output is no eps: a tenth of it is added to the exact eps of Gaussian data.
 Quality: PCK@0.1 and the Frechet distance of held-out poses at equal calls of the network, as in
-benchmarks/guidance.py. Writes convergence.png and rows as JSON, which a second run takes up. The
-results stand in benchmarks/RESULTS.md.
+benchmarks/guidance.py. Writes convergence.png.
 """
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +58,7 @@ def main() -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     ldm, payload = checkpoint.load_ldm(args.ckpt)
-    c, model = payload["config"], checkpoint.hash_of(ldm.unet.state_dict())[:8]
+    c = payload["config"]
     train_part, held_out = data.open_data(c["data"], c["size"], c["val"])
     poses = torch.cat([pose for _, pose in data.in_order(held_out, 64, args.pictures)])
     poses, side = poses[:DISTANCE_PICTURES], c["size"] // ldm.vq.config.factor
@@ -69,12 +67,11 @@ def main() -> None:
         model, rows = ldm.prepared(poses, (side, side))
         return guided(Diffusion(**ldm.schedule).eps_model(model), rows, ldm.guidance)
 
-    networks = {"the trained model": (model, trained_eps,
+    networks = {"the trained model": (trained_eps,
                                       (len(poses), ldm.vq.config.embed_dim, side, side)),
-                "206 M parameters at random": ("random", random_eps, (1, 3, 32, 32))}
-    far = {network: {name: kept(out / f"distance-{key}-{limit}-{name}.json", distances, *solver,
-                                *how, limit) for name, solver in SOLVERS.items()}
-           for limit, (network, (key, *how)) in zip(args.limits, networks.items(), strict=True)}
+                "206 M parameters at random": (random_eps, (1, 3, 32, 32))}
+    far = {network: {name: distances(*solver, *how, limit) for name, solver in SOLVERS.items()}
+           for limit, (network, how) in zip(args.limits, networks.items(), strict=True)}
     for network, rows in far.items():
         columns = {S: (S, "steps", ".4f") for S in rows["ddim, even in t"]}
         print(f"\n{network}: RMS distance from its own limit\n{evaluate.table(rows, columns)}",
@@ -83,20 +80,12 @@ def main() -> None:
     drawn: dict[str, dict] = {}
     for name, how in DRAWN_BY.items():
         for S in args.steps:
-            called = f"drawn-{model}-{args.pictures}-{'-'.join(map(str, how))}-{S}.json"
-            row = kept(out / called, quality, ldm, reader, held_out, args.pictures, S, *how)
+            row = quality(ldm, reader, held_out, args.pictures, S, *how)
             drawn[f"{name}, {S} steps"] = row
             print(f"{name}, {S} steps", {key: round(row[key], 3) for key in evaluate.FIDELITY},
                   flush=True)
     print(f"{evaluate.table(drawn, evaluate.FIDELITY)}\nceiling: PCK@0.1 {row['ceiling']:.3f}")
     plot(far, drawn, args.steps, out / "convergence.png")
-
-
-def kept(path: Path, make: Callable[..., dict], *how: object) -> dict:
-    """What `make` returns, made once and kept in the file `path`."""
-    if not path.exists():
-        path.write_text(json.dumps(make(*how)))
-    return json.loads(path.read_text())
 
 
 def distances(solver: Callable, spacing: str, make_eps: Callable[[], EpsFn],
@@ -157,11 +146,11 @@ def plot(far: dict[str, dict], drawn: dict[str, dict], steps: list[int], path: P
     fig, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
     for ax, (network, rows) in zip(axes[0], far.items(), strict=True):
         for name, row in rows.items():
-            ax.loglog([int(S) for S in row], list(row.values()), marker="o", label=name,
+            ax.loglog(list(row), list(row.values()), marker="o", label=name,
                       ls="-" if "lambda" in name else ":",
                       color="tab:blue" if "ddim" in name else "tab:orange")
-        if "50" in rows["ddim, even in t"]:
-            ax.axhline(rows["ddim, even in t"]["50"], color="gray", lw=0.8)
+        if 50 in rows["ddim, even in t"]:
+            ax.axhline(rows["ddim, even in t"][50], color="gray", lw=0.8)
         ax.set(title=f"{network}: distance from its own limit",
                ylabel="RMS, of latents of variance 1")
     for ax, key in zip(axes[1], ("pck@0.1", "frechet"), strict=True):

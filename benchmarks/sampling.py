@@ -1,6 +1,5 @@
 """How fast is sampling beside diffusers'? Networks of the same size, same poses and steps.
 
-    python benchmarks/sampling.py                   both works below
     python benchmarks/sampling.py toy --turns 5     20 guided steps of 8 images, preset toy
     python benchmarks/sampling.py danbooru          one guided step of one image, preset danbooru
 
@@ -18,6 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -37,22 +37,12 @@ GUIDANCE = 3.0
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("works", nargs="*", metavar="WORK",
-                        help=f"{' or '.join(WORKS)} (default: both)")
+    parser.add_argument("work", choices=WORKS)
     parser.add_argument("--turns", type=int, default=3, help="(default %(default)s)")
     args = parser.parse_args()
-    if unknown := [work for work in args.works if work not in WORKS]:
-        parser.error(f"{unknown[0]} is not one of {', '.join(WORKS)}")
-    if args.turns < 1:
-        parser.error(f"--turns is {args.turns}; it must be at least 1")
-    try:
-        import diffusers
-    except ImportError:
-        parser.error("this compares with diffusers, which is not installed; pip install diffusers")
     print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, "
           f"{torch.get_num_threads()} threads")
-    for work in args.works or WORKS:
-        compare(work, args.turns)
+    compare(args.work, args.turns)
 
 
 @torch.no_grad()
@@ -98,7 +88,6 @@ def ours(ldm: LDM, poses: Tensor, side: int, sampler: str, spacing: str,
 
 def theirs(unet: nn.Module, ldm: LDM, poses: Tensor, sampler: str, steps: int,
            dtype: torch.dtype) -> Callable[[], object]:
-    import diffusers
     h = unet.config.sample_size
     drop = torch.arange(2 * len(poses)) < len(poses)
     prompt, maps = (y if y is None else y.to(dtype)

@@ -1,11 +1,8 @@
 """How fast is a training step, beside diffusers' and beside what this machine can do?
 
-    python benchmarks/speed.py ceilings             the machine: matmul, 3x3 convolution, copy
     python benchmarks/speed.py unet                 UNet of danbooru: forward, backward, AdamW
     python benchmarks/speed.py vq --batch 2         VQ-f4, 256 pixels: same, L1 + codebook loss
     python benchmarks/speed.py sample               one guided step, twice the batch in the network
-    python benchmarks/speed.py unet --profile       where the time of the last case goes
-    python benchmarks/speed.py vq --memory          peak memory of each case, in its own process
     python benchmarks/speed.py vq --batch 1 --turns 1 --cases ours/eager/bf16         a quick try
 
 A case is LIBRARY/MODE/DTYPE: ours or diffusers / eager, channels_last, checkpointing (ours) or
@@ -22,7 +19,6 @@ million.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -36,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
-from benchmarks.timing import in_turns, medians, synchronize  # noqa: E402
+from benchmarks.timing import in_turns, medians  # noqa: E402
 from engine.cpu import use_fast_norms  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
 from vq import VQConfig, VQModel  # noqa: E402
@@ -48,37 +44,14 @@ MODES = {"ours": ("eager", "channels_last", "checkpointing", "compile"),
          "diffusers": ("eager", "channels_last", "compile")}
 CPU_CASES = ["diffusers/eager/float32", "diffusers/eager/bf16", "ours/channels_last/float32",
              "ours/channels_last/bf16"]
-TOP = 14                                            # rows of a profile
 LR = 1e-5                                           # of AdamW; any will do
 
 
-# ----------------------------------------------------------------------------------- the ceilings
-
-def ceiling(device: str, dtype: torch.dtype, turns: int = 8) -> dict[str, float]:
-    """The most that this machine was seen to do: FLOP/s of a large matmul and 3x3 convolution, B/s
-    of a large copy."""
-    big = device.startswith("cuda")
-    n, batch, channels, side = (8192, 32, 320, 64) if big else (2048, 4, 320, 64)
+def ceiling(device: str, dtype: torch.dtype, turns: int = 8) -> float:
+    """FLOP/s of a large matmul: the most that this machine was seen to do."""
+    n = 8192 if device.startswith("cuda") else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    x = torch.randn(batch, channels, side, side, device=device, dtype=dtype)
-    x = x.contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    source = torch.empty(2 ** (30 if big else 27), device=device, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    amounts = {"matmul": 2 * n ** 3, "convolution": 2 * 9 * channels ** 2 * batch * side ** 2,
-               "copy": 2 * len(source)}             # FLOPs, FLOPs, bytes read and written
-    times = in_turns({"matmul": lambda: a @ b,
-                      "convolution": lambda: F.conv2d(x, weight, padding=1),
-                      "copy": lambda: target.copy_(source)}, turns, device)
-    return {name: amounts[name] / min(times[name]) for name in amounts}
-
-
-def print_ceilings(device: str) -> None:
-    for name in DTYPES if device.startswith("cuda") else ("float32", "bf16"):
-        c = ceiling(device, DTYPES[name])
-        print(f"{name:8s} matmul {c['matmul'] / 1e9:9.0f} GFLOP/s   3x3 convolution "
-              f"{c['convolution'] / 1e9:9.0f} GFLOP/s   copy {c['copy'] / 1e9:7.1f} GB/s")
+    return 2 * n ** 3 / min(in_turns({"matmul": lambda: a @ b}, turns, device)["matmul"])
 
 
 # --------------------------------------------------------------------------------------- the work
@@ -87,11 +60,7 @@ def build(work: str, library: str) -> nn.Module:
     """The network of "unet", "vq" or "sample", ours or diffusers' of the same size."""
     if library == "ours":
         return VQModel(VQ) if work == "vq" else UNet(UNET)
-    try:
-        import diffusers
-    except ImportError:
-        raise ValueError("the cases of diffusers need that package; pip install diffusers, or "
-                         "name cases of ours with --cases") from None
+    import diffusers
     if work != "vq":
         return diffusers_unet(UNET, LATENT)
     levels = len(VQ.ch_mult)
@@ -222,7 +191,7 @@ def compare(args: argparse.Namespace) -> None:
     times = medians(works, args.turns, args.device)
     libraries, _, dtypes = (dict.fromkeys(column)
                             for column in zip(*(case.split("/") for case in times), strict=True))
-    most = {dtype: ceiling(args.device, DTYPES[dtype])["matmul"] for dtype in dtypes}
+    most = {dtype: ceiling(args.device, DTYPES[dtype]) for dtype in dtypes}
     count = {library: args.batch * flops(args.work, library, args.device) for library in libraries}
     print(f"{args.work}, batch {args.batch}, {args.device}, {torch.get_num_threads()} threads, "
           f"torch {torch.__version__}, median of {args.turns}; matmul ceiling "
@@ -237,62 +206,18 @@ def compare(args: argparse.Namespace) -> None:
               flush=True)
 
 
-def profile(args: argparse.Namespace) -> None:
-    """The torch profiler's table of the last case, the costliest operators first."""
-    case = args.cases[-1]
-    step = steps(args.work, [case], args.batch, args.device)[case]
-    step()
-    with torch.profiler.profile() as profiler:
-        step()
-        synchronize(args.device)
-    by = "self_cuda_time_total" if args.device.startswith("cuda") else "self_cpu_time_total"
-    print(case)
-    print(profiler.key_averages().table(sort_by=by, row_limit=TOP, max_name_column_width=45))
-
-
-def memory(args: argparse.Namespace) -> None:
-    """The peak of each case in a process of its own."""
-    for case in args.cases:
-        subprocess.run([sys.executable, __file__, args.work, "--batch", str(args.batch), "--device",
-                        args.device, "--cases", case, "--peak"], check=True)
-
-
-def peak(args: argparse.Namespace) -> None:
-    """Two steps of one case: what they need at most, above weights and optimiser state, and in
-    all."""
-    case = args.cases[0]
-    step = steps(args.work, [case], args.batch, args.device)[case]
-    step()
-    if args.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(args.device)
-    step()
-    print(f"{args.work}, batch {args.batch}, {case}: peak memory {peak_memory(args.device):.2f} "
-          "GiB, weights and AdamW among them", flush=True)
-
-
-def peak_memory(device: str) -> float:
-    """GiB: of the GPU, else of this process (Linux; getrusage counts the parent process in)."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2 ** 20
-
-
 # ------------------------------------------------------------------------------------ command line
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("work", choices=("ceilings", "unet", "vq", "sample"))
+    add("work", choices=("unet", "vq", "sample"))
     add("--batch", type=int, default=4, help="images a step (default %(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--turns", type=int, default=5, help="(default %(default)s)")
     add("--cases", nargs="+", metavar="CASE", help=f"default on a CPU: {' '.join(CPU_CASES)}; on a "
         "GPU every library, mode and dtype")
-    add("--profile", action="store_true")
-    add("--memory", action="store_true")
-    add("--peak", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.device = checkpoint.find_device(args.device)
     cuda = args.device.startswith("cuda")
@@ -302,32 +227,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for case in args.cases:
         if case not in every:
             parser.error(f"--cases has {case}; on {args.device} there are {', '.join(every)}")
-    if args.batch < 1 or args.turns < 1:
-        parser.error(f"--batch is {args.batch} and --turns {args.turns}; both must be at least 1")
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        args = parse_args(argv)
-        if args.device.startswith("cuda"):
-            torch.set_float32_matmul_precision("high")          # as train.py does
-            torch.backends.cudnn.benchmark = True
-        if args.work == "ceilings":
-            print_ceilings(args.device)
-        elif args.profile:
-            profile(args)
-        elif args.memory:
-            memory(args)
-        elif args.peak:
-            peak(args)
-        else:
-            compare(args)
-    except ValueError as e:
-        print(f"speed.py: {e}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if args.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")              # as train.py does
+        torch.backends.cudnn.benchmark = True
+    compare(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

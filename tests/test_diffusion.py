@@ -1,5 +1,6 @@
-"""The diffusion against closed forms on Gaussian data, and against the reference's tables and trajectories."""
-
+"""diffusion.py against closed forms on Gaussian data, and the reference's numbers."""
+import copy
+import functools
 import json
 
 import numpy as np
@@ -11,7 +12,6 @@ from torch import Tensor
 import sample
 from diffusion import (
     Diffusion,
-    Step,
     ddim,
     ddim_table,
     ddpm,
@@ -38,15 +38,16 @@ def diffusion() -> Diffusion:
 
 @pytest.fixture(scope="module")
 def tiny_model(golden_config):
-    """The golden UNet as an eps_model(x, t, cond, drop) whose null condition is all zeros, as in the golden cfg3."""
-    reference = golden_config["unet"]
-    config = UNetConfig(**{name: reference[name] for name in UNetConfig.__dataclass_fields__ if name in reference})
-    unet = golden_weights("model.diffusion_model.", UNet(config))
+    """The golden UNet as an eps_model(x, t, cond, drop); its null condition is all zeros."""
+    fields = {name: value for name, value in golden_config["unet"].items()
+              if name in UNetConfig.__dataclass_fields__}
+    unet = golden_weights("model.diffusion_model.", UNet(UNetConfig(**fields)))
     return lambda x, t, cond, drop: unet(x, t, cond.masked_fill(drop[:, None, None], 0))
 
 
 def exact_eps(diffusion: Diffusion, s: float):
-    """The best possible eps for data N(0, s^2): E[eps | x_t] = sqrt(1 - ab) x_t / (ab s^2 + 1 - ab), ab = alpha_bar."""
+    """The best possible eps for data N(0, s^2), with ab = alpha_bar:
+    E[eps | x_t] = sqrt(1 - ab) x_t / (ab s^2 + 1 - ab)."""
     def eps_fn(x: Tensor, t: Tensor) -> Tensor:
         alpha_bar = diffusion.alphas_bar[t].view(-1, *[1] * (x.ndim - 1))
         return ((1 - alpha_bar).sqrt() / (alpha_bar * s**2 + 1 - alpha_bar)).float() * x
@@ -63,12 +64,14 @@ def last(steps) -> Tensor:
 def test_schedule_is_linear_in_sqrt_beta(diffusion):
     root = np.linspace(0.0015**0.5, 0.0195**0.5, 1000)
     np.testing.assert_allclose(diffusion.betas, root**2, rtol=1e-12)
-    np.testing.assert_allclose(diffusion.alphas_bar, np.exp(np.log1p(-root**2).cumsum()), rtol=1e-12)
+    alphas_bar = np.exp(np.log1p(-root**2).cumsum())
+    np.testing.assert_allclose(diffusion.alphas_bar, alphas_bar, rtol=1e-12)
 
 
 @pytest.mark.parametrize("ours, theirs", [
-    ("betas", "betas"), ("alphas_bar", "alphas_cumprod"), ("posterior_variance", "posterior_variance"),
-    ("posterior_x0_coef", "posterior_mean_coef1"), ("posterior_x_t_coef", "posterior_mean_coef2"),
+    ("betas", "betas"), ("alphas_bar", "alphas_cumprod"),
+    ("posterior_variance", "posterior_variance"), ("posterior_x0_coef", "posterior_mean_coef1"),
+    ("posterior_x_t_coef", "posterior_mean_coef2"),
 ])
 def test_schedule_equals_the_reference(diffusion, golden, ours, theirs):
     np.testing.assert_allclose(getattr(diffusion, ours), golden[f"schedule/{theirs}"], rtol=3e-7)
@@ -82,13 +85,16 @@ def test_q_sample_and_predict_x0_are_inverse_and_equal_the_reference(diffusion, 
 
 
 def test_posterior_equals_the_reference(diffusion, golden):
-    mean, log_variance = diffusion.posterior(golden["loss/x0"], golden["loss/x_t"], golden["loss/t"])
+    given = golden["loss/x0"], golden["loss/x_t"], golden["loss/t"]
+    mean, log_variance = diffusion.posterior(*given)
     assert relative_error(mean, golden["ddpm/posterior_mean"]) < 1e-6
-    torch.testing.assert_close(log_variance, golden["ddpm/posterior_log_variance"], rtol=1e-6, atol=0)
+    wanted = golden["ddpm/posterior_log_variance"]
+    torch.testing.assert_close(log_variance, wanted, rtol=1e-6, atol=0)
 
 
-def test_variational_bound_of_the_reference_is_the_distance_of_our_posteriors(diffusion, tiny_model, golden):
-    """Its loss/vlb is KL(q(x_{t-1} | x_t, x0) || q(x_{t-1} | x_t, x0_hat)), two Gaussians of one variance."""
+def test_variational_bound_of_the_reference_is_the_distance_of_our_posteriors(
+        diffusion, tiny_model, golden):
+    """Its loss/vlb is KL(q(x_{t-1} | x_t, x0) || q(x_{t-1} | x_t, x0_hat)): equal variances."""
     x0, x_t, t = golden["loss/x0"], golden["loss/x_t"], golden["loss/t"]
     with torch.no_grad():
         eps = tiny_model(x_t, t, golden["unet/context"], torch.zeros(2, dtype=torch.bool))
@@ -96,97 +102,87 @@ def test_variational_bound_of_the_reference_is_the_distance_of_our_posteriors(di
     mean_hat, _ = diffusion.posterior(diffusion.predict_x0(x_t, t, eps), x_t, t)
     kl = (mean - mean_hat).square() / (2 * log_variance.exp())
     assert kl.mean().item() == pytest.approx(golden["loss/vlb"].item(), rel=1e-4)
-    alphas = 1 - diffusion.betas
-    weights = diffusion.betas**2 / (2 * diffusion.posterior_variance * alphas * (1 - diffusion.alphas_bar))
+    weights = diffusion.betas**2 / (2 * diffusion.posterior_variance * (1 - diffusion.betas)
+                                    * (1 - diffusion.alphas_bar))
     np.testing.assert_allclose(weights[1:], golden["schedule/lvlb_weights"][1:], rtol=1e-5)
 
 
 def test_posterior_equals_bayes_rule(diffusion):
-    """q(x_{t-1} | x_t, x0) is N(x_{t-1}; sqrt(ab') x0, 1 - ab') times N(x_t; sqrt(1 - beta) x_{t-1}, beta)."""
-    x0, x_t = 0.3, -1.1
+    """q(x_{t-1} | x_t, x0) is the product of N(x_{t-1}; sqrt(ab') x0, 1 - ab') and
+    N(x_t; sqrt(1 - beta) x_{t-1}, beta), up to a factor."""
+    x0, x_t = torch.tensor([[0.3]]), torch.tensor([[-1.1]])
     for t in (1, 500, 999):
         ab, beta = diffusion.alphas_bar[t - 1].item(), diffusion.betas[t].item()
         precision = 1 / (1 - ab) + (1 - beta) / beta
-        mean = (ab**0.5 * x0 / (1 - ab) + (1 - beta) ** 0.5 * x_t / beta) / precision
-        got, log_variance = diffusion.posterior(torch.tensor([[x0]]), torch.tensor([[x_t]]), torch.tensor([t]))
+        mean = (ab**0.5 * 0.3 / (1 - ab) + (1 - beta) ** 0.5 * -1.1 / beta) / precision
+        got, log_variance = diffusion.posterior(x0, x_t, torch.tensor([t]))
         assert got.item() == pytest.approx(mean, rel=1e-5)
         assert log_variance.exp().item() == pytest.approx(1 / precision, rel=1e-5)
-
-
-def test_posterior_at_0_is_x0_with_a_finite_log_variance(diffusion):
-    x0, x_t, t = torch.randn(2, 3), torch.randn(2, 3), torch.tensor([0, 1])
-    mean, log_variance = diffusion.posterior(x0, x_t, t)
-    torch.testing.assert_close(mean[0], x0[0])
-    assert log_variance[0] == log_variance[1]
+    mean, log_variance = diffusion.posterior(x0, x_t, torch.tensor([0]))    # its variance is 0
+    assert mean.item() == pytest.approx(0.3) and log_variance.isfinite().all()
 
 
 # ---- loss
 
 def test_loss_equals_the_reference(diffusion, golden, tiny_model):
+    given = [golden[key] for key in ("loss/x0", "unet/context", "loss/t", "loss/noise")]
     with torch.no_grad():
-        loss = diffusion.loss(tiny_model, golden["loss/x0"], golden["unet/context"], t=golden["loss/t"],
-                              noise=golden["loss/noise"], drop=torch.zeros(2, dtype=torch.bool))
+        loss = diffusion.loss(tiny_model, *given, torch.zeros(2, dtype=torch.bool))
     assert loss.shape == (2,)
     assert loss.mean().item() == pytest.approx(golden["loss/eps_mse"].item(), rel=1e-5)
 
 
 def test_loss_is_per_sample_and_float32_under_autocast(diffusion):
-    x0, noise = torch.zeros(3, 2, 4, 4), torch.ones(3, 2, 4, 4)
-    seen = torch.tensor([1.0, 2, 4])[:, None, None, None] * torch.ones(3, 2, 4, 4)
+    x0, noise, cond = torch.zeros(3, 2, 4, 4), torch.ones(3, 2, 4, 4), torch.rand(3, 17, 3)
+    t, drop = torch.tensor([0, 7, 999]), torch.tensor([True, False, True])
+
+    def model(x, t_, cond_, drop_):
+        assert torch.equal(t_, t) and torch.equal(cond_, cond) and torch.equal(drop_, drop)
+        return (torch.tensor([1.0, 2, 4])[:, None, None, None] * torch.ones_like(x)).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        loss = diffusion.loss(lambda x, t, c, drop: seen.bfloat16(), x0, x0, noise=noise)
-    assert loss.dtype == torch.float32
-    assert loss.tolist() == [0, 1, 9]
+        loss = diffusion.loss(model, x0, cond, t, noise, drop)
+    assert loss.dtype == torch.float32 and loss.tolist() == [0, 1, 9]
 
 
 def test_the_exact_eps_reaches_the_least_possible_loss(diffusion):
-    """For Gaussian data the loss at t cannot fall below alpha_bar s^2 / (alpha_bar s^2 + 1 - alpha_bar)."""
+    """For data N(0, s^2) the loss cannot fall below ab s^2 / (ab s^2 + 1 - ab)."""
     torch.manual_seed(0)
-    eps_fn = exact_eps(diffusion, S_DATA)
+    eps_fn, none = exact_eps(diffusion, S_DATA), torch.zeros(64)
     for t in (50, 300, 900):
-        ab = diffusion.alphas_bar[t].item()
-        loss = diffusion.loss(lambda x, t, c, drop: eps_fn(x, t), S_DATA * torch.randn(64, 4096), torch.zeros(64),
-                              t=torch.full((64,), t))
-        assert loss.mean().item() == pytest.approx(ab * S_DATA**2 / (ab * S_DATA**2 + 1 - ab), rel=0.02)
+        signal = diffusion.alphas_bar[t].item() * S_DATA**2
+        x0, noise = S_DATA * torch.randn(64, 4096), torch.randn(64, 4096)
+        loss = diffusion.loss(lambda x, t, c, drop: eps_fn(x, t), x0, none,
+                              torch.full((64,), t), noise, none)
+        least = signal / (signal + 1 - diffusion.alphas_bar[t].item())
+        assert loss.mean().item() == pytest.approx(least, rel=0.02)
 
 
-def test_draws_of_the_loss_follow_their_laws(diffusion):
-    """t covers 0..T-1 evenly, the noise is N(0, 1), and p_drop of the samples, each on its own, lose the condition."""
+def test_v_prediction_says_the_same_as_eps():
+    """Back to eps and to x0 by identities that are not in the code."""
     torch.manual_seed(0)
-    B, seen = 20_000, {}
-
-    def eps_model(x, t, cond, drop):
-        seen.update(x=x, t=t, drop=drop, cond=cond)
-        return x
-
-    cond = torch.arange(B)
-    diffusion.loss(eps_model, torch.zeros(B, 4), cond, p_drop=0.1)
-    t, drop = seen["t"], seen["drop"]
-    assert (t.min(), t.max()) == (0, 999) and abs(t.double().mean() - 499.5) < 5 * 289 / B**0.5
-    assert drop.dtype == torch.bool and drop.shape == (B,)
-    assert abs(drop.double().mean() - 0.1) < 5 * (0.09 / B) ** 0.5
-    assert abs((drop[1:] & drop[:-1]).double().mean() - 0.01) < 5 * (0.01 / B) ** 0.5
-    noise = seen["x"] / (1 - diffusion.alphas_bar[t]).sqrt()[:, None]
-    assert abs(noise.mean()) < 5 / (4 * B) ** 0.5 and abs(noise.var() - 1) < 5 * (2 / (4 * B)) ** 0.5
-    assert torch.equal(seen["cond"], cond)
-    for p_drop, wanted in ((0, 0), (1, B)):
-        diffusion.loss(eps_model, torch.zeros(B, 4), cond, p_drop=p_drop)
-        assert seen["drop"].sum() == wanted
+    d, t = Diffusion(prediction="v"), torch.tensor([0, 400, 999])
+    x0, noise = torch.randn(2, 3, 4, 5).unbind()
+    x_t, v = d.q_sample(x0, t, noise), d.target(x0, t, noise)
+    a = d.alphas_bar[t].sqrt().float()[:, None, None]
+    torch.testing.assert_close(a * x_t - (1 - a * a).sqrt() * v, x0, rtol=1e-4, atol=1e-4)
+    eps = d.eps_model(lambda x, t, cond, drop: v)(x_t, t, None, None)
+    torch.testing.assert_close(eps, noise, rtol=1e-4, atol=1e-4)
+    off = d.loss(lambda x, t, cond, drop: v + 2, x0, None, t, noise, t < 0)
+    torch.testing.assert_close(off, torch.full((3,), 4.0))
 
 
 # ---- timesteps and tables
 
 ALPHAS_BAR = Diffusion().alphas_bar.numpy()
 
+
 def test_even_spacing_gives_every_number_of_steps():
     for steps in range(1, 1001):
         timesteps = timesteps_of(ALPHAS_BAR, steps)
-        assert len(timesteps) == steps and timesteps[-1] == 999 and timesteps[0] >= 0
+        assert len(timesteps) == steps and timesteps[-1] == 999
         assert (np.diff(timesteps) > 0).all()
         if steps > 1:
             assert timesteps[0] == 0 and np.ptp(np.diff(timesteps)) <= 1
-    assert timesteps_of(ALPHAS_BAR, 1).tolist() == [999]
-    assert timesteps_of(ALPHAS_BAR, 1000).tolist() == list(range(1000))
 
 
 def test_uniform_spacing_fails_where_the_reference_does():
@@ -200,38 +196,18 @@ def test_uniform_spacing_fails_where_the_reference_does():
     assert len(timesteps_of(ALPHAS_BAR, 350, "uniform")) == 500
 
 
-def test_lambda_spacing_gives_every_number_of_steps_as_evenly_as_integers_allow(diffusion):
-    alphas_bar = diffusion.alphas_bar.numpy()
-    lambda_ = log_snr(alphas_bar)
-    np.testing.assert_allclose(np.exp(2 * lambda_), alphas_bar / (1 - alphas_bar))
+def test_lambda_spacing_gives_every_number_of_steps_as_evenly_as_integers_allow():
+    lambda_ = log_snr(ALPHAS_BAR)
+    np.testing.assert_allclose(np.exp(2 * lambda_), ALPHAS_BAR / (1 - ALPHAS_BAR))
+    one = -np.diff(lambda_)                                         # of each timestep
     for steps in (1, 2, 3, 5, 10, 20, 50, 100, 333, 999, 1000):
-        timesteps = timesteps_of(alphas_bar, steps, "lambda")
-        assert len(timesteps) == steps and timesteps[-1] == 999 and (steps == 1 or timesteps[0] == 0)
+        timesteps = timesteps_of(ALPHAS_BAR, steps, "lambda")
+        assert len(timesteps) == steps and timesteps[-1] == 999
+        assert steps == 1 or timesteps[0] == 0
         assert (np.diff(timesteps) > 0).all()
-        h, one = (lambda_[0] - lambda_[-1]) / max(steps - 1, 1), -np.diff(lambda_)          # one timestep's worth
+        h = (lambda_[0] - lambda_[-1]) / max(steps - 1, 1)
         for t, dt in zip(timesteps[1:], np.diff(timesteps), strict=True):
-            assert dt == 1 or lambda_[t - dt] - lambda_[t] < h + one[t - 1] + one[t - dt], f"{steps} steps, at {t}"
-
-
-def fine_schedule(s: float, steps: int, order: int) -> float:
-    """The relative error of a sampler on N(0, s^2) with a schedule so fine that whole timesteps do not matter."""
-    diffusion = Diffusion(200_000, 0.0015 / 200, 0.0195 / 200)
-    first, last_ = diffusion.alphas_bar[0].item(), diffusion.alphas_bar[-1].item()
-    v_0, v_T = (ab * s**2 + 1 - ab for ab in (first, last_))
-    # The flow keeps quantiles down to t = 0, and the last step is the posterior mean there.
-    wanted = (v_0 / v_T) ** 0.5 * first**0.5 * s**2 / v_0
-    sampler = ddim if order == 1 else dpm_solver
-    x = last(sampler(diffusion, exact_eps(diffusion, s), torch.ones(1, 1), steps, spacing="lambda"))
-    return abs(x.item() / wanted - 1)
-
-
-@pytest.mark.parametrize("s", [0.5, 2.0])
-@pytest.mark.parametrize("order", [1, 2])
-def test_the_error_falls_with_the_order_of_the_sampler(s, order):
-    """Twice the steps halve the error of DDIM and quarter that of DPM-Solver++(2M): h to the power of the order."""
-    errors = np.array([fine_schedule(s, steps, order) for steps in (40, 80, 160)])
-    measured = np.log2(errors[:-1] / errors[1:])
-    assert np.abs(measured - order).max() < 0.15, (errors, measured)
+            assert dt == 1 or lambda_[t - dt] - lambda_[t] < h + one[t - 1] + one[t - dt]
 
 
 @pytest.mark.parametrize("eta", [0, 1])
@@ -256,34 +232,38 @@ def test_ddim_trajectories_equal_the_reference(diffusion, golden, tiny_model, ke
     assert relative_error(run[-1].x, golden[f"ddim/{key}"]) < 1e-4
 
 
-@pytest.mark.parametrize("steps", [1, 7, 50, 333])
+@pytest.mark.parametrize("steps", [1, 7, 333])
 def test_ddim_on_gaussian_data_is_the_known_linear_map(diffusion, steps):
-    """With the exact eps each step multiplies x by (sqrt(ab' ab) s^2 + sqrt((1 - ab')(1 - ab))) / (ab s^2 + 1 - ab)."""
+    """With the exact eps each step multiplies x by
+    (sqrt(ab' ab) s^2 + sqrt((1 - ab')(1 - ab))) / (ab s^2 + 1 - ab)."""
     timesteps = [round(i * 999 / (steps - 1)) for i in range(steps)] if steps > 1 else [999]
-    ab = diffusion.alphas_bar.numpy()[timesteps]
+    ab, v = ALPHAS_BAR[timesteps], S_DATA**2
     ab_prev = np.array([1.0, *ab[:-1]])
-    v = S_DATA**2
-    factor = ((np.sqrt(ab_prev * ab) * v + np.sqrt((1 - ab_prev) * (1 - ab))) / (ab * v + 1 - ab)).prod()
+    factors = (np.sqrt(ab_prev * ab) * v + np.sqrt((1 - ab_prev) * (1 - ab))) / (ab * v + 1 - ab)
     x_T = torch.tensor([[1.0, -0.5]])
     x = last(ddim(diffusion, exact_eps(diffusion, S_DATA), x_T, steps))
-    torch.testing.assert_close(x, float(factor) * x_T, rtol=1e-4, atol=X0_ATOL)
+    torch.testing.assert_close(x, float(factors.prod()) * x_T, rtol=1e-4, atol=X0_ATOL)
 
 
-def test_ddim_converges_to_the_probability_flow(diffusion):
-    """Its limit keeps quantiles: x_T, of variance v_T = ab s^2 + 1 - ab at T, arrives at s x_T / sqrt(v_T)."""
-    ab = diffusion.alphas_bar[-1].item()
-    wanted = S_DATA / (ab * S_DATA**2 + 1 - ab) ** 0.5
-    errors = [abs(last(ddim(diffusion, exact_eps(diffusion, S_DATA), torch.ones(1, 1), n)).item() / wanted - 1)
-              for n in (10, 100, 1000)]
-    assert errors[2] < 0.01 and errors[2] < errors[1] / 4 and errors[1] < errors[0] / 5
+def fine_schedule(s: float, steps: int, order: int) -> float:
+    """The relative error of a sampler on N(0, s^2), where rounding to timesteps does not matter."""
+    diffusion = Diffusion(200_000, 0.0015 / 200, 0.0195 / 200)
+    first, last_ = diffusion.alphas_bar[0].item(), diffusion.alphas_bar[-1].item()
+    v_0, v_T = (ab * s**2 + 1 - ab for ab in (first, last_))
+    # The flow keeps quantiles down to t = 0, and the last step is the posterior mean there.
+    wanted = (v_0 / v_T) ** 0.5 * first**0.5 * s**2 / v_0
+    sampler = ddim if order == 1 else dpm_solver
+    eps_fn, x_T = exact_eps(diffusion, s), torch.ones(1, 1)
+    return abs(last(sampler(diffusion, eps_fn, x_T, steps, spacing="lambda")).item() / wanted - 1)
 
 
-def linear_run(diffusion: Diffusion, sampler, s: float) -> float:
-    """Standard deviation of the samples of a stochastic sampler on N(0, s^2), from 20,000 draws."""
-    g = torch.Generator().manual_seed(1)
-    x_T = torch.randn(1, 20_000, generator=g)
-    noise_fn = lambda i, x: torch.randn(x.shape, generator=g)      # noqa: E731
-    return last(sampler(exact_eps(diffusion, s), x_T, noise_fn)).std().item()
+@pytest.mark.parametrize("s", [0.5, 2.0])
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_error_falls_with_the_order_of_the_sampler(s, order):
+    """Twice the steps halve the error of DDIM and quarter that of DPM-Solver++(2M)."""
+    errors = np.array([fine_schedule(s, steps, order) for steps in (40, 80, 160)])
+    measured = np.log2(errors[:-1] / errors[1:])
+    assert np.abs(measured - order).max() < 0.15, (errors, measured)
 
 
 def toy_eps(x: Tensor, t: Tensor) -> Tensor:
@@ -318,69 +298,49 @@ def test_dpm_solver_is_algorithm_2_of_its_paper(diffusion, steps, spacing):
     assert torch.equal(got[-1].x, got[-1].x0)
 
 
-def test_dpm_solver_and_ddim_have_one_limit(diffusion):
-    """With all T steps they solve one equation, and DDIM's way there is the longer one."""
-    x_T = torch.linspace(-2, 2, 9)[None]
-    limit = last(dpm_solver(diffusion, exact_eps(diffusion, S_DATA), x_T, 1000))
-    assert relative_error(last(ddim(diffusion, exact_eps(diffusion, S_DATA), x_T, 1000)), limit) < 0.01
-    errors = [relative_error(last(sampler(diffusion, exact_eps(diffusion, S_DATA), x_T, steps)), limit)
-              for sampler, steps in ((dpm_solver, 20), (ddim, 50))]
-    assert errors[0] < 0.05 and errors[0] < errors[1] / 2, errors
-
-
 @pytest.mark.parametrize("s", [0.5, 2.0])
-@pytest.mark.parametrize("name", ["ddpm", "ddim eta 1", "ddim eta 0.5", "dpm_solver eta 1", "dpm_solver eta 0.5"])
-def test_samples_have_the_variance_of_the_data(diffusion, name, s):
-    sampler = {
-        "ddpm": lambda eps_fn, x_T, noise_fn: ddpm(diffusion, eps_fn, x_T, noise_fn),
-        "ddim eta 1": lambda eps_fn, x_T, noise_fn: ddim(diffusion, eps_fn, x_T, 500, 1.0, noise_fn),
-        "ddim eta 0.5": lambda eps_fn, x_T, noise_fn: ddim(diffusion, eps_fn, x_T, 500, 0.5, noise_fn),
-        # a fifth of the steps
-        "dpm_solver eta 1": lambda eps_fn, x_T, noise_fn: dpm_solver(diffusion, eps_fn, x_T, 100, 1.0, noise_fn),
-        "dpm_solver eta 0.5": lambda eps_fn, x_T, noise_fn: dpm_solver(diffusion, eps_fn, x_T, 100, 0.5, noise_fn),
-    }[name]
-    # Monte-Carlo error of a standard deviation: 1 / sqrt(2 n) = 0.5 %; the rest is the size of the steps
-    assert linear_run(diffusion, sampler, s) == pytest.approx(s, rel=0.025)
+@pytest.mark.parametrize("sampler, how", [
+    (ddpm, ()), (ddim, (500, 1.0)), (ddim, (500, 0.5)), (dpm_solver, (100, 1.0)),
+    (dpm_solver, (100, 0.5))])
+def test_samples_have_the_variance_of_the_data(diffusion, sampler, how, s):
+    g = torch.Generator().manual_seed(1)
+    x_T = torch.randn(1, 20_000, generator=g)
+
+    def noise_fn(i: int, x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=g)
+    x = last(sampler(diffusion, exact_eps(diffusion, s), x_T, *how, noise_fn))
+    # Monte-Carlo error: 1 / sqrt(2 n) = 0.5 %; the rest is the size of the steps.
+    assert x.std().item() == pytest.approx(s, rel=0.025)
 
 
-def test_ddim_with_all_steps_and_eta_1_is_ddpm(diffusion):
+def test_ddim_with_all_steps_and_eta_1_is_ddpm():
+    diffusion = Diffusion(100, 0.015, 0.195)
     x_T, noise_fn = per_image_noise([3, 4], (2, 4))
     eps_fn = exact_eps(diffusion, S_DATA)
     a = ddpm(diffusion, eps_fn, x_T, noise_fn)
-    b = ddim(diffusion, eps_fn, x_T, 1000, 1.0, noise_fn)
+    b = ddim(diffusion, eps_fn, x_T, 100, 1.0, noise_fn)
     for p, q in zip(a, b, strict=True):
         assert (p.i, p.n, p.t) == (q.i, q.n, q.t)
         torch.testing.assert_close(p.x, q.x, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("sampler", [ddim, dpm_solver])
-@pytest.mark.parametrize("steps", [1, 2, 350, 999])
+@pytest.mark.parametrize("steps", [1, 2, 350])
 def test_steps_count_and_end_at_the_predicted_x0(diffusion, steps, sampler):
     run = list(sampler(diffusion, exact_eps(diffusion, S_DATA), torch.ones(1, 3), steps))
-    assert [step.i for step in run] == list(range(steps))
-    assert {step.n for step in run} == {steps}
-    assert run[0].t == 999 and isinstance(run[0], Step)
-    assert torch.equal(run[-1].x, run[-1].x0)
+    assert [(step.i, step.n) for step in run] == [(i, steps) for i in range(steps)]
+    assert run[0].t == 999 and torch.equal(run[-1].x, run[-1].x0)
 
 
-def test_predicted_x0_is_the_posterior_mean(diffusion):
-    """For data N(0, s^2): E[x0 | x_t] = sqrt(ab) s^2 x_t / (ab s^2 + 1 - ab)."""
-    x_t = torch.tensor([[1.5]])
-    for step in ddim(diffusion, exact_eps(diffusion, S_DATA), x_t, 20):
-        ab = diffusion.alphas_bar[step.t].item()
-        wanted = ab**0.5 * S_DATA**2 * x_t / (ab * S_DATA**2 + 1 - ab)
-        torch.testing.assert_close(step.x0, wanted, rtol=1e-4, atol=X0_ATOL)
-        x_t = step.x
+def test_samplers_run_in_float32_without_gradients():
+    weight, x_T, d = torch.ones(1, requires_grad=True), torch.ones(1, 3).bfloat16(), Diffusion(4)
 
-
-def test_samplers_run_in_float32_without_gradients(diffusion):
-    weight = torch.ones(1, requires_grad=True)
-    for sampler in (ddim(diffusion, lambda x, t: (x * weight).bfloat16(), torch.ones(1, 3).bfloat16(), 3),
-                    dpm_solver(diffusion, lambda x, t: (x * weight).bfloat16(), torch.ones(1, 3).bfloat16(), 4),
-                    ddpm(Diffusion(3), lambda x, t: (x * weight).bfloat16(), torch.ones(1, 3), lambda i, x: x)):
+    def eps_fn(x: Tensor, t: Tensor) -> Tensor:
+        return (x * weight).bfloat16()
+    for sampler in (ddim(d, eps_fn, x_T, 3), dpm_solver(d, eps_fn, x_T, 4),
+                    ddpm(d, eps_fn, x_T, lambda i, x: x)):
         for step in sampler:
-            assert step.x.dtype == step.x0.dtype == torch.float32
-            assert not step.x.requires_grad
+            assert step.x.dtype == step.x0.dtype == torch.float32 and not step.x.requires_grad
     assert torch.is_grad_enabled()
 
 
@@ -419,35 +379,38 @@ def test_outside_its_interval_there_is_no_guidance(t, inside, w):
 
 
 def test_rescaled_guidance_has_the_spread_of_the_conditional_eps():
-    """arXiv:2305.08891 section 3.4: at phi = 1 the standard deviation of each sample, at less that share of the way."""
+    """arXiv:2305.08891 section 3.4: at phi = 1 the standard deviation of each sample, else that
+    share of the way to it."""
     torch.manual_seed(0)
     x, t, eps_cond, eps_null = torch.randn(3, 4, 8, 8), torch.zeros(3), *torch.randn(2, 3, 4, 8, 8)
     eps_cond *= torch.tensor([0.5, 1.0, 2.0])[:, None, None, None]
-    model = lambda x, t, cond, drop: torch.where(drop[:, None, None, None], eps_null.repeat(2, 1, 1, 1), cond)  # noqa: E731
+
+    def model(x, t, cond, drop):
+        return torch.where(drop[:, None, None, None], eps_null.repeat(2, 1, 1, 1), cond)
     eps = [guided(model, eps_cond, 7.5, rescale=phi)(x, t) for phi in (0, 0.7, 1)]
     spread = [e.flatten(1).std(1) for e in (*eps, eps_cond)]
-    torch.testing.assert_close(eps[0], eps_null + 7.5 * (eps_cond - eps_null))
     assert (spread[0] > 2 * spread[3]).all()
     torch.testing.assert_close(spread[2], spread[3])
     torch.testing.assert_close(spread[1], 0.7 * spread[3] + 0.3 * spread[0])
-    for e in eps[1:]:                                        # the direction stays
-        torch.testing.assert_close(torch.cosine_similarity(e.flatten(1), eps[0].flatten(1)), torch.ones(3))
+    for e in eps[1:]:                                       # the direction stays
+        same = torch.cosine_similarity(e.flatten(1), eps[0].flatten(1))
+        torch.testing.assert_close(same, torch.ones(3))
 
 
 # ---- seeds
 
 @pytest.mark.parametrize("sampler", [ddim, dpm_solver])
 def test_an_image_depends_on_its_own_seed_alone(diffusion, sampler):
-    seeds, shape = [5, 6, 7, 0, 9, 10, 2**31, 6], (3, 4, 4)
+    seeds = [5, 6, 0, 2**31, 6]
 
     def draw(seeds):
-        x_T, noise_fn = per_image_noise(seeds, shape)
+        x_T, noise_fn = per_image_noise(seeds, (3, 4, 4))
         return last(sampler(diffusion, exact_eps(diffusion, S_DATA), x_T, 10, 1.0, noise_fn))
 
     together = draw(seeds)
     for i, seed in enumerate(seeds):
         assert torch.equal(draw([seed])[0], together[i])
-    assert torch.equal(together[1], together[7]) and not torch.equal(together[0], together[1])
+    assert torch.equal(together[1], together[4]) and not torch.equal(together[0], together[1])
 
 
 def test_noise_is_normal_and_new_in_every_step():
@@ -461,14 +424,17 @@ def test_noise_is_normal_and_new_in_every_step():
 
 # ---- a whole model
 
+@functools.cache
 def random_ldm(*conditioning: str) -> LDM:
-    """A small model whose every weight counts: layers that start at zero would hide the pose and the network."""
+    """A small model, read-only, whose every weight counts: no layer is zero."""
     torch.manual_seed(0)
     cond = ConditionConfig(conditioning, dim=16)
-    config = UNetConfig(in_channels=3 + cond.map_channels, model_channels=32, num_res_blocks=1, channel_mult=(1, 2),
-                        attention_resolutions=(2,), num_heads=2, context_dim=cond.context_dim)
+    config = UNetConfig(
+        in_channels=3 + cond.map_channels, model_channels=32, num_res_blocks=1,
+        channel_mult=(1, 2), attention_resolutions=(2,), num_heads=2, context_dim=cond.context_dim)
     vq = VQModel(VQConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, n_embed=32, resolution=32))
-    ldm = LDM(vq, config, cond, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), {"timesteps": 1000}, supports_guidance=True)
+    ldm = LDM(vq, config, cond, torch.zeros(3, 1, 1), torch.ones(3, 1, 1), {"timesteps": 1000},
+              supports_guidance=True)
     with torch.no_grad():
         for parameter in ldm.unet.parameters():
             parameter.copy_(torch.randn(parameter.shape) / max(parameter[0].numel(), 10) ** 0.5)
@@ -485,34 +451,33 @@ CONDITIONINGS = [("maps",), ("tokens",), ("tokens", "maps"), ("seed",)]
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-@pytest.mark.parametrize("w, interval", [(0, None), (1, None), (3, None), (3, (0, 400))])
-def test_a_prepared_model_is_the_model(conditioning, w, interval):
+def test_a_prepared_model_is_the_model(conditioning):
     ldm, poses, x = random_ldm(*conditioning), random_poses(3), torch.randn(3, 3, 8, 8)
-    prepared = guided(*ldm.prepared(poses, (8, 8)), w, interval)
-    for t in (900, 100):
+    prepared = ldm.prepared(poses, (8, 8))
+    for w, interval, t in ((0, None, 900), (1, None, 100), (3, None, 900), (3, (0, 400), 900)):
         ts = torch.full((3,), t)
         wanted = guided(ldm, poses, w, interval)(x, ts)
-        assert relative_error(prepared(x, ts), wanted) < 1e-5
-    if w:
-        assert relative_error(guided(ldm, poses[[1, 2, 0]], w, interval)(x, ts), wanted) > 1e-3      # the pose counts
+        assert relative_error(guided(*prepared, w, interval)(x, ts), wanted) < 1e-5
+        if w:                                               # the pose counts
+            other = guided(ldm, poses[[1, 2, 0]], w, interval)(x, ts)
+            assert relative_error(other, wanted) > 1e-3
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
 def test_a_network_in_half_precision_draws_nearly_the_same_from_float32_latents(conditioning):
-    ldm, poses = random_ldm(*conditioning), random_poses(2)
+    ldm, poses = copy.deepcopy(random_ldm(*conditioning)), random_poses(2)
     x, ts = torch.randn(2, 3, 8, 8), torch.full((2,), 300)
     wanted = guided(ldm, poses, 3)(x, ts)
     ldm.unet.to(torch.bfloat16)
     for cond in ((ldm, poses), ldm.prepared(poses, (8, 8))):
-        eps_fn = guided(*cond, 3)
-        assert 1e-4 < relative_error(eps_fn(x, ts), wanted) < 6e-2           # guidance triples the rounding
-        for sampler in (ddim, dpm_solver):
-            assert all(step.x.dtype == torch.float32 for step in sampler(Diffusion(), eps_fn, x, 3))
+        eps_fn = guided(*cond, 3)                           # guidance triples the rounding
+        assert 1e-4 < relative_error(eps_fn(x, ts), wanted) < 6e-2
+    assert last(ddim(Diffusion(), eps_fn, x, 2)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_the_pose_is_looked_at_once_a_picture_and_not_once_a_step(conditioning):
-    ldm, calls = random_ldm(*conditioning), {"cond": 0, "keys": 0, "unet": 0}
+def test_the_pose_is_computed_once_an_image_and_not_once_a_step(conditioning):
+    ldm, calls = copy.deepcopy(random_ldm(*conditioning)), {"cond": 0, "keys": 0, "unet": 0}
 
     def count(module, name):
         module.register_forward_hook(lambda *ignored: calls.update({name: calls[name] + 1}))
@@ -520,72 +485,55 @@ def test_the_pose_is_looked_at_once_a_picture_and_not_once_a_step(conditioning):
     keys = [module for name, module in ldm.unet.named_modules() if name.endswith("attn2.to_k")]
     for module in keys:
         count(module, "keys")
-    last(sample.sample(ldm, random_poses(2), [0, 1], 32, **sample.settings(ldm, steps=5)))
-    assert calls == {"cond": 1, "keys": len(keys), "unet": 5}
+    last(sample.sample(ldm, random_poses(2), [0, 1], 32, **sample.settings(ldm, steps=2)))
+    assert calls == {"cond": 1, "keys": len(keys), "unet": 2}
 
 
-# float32: the same sums in another order, through 10 steps. bf16 keeps 8 bits, and a random network amplifies.
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
-@pytest.mark.parametrize("sampler, eta", [("ddim", 1.0), ("dpm_solver", 0.0)])
-def test_a_picture_is_the_same_alone_and_among_eight(dtype, tolerance, sampler, eta):
+# float32: the same sums in another order. bf16 keeps 8 bits, and a random network amplifies.
+@pytest.mark.parametrize("dtype, tolerance, sampler, eta", [
+    (torch.float32, 1e-5, "ddim", 1.0), (torch.bfloat16, 5e-2, "dpm_solver", 0.0)])
+def test_an_image_is_the_same_alone_and_among_eight(dtype, tolerance, sampler, eta):
     ldm, poses = random_ldm("tokens", "maps"), random_poses(8)
 
     def draw(which: list[int]) -> Tensor:
-        how = sample.settings(ldm, sampler, 10, eta, 3.0, "even")
+        how = sample.settings(ldm, sampler, 5, eta, 3.0, "even")
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             return last(sample.sample(ldm, poses[which], [10 + i for i in which], 32, **how))
 
     together = draw(list(range(8)))
-    for i in (0, 5, 7):
+    for i in (0, 7):
         assert relative_error(draw([i])[0], together[i]) < tolerance
     assert relative_error(together[0], together[1]) > 0.3
 
 
 def test_the_flags_reach_the_sampler(tmp_path, monkeypatch):
     """Each changes the latents as the function behind it does."""
-    ldm, pose = random_ldm("maps"), tmp_path / "pose.json"
+    ldm, pose, seen = copy.deepcopy(random_ldm("maps")), tmp_path / "pose.json", []
     pose.write_text(json.dumps({"people": [{"pose_keypoints_2d": [0.5, 0.5, 1.0] * 18}]}))
-    seen = []
     payload = {"config": {"size": 32}, "step": 0}
     monkeypatch.setattr(sample.checkpoint, "load_ldm", lambda *ignored, **more: (ldm, payload))
     monkeypatch.setattr(ldm, "decode", lambda z: seen.append(z) or torch.zeros(len(z), 3, 32, 32))
-    command = [str(pose), "-n", "1", "--steps", "4", "--out", str(tmp_path / "x.png"), "--device", "cpu"]
+    command = [str(pose), "-n", "1", "--steps", "4", "--out", str(tmp_path / "x.png"),
+               "--device", "cpu", "--eta", "0", "--sampler"]
     poses = torch.from_numpy(np.stack(sample.read_poses([pose])[0])).float()
     how = sample.settings(ldm, "ddim", 4, eta=0.0)
     for flags, wanted in [
-        (["--sampler", "dpm_solver"], {"sampler": "dpm_solver", "spacing": "lambda"}),
-        (["--sampler", "dpm_solver", "--spacing", "even"], {"sampler": "dpm_solver"}),
-        (["--sampler", "ddim", "--rescale", "0.7"], {"rescale": 0.7}),
-        (["--sampler", "ddim", "--interval", "300", "700"], {"interval": (300, 700)}),
+        (["dpm_solver"], {"sampler": "dpm_solver", "spacing": "lambda"}),
+        (["dpm_solver", "--spacing", "even"], {"sampler": "dpm_solver"}),
+        (["ddim", "--rescale", "0.7"], {"rescale": 0.7}),
+        (["ddim", "--interval", "300", "700"], {"interval": (300, 700)}),
     ]:
-        assert sample.main([*command, "--eta", "0", *flags]) == 0
-        assert torch.equal(seen.pop(), last(sample.sample(ldm, poses, [0], 32, **how | wanted))), flags
+        assert sample.main([*command, *flags]) == 0
+        wanted = last(sample.sample(ldm, poses, [0], 32, **how | wanted))
+        assert torch.equal(seen.pop(), wanted), flags
 
 
-def test_v_prediction_says_the_same_as_eps():
-    """Back to eps and to x0 by identities that are not in the code."""
-    torch.manual_seed(0)
-    d, t = Diffusion(prediction="v"), torch.tensor([0, 400, 999])
-    x0, noise = torch.randn(2, 3, 4, 5).unbind()
-    x_t, v = d.q_sample(x0, t, noise), d.target(x0, t, noise)
-    a = d.alphas_bar[t].sqrt().float()[:, None, None]
-    torch.testing.assert_close(a * x_t - (1 - a * a).sqrt() * v, x0, rtol=1e-4, atol=1e-4)
-    eps = d.eps_model(lambda x, t, cond, drop: v)(x_t, t, None, None)
-    torch.testing.assert_close(eps, noise, rtol=1e-4, atol=1e-4)
-    perfect = d.loss(lambda x, t, cond, drop: v, x0, None, t=t, noise=noise, drop=t < 0)
-    assert perfect.shape == (3,) and perfect.abs().max() < 1e-12
-    off = d.loss(lambda x, t, cond, drop: v + 2, x0, None, t=t, noise=noise, drop=t < 0)
-    torch.testing.assert_close(off, torch.full((3,), 4.0))
-
-
-def test_what_is_zero_makes_no_nan(diffusion):
-    zero = torch.zeros(1, 3)
-    new = guided(lambda x, t, cond, drop: torch.zeros_like(x), torch.zeros(1, 17, 3), 3.0, rescale=0.7)
+def test_what_is_zero_makes_no_nan():
+    zero, poses = torch.zeros(1, 3), torch.zeros(1, 17, 3)
+    new = guided(lambda x, t, cond, drop: torch.zeros_like(x), poses, 3.0, rescale=0.7)
     assert new(torch.ones(1, 3), torch.tensor([5])).tolist() == zero.tolist()
     assert slerp(zero, torch.ones(1, 3), 0.25).tolist() == [[0.25] * 3]
 
-
-# ---- errors
 
 def test_errors_say_what_is_allowed(diffusion):
     x, eps_fn = torch.ones(1, 3), exact_eps(diffusion, S_DATA)
@@ -593,6 +541,7 @@ def test_errors_say_what_is_allowed(diffusion):
         (lambda: next(ddim(diffusion, eps_fn, x, 1001)), "steps is 1001.*1 to 1000"),
         (lambda: next(ddim(diffusion, eps_fn, x, 10, 1.5, lambda i, x: x)), "eta is 1.5"),
         (lambda: timesteps_of(ALPHAS_BAR, 999, "uniform"), "timestep 1000 of 0 to 999"),
+        (lambda: Diffusion(prediction="x0"), "'x0'"),
     ]:
         with pytest.raises(ValueError, match=message):
             make()

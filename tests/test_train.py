@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -31,7 +30,7 @@ import train
 from dataset.figures import Figures
 from diffusion import Diffusion
 from engine.run import RunDir, read_log
-from keypoints import ConditionConfig
+from keypoints import ConditionConfig, PoseCondition
 from ldm import LDM
 from vq import LPIPS, VQConfig, VQLossConfig, VQModel
 
@@ -144,13 +143,10 @@ def one_sentence(capsys, code: int, *words: str) -> None:
 # ------------------------------------------------------------------------------------ exact resume
 
 @pytest.mark.parametrize("stage, preset", [
-    ("vq", "micro"), ("vq", "micro_plain"), ("vq", "micro_gan"), ("vq", "micro_toy"),
-    ("ldm", "micro"), ("ldm", "micro_plain"), ("ldm", "micro_toy")])
-def test_six_steps_equal_three_and_resume_and_three(tmp_path, monkeypatch, stage, preset):
-    flags = ["--steps", "6"]
-    if stage == "ldm":
-        assert train.main(command("vq", tmp_path / "vq", "--steps", "2", preset=preset)) == 0
-        flags += ["--vq", str(tmp_path / "vq/last.pt")]
+    ("vq", "micro"), ("vq", "micro_plain"), ("vq", "micro_gan"), ("ldm", "micro"),
+    ("ldm", "micro_toy")])
+def test_six_steps_equal_three_and_resume_and_three(trained, tmp_path, monkeypatch, stage, preset):
+    flags = ["--steps", "6", "--eval-every", "3", "--vq", str(trained / "vq/last.pt")]
     assert train.main(command(stage, tmp_path / "whole", *flags, preset=preset)) == 0
     with monkeypatch.context() as m:
         die_after(m, 3)
@@ -167,9 +163,9 @@ def test_six_steps_equal_three_and_resume_and_three(tmp_path, monkeypatch, stage
     same(*(checkpoint.load(tmp_path / run / "last.pt", stage) for run in ("whole", "cut")))
     logs = [untimed(tmp_path / run / "log.jsonl") for run in ("whole", "cut")]
     assert logs[0] == logs[1]
-    assert [r["step"] for r in logs[0] if "val_psnr" in r or "val_right" in r] == [*range(6)]
-    assert [p.name for p in sorted((tmp_path / "cut/samples").iterdir())] == [
-        f"{k:07d}.png" for k in range(1, 7)]
+    assert [r["step"] for r in logs[0] if "val_psnr" in r or "val_right" in r] == [2, 5]
+    images = sorted(p.name for p in (tmp_path / "cut/samples").iterdir())
+    assert images == ["0000003.png", "0000006.png"]
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(tmp_path, monkeypatch, capsys):
@@ -189,12 +185,12 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(tmp_path, monkeyp
     same(*(checkpoint.load(tmp_path / run / "last.pt", "vq") for run in ("whole", "cut")))
 
 
-def test_stage_two_does_not_resume_in_another_latent_space(tmp_path, capsys):
-    vq = command("vq", tmp_path / "vq", "--steps", "2")
-    ldm = command("ldm", tmp_path / "ldm", "--steps", "2", "--vq", str(tmp_path / "vq/last.pt"))
-    assert train.main(vq) == train.main(ldm) == train.main([*vq, "--seed", "5", "--fresh"]) == 0
+def test_stage_two_does_not_resume_in_another_latent_space(trained, tmp_path, capsys):
+    vq = command("vq", tmp_path / "vq", "--steps", "1", "--seed", "5")
+    assert train.main(vq) == 0
     capsys.readouterr()
-    assert train.main(ldm) == 2 and "another autoencoder than" in capsys.readouterr().err
+    ldm = command("ldm", trained / "ldm", "--steps", "4", "--vq", str(tmp_path / "vq/last.pt"))
+    one_sentence(capsys, train.main(ldm), "another autoencoder than")
 
 
 def test_fresh_deletes_nothing_before_the_run_begins(trained, tmp_path):
@@ -271,17 +267,17 @@ def test_a_run_of_steps_evaluates_as_often_as_its_time_pays_for(tmp_path):
 
 
 def test_minutes_become_steps_that_a_resumed_run_keeps(tmp_path, monkeypatch, capsys):
-    """By a clock that goes on by 50 ms whenever it is looked at, so a few times a step."""
+    """By a clock that goes on by 200 ms whenever it is looked at, so a few times a step."""
     looks = itertools.count()
-    monkeypatch.setattr(train.time, "monotonic", lambda: 0.05 * next(looks))
+    monkeypatch.setattr(train.time, "monotonic", lambda: 0.2 * next(looks))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    flags = command("vq", tmp_path / "run", "--minutes", "0.1")
+    flags = command("vq", tmp_path / "run", "--minutes", "0.1", "--eval-every", "7")
     with monkeypatch.context() as m, pytest.raises(Killed):
         die_after(m, 7)
         train.main(flags)
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]      # the measuring run left nothing
+    assert not [*tmp_path.glob("tmp*")]                         # the measuring run left nothing
     steps = json.loads((tmp_path / "run/config.json").read_text())["steps"]
-    assert f"{steps} steps" in capsys.readouterr().out and 8 < steps < 6 / 0.05
+    assert f"{steps} steps" in capsys.readouterr().out and 8 < steps < 60
     monkeypatch.setattr(train, "measure_speed", None)
     assert train.main(flags) == 0
     assert checkpoint.load(tmp_path / "run/last.pt", "vq")["step"] == steps
@@ -305,7 +301,7 @@ def test_the_measuring_run_changes_nothing_and_does_all_that_will_take_time(
     flags += ["--eval-every", str(every)]
     assert train.main(command(stage, tmp_path / "plain", *flags, preset="micro_gan")) == 0
     same(*(checkpoint.load(tmp_path / run / "last.pt", stage) for run in ("measured", "plain")))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["measured", "plain"]
+    assert not [*tmp_path.glob("tmp*")]
 
 
 def test_ctrl_c_while_the_speed_is_measured_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
@@ -315,48 +311,41 @@ def test_ctrl_c_while_the_speed_is_measured_leaves_nothing_behind(tmp_path, monk
                                                           log_step(*args)))
     assert train.main(command("vq", tmp_path / "run", "--minutes", "1")) == train.INTERRUPTED
     assert "rerun the same command" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["run"] and not [*(tmp_path / "run").iterdir()]
+    assert not [*tmp_path.glob("tmp*")] and not [*(tmp_path / "run").iterdir()]
 
 
-# ------------------------------------------------------------------------------ what the run leaves
-
-def test_the_first_line_says_what_is_trained(trained, tmp_path, capsys):
-    vq = str(trained / "vq/last.pt")
-    assert train.main(command("ldm", tmp_path / "run", "--steps", "2", "--vq", vq)) == 0
-    first = capsys.readouterr().out.splitlines()[0]
-    c = train.make_config(train.parse_args(command("ldm", tmp_path)))
-    millions = f"{train.count_parameters(c)['unet'] / 1e6:.1f} M parameters"
-    for word in ("micro", "cpu", c.amp.replace("off", "float32"), millions, "12 images of 32x32", "2 steps",
-                 "figures:12", "of 4 images", checkpoint.dated(vq, 4)[:len(vq) + 8], str(tmp_path)):
-        assert word in first, (word, first)
-
-
-@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_both_stages_learn(tmp_path, monkeypatch, amp):
     """In fp16 too, which the flag refuses on a CPU."""
     monkeypatch.setattr(train, "find_amp", lambda name, device: amp)
-    flags = ["--steps", "60", "--eval-every", "60", "--vq", str(tmp_path / "vq/last.pt")]
-    for stage, least in ("vq", 0.8), ("ldm", 0.95):
+    drawn, loss = [], Diffusion.loss
+    monkeypatch.setattr(Diffusion, "loss", lambda d, model, x0, cond, t, noise, drop: (
+        drawn.append((t, noise, drop)), loss(d, model, x0, cond, t, noise, drop))[1])
+    monkeypatch.setattr(engine.run, "LOG_EVERY", 1)
+    flags = ["--steps", "24", "--eval-every", "24", "--lr", "4e-3",
+             "--vq", str(tmp_path / "vq/last.pt")]
+    for stage in "vq", "ldm":
         assert train.main(command(stage, tmp_path / stage, *flags)) == 0
         losses = [r["loss"] for r in read_log(tmp_path / stage / "log.jsonl") if "loss" in r]
-        assert losses[-1] < least * losses[0]
+        assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4]), losses
+    t, noise, drop = (torch.cat(each) for each in zip(*drawn, strict=True))
+    n = len(t)                          # by the laws of the paper, all within 5 sigma
+    assert n == 4 * 24 and abs(t.double().mean() - 499.5) < 5 * 289 / n ** 0.5
+    assert abs(noise.mean()) < 5 / noise.numel() ** 0.5 and abs(noise.std() - 1) < 0.05
+    assert abs(drop.double().mean() - RECIPE.p_drop) < 5 * 0.3 / n ** 0.5
     raw = checkpoint.load(tmp_path / "ldm/last.pt", "ldm")["train"]
-    vq = checkpoint.build_vq(checkpoint.load(tmp_path / "vq/last.pt", "vq"), "vq")
-    c = train.make_config(train.parse_args(command("ldm", tmp_path / "x")))
-    torch.manual_seed(0)                                    # as the run began
-    mean, std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
-    fresh = LDM(vq, c.unet_config, c.cond_config, mean, std, {}, True)
-    missing = "encoder.missing"                             # figures miss no joint
-    assert torch.equal(raw["cond"][missing], fresh.cond.state_dict()[missing])
-    for name, start in fresh.cond.state_dict().items():     # the pose encoder has been trained
-        assert not torch.equal(raw["cond"][name], start) or name == missing, name
+    torch.manual_seed(0)                # figures miss no joint, so this alone has no gradient
+    fresh = PoseCondition(MICRO.cond).state_dict()
+    assert {name for name in fresh if (raw["cond"][name] == fresh[name]).all()} <= {
+        "encoder.missing"}
 
 
 def test_the_best_checkpoint_has_the_best_finite_score(tmp_path, monkeypatch):
     scores, honest = iter([math.nan, 2.0, math.inf, 1.0]), train.reconstruction
     monkeypatch.setattr(train, "reconstruction",
                         lambda *args: honest(*args) | {"psnr": next(scores)})
-    assert train.main(command("vq", tmp_path / "run", "--steps", "4")) == 0
+    flags = ["--steps", "4", "--eval-every", "1"]
+    assert train.main(command("vq", tmp_path / "run", *flags)) == 0
     assert checkpoint.load(tmp_path / "run/best.pt", "vq")["step"] == 2
     assert checkpoint.load(tmp_path / "run/last.pt", "vq")["train"]["best"] == 2.0
 
@@ -390,8 +379,9 @@ def spoil(monkeypatch, kind: str, steps: range | set[int]) -> None:
 def test_a_gradient_that_is_not_finite_moves_no_weight(
         trained, tmp_path, monkeypatch, stage, preset, kind):
     vq = trained / "vq/last.pt"
-    flags = ["--vq", str(vq), "--steps", "8", "--eval-every", "1", "--amp", "off"]
+    flags = ["--vq", str(vq), "--steps", "8", "--eval-every", "8", "--amp", "off"]
     monkeypatch.setattr(engine.run, "LOG_EVERY", 1)
+    monkeypatch.setattr(engine.run, "SAVE_SECONDS", 0)
     spoil(monkeypatch, kind, {3, 4, 6})
     states, save = {}, RunDir.save
 
@@ -541,17 +531,13 @@ def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_p
     (["--preset", "base"], ["--lpips-weights", "--download-lpips", "--perceptual off"]),
     (["--disc-start", "5"], ["--disc-start is 5", "--disc-weight 0.75"]),
     (["--lpips-weights", "x.pth"], ["LPIPS", "--perceptual 1"]),
-    (["--download-lpips"], ["LPIPS", "--perceptual 1"]),
-    (["--disc-weight", "1", "--disc-start", "-5"], ["'-5'"]),
-    (["--disc-weight", "1", "--disc-start", "off"], ["--disc-start", "'off' is not a number"]),
     (["--perceptual", "none"], ["'none'", "a number of at least 0"]),
-    (["--vq", "a.pt"], ["--vq belongs to stage 2"]), (["--patience", "3"], ["--patience belongs"]),
+    (["--vq", "a.pt"], ["--vq belongs to stage 2"]),
     (["--stage", "ldm", "--disc-weight", "1"], ["--disc-weight belongs to stage 1"]),
-    (["--minutes", "1"], ["--steps and --minutes"]), (["--preset", "huge"], ["huge", "toy"]),
-    (["--data", "nowhere"], ["nowhere"]), (["--data", "figures:many"], ["figures:many"]),
-    (["--steps", "-3"], ["--steps", "-3"]), (["--lr", "nan"], ["--lr", "nan"]),
-    (["--seed", "-1"], ["--seed"]), (["--val", "somewhere"], ["--val", "somewhere"]),
-    (["--amp", "fp16"], ["fp16", "bf16"]),
+    (["--minutes", "1"], ["--steps and --minutes"]), (["--data", "nowhere"], ["nowhere"]),
+    (["--data", "figures:many"], ["figures:many"]), (["--lr", "nan"], ["--lr", "nan"]),
+    (["--val", "somewhere"], ["--val", "somewhere"]), (["--amp", "fp16"], ["fp16", "bf16"]),
+    (["--out", f"{__file__}/run"], ["test_train.py/run", "--out"]),
     pytest.param(["--device", "cuda"], ["cuda", "0 CUDA GPUs"],
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
@@ -633,11 +619,6 @@ def test_stage_two_takes_a_stage_one_that_fits_or_names_what_would(trained, tmp_
         train.check_latents(c, VQConfig(), None)
 
 
-def test_an_unwritable_folder_is_one_sentence(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    one_sentence(capsys, train.main(command("vq", tmp_path / "file/run")), "file/run", "--out")
-
-
 def test_images_that_cannot_be_used(tmp_path, capsys):
     root = folder(tmp_path / "few", 20)
     (root / "keypoints/clip1_003.json").unlink()
@@ -659,35 +640,19 @@ def test_without_fcntl_and_posix_signals_both_stages_train(tmp_path):
             "    delattr(signal, name)\n"
             "for name in ('fork', 'posix_fadvise', 'getuid'):\n    delattr(os, name)\n"
             f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-            "import pytest, train, test_train\ntest_train.as_micro(pytest.MonkeyPatch())\n"
-            "sys.exit(train.main(sys.argv[1:]))")
-    for stage in ("vq", "ldm"):
-        flags = ["--steps", "2", "--vq", str(tmp_path / "vq/last.pt")]
-        argv = command(stage, tmp_path / stage, *flags)
-        done = subprocess.run([sys.executable, "-c", hide, *argv], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+            "import json, pytest, train, test_train\n"
+            "test_train.as_micro(pytest.MonkeyPatch())\n"
+            "sys.exit(max(map(train.main, json.loads(sys.argv[1]))))")
+    flags = ["--steps", "2", "--vq", str(tmp_path / "vq/last.pt")]
+    argv = [command(stage, tmp_path / stage, *flags) for stage in ("vq", "ldm")]
+    done = subprocess.run([sys.executable, "-c", hide, json.dumps(argv)], capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    for stage in "vq", "ldm":
         assert checkpoint.load(tmp_path / stage / "last.pt", stage)["step"] == 2
 
 
 # -------------------------------------------------------------------------------------- checkpoints
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_no_code_runs_from_a_checkpoint(tmp_path):
-    bad = Malicious(tmp_path / "owned")
-    torch.save({"format": 1, "stage": "vq", "x": bad}, tmp_path / "torch.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(bad))
-    for name in ("torch.pt", "plain.pt"):
-        with pytest.raises(ValueError, match=name):
-            checkpoint.load(tmp_path / name, "vq")
-    assert not (tmp_path / "owned").exists()
-
 
 def test_a_damaged_checkpoint_is_one_sentence(trained, tmp_path):
     whole = (trained / "vq/last.pt").read_bytes()

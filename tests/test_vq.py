@@ -12,7 +12,7 @@ from conftest import GOLDEN, golden_weights, relative_error
 import vq
 from vq import VectorQuantizer, VQConfig, VQModel
 
-TINY = VQConfig(ch=32, num_res_blocks=1, n_embed=64, resolution=32)                    # golden/tiny_f4/config.json
+TINY = VQConfig(ch=32, num_res_blocks=1, n_embed=64, resolution=32)     # golden/tiny_f4/config.json
 TOY = VQConfig(ch=8, n_embed=32, resolution=16, norm_groups=0, zero_init=True, ema_codebook=True)
 
 
@@ -41,7 +41,7 @@ def test_encode_quantize_decode_equal_the_reference(layout, golden):
         close(z_q, golden["vq/quant"])
         close(loss, golden["vq/codebook_loss"])
         close(model.decode(h), golden["vq/decode"])
-        close(model.decode_code(indices), golden["vq/decode"])
+        close(model.decode_raw(model.quantize.lookup(indices)), golden["vq/decode"])
         close(model(golden["vq/image"])[0], golden["vq/decode"])
 
 
@@ -52,9 +52,7 @@ def test_a_new_autoencoder_with_a_shortcut_scales_down_and_up(config):
     x_hat = model.reconstruct(x, quantize=False)[-1]
     assert torch.equal(x_hat, F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bicubic"))
     x_hat.square().mean().backward()
-    assert model.decoder.conv_out.weight.grad.abs().max() > 0       # and it can learn what is missing
-    with pytest.raises(ValueError, match="embed_dim 4"):
-        replace(config, shortcut=True, embed_dim=4)
+    assert model.decoder.conv_out.weight.grad.abs().max() > 0   # and it can learn what is missing
 
 
 def test_codebook_loss_gradients_put_beta_on_the_commitment_term(golden):
@@ -63,7 +61,7 @@ def test_codebook_loss_gradients_put_beta_on_the_commitment_term(golden):
     loss = quantizer(h)[1]
     loss.backward()
     close(loss.detach(), golden["vq/codebook_loss"])
-    close(loss.detach(), golden["vq/codebook_loss_legacy"])     # beta on the other term changes gradients only
+    close(loss.detach(), golden["vq/codebook_loss_legacy"])     # only its gradients differ
     close(h.grad, golden["vq/grad_prequant_fixed"])
     close(quantizer.embedding.weight.grad, golden["vq/grad_codebook_fixed"])
 
@@ -105,18 +103,17 @@ def test_the_quantiser_is_float32_under_autocast():
 
 
 def test_codes_drawn_from_encoder_outputs_are_encoder_outputs():
-    """The reference's start reaches 72 of 8192 codes; codes drawn from the outputs are all used by them."""
+    """The reference's start reaches 72 of 8192 codes; drawn codes are all used."""
     torch.manual_seed(0)
     h = torch.randn(8, 3, 16, 16)
     quantizer = VectorQuantizer(2048, 3)
     assert len(quantizer(h)[2].unique()) < 200
     quantizer.init_codes(h)
     assert len(quantizer(h)[2].unique()) > 2040         # float32 may confuse near twins
-    flat = h.permute(0, 2, 3, 1).reshape(-1, 3)
-    exact = torch.cdist(quantizer.embedding.weight.data, flat, compute_mode="donot_use_mm_for_euclid_dist")
-    assert exact.amin(1).max() == 0
+    flat, codes = h.permute(0, 2, 3, 1).flatten(0, 2), quantizer.embedding.weight
+    assert (codes[:, None] == flat).all(-1).any(1).all()
     few = VectorQuantizer(64, 3)
-    few.init_codes(h[:1, :, :4, :4])                                                    # 16 vectors for 64 codes
+    few.init_codes(h[:1, :, :4, :4])                                    # 16 vectors for 64 codes
     assert len(few.embedding.weight.unique(dim=0)) == 64
 
 
@@ -128,7 +125,7 @@ def test_ema_codes_become_the_means_of_what_they_code():
     h = torch.randn(1, 2, 8, 8) * 0.1
     h[:, 0, :, :4] -= 2
     h[:, 0, :, 4:] += 2
-    for _ in range(800):
+    for _ in range(600):
         quantizer.update(h, quantizer(h)[2])
     centres = torch.stack([h[0, :, :, :4].mean((1, 2)), h[0, :, :, 4:].mean((1, 2))])
     torch.testing.assert_close(quantizer.embedding.weight.data, centres, atol=1e-4, rtol=0)
@@ -140,9 +137,9 @@ def test_dead_codes_are_restarted_and_live_ones_are_not(ema):
     quantizer = VectorQuantizer(16, 3, ema=ema)
     h = torch.randn(1, 3, 32, 32)
     quantizer.init_codes(h)
-    quantizer.embedding.weight.data[:4] = 1000.0                                        # never nearest to anything
+    quantizer.embedding.weight.data[:4] = 1000.0                        # never the nearest
     before = quantizer.embedding.weight.data.clone()
-    restarted = sum(quantizer.update(h, quantizer(h)[2]) for _ in range(400))
+    restarted = sum(quantizer.update(h, quantizer(h)[2]) for _ in range(200))
     assert restarted == 4
     assert quantizer.embedding.weight.data[:4].abs().max() < 10
     if not ema:
@@ -175,12 +172,6 @@ def test_bf16_is_within_two_percent(golden):
             assert (model.decode_raw(z_q) - plain).norm() < 2e-2 * plain.norm()
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 30, 32), (1, 3, 32, 30)])
-def test_a_wrong_picture_size_is_one_sentence(shape):
-    with pytest.raises(ValueError, match="multiples of 4"):
-        VQModel(TOY).encode(torch.zeros(shape))
-
-
 def test_a_config_survives_json_and_attention_is_never_dropped_silently():
     assert VQConfig(ch_mult=[1, 2, 4]) == VQConfig() and VQConfig(ch_mult=(1, 2)).factor == 2
     with pytest.raises(ValueError, match=r"attn_resolutions is \(7,\); .*\[256, 128, 64\]"):
@@ -188,12 +179,13 @@ def test_a_config_survives_json_and_attention_is_never_dropped_silently():
 
 
 def test_a_moving_average_leaves_a_code_that_nobody_uses_where_it_is():
-    quantizer = vq.VectorQuantizer(2, 3, ema=True)
+    quantizer = VectorQuantizer(2, 3, ema=True)
     quantizer.embedding.weight.data = torch.tensor([[0.0, 0, 0], [50, 50, 50]])
     h = torch.randn(1, 3, 4, 4)
-    for _ in range(1200):
+    for _ in range(600):
         quantizer.update(h, quantizer(h)[2], restart=False)
-    torch.testing.assert_close(quantizer.embedding.weight, torch.stack([h.mean((0, 2, 3)), torch.full((3,), 50.0)]))
+    wanted = torch.stack([h.mean((0, 2, 3)), torch.full((3,), 50.0)])
+    torch.testing.assert_close(quantizer.embedding.weight, wanted)
 
 
 # ---- the objective
@@ -206,9 +198,9 @@ def lpips() -> vq.LPIPS:
 def test_loss_modules_have_the_names_and_shapes_of_the_published_checkpoint(lpips):
     loss = vq.VQLoss(vq.VQLossConfig(perceptual=1, disc_weight=0.75), lpips)
     published = json.loads((GOLDEN / "danbooru_vq_f4_state_dict.json").read_text())
-    wanted = {k[len("loss."):]: shape for k, (shape, _) in published.items() if k.startswith("loss.")}
-    ours = {k.replace("disc.main", "discriminator.main"): list(v.shape) for k, v in loss.state_dict().items()}
-    assert ours == wanted
+    wanted = {k: shape for k, (shape, _) in published.items() if k.startswith("loss.")}
+    assert wanted == {"loss." + k.replace("disc.main", "discriminator.main"): list(v.shape)
+                      for k, v in loss.state_dict().items()}
 
 
 def test_lpips_equals_the_reference_and_is_a_distance(lpips, golden):
@@ -220,19 +212,20 @@ def test_lpips_equals_the_reference_and_is_a_distance(lpips, golden):
 
 
 def test_one_generator_and_one_discriminator_step_equal_the_reference(lpips, golden):
-    """gan/reconstruction is a convolution of gan/features with gan/last_layer, which the adaptive weight looks at."""
+    """gan/reconstruction is a convolution of gan/features with gan/last_layer."""
     loss = vq.VQLoss(vq.VQLossConfig(perceptual=1, disc_weight=0.75), lpips)
     golden_weights("loss.discriminator.", loss.disc).train()
     last_layer = golden["gan/last_layer"].clone().requires_grad_()
     x, x_hat = golden["gan/image"], F.conv2d(golden["gan/features"], last_layer, padding=1)
     close(x_hat.detach(), golden["gan/reconstruction"])
-    total, parts = loss.generator(x, x_hat, torch.tensor(0.1), last_layer)
+    total, parts = loss.generator(x, x_hat, torch.tensor(0.1), last_layer, 1.0)
     close(total.detach(), golden["gan/gen_total_loss"])
     close(parts["lpips"], golden["gan/gen_p_loss"])
-    close(parts["l1"] + parts["lpips"], golden["gan/gen_nll_loss"])
-    close(parts["l1"] + parts["lpips"], golden["gan/gen_rec_loss"])             # one number by two names there
-    close(total.detach() - parts["d_weight"] * parts["g"] - golden["gan/gen_nll_loss"], golden["gan/gen_quant_loss"])
-    assert loss.disc_factor(0, None) == golden["gan/gen_disc_factor"]
+    nll = parts["l1"] + parts["lpips"]
+    close(nll, golden["gan/gen_nll_loss"])
+    close(nll, golden["gan/gen_rec_loss"])                      # one number by two names there
+    close(total.detach() - parts["d_weight"] * parts["g"] - nll, golden["gan/gen_quant_loss"])
+    assert loss.disc_factor(0, 1000) == golden["gan/gen_disc_factor"]
     close(parts["g"], golden["gan/gen_g_loss"])
     close(parts["d_weight"], golden["gan/gen_d_weight"])
     d_loss, logits = loss.discriminator(x, x_hat)
@@ -252,62 +245,64 @@ def adversarial(**config) -> tuple[vq.VQLoss, torch.Tensor, torch.Tensor, torch.
 
 def test_the_two_players_leave_no_gradient_on_each_other():
     loss, last_layer, x, x_hat = adversarial()
-    total, _ = loss.generator(x, x_hat, 0.0, last_layer)
+    total, _ = loss.generator(x, x_hat, 0.0, last_layer, 1.0)
     total.backward(retain_graph=True)
-    assert last_layer.grad.abs().max() > 0 and all(p.grad is None for p in loss.disc.parameters())
+    assert last_layer.grad.abs().max() > 0
+    assert all(p.grad is None for p in loss.disc.parameters())
     before = last_layer.grad.clone()
     loss.discriminator(x, x_hat)[0].backward()
-    assert torch.equal(last_layer.grad, before) and all(p.grad is not None for p in loss.disc.parameters())
+    assert torch.equal(last_layer.grad, before)
+    assert all(p.grad is not None for p in loss.disc.parameters())
 
 
 def test_the_adaptive_weight_makes_both_gradients_equally_long_and_is_capped():
     loss, last_layer, x, x_hat = adversarial()
-    _, parts = loss.generator(x, x_hat, 0.0, last_layer)
+    _, parts = loss.generator(x, x_hat, 0.0, last_layer, 1.0)
     nll_grad = torch.autograd.grad((x - x_hat).abs().mean(), last_layer, retain_graph=True)[0]
     g_grad = torch.autograd.grad(-loss.disc(x_hat).mean(), last_layer)[0]
     torch.testing.assert_close(parts["d_weight"], nll_grad.norm() / (g_grad.norm() + 1e-4))
     assert parts["d_weight"] > 0.1
     capped, last_layer, x, x_hat = adversarial(disc_cap=0.1)
-    assert capped.generator(x, x_hat, 0.0, last_layer)[1]["d_weight"] == pytest.approx(0.1)
+    _, parts = capped.generator(x, x_hat, 0.0, last_layer, 1.0)
+    assert parts["d_weight"] == pytest.approx(0.1)
 
 
-def test_before_its_start_the_discriminator_is_not_asked_and_costs_no_backward(monkeypatch):
+def test_before_its_start_the_discriminator_costs_nothing(monkeypatch):
     loss, last_layer, x, x_hat = adversarial()
-    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("an extra backward pass"))
-    monkeypatch.setattr(loss.disc, "forward", lambda x: pytest.fail("the discriminator was asked"))
-    total, parts = loss.generator(x, x_hat, torch.tensor(0.5), last_layer, disc_factor=0.0)
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("a backward pass"))
+    monkeypatch.setattr(loss.disc, "forward", lambda x: pytest.fail("a forward pass"))
+    total, parts = loss.generator(x, x_hat, torch.tensor(0.5), last_layer, 0.0)
     torch.testing.assert_close(total, parts["l1"] + 0.5)
     assert set(parts) == {"l1"}
 
 
 @pytest.mark.parametrize("start, ramp, steps, at", [
-    (100, 0, None, {99: 0, 100: 1}),
-    (100, 50, None, {99: 0, 100: 0.02, 124: 0.5, 149: 1, 5000: 1}),
+    (100, 0, 9000, {99: 0, 100: 1}),
+    (100, 50, 9000, {99: 0, 100: 0.02, 124: 0.5, 149: 1, 5000: 1}),
     (0.25, 0.1, 1000, {249: 0, 250: 0.01, 299: 0.5, 349: 1}),
-    (0, 0, None, {0: 1}),
+    (0, 0, 9000, {0: 1}),
 ])
-def test_the_discriminator_starts_at_a_step_or_a_share_of_the_run_and_ramps_up(start, ramp, steps, at):
+def test_the_discriminator_starts_at_a_step_or_a_share_and_ramps_up(start, ramp, steps, at):
     loss = vq.VQLoss(vq.VQLossConfig(disc_weight=1, disc_start=start, disc_ramp=ramp))
     assert {step: loss.disc_factor(step, steps) for step in at} == pytest.approx(at)
-    assert vq.VQLoss(vq.VQLossConfig(disc_start=start)).disc_factor(10 ** 9, steps) == 0        # there is none
+    assert vq.VQLoss(vq.VQLossConfig(disc_start=start)).disc_factor(8999, steps) == 0   # none
 
 
-@pytest.mark.parametrize("layer", ["adaptive weight", "losses"])
-def test_losses_and_adaptive_weight_are_float32_under_autocast(layer):
+def test_losses_and_adaptive_weight_are_float32_under_autocast():
     """The same numbers with autocast on; in bf16 they would differ in the third digit."""
-    config = VQConfig(ch=8, n_embed=32, resolution=16, norm_groups=0)
     torch.manual_seed(0)
-    model, loss, x = VQModel(config), vq.VQLoss(vq.VQLossConfig(disc_weight=1)), torch.rand(2, 3, 64, 64) * 2 - 1
+    model = VQModel(VQConfig(ch=8, n_embed=32, resolution=16, norm_groups=0))
+    loss, x = vq.VQLoss(vq.VQLossConfig(disc_weight=1)), torch.rand(2, 3, 64, 64) * 2 - 1
     features = model.decoder.features(torch.randn(2, 3, 16, 16)).detach()
     model.decoder.features = lambda z, checkpointing: features
     got = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             x_hat = model.decoder(None)
-            total, parts = loss.generator(x, x_hat, 0.0, model.decoder.conv_out.weight)
+            total, parts = loss.generator(x, x_hat, 0.0, model.decoder.conv_out.weight, 1.0)
         assert x_hat.dtype == total.dtype == torch.float32
-        got.append(parts["d_weight"] if layer == "adaptive weight" else total.detach())
-    torch.testing.assert_close(got[0], got[1], rtol=1e-6, atol=0)
+        got.append(torch.stack([parts["d_weight"], total.detach()]))
+    torch.testing.assert_close(*got, rtol=1e-6, atol=0)
 
 
 def test_the_discriminator_and_lpips_compute_in_float32_under_autocast(lpips):
@@ -316,7 +311,7 @@ def test_the_discriminator_and_lpips_compute_in_float32_under_autocast(lpips):
     for module in (loss.disc.main[0], lpips.net.slice1[0]):
         module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        loss.generator(x, x_hat, 0.0, last_layer)
+        loss.generator(x, x_hat, 0.0, last_layer, 1.0)
         loss.discriminator(x, x_hat)
     assert len(seen) == 5 and set(seen) == {torch.float32}
 
@@ -326,10 +321,11 @@ def test_codes_are_drawn_from_what_is_finite():
     torch.manual_seed(0)
     h = torch.randn(1, 3, 8, 8)
     h[0, 1, 2, 3] = math.nan
-    for K in (64, 128):                                             # as many codes as vectors, and more
+    for K in (64, 128):                                 # as many codes as vectors, and more
         quantizer = VectorQuantizer(K, 3)
         quantizer.init_codes(h)
-        assert quantizer.embedding.weight.isfinite().all() and quantizer.embedding.weight.abs().max() > 1
+        codes = quantizer.embedding.weight
+        assert codes.isfinite().all() and codes.abs().max() > 1
     quantizer.init_codes(torch.full_like(h, math.nan))
     assert quantizer.embedding.weight.isfinite().all()
 
@@ -339,5 +335,5 @@ def test_every_golden_number_is_looked_at():
     tests = "".join(path.read_text() for path in (GOLDEN.parent).glob("test_*.py"))
     with np.load(GOLDEN / "tiny_f4" / "tensors.npz") as arrays:
         keys = set(arrays.files)
-    formatted = {key for key in keys if key.startswith(("schedule/", "ddim/", "vq/grad_", "unet/out"))}
-    assert [key for key in sorted(keys - formatted) if f'"{key}"' not in tests] == []
+    formatted = "schedule/", "ddim/", "vq/grad_", "unet/out"
+    assert [k for k in sorted(keys) if not k.startswith(formatted) and f'"{k}"' not in tests] == []
