@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import pickle
 import sys
@@ -225,6 +226,18 @@ def check_bytes(state: dict[str, Tensor], path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------ models and payloads
+
+def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a number of that kind from low to high."""
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not a number {bounds}")
+        return value
+    parse.__name__ = kind.__name__                          # argparse then says: invalid int value
+    return parse
+
 
 def plural(n: float, what: str) -> str:
     """1, "image" -> "1 image"; 2000, "image" -> "2,000 images"."""

@@ -467,11 +467,10 @@ def without_nan(value: object) -> object:
 
 def limit(text: str) -> int:
     """An argparse type: a number of images, at least 2, or "all"."""
-    return sys.maxsize if text == "all" else sample.number(int, 2)(text)
+    return sys.maxsize if text == "all" else number(int, 2)(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    number = sample.number
     usage = "evaluate.py {recon,condition,pose,overfit} [--flags; COMMAND --help explains them]"
     parser = argparse.ArgumentParser(description=__doc__, usage=usage,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)

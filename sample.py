@@ -300,17 +300,6 @@ def start_from(given: Given, args: argparse.Namespace, ldm: LDM, pose: Tensor) -
 
 # --------------------------------------------------------------------------------- the command line
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a number of that kind from low to high."""
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return value
-    parse.__name__ = kind.__name__                          # argparse then says: invalid int value
-    return parse
-
-
 def canvas(text: str) -> tuple[int, int]:
     """An argparse type: "768x512" -> (768, 512), width and height."""
     match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text)

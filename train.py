@@ -39,7 +39,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import plots
-from checkpoint import plural
+from checkpoint import number, plural
 from dataset.latents import LatentCache, latent_batch
 from diffusion import Diffusion, dpm_solver, guided, per_image_noise
 from engine.cpu import use_fast_norms
@@ -964,30 +964,16 @@ def measure_figures(c: Config) -> float:
         return measure_speed(c, train_ldm, (vq, cache, val))[0]
 
 
-def bounded(kind: type, low: float, exclusive: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number from `low` up, or above it if `exclusive`."""
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value < math.inf or (exclusive and value == low):
-            whole, bound = "whole " if kind is int else "", "above" if exclusive else "of at least"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number {bound} {low:g}")
-        return value
-    return parse
-
-
 def off_or_weight(text: str) -> float:
     """off -> 0, else the weight of a loss term."""
-    return 0.0 if text == "off" else bounded(float, 0)(text)
+    return 0.0 if text == "off" else number(float, 0)(text)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="train.py --stage {vq,ldm} [--flags; --help explains them]")
-    positive, whole = bounded(float, 0, exclusive=True), bounded(int, 1)
+    positive, whole = number(float, 1e-9), number(int, 1)
     add = parser.add_argument_group("what is trained").add_argument
     add("--stage", choices=("vq", "ldm"),
         help="1: the autoencoder, 2: the diffusion model (--dry-run takes both)")
@@ -1001,7 +987,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vq", help=f"stage 2: the checkpoint of stage 1 (default {STAGE_1})")
     add("--condition", choices=("maps", "tokens", "tokens+maps"),
         help="stage 2: how the pose enters; tokens by cross-attention (default: the preset's)")
-    add("--seed", type=bounded(int, 0), default=0, help="of everything random (default 0)")
+    add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")
     add("--fresh", action="store_true", help="start over instead of resuming")
     add("--accept-data", action="store_true", help="resume although the images have changed")
     add("--dry-run", action="store_true",
@@ -1028,13 +1014,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="stage 1: fetch those weights (528 MB) once, checked by hash")
     add("--disc-weight", type=off_or_weight, metavar="off|WEIGHT",
         help="stage 1: weight of the adversarial loss")
-    add("--disc-start", type=bounded(float, 0), metavar="STEP",
+    add("--disc-start", type=number(float, 0), metavar="STEP",
         help="stage 1: step at which the discriminator starts; below 1: share of the run")
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--workers", type=bounded(int, 0), help="processes that load images (default: 0 on a CPU)")
+    add("--workers", type=number(int, 0), help="processes that load images (default: 0 on a CPU)")
     add("--micro-batch", type=whole, metavar="N",
         help="images in a network at once; the gradients of a batch's parts add up to those of the "
         "batch (default: the whole batch)")

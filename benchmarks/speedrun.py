@@ -34,9 +34,10 @@ def measure(model: Path, out: Path, images: int) -> dict[str, float]:
     """PCK@0.1 of samples, as a share of that of real images too, and their Frechet distance."""
     run("evaluate.py", "pose", "--ckpt", model, "--limit", images, "--out", out)
     rows = json.loads((out / "pose.json").read_text())["rows"]
-    pck = rows["samples"]["pck@0.1"]
-    return {"pck": pck, "share": pck / rows["real"]["pck@0.1"], "decoded": rows["decoded"]["pck@0.1"],
-            "frechet": rows["samples"]["frechet"], "decoded_frechet": rows["decoded"]["frechet"]}
+    drawn, decoded, real = (rows[name] for name in ("samples", "decoded", "real"))
+    return {"pck": drawn["pck@0.1"], "share": drawn["pck@0.1"] / real["pck@0.1"],
+            "frechet": drawn["frechet"], "decoded": decoded["pck@0.1"],
+            "decoded_frechet": decoded["frechet"]}
 
 
 def first_minutes(points: list[dict], reached) -> float | None:

@@ -37,15 +37,16 @@ def read_log(path: Path) -> list[dict]:
 
 
 def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, object, object] | None:
-    """The first place where two plain configs differ, and both values: ("recipe.lr", a, b)."""
-    for key in new:
-        if key in ignored or old.get(key, False) == new[key]:   # not there: a flag that is newer
+    """The first place where two plain configs differ, and both values: ("recipe.lr", a, b). A field
+    that `old` lacks is newer than the run, and was off; a field that only `old` has is ignored."""
+    for key, now in new.items():
+        was = old.get(key, False)
+        if key in ignored or was == now:
             continue
-        name, a, b = key, old.get(key), new[key]
-        while isinstance(a, dict) and isinstance(b, dict):
-            key = next(k for k in [*b, *a] if a.get(k, ...) != b.get(k, ...))
-            name, a, b = f"{name}.{key}", a.get(key), b.get(key)
-        return name, a, b
+        if not (isinstance(was, dict) and isinstance(now, dict)):
+            return key, was, now
+        if found := first_difference(was, now, set()):
+            return f"{key}.{found[0]}", *found[1:]
     return None
 
 

@@ -17,7 +17,7 @@ import train
 ROOT = Path(__file__).parent.parent
 LEAVES = "diffusion", "unet", "vq", "keypoints"
 ROOMS = {
-    "engine": {"run", "distributed", "process", "cpu"},
+    "engine": {"run", "distributed", "process", "cpu", "muon"},
     "dataset": {"figures", "latents", "check"},
     "formats": {"pose_files", "compvis", "lpips", "detections"},
     "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "pose"},

@@ -29,6 +29,7 @@ import sample
 import train
 from dataset.figures import Figures
 from diffusion import Diffusion
+from engine.muon import MUON_RMS, Muon, orthogonalised
 from engine.run import RunDir, read_log
 from keypoints import ConditionConfig, PoseCondition
 from ldm import LDM
@@ -460,24 +461,24 @@ def test_orthogonalised_keeps_singular_vectors_and_makes_all_singular_values_abo
     for shape in (16, 16), (8, 72), (72, 8):
         G = torch.randn(*shape, dtype=torch.float64)
         U, S, V = torch.linalg.svd(G, full_matrices=False)
-        found = U.mT @ train.orthogonalised(G) @ V.mT
+        found = U.mT @ orthogonalised(G) @ V.mT
         assert 0.6 < found.diagonal().min() and found.diagonal().max() < 1.3
         assert (found - found.diagonal().diag()).abs().max() < 1e-6
         X, (a, b, c) = G / (G.norm() + 1e-7), train.NS_COEFFICIENTS     # as its author has it
         for _ in range(train.NS_STEPS):
             A = X @ X.mT
             X = a * X + (b * A + c * A @ A) @ X
-        torch.testing.assert_close(train.orthogonalised(G), X, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(orthogonalised(G), X, rtol=1e-8, atol=1e-8)
 
 
 def test_muon_moves_all_directions_of_a_matrix_equally_far():
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.zeros(16, 8, 3, 3))
     p.grad, idle = torch.randn_like(p), torch.nn.Parameter(torch.ones(2, 2))
-    recipe = train.Recipe(1, 0.1, 1, muon=1.0)
-    train.Muon([p, idle], [torch.nn.Parameter(torch.ones(1))], recipe).step()
+    adamw = train.adamw([torch.nn.Parameter(torch.ones(1))], train.Recipe(1, 0.1, 1))
+    Muon([p, idle], adamw).step()
     step = -p.detach().flatten(1)                                   # [16, 72]
-    assert step.square().mean().sqrt().item() == pytest.approx(0.1 * train.MUON_RMS, rel=0.2)
+    assert step.square().mean().sqrt().item() == pytest.approx(0.1 * MUON_RMS, rel=0.2)
     S = torch.linalg.svdvals(step)
     assert S.max() < 2 * S.min() and torch.equal(idle, torch.ones(2, 2))
     S = torch.linalg.svdvals(p.grad.flatten(1))
@@ -502,7 +503,7 @@ def test_the_learning_rate_is_the_one_typed(tmp_path):
     found = [train.lr_at(step, c) for step in (0, 1, 51, 100)]
     assert found == pytest.approx([0.005, 0.01, 0.01 * (0.1 + 0.9 * 0.5), 0.001])
     p = torch.nn.Parameter(torch.ones(2, 2))
-    muon = train.Muon([p], [torch.nn.Parameter(torch.ones(2))], train.replace(c.recipe, muon=2.5))
+    muon = Muon([p], train.adamw([torch.nn.Parameter(torch.ones(2))], c.recipe), lr_scale=2.5)
     train.set_lr(0.01, train.adamw([p], c.recipe), muon)
     assert [group["lr"] for group in muon.param_groups] == [0.025, 0.01]
 
