@@ -39,6 +39,7 @@ import data
 import formats.lpips
 import sample
 from dataset.figures import Figures
+from dataset.folder import has_keypoints
 from dataset.latents import LatentCache
 from diffusion import MOST_SEEDS, Diffusion
 from engine.run import read_log
@@ -140,7 +141,7 @@ def short_names(paths: list[str]) -> list[str]:
 def open_images(args: argparse.Namespace, spec: str, val: str | None,
                 size: int) -> tuple[data.ImageDataset, str]:
     """The images that `recon` measures on, at most --limit, and a name for them."""
-    if args.all or data.is_folder(spec) and not data.has_keypoints(spec):
+    if args.all or data.is_folder(spec) and not has_keypoints(spec):
         images, which = data.open_all(spec, size, True, args.trim_bars), f"all of {spec}"
     else:
         _, images = data.open_data(spec, size, val, False, args.trim_bars)
@@ -458,7 +459,7 @@ def make_out(out: str | None, *roots: str | None) -> None:
     """Makes the folder --out, if given; ValueError if it lies among the images of `roots`."""
     if out:
         data.check_out(out, *roots)
-        data.make_folder(out, f"--out {out}")
+        Path(out).mkdir(parents=True, exist_ok=True)
 
 
 def settle_sampling(args: argparse.Namespace, ldm: LDM) -> None:

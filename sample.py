@@ -334,7 +334,7 @@ def film_of(plan: Plan, steps: list[Step], ldm: LDM, given: np.ndarray | None) -
 def outputs(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
     """The files of the sheet and of the animation; None for what is not written. Makes the folders.
 
-    ValueError for a file that is also an input, and for a folder that cannot be made.
+    ValueError for a file that is also an input.
     """
     sheet, animation = Path(args.out), None
     if args.motion or args.morph:
@@ -347,9 +347,9 @@ def outputs(args: argparse.Namespace) -> tuple[Path | None, Path | None]:
         if path and Path(path).resolve() in read:
             raise ValueError(f"{path} is an input and would be overwritten; name another output")
         if path:
-            data.make_folder(Path(path).parent, f"cannot write {path}")
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
     if args.separate:
-        data.make_folder(args.separate, f"--separate {args.separate}")
+        Path(args.separate).mkdir(parents=True, exist_ok=True)
     return sheet, animation
 
 

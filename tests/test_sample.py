@@ -645,7 +645,7 @@ def test_a_wrong_flag_is_one_sentence_with_its_value(capsys, flags, words):
     (["--inpaint", "figure.png", "--mask", "wide.png"], ["64 x 32", "32 x 32"]),
     (["--inpaint", "figure.png", "--mask", "black.png"], ["black.png", "no white"]),
     (["--morph"], ["--morph", "waving"]), (["--motion"], ["--motion", "two"]),
-    (["--separate", "figure.png"], ["--separate figure.png"]),
+    (["--separate", "figure.png"], ["figure.png"]),
     (["--init", "figure.png", "--out", "./figure.png"], ["figure.png", "overwritten"]),
     (["--morph", KICKING, "--init", "old.gif", "--out", "old.png"], ["old.gif", "overwritten"]),
 ])
