@@ -184,12 +184,12 @@ class PoseFolder(ImageDataset):
         self.broken, self.skipped = {}, []
         self.root, labelled = folder.find(Path(root), poseless)
         for path, label, why in labelled:
-            if label is None and why and not poseless:
-                self.broken[path] = f"{path}: {why}"
-            elif label is None and not poseless:
+            if label is None and not why and not poseless:
                 self.skipped.append(path)
             elif not os.path.exists(path):
                 self.broken[path] = f"{path}: there is no such file"
+            elif label is None and not poseless:
+                self.broken[path] = f"{path}: {why}"
             else:
                 self.paths.append(path)
                 self.labels.append(NO_POSE if label is None else label)

@@ -179,15 +179,6 @@ def test_each_fault_is_found_and_nothing_else(clean, capsys):
     assert one == two and (clean.parent / "other/suspects.txt").read_text() == text
 
 
-def test_outside_joints_are_counted_by_name(clean):
-    def ankle(y):
-        return lambda pose: np.where(np.arange(17)[:, None] == 16, (0.5, y, 1), pose)
-    rewrite(clean, "clip2_000", ankle(1.2))
-    before = run(clean)["joints"]["ankle_right"]["outside"]
-    rewrite(clean, "clip2_001", ankle(1.3))
-    assert run(clean)["joints"]["ankle_right"] == {"missing": 0, "outside": before + 1}
-
-
 @pytest.mark.parametrize("parts", [("shoulder", "elbow", "wrist"), ("eye", "ear"),
                                    ("hip", "knee", "ankle")])
 def test_sides_swapped_in_a_part_of_the_body(clean, parts):

@@ -177,7 +177,7 @@ def test_image_and_pose_move_together(W, H, size):
         if (np.abs(moved[now, :2] - 0.5) < 0.42).all():         # the whole dot is inside
             assert np.abs(moved[now, :2] * size - centroid(square)).max() < 0.5, seed
             checked[mirrored] += 1
-    assert min(checked.values()) >= 10
+    assert min(checked.values()) >= 5
 
 
 def test_a_crop_that_needs_no_scaling_copies_pixels_and_keeps_joints_outside():
