@@ -445,6 +445,9 @@ def test_split_keeps_clips_whole_and_does_not_depend_on_order(tmp_path):
     shuffled = np.random.default_rng(0).permutation(120).tolist()
     assert set(split(Part(ds, shuffled), 0.1)[1].groups()) == groups[1]
     assert len(split(ds, 0.0)[1]) == 10 and len(split(ds, 1.0)[0]) == 10    # never none, never all
+    for large, small in ((0, 10), (10, 0)):                 # more than half is trained on
+        part = Part(ds, [*range(large, large + 10), small, small + 1])
+        assert set(split(part)[1].groups()) == {f"clip{small // 10}"}
 
 
 def test_groups_come_from_metadata_before_names(tmp_path):
