@@ -390,7 +390,13 @@ def training_poses(payload: dict, path: str | Path) -> np.ndarray | None:
     poses = payload.get("poses")
     if poses is None:
         return None
+    damaged = ValueError(f"{path} is damaged: its training poses are not finite [N, 17, 3]; use "
+                         "another checkpoint")
+    if not isinstance(poses, Tensor) or poses.shape[1:] != (17, 3):
+        raise damaged
     check_bytes({"poses": poses}, Path(path))
+    if not poses.isfinite().all():
+        raise damaged
     return poses.float().numpy() if (poses[..., 2] > 0).any() else None
 
 

@@ -1,24 +1,21 @@
 """Images and poses in, batches out: images float [B, 3, S, S] in [-1, 1], poses float [B, 17, 3].
 
-PoseFolder reads a person's own images; dataset/figures.py draws people for those who have none.
-What crops, scales or mirrors an image moves its joints too. `python data.py DIR` checks a dataset
-and reports on it (dataset/check.py).
+PoseFolder reads a person's own images, which dataset/folder.py finds; dataset/figures.py draws
+people for those who have none. What crops, scales or mirrors an image moves its joints too.
+`python data.py DIR` checks a dataset and reports on it (dataset/check.py).
 
 Letters: N images, B batch, S side in pixels.
 """
 
-import csv
 import hashlib
 import math
 import os
-import re
 import sys
-import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 # This must precede `import torch`: idle OpenMP threads soon sleep instead of busy-waiting.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -69,20 +66,15 @@ def read_image(path: str | Path, at_least: int | None = None, ground: str = "whi
     DataError for a file that cannot be read whole, so no truncated image is used in training.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                # draft() decodes at 1/2, 1/4 or 1/8. Where this does not divide a side, the content
-                # ends within the last pixel; unless it is stretched over it, joints would be off by
-                # up to half a pixel.
-                _, extent = (at_least and image.draft(None, (at_least, at_least))) or (None, None)
-                image.load()
-                if extent and extent[2:] != image.size:
-                    image = image.resize(image.size, Image.Resampling.BICUBIC, box=extent)
-                image = ImageOps.exif_transpose(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller or "
-                        "take it out") from None
+        with Image.open(path, formats=FORMATS) as image:        # far too many pixels are an error
+            # draft() decodes at 1/2, 1/4 or 1/8. Where this does not divide a side, the content
+            # ends within the last pixel; unless it is stretched over it, joints would be off by up
+            # to half a pixel.
+            _, extent = (at_least and image.draft(None, (at_least, at_least))) or (None, None)
+            image.load()
+            if extent and extent[2:] != image.size:
+                image = image.resize(image.size, Image.Resampling.BICUBIC, box=extent)
+            image = ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
     except Exception as error:      # PIL's decoders raise a dozen unrelated types on damaged files
@@ -100,45 +92,37 @@ def read_image(path: str | Path, at_least: int | None = None, ground: str = "whi
     return image.convert("RGB")
 
 
-def cut_bars(image: Image.Image, pose: np.ndarray) -> tuple[Image.Image, np.ndarray]:
-    """The image without its letterbox bars, and its pose [17, 3] normalised to what is left."""
-    from dataset.check import find_bars
-    W, H = image.size
-    x0, y0, x1, y1 = find_bars(np.asarray(image))
-    return image.crop((x0, y0, x1, y1)), keypoints.crop(pose, (x0 / W, y0 / H, x1 / W, y1 / H))
-
-
 def crop_resize(
     image: Image.Image | np.ndarray,            # any size
     pose: np.ndarray,                           # [17, 3], normalised to that image
     size: int,                                  # side of the square that comes out
-    rng: np.random.Generator | None = None,     # None: the centre crop of the whole short side
-    zoom: tuple[float, float] = (1.0, 1.0),     # with rng: range of the crop's side, as a share of
-                                                # the short side; no crop has to be enlarged for it
-    flip: bool = False,                         # with rng: mirror half of the time; without: always
+    rng: np.random.Generator | None = None,     # draws a crop and mirrors half of the time; None:
+                                                # the centre crop of the whole short side
+    zoom: tuple[float, float] = ZOOM,           # range of a drawn crop's side, as a share of the
+                                                # short side; no crop has to be enlarged for it
 ) -> tuple[np.ndarray, np.ndarray]:
     """Crops, resizes and mirrors: the one place where an image and its pose change geometry.
 
     Returns uint8 [size, size, 3] and float32 [17, 3]; joints outside the crop stay outside [0, 1].
     """
     if not isinstance(image, Image.Image):
-        image = Image.fromarray(np.asarray(image))
+        image = Image.fromarray(image)
     W, H = image.size
-    side, across, down, mirror = min(W, H), 0.5, 0.5, flip
+    side, across, down, mirror = min(W, H), 0.5, 0.5, False
     if rng is not None:
         scale, across, down, coin = rng.random(4)
         least = max(zoom[0], min(zoom[1], size / side))     # a smaller crop would be enlarged
         side = max(1, round(side * (least + (zoom[1] - least) * scale)))
-        mirror = flip and coin < 0.5
+        mirror = coin < 0.5
     # Whole pixels: a crop that needs no scaling is then an exact copy.
     x0 = min(int(across * (W - side + 1)), W - side)
     y0 = min(int(down * (H - side + 1)), H - side)
     x1, y1 = x0 + side, y0 + side
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
-    pose = keypoints.crop(np.asarray(pose), (x0 / W, y0 / H, x1 / W, y1 / H))
+    pose = keypoints.crop(pose, (x0 / W, y0 / H, x1 / W, y1 / H))
     if mirror:
         image, pose = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), keypoints.flip(pose)
-    return np.array(image), np.asarray(pose, np.float32)
+    return np.array(image), pose.astype(np.float32)
 
 
 # -------------------------------------------------------------------------------------- datasets
@@ -193,72 +177,28 @@ class PoseFolder(ImageDataset):
         limit: float = BROKEN_LIMIT,        # share of images that may be broken
         trim_bars: bool = False,            # cut letterbox bars off each image as it is read
     ):
-        self.size, self.poseless, self.trim_bars = size, poseless, trim_bars
+        from dataset import folder
+        self.size, self.trim_bars = size, trim_bars
         self.paths: list[str] = []                      # of image i
-        self.poses: list[str | np.ndarray] = []         # its keypoint file, or its pose [17, 3]
+        self.labels: list[str | np.ndarray] = []        # its keypoint file, or its pose [17, 3]
         self.broken, self.skipped = {}, []
-        root = Path(root)
-        if not root.exists():
-            raise DataError(f"{root}: there is no such file or folder")
-        if root.is_file() and root.suffix.lower() == ".json":
-            self._read_coco(root, None, [root.parent, root.parent.parent])
-        elif root.is_file():
-            self._pair(root.parent, read_list(root))
-        elif (root / "keypoints").is_dir():
-            self._pair(root, find_images(root / "images"))
-        elif found := find_coco(root):
-            self._read_coco(*found, [root])
-        elif poseless:
-            self._pair(root, find_images(root))
-        else:
-            raise DataError(f"{root}: no keypoints in it; put images into {root}/images and their "
-                            f"poses into {root}/keypoints, or one COCO json into {root}")
+        self.root, labelled = folder.find(Path(root), poseless)
+        for path, label, why in labelled:
+            if label is None and not why and not poseless:
+                self.skipped.append(path)
+            elif not os.path.exists(path):
+                self.broken[path] = f"{path}: there is no such file"
+            elif label is None and not poseless:
+                self.broken[path] = f"{path}: {why}"
+            else:
+                self.paths.append(path)
+                self.labels.append(NO_POSE if label is None else label)
         self.names = [os.path.relpath(p, self.root).replace(os.sep, "/") for p in self.paths]
         total = len(self.paths) + len(self.broken)
         if not total:
             raise DataError(f"{root}: no image{'' if poseless else ' with a pose'} in it")
         self.most_broken = limit * total
         note_broken(self, {})
-
-    def _pair(self, root: Path, images: list[str]) -> None:
-        """Finds the keypoint file of each image."""
-        self.root = root
-        for path in images:
-            pose = keypoint_file(path)
-            found = pose is not None and os.path.isfile(pose)
-            if not os.path.exists(path):
-                self.broken[path] = f"{path}: there is no such file"
-            elif found or self.poseless:
-                self.paths.append(path)
-                self.poses.append(pose if found else NO_POSE)
-            else:
-                self.broken[path] = f"{path}: its keypoints {pose} are missing" if pose else \
-                    f"{path}: not below a folder called images, so it has no keypoint file"
-
-    def _read_coco(self, path: Path, content: dict | None, near: list[Path]) -> None:
-        """Reads a COCO json, parsed already where `content` is given; the images are in one of the
-        folders `near` or right below it."""
-        from formats import pose_files
-        people, refused = pose_files.read_coco(path, content)
-        if bad := next(filter(leaves_folder, people), None):
-            raise DataError(f"{path}: file_name '{bad}' leads out of the dataset; use plain names")
-        part = path.stem.split("_")[-1]                 # person_keypoints_val2017.json: val2017/
-        folders = [at / sub for at in near for sub in ("images", part, f"images/{part}", ".")]
-        folder = next((at for at in folders if any((at / name).is_file() for name in people)), None)
-        if folder is None:
-            raise DataError(f"{path}: none of its images is in {folders[0]} or beside it")
-        self.root = folder.parent if folder.name == "images" else folder
-        for name in sorted(people):
-            image, pose = os.path.join(folder, name), pose_files.largest(people[name])
-            if name in refused:
-                self.broken[image] = f"{image}: {refused[name]}"
-            elif pose is None and not self.poseless:
-                self.skipped.append(image)
-            elif not os.path.exists(image):
-                self.broken[image] = f"{image}: there is no such file"
-            else:
-                self.paths.append(image)
-                self.poses.append(NO_POSE if pose is None else pose)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -268,36 +208,36 @@ class PoseFolder(ImageDataset):
 
     def pose(self, i: int) -> np.ndarray:
         """[17, 3], normalised to the whole image."""
-        if not isinstance(self.poses[i], str):
-            return self.poses[i]
+        if not isinstance(self.labels[i], str):
+            return self.labels[i]
         from formats import pose_files
         try:
-            return pose_files.read_seed(self.poses[i])
+            return pose_files.read_seed(self.labels[i])
         except keypoints.PoseError as error:
             raise DataError(str(error)) from error
 
+    def whole(self, i: int, at_least: int | None = None) -> tuple[Image.Image, np.ndarray]:
+        """Image i as read_image reads it, and its pose: here a label meets its image."""
+        return read_image(self.paths[i], at_least), self.pose(i)
+
     def source(self, i: int) -> tuple[Image.Image, np.ndarray]:
         if self.trim_bars:          # found among all pixels, as the check finds them
-            return cut_bars(read_image(self.paths[i]), self.pose(i))
-        return read_image(self.paths[i], at_least=2 * self.size), self.pose(i)
+            from dataset.bars import cut_bars
+            return cut_bars(*self.whole(i))
+        return self.whole(i, at_least=2 * self.size)
 
     def groups(self) -> list[str]:
-        """The clip of each image: metadata.csv's, else the name without its frame number."""
-        told = read_groups(self.root / "metadata.csv")
-        stems = [PurePosixPath(name.rpartition("images/")[2]).with_suffix("").as_posix()
-                 for name in self.names]
-        groups = [told.get(name) or re.sub(r"[-_ ./]*\d+$", "", stem) or stem
-                  for name, stem in zip(self.names, stems, strict=True)]
-        return groups if len(set(groups)) > 1 else stems
+        from dataset import folder
+        return folder.find_groups(self.root, self.names)
 
     def fingerprint(self) -> str:
         """Changes with the images, their poses, the size and trim_bars; of files it looks at sizes
         and times alone."""
         kind = f"PoseFolder {self.size}" + " trim_bars" * self.trim_bars
         digest = hashlib.sha256(kind.encode())
-        for name, path, pose in zip(self.names, self.paths, self.poses, strict=True):
+        for name, path, label in zip(self.names, self.paths, self.labels, strict=True):
             digest.update(name.encode("utf-8", "surrogateescape"))
-            for file in (path, pose):
+            for file in (path, label):
                 if not isinstance(file, str):
                     digest.update(file.tobytes())
                 elif os.path.exists(file):          # it may have vanished since it was listed
@@ -368,15 +308,14 @@ def note_broken(ds: ImageDataset, broken: dict[str, str]) -> None:
 @contextmanager
 def naming_broken(path: str | Path, *datasets: ImageDataset) -> Iterator[None]:
     """However the block ends, the file `path` then names the broken images, if there are any."""
+    path, how = Path(path), {"encoding": "utf-8", "errors": "surrogateescape"}  # names of any bytes
     try:
         yield
     finally:
-        lines = [f"{file}\t{reason}" for ds in datasets for file, reason in ds.broken.items()]
-        if lines:
-            how = {"encoding": "utf-8", "errors": "surrogateescape"}    # names may be any bytes
-            before = Path(path).read_text(**how).splitlines() if Path(path).exists() else []
-            lines = dict.fromkeys(before + lines)
-            Path(path).write_text("".join(f"{line}\n" for line in lines), **how)
+        lines = path.read_text(**how).splitlines() if path.exists() else []
+        lines += [f"{file}\t{reason}" for ds in datasets for file, reason in ds.broken.items()]
+        if lines := dict.fromkeys(lines):
+            path.write_text("".join(f"{line}\n" for line in lines), **how)
             print(f"{len(lines)} broken images were left out; {path} names them", file=sys.stderr)
 
 
@@ -386,132 +325,23 @@ def split(ds: ImageDataset, fraction: float = 0.1) -> tuple[Part, Part]:
     Groups are taken in the order of their names' crc32: the split is the same on every machine, and
     a growing dataset keeps nearly all of it. A group of more than half of the images is trained on.
     """
-    names, members = ds.groups(), {}
+    names, members, held = ds.groups(), {}, []
+    if len(set(names)) == 1:
+        names = [Path(ds.name(i)).stem for i in range(len(ds))]
+        print("warning: all images are of one group, so the split is by image, and neighbouring "
+              "frames of a clip leak; name groups in metadata.csv, or give other images with --val",
+              file=sys.stderr)
     for i, name in enumerate(names):
         members.setdefault(name, []).append(i)
     if len(members) < 2:
-        raise DataError("all images are of one group, so none can be held out; name groups in "
-                        "metadata.csv, or give other images with --val")
-    held = []
-    for _, name in sorted((zlib.crc32(name.encode("utf-8", "surrogateescape")), name)
-                          for name in members):
+        raise DataError("none of the images can be held out; give more, or others with --val")
+    for name in sorted(members, key=lambda name: zlib.crc32(name.encode(errors="surrogateescape"))):
         n = len(members[name])
         if len(held) >= max(1, fraction * len(names)):
             break
         if 2 * n <= len(names) and len(held) + n < len(names):
             held += members[name]
     return Part(ds, sorted(set(range(len(names))) - set(held))), Part(ds, sorted(held))
-
-
-# ----------------------------------------------------------------------------- files and folders
-
-def find_images(folder: Path) -> list[str]:
-    """The image files in a folder and below it, by name."""
-    found = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names
-                   if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."))
-    if not found:
-        raise DataError(f"{folder}: no images in it ({' '.join(sorted(SUFFIXES))})")
-    return found
-
-
-def read_list(path: Path) -> list[str]:
-    """The images that a text file lists."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not a text file; give a folder, a list of images or a COCO json"
-                        ) from None
-    lines = [line for line in lines if line and not line.startswith("#")]
-    for line in lines:
-        if not os.path.isabs(line) and leaves_folder(line):
-            raise DataError(f"{path}: '{line}' leads out of the list's folder; write it whole")
-    return [os.path.join(path.parent, line) for line in lines]
-
-
-def find_coco(root: Path) -> tuple[Path, dict] | None:
-    """The COCO json of a folder and its content, or None. A json is COCO if it has images and
-    annotations; person_keypoints*.json goes before any other."""
-    from formats import pose_files
-    for pattern in ("*person_keypoints*.json", "*.json"):
-        files = sorted(p for at in (root, root / "annotations", root / "coco")
-                       for p in at.glob(pattern) if p.is_file())
-        found = []
-        for path in files:
-            text = path.read_bytes()
-            if b'"images"' in text and b'"annotations"' in text:        # else it need not be parsed
-                content = pose_files.read_content(path)
-                if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-                    found.append((path, content))
-        if len(found) > 1:
-            raise DataError(f"{root}: {len(found)} COCO files, {found[0][0].name}, "
-                            f"{found[1][0].name}, ...; name one of them")
-        if found:
-            return found[0]
-    return None
-
-
-def has_keypoints(root: str | Path) -> bool:
-    """Whether `root` is a dataset with poses, not a folder of nothing but images."""
-    root = Path(root)
-    return not root.is_dir() or (root / "keypoints").is_dir() or find_coco(root) is not None
-
-
-def keypoint_file(image: str) -> str | None:
-    """Of a/images/b/c.png a/keypoints/b/c.json, by the last folder called images."""
-    *folders, name = Path(image).parts
-    if "images" not in folders:
-        return None
-    folders[len(folders) - 1 - folders[::-1].index("images")] = "keypoints"
-    return os.path.join(*folders, os.path.splitext(name)[0] + ".json")
-
-
-def leaves_folder(name: str) -> bool:
-    """Whether a name from a data file is absolute or climbs, on any system."""
-    return (PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).anchor)
-            or ".." in re.split(r"[/\\]", name))
-
-
-def read_groups(path: Path) -> dict[str, str]:
-    """metadata.csv -> {file: group}; empty if there is no such file or no such column."""
-    if not path.is_file():
-        return {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            names = rows.fieldnames or ()
-            column = next((c for c in ("group", "animation", "clip", "video") if c in names), None)
-            return {row["file"]: row[column] for row in rows if column and "file" in names}
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a csv table ({error}); fix it or take it out") from error
-
-
-def data_hash(train: ImageDataset, val: ImageDataset | None = None) -> str:
-    """Changes with the images and poses; a copy with other file times has another hash. `val` is
-    given where --val names files of its own."""
-    return "+".join(ds.fingerprint()[:16] for ds in filter(None, (train, val)))
-
-
-def check_out(out: str | Path, *specs: str | None) -> None:
-    """DataError if --out lies among the images of `specs` (as of --data), where what is written
-    would become part of the dataset."""
-    for spec in specs:
-        if spec and is_folder(spec) and Path(spec).is_dir():        # other specs name each image
-            here, root = Path(out).resolve(), Path(spec).resolve()
-            apart = (root / "images").is_dir() and has_keypoints(root)
-            if here == root or here.is_relative_to(root / "images" if apart else root):
-                raise DataError(f"--out {out} lies among the images of {spec}; name another folder")
-
-
-def make_folder(folder: str | Path, flag: str) -> Path:
-    """Makes the folder that `flag` ("--out DIR") names, and its parents."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        file = next((path for path in (folder, *folder.parents) if path.is_file()), None)
-        why = f"{file} is a file" if file else f"{folder} cannot be made ({error.strerror})"
-        raise DataError(f"{flag}: {why}; name another folder") from None
-    return folder
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -537,7 +367,7 @@ class Steps(Dataset):
     """
 
     def __init__(self, ds: ImageDataset, batch_size: int, seed: int | None = None,
-                 zoom: tuple | None = None,             # of crop_resize; None: centre crops
+                 zoom: tuple | None = None,             # of random crops; None: centre crops
                  places: slice = slice(None)):          # the part of the batch to make
         self.ds, self.batch_size, self.seed = ds, batch_size, seed
         self.zoom, self.places = zoom, places
@@ -568,7 +398,7 @@ class Steps(Dataset):
         if self.zoom is None:
             return self.ds[i]
         rng = np.random.default_rng((AUGMENT_STREAM, self.seed, k, j))
-        return crop_resize(*self.ds.source(i), self.ds.size, rng, self.zoom, flip=True)
+        return crop_resize(*self.ds.source(i), self.ds.size, rng, self.zoom)
 
 
 def worker_died(error: BaseException) -> bool:
@@ -673,36 +503,51 @@ def is_folder(spec: str) -> bool:
     return spec != "figures" and not spec.startswith("figures:")
 
 
-def open_all(spec: str, size: int, poseless: bool = False, trim_bars: bool = False) -> ImageDataset:
-    """Every image that `spec` names: figures, figures:N, or what PoseFolder takes."""
+def open_all(
+    spec: str, size: int, poseless: bool = False, trim_bars: bool = False, seed: int = 0,
+) -> ImageDataset:
+    """Every image that `spec` names: figures, figures:N (of this seed), or what PoseFolder takes.
+    """
     if is_folder(spec):
         return PoseFolder(spec, size, poseless, trim_bars=trim_bars)
     from dataset.figures import Figures
     count = spec.partition(":")[2] or str(FIGURES_TRAIN)
     if not count.isdecimal() or int(count) < 1:
         raise DataError(f"{spec}: after figures: comes a number of images, such as figures:10000")
-    return Figures(int(count), size, seed=0)
+    return Figures(int(count), size, seed)
 
 
 def open_data(
     spec: str,                      # of --data: figures, figures:N, or what PoseFolder takes
     size: int,
-    val: str | None = None,         # of --val; None: a tenth of the groups, or other figures
+    val: str | None = None,         # of --val, in the same forms; None: a tenth of the groups, or
+                                    # other figures
     remember: bool = True,          # keep decoded training images in RAM
     trim_bars: bool = False,        # cut letterbox bars off; figures have none
 ) -> tuple[ImageDataset, ImageDataset]:
     """(training images, held-out images); DataError where a flag or a file is wrong."""
     train = open_all(spec, size, trim_bars=trim_bars)
-    if not is_folder(spec):
-        from dataset.figures import Figures
-        if val:
-            raise DataError(f"--val {val}: figures have held-out figures; leave --val out")
-        held_out = Figures(min(len(train), FIGURES_VAL), size, seed=1)
-    elif val:
-        held_out = PoseFolder(val, size, trim_bars=trim_bars)
-    else:
+    if not val and is_folder(spec):
         train, held_out = split(train)
+    else:
+        val = val or f"figures:{min(len(train), FIGURES_VAL)}"
+        held_out = open_all(val, size, trim_bars=trim_bars, seed=1)
     return (InMemory(train) if remember else train), held_out
+
+
+def data_hash(train: ImageDataset, val: ImageDataset | None = None) -> str:
+    """Changes with the images and poses; a copy with other file times has another hash. `val` is
+    given where --val names files of its own."""
+    return "+".join(ds.fingerprint()[:16] for ds in filter(None, (train, val)))
+
+
+def check_out(out: str | Path, *specs: str | None) -> None:
+    """DataError if --out lies among the images of `specs` (as of --data), where what is written
+    would become part of the dataset."""
+    for folder in (Path(spec) for spec in specs if spec and is_folder(spec)):
+        images = folder / "images" if (folder / "images").is_dir() else folder
+        if Path(out).resolve().is_relative_to(images.resolve()):
+            raise DataError(f"--out {out} lies among the images of {folder}; name another folder")
 
 
 def main(argv: list[str] | None = None) -> int:

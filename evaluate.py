@@ -37,7 +37,9 @@ import checkpoint
 import data
 import formats.lpips
 import sample
+from checkpoint import number
 from dataset.figures import Figures
+from dataset.folder import has_keypoints
 from dataset.latents import LatentCache
 from diffusion import MOST_SEEDS, Diffusion
 from engine.run import read_log
@@ -83,7 +85,7 @@ def recon(args: argparse.Namespace) -> None:
               for payload, path in zip(payloads, args.vq, strict=True)]
     ask_configs(args, [payload["config"] for payload in payloads],
                 math.lcm(*(model.config.factor for model in models)))
-    if data.is_folder(args.data) and not data.has_keypoints(args.data):
+    if data.is_folder(args.data) and not has_keypoints(args.data):
         images, which = data.open_all(args.data, args.size, True, args.trim_bars), args.data
     else:
         _, images = data.open_data(args.data, args.size, args.val, False, args.trim_bars)
@@ -428,7 +430,7 @@ def make_out(out: str | None, *roots: str | None) -> None:
     """Makes the folder --out, if given; ValueError if it lies among the images of `roots`."""
     if out:
         data.check_out(out, *roots)
-        data.make_folder(out, f"--out {out}")
+        Path(out).mkdir(parents=True, exist_ok=True)
 
 
 def progress(ds: data.ImageDataset, what: str) -> tqdm:

@@ -37,7 +37,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +54,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import plots
+from checkpoint import number
 from diffusion import (
     Diffusion,
     Seed,

@@ -26,7 +26,8 @@ from tqdm import tqdm
 import data
 import keypoints
 from data import DataError, ImageDataset, PoseFolder
-from dataset.figures import SIDES
+from dataset.bars import find_bars
+from dataset.folder import keypoint_file
 from plots import draw_overview
 
 THUMB = 16                      # side of the thumbnails by which copies are found
@@ -37,11 +38,7 @@ RECORD = np.dtype([             # what is kept of an image
     ("thumb", "u1", (THUMB, THUMB)),            # grey
     ("pose", "f4", (len(keypoints.JOINTS), 3)),
 ])
-CHUNK = 16                      # images that a worker process reads at a time
-BAR_NOISE = 16                  # levels that a bar's pixel may be off its colour: JPEG rings
-BAR_STRAY = 0.02                # share of a bar's line that may be further off
-BAR_EDGE = 0.8                  # share of the line behind a bar that is; 0.7 on grey backgrounds
-BAR_LEAST = 0.01                # share of the side; narrower bars do no harm
+CHUNK = 16                      # images that a worker process hands over at a time
 SAME = 2.0                      # grey levels, root mean square: an image saved again as JPEG or in
                                 # another size stays below it, frames of game renders start at 2.95
 ROWS = 256                      # thumbnails that are compared with all others at a time
@@ -51,7 +48,7 @@ SHOW_LIMB = 50                  # people who show a limb, before its usual lengt
 OUT_OF_DOUBT = 0.5              # of a usual width: less may be a body seen from the side
 FEWEST = 10                     # people, before anything is said about all of them
 FACING_LEAST = 0.35             # share who face the viewer; figures 0.7, game renders 0.85
-CENTRE_LINES = {f"{name}s": [keypoints.JOINTS.index(f"{name}_{side}") for side in SIDES]
+CENTRE_LINES = {f"{name}s": [keypoints.JOINTS.index(f"{name}_{side}") for side in ("left", "right")]
                 for name in ("eye", "ear", "shoulder", "hip")}
 SHOWN = 12                      # suspects in the overview
 KINDS = {                       # of suspects, the worst first
@@ -79,107 +76,64 @@ class Suspect(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """What the finders look at: N images, those of --val after the others."""
-    train: ImageDataset
-    val: ImageDataset | None        # of --val
-    files: list[str]            # of image i
-    held: np.ndarray            # bool [N]: not trained on
-    rows: np.ndarray            # RECORD [N]
-    broken: dict[str, str]      # file -> why
+    """What the finders look at: the N images of all datasets."""
+    datasets: list[ImageDataset]        # that of --val after the other
+    files: list[str]                    # of image i
+    held: np.ndarray                    # bool [N]: not trained on
+    rows: np.ndarray                    # RECORD [N]
+    broken: dict[str, str]              # file -> why
 
 
 # --------------------------------------------------------------------------------- a single image
 
-def find_bars(pixels: np.ndarray) -> tuple[int, int, int, int]:
-    """uint8 [H, W, 3] -> (x0, y0, x1, y1) between the letterbox bars; the whole image without any.
-
-    Bars are of one colour, come in pairs of similar width and end in a straight line: right behind
-    it nearly all pixels differ. A flat background ends where somebody stands, at no straight line.
-    """
-    H, W = pixels.shape[:2]
-    for outermost in (pixels[0], pixels[:, 0]):         # one of the two is part of a bar
-        colour = np.median(outermost, axis=0).astype(np.uint8)
-        if _differs(outermost, colour).mean() <= BAR_STRAY:
-            break
-    else:
-        return 0, 0, W, H
-    ink = _differs(pixels, colour)                                                  # [H, W]
-    (x0, x1), (y0, y1) = (_between_bars(ink.mean(axis) > BAR_STRAY) for axis in (0, 1))
-    part = ink[y0:y1, x0:x1]
-    edges = [_soft_edge(lines, n) if at not in (0, n) else 0 for lines, at, n in (
-        (part.T, x0, W), (part, y0, H), (part.T[::-1], x1, W), (part[::-1], y1, H))]
-    if None in edges:
-        return 0, 0, W, H
-    return x0 + edges[0], y0 + edges[1], x1 - edges[2], y1 - edges[3]
-
-
-def _differs(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
-    apart = np.maximum(pixels, colour) - np.minimum(pixels, colour)
-    r, g, b = np.moveaxis(apart, -1, 0)
-    return np.maximum(np.maximum(r, g), b) > BAR_NOISE              # five times faster than max(-1)
-
-
-def _between_bars(content: np.ndarray) -> tuple[int, int]:
-    """bool [n], whether a line has content -> the lines between two bars; (0, n) without bars."""
-    n, lines = len(content), np.flatnonzero(content)
-    thin, thick = sorted((lines[0], n - 1 - lines[-1])) if len(lines) else (0, 0)
-    if thin < max(BAR_LEAST * n, 2) or thick > 2 * thin:
-        return 0, n
-    return int(lines[0]), int(lines[-1]) + 1
-
-
-def _soft_edge(lines: np.ndarray, n: int) -> int | None:
-    """How many of the lines inside a bar scaling and JPEG have blurred; None at no bar's edge."""
-    full = lines[:min(1 + n // 32, 9)].mean(1) >= BAR_EDGE
-    return int(full.argmax()) if full.any() else None
-
-
 def whole(ds: ImageDataset, i: int) -> tuple[Image.Image, np.ndarray]:
     """Image i with all its pixels, a large JPEG too, and its pose."""
     if isinstance(ds, PoseFolder):
-        return data.read_image(ds.paths[i]), ds.pose(i)
+        return ds.whole(i)
     image, pose = ds.source(i)
     return Image.fromarray(image), pose
 
 
-class Examination(Dataset):
-    """Item k: RECORD [CHUNK] from image k CHUNK on, and {number: why} of those that are broken."""
+class Records(Dataset):
+    """Item i: (RECORD of image i, why it is broken or None)."""
 
     def __init__(self, ds: ImageDataset):
         self.ds = ds
 
     def __len__(self) -> int:
-        return -(-len(self.ds) // CHUNK)
+        return len(self.ds)
 
-    def __getitem__(self, k: int) -> tuple[np.ndarray, dict[int, str]]:
-        numbers = range(k * CHUNK, min(len(self.ds), (k + 1) * CHUNK))
-        rows, broken = np.zeros(len(numbers), RECORD), {}
-        for row, i in zip(rows, numbers, strict=True):
-            try:
-                image, row["pose"] = whole(self.ds, i)
-            except DataError as error:
-                broken[i] = str(error)
-                continue
-            row["sound"], row["size"], row["inner"] = True, image.size, find_bars(np.asarray(image))
-            row["thumb"] = image.convert("L").resize((THUMB, THUMB), Image.Resampling.BOX)
-        return rows, broken
+    def __getitem__(self, i: int) -> tuple[np.ndarray, str | None]:
+        row = np.zeros((), RECORD)
+        try:
+            image, row["pose"] = whole(self.ds, i)
+        except DataError as error:
+            return row, str(error)
+        row["sound"], row["size"], row["inner"] = True, image.size, find_bars(np.asarray(image))
+        row["thumb"] = image.convert("L").resize((THUMB, THUMB), Image.Resampling.BOX)
+        return row, None
 
 
-def _unchanged(item: tuple) -> tuple:
-    return item
-
-
-def examine(ds: ImageDataset, workers: int) -> tuple[np.ndarray, dict[int, str]]:
-    """RECORD [N] of ds, the same for any number of processes, and {number: why} of the broken."""
-    loader = DataLoader(Examination(ds), batch_size=None, num_workers=workers,
-                        collate_fn=_unchanged, generator=torch.Generator())
-    rows, broken = [np.zeros(0, RECORD)], {}
-    with tqdm(total=len(ds), desc="checking", unit="img", dynamic_ncols=True, disable=None) as bar:
-        for some, why in data.fetch(loader):
-            rows.append(some)
-            broken |= why
-            bar.update(len(some))
-    return np.concatenate(rows), broken
+def gather(datasets: list[ImageDataset], workers: int) -> Checked:
+    """Looks at every image once; the result is the same for any number of processes."""
+    files, rows, broken, train = [], [], {}, datasets[0]
+    total = sum(map(len, datasets))
+    with tqdm(total=total, desc="checking", unit="img", dynamic_ncols=True, disable=None) as bar:
+        for ds in datasets:
+            files += [ds.name(i) for i in range(len(ds))]
+            broken |= ds.broken
+            loader = DataLoader(Records(ds), CHUNK, num_workers=workers, collate_fn=list,
+                                generator=torch.Generator())
+            for part in data.fetch(loader):
+                for row, why in part:
+                    if why:
+                        broken[files[len(rows)]] = why
+                    rows.append(row)
+                bar.update(len(part))
+    held = np.arange(len(files)) >= len(train)
+    if len(datasets) == 1 and isinstance(train, PoseFolder) and len(train) > 1:
+        held[data.split(train)[1].indices] = True
+    return Checked(datasets, files, held, np.array(rows, RECORD), broken)
 
 
 # ----------------------------------------------------------------------------------------- copies
@@ -289,11 +243,10 @@ def odd_poses(checked: Checked) -> tuple[list[Suspect], dict[str, str], dict]:
             lambda i: f"{outside[i].sum()} of {seen[i].sum()} joints lie outside the image")
     xy = rows["pose"][..., :2]
     together = ((xy[:, :, None] == xy[:, None]).all(-1) & seen[:, None]).sum(-1) * seen
-    suspect("point", together.max(1, initial=0), 2,
-            lambda i: "{} joints lie in one point, ({:.2f}, {:.2f}) of the image".format(
-                together[i].max(), *xy[i, together[i].argmax()]))
+    suspect("point", together.max(1), 2,
+            lambda i: f"{together[i].max()} joints lie in one point")
     limbs = np.nan_to_num(body.limbs) * (np.isfinite(body.limbs).sum(0) >= SHOW_LIMB)
-    suspect("limb", limbs.max(1, initial=0), LONG_LIMB,
+    suspect("limb", limbs.max(1), LONG_LIMB,
             lambda i: "{} to {} is {:.1f} times as long as usual for a person of this size".format(
                 *(keypoints.JOINTS[j] for j in keypoints.LIMBS[limbs[i].argmax()]),
                 limbs[i].max()))
@@ -314,7 +267,7 @@ def odd_poses(checked: Checked) -> tuple[list[Suspect], dict[str, str], dict]:
             suspect("head down", -dy / (np.abs(dx) + 1e-9), 0.5,
                     lambda i: "the hips are above the shoulders")
     sides = np.nan_to_num(body.facing)
-    suspect("sides", np.minimum(sides.max(1, initial=0), -sides.min(1, initial=0)), OUT_OF_DOUBT,
+    suspect("sides", np.minimum(sides.max(1), -sides.min(1)), OUT_OF_DOUBT,
             lambda i: "by the {} it faces the viewer, by the {} it looks away".format(
                 *(list(CENTRE_LINES)[j] for j in (sides[i].argmax(), sides[i].argmin()))))
     about["joints"] = {
@@ -347,7 +300,7 @@ def judge(body: Bodies) -> tuple[dict[str, str], dict]:
                 f"left and right look exchanged: only {likely:.0%} of {len(facing)} people face "
                 "the viewer, if left is the person's own")
     return verdicts, {"torsos": len(torso), "torsos_lying": lying, "torsos_head_down": down,
-                      "turned_to_a_side": len(facing), "facing_the_viewer": toward}
+                      "facing_the_viewer": toward}
 
 
 # --------------------------------------------------------------------------------- files and bars
@@ -359,18 +312,18 @@ def orphans(datasets: dict[str, ImageDataset]) -> list[Suspect]:
     named = {os.path.abspath(path) for ds in folders.values()
              for path in (*ds.paths, *ds.broken, *ds.skipped)}
     for root, ds in folders.items():
-        if os.path.isdir(os.path.join(root, "keypoints")):
-            known = {data.keypoint_file(path) for path in (*ds.paths, *ds.broken)}
-            files = [os.path.join(at, name) for at, _, names in os.walk(ds.root / "keypoints")
-                     for name in names if name.endswith(".json") and not name.startswith(".")]
+        if Path(root, "keypoints").is_dir():
+            known = {keypoint_file(path) for path in (*ds.paths, *ds.broken)}
             why = "there is no image of this name in images/"
-            found += [Suspect("orphan", 0, file, why) for file in files if file not in known]
-        elif ds.poses and not isinstance(ds.poses[0], str):             # COCO
-            files = [os.path.join(at, name) for at in {os.path.dirname(path) for path in ds.paths}
-                     for name in os.listdir(at) if not name.startswith(".")
-                     and os.path.splitext(name)[1].lower() in data.SUFFIXES]
-            found += [Suspect("orphan", 0, file, "no COCO json names it") for file in files
-                      if os.path.abspath(file) not in named]
+            found += [Suspect("orphan", 0, str(file), why)
+                      for file in Path(root, "keypoints").rglob("[!.]*.json")
+                      if str(file) not in known]
+        elif ds.labels and not isinstance(ds.labels[0], str):           # COCO
+            found += [Suspect("orphan", 0, str(file), "no COCO json names it")
+                      for folder in {Path(path).parent for path in ds.paths}
+                      for file in folder.iterdir()
+                      if file.suffix.lower() in data.SUFFIXES and not file.name.startswith(".")
+                      and os.path.abspath(file) not in named]
     return found
 
 
@@ -391,8 +344,9 @@ def barred(checked: Checked) -> list[Suspect]:
 
 def framed(checked: Checked, i: int, side: int) -> np.ndarray:
     """The whole image i with its skeleton on a square: uint8 [side, side, 3]."""
-    n = len(checked.train)
-    image, pose = whole(checked.train, i) if i < n else whole(checked.val, i - n)
+    train = checked.datasets[0]
+    ds, i = (train, i) if i < len(train) else (checked.datasets[1], i - len(train))
+    image, pose = whole(ds, i)
     square = ImageOps.pad(image, (side, side), Image.Resampling.BICUBIC, color="white")
     return keypoints.draw(keypoints.fit(pose, image.size, "letterbox"), side, np.asarray(square))
 
@@ -407,26 +361,24 @@ def worst(suspects: list[Suspect]) -> list[Suspect]:
 def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: dict,
                 about: dict) -> dict:
     """Everything that is said of a dataset, in the types of JSON."""
-    sound, both = checked.rows["sound"], [ds for ds in (checked.train, checked.val) if ds]
+    sound, datasets = checked.rows["sound"], checked.datasets
     size = checked.rows["size"][sound]
+    short = np.sort(size.min(1))
+    step = np.floor(2 * np.log2(short) + 1e-9).astype(int)          # powers of sqrt 2: 64, 91, 128
     short_side = {"histogram": {}}
-    if len(size):
-        short = np.sort(size.min(1))
-        step = np.floor(2 * np.log2(short) + 1e-9).astype(int)      # powers of sqrt 2: 64, 91, 128
-        short_side = {
-            "min": int(short[0]), "median": int(short[len(short) // 2]), "max": int(short[-1]),
-            "histogram": {f"{2 ** (k / 2):.0f}+": int((step == k).sum())
-                          for k in range(step.min(), step.max() + 1)}}
+    if len(short):
+        short_side = {"min": int(short[0]), "median": int(short[len(short) // 2]),
+                      "max": int(short[-1]),
+                      "histogram": {f"{2 ** (k / 2):.0f}+": int((step == k).sum())
+                                    for k in range(step[0], step[-1] + 1)}}
     return {
         "root": root, "verdicts": verdicts,
-        "images": {"found": sum(len(ds) + len(ds.broken) for ds in both),
+        "images": {"found": sum(len(ds) + len(ds.broken) for ds in datasets),
                    "sound": int(sound.sum()), "broken": len(checked.broken),
-                   "without_a_person": sum(len(ds.skipped) for ds in both),
+                   "without_a_person": sum(len(ds.skipped) for ds in datasets),
                    "held_out": int((checked.held & sound).sum()),
                    "not_square": int((size[:, 0] != size[:, 1]).sum())},
-        "short_side": short_side,
-        **about,
-        "suspects_by_kind": {kind: sum(s.kind == kind for s in suspects) for kind in KINDS},
+        "short_side": short_side, "groups": len(set(datasets[0].groups())), **about,
         "suspects": [{"kind": s.kind, "file": s.file, "why": s.why, "score": round(s.score, 4)}
                      for s in suspects],
     }
@@ -440,9 +392,8 @@ def describe(report: dict) -> Iterator[str]:
     def percent(count: int, of: int) -> str:
         return f"{count} ({count / max(of, 1):.1%})"
 
-    lone = told["without_a_person"]
-    yield (f"images      {told['found']} with a pose, {n} sound, {told['broken']} broken"
-           + f", {lone} more without a person" * (lone > 0))
+    yield (f"images      {told['found']} with a pose, {n} sound, {told['broken']} broken, "
+           f"{told['without_a_person']} more without a person")
     if n:
         yield (f"short side  {short['min']} min, {short['median']} median, {short['max']} max "
                f"pixels; {told['not_square']} not square")
@@ -470,55 +421,27 @@ def describe(report: dict) -> Iterator[str]:
                else "No issues found.")
 
 
-def write_files(out: Path, checked: Checked, suspects: list[Suspect], report: dict,
-                side: int) -> None:
-    """report.json, suspects.txt and overview.png, each whole or not at all."""
-    new = {name: out / f"{name}.tmp" for name in ("report.json", "suspects.txt", "overview.png")}
-    lines = ["\t".join(re.sub(r"\s", " ", word) for word in (s.file, s.kind, s.why))
-             for s in suspects]
-    try:
-        draw_overview(new["overview.png"], checked, suspects, worst(suspects), report,
-                      lambda i: framed(checked, i, side))
-        new["report.json"].write_text(json.dumps(report, indent=1, allow_nan=False))
-        new["suspects.txt"].write_text("".join(f"{line}\n" for line in lines), "utf-8",
-                                       "surrogateescape")
-        for name, file in new.items():
-            file.replace(out / name)
-    finally:
-        for file in new.values():
-            file.unlink(missing_ok=True)
-
-
 # ---------------------------------------------------------------------------------------- command
-
-def gather(datasets: list[ImageDataset], workers: int) -> Checked:
-    """Looks at every image once."""
-    files, parts, broken, (train, *val) = [], [], {}, datasets
-    for ds in datasets:
-        rows, why = examine(ds, workers)
-        broken |= ds.broken | {ds.name(i): reason for i, reason in why.items()}
-        files += [ds.name(i) for i in range(len(ds))]
-        parts.append(rows)
-    held = np.arange(len(files)) >= len(train)
-    if not val and isinstance(train, PoseFolder) and len(set(train.groups())) > 1:
-        held[data.split(train)[1].indices] = True
-    return Checked(train, val[0] if val else None, files, held, np.concatenate(parts), broken)
-
 
 def check(args: argparse.Namespace) -> int:
     """Writes the files, prints what there is to say; returns the exit status."""
     datasets = {root: PoseFolder(root, args.size, limit=1) if data.is_folder(root) else
                 data.open_all(root, args.size) for root in (args.root, args.val) if root}
     data.check_out(args.out, *datasets)
-    out = data.make_folder(args.out, f"--out {args.out}")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
     checked = gather(list(datasets.values()), args.workers)
     odd, verdicts, about = odd_poses(checked)
     suspects = [Suspect("broken", 0, file, why) for file, why in checked.broken.items()]
     suspects += orphans(datasets) + copies(checked) + odd + barred(checked)
     suspects.sort(key=lambda s: (list(KINDS).index(s.kind), -s.score, s.file))
-    about["groups"] = len(set(checked.train.groups()))
     report = make_report(args.root, checked, suspects, verdicts, about)
-    write_files(out, checked, suspects, report, args.size)
+    draw_overview(out / "overview.png", checked, suspects, worst(suspects), report,
+                  lambda i: framed(checked, i, args.size))
+    (out / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False))
+    lines = ["\t".join(re.sub(r"\s", " ", word) for word in (s.file, s.kind, s.why)) + "\n"
+             for s in suspects]
+    (out / "suspects.txt").write_text("".join(lines), "utf-8", "surrogateescape")
     lines = [*describe(report), f"wrote {out}/report.json, {out}/suspects.txt ({len(suspects)} "
                                 f"lines), {out}/overview.png"]
     encoding = sys.stdout.encoding or "utf-8"           # file names may be any bytes
@@ -552,5 +475,5 @@ def main(argv: list[str] | None = None) -> int:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("data.py: interrupted; no half file is left behind", file=sys.stderr)
+        print("data.py: interrupted", file=sys.stderr)
         return 130

@@ -30,24 +30,16 @@ HAIRS = _hex("2a2228 3d2a24 5b3a29 8a5532 b9763a e3b65c f0d79a c4532d 8d2f3f 9a9
              "c76b98")
 # Backdrops are pale and clothes strong, so that a limb stands out from them even at 64 x 64.
 # One palette: sky, far shape, near shape, ground | tops | bottoms (dark or denim) | shoes and hats.
-PALETTES = [[_hex(codes) for codes in row] for row in (
-    ("cdeaf2 b5dccb 9ccfae bfe0a8", "e8564a f2b134 fff4e0 3a7ca5",
-     "2f4858 4a5d7e 6b4a3a", "d1495b fff4e0 2f4858"),
-    ("fde6cf f7c9a9 eeb08d f5dcb0", "2a9d8f e76f51 264653 fffaf0",
-     "264653 5a4a6a 3d5a80", "e76f51 8d3b2e 264653"),
-    ("e3dff5 c9c1ea b2a7df d8cdea", "f28482 5f4bb6 ffd166 fffdf7",
-     "3a3266 5d576b 2d3047", "ffd166 f28482 2d3047"),
-    ("d9f0e6 b4ddcf 93c9b9 e8e3c0", "ee6c4d 1f7a8c f4d35e f9f7f0",
-     "293241 3d5a80 704d3c", "ee6c4d f9f7f0 293241"),
-    ("ffe3e6 f9c6cd f2adb8 fbe9d7", "457b9d d62839 1d3557 fff8f0",
-     "1d3557 5c4b51 44608a", "d62839 fff8f0 3c2a3e"),
-    ("fbf3d9 f0dfae e3cd8f e9dcc0", "588157 bc4749 3a5a40 386fa4",
-     "344e41 6b4226 4b5a75", "bc4749 f2e8cf 3b2c24"),
-    ("dbe7f7 bccfe9 a3bbdd eef3f8", "d1495b edae49 00798c 30638e",
-     "2e4057 66545e 4f3b4f", "edae49 d1495b 243447"),
-    ("2f3a62 3d4a78 4a5a8a 56688f", "ff9f68 ffe08a f4f1ff e4688a",
-     "8f7fc4 c8553d 7fb7be", "ffe08a ff9f68 f4f1ff"),
-)]
+PALETTES = [[_hex(codes) for codes in row.split("|")] for row in """\
+cdeaf2 b5dccb 9ccfae bfe0a8|e8564a f2b134 fff4e0 3a7ca5|2f4858 4a5d7e 6b4a3a|d1495b fff4e0 2f4858
+fde6cf f7c9a9 eeb08d f5dcb0|2a9d8f e76f51 264653 fffaf0|264653 5a4a6a 3d5a80|e76f51 8d3b2e 264653
+e3dff5 c9c1ea b2a7df d8cdea|f28482 5f4bb6 ffd166 fffdf7|3a3266 5d576b 2d3047|ffd166 f28482 2d3047
+d9f0e6 b4ddcf 93c9b9 e8e3c0|ee6c4d 1f7a8c f4d35e f9f7f0|293241 3d5a80 704d3c|ee6c4d f9f7f0 293241
+ffe3e6 f9c6cd f2adb8 fbe9d7|457b9d d62839 1d3557 fff8f0|1d3557 5c4b51 44608a|d62839 fff8f0 3c2a3e
+fbf3d9 f0dfae e3cd8f e9dcc0|588157 bc4749 3a5a40 386fa4|344e41 6b4226 4b5a75|bc4749 f2e8cf 3b2c24
+dbe7f7 bccfe9 a3bbdd eef3f8|d1495b edae49 00798c 30638e|2e4057 66545e 4f3b4f|edae49 d1495b 243447
+2f3a62 3d4a78 4a5a8a 56688f|ff9f68 ffe08a f4f1ff e4688a|8f7fc4 c8553d 7fb7be|ffe08a ff9f68 f4f1ff
+""".splitlines()]
 WHITE, INK, ROSE = (255, 255, 255), (44, 34, 48), (240, 104, 112)
 EDGE = 0.64                     # brightness of an outline, times that of its shape
 
@@ -286,12 +278,73 @@ TRESSES = {
 EYE_SHOWS, EAR_SHOWS = 0.06, -0.35      # if so many head radii in front of the head's middle
 
 
-class _Canvas:
-    """Draws outlined shapes."""
+class _Figure:
+    """A posed person as the camera sees it, in pixels of the big canvas; z too, towards the viewer.
+    """
 
-    def __init__(self, pixels: int):
+    def __init__(self, rng: random.Random, palette: list[list[Colour]], pixels: int):
+        """Tilts the camera a little down, so that depth shows; fits the figure into the frame."""
         self.image = Image.new("RGB", (pixels, pixels))
-        self.pen, self.line = ImageDraw.Draw(self.image), 1.0       # line: width of the outlines
+        self.pen = ImageDraw.Draw(self.image)
+        self.person, self.pose = person, pose = _Person(rng, palette), _Pose(rng)
+        points, head, chest, yaw = _skeleton(person, pose)
+        lowest = max(p[1] for p in points.values())
+        self.ground = lowest + 0.05 * person.girth + pose.lift          # body units, untilted
+        points["shadow"] = (0.0, self.ground, 0.0)
+        camera = _rotation("x", -rng.uniform(6, 17))
+        self.head, self.chest, self.view = (_matmul(camera, m) for m in (head, chest, yaw))
+        points = {name: _apply(camera, p) for name, p in points.items()}
+        reach = [(p, 1.25 * person.head if name == "head" else 0.07 * person.girth)
+                 for name, p in points.items()]
+        (x0, x1), (y0, y1) = ((min(p[k] - r for p, r in reach), max(p[k] + r for p, r in reach))
+                              for k in (0, 1))
+        scale = min(rng.uniform(0.7, 0.95) / (y1 - y0), 0.95 / (x1 - x0), 1.12)
+        if rng.random() < CLOSE_UPS:
+            scale *= rng.uniform(1.4, 1.9)
+            left, top = 0.5 - scale * (x0 + x1) / 2, rng.uniform(0.03, 0.1) - scale * y0
+        else:
+            left = rng.uniform(0.02, 0.98 - scale * (x1 - x0)) - scale * x0
+            highest = max(0.02, min(0.16, 0.97 - scale * (y1 - y0)))
+            top = 1 - scale * y1 - rng.uniform(0.02, highest)
+        scale, left, top = scale * pixels, left * pixels, top * pixels
+        self.scale, self.girth, self.radius = scale, person.girth * scale, person.head * scale
+        self.line = 0.011 * scale               # width of the outlines
+        # keypoints.JOINTS, and head, neck, pelvis, toe_left, toe_right, shadow
+        self.points = {name: (left + scale * x, top + scale * y, scale * z)
+                       for name, (x, y, z) in points.items()}
+
+    def limb(self, kind: str, side: str) -> list[Vec]:
+        return [self.points[f"{name}_{side}"] for name in LIMB_PARTS[kind][0]]
+
+    def on_head(self, x: float, y: float, z: float) -> Vec:
+        """A place in head radii from the head's middle, along its own axes."""
+        return _apply(self.head, (x, y, z), self.points["head"], self.radius)
+
+    def facing(self, p: Vec) -> float:
+        """How far p lies in front of the middle of the head, in head radii."""
+        return (p[2] - self.points["head"][2]) / self.radius
+
+    def cap(self, centre: Vec, radius: float, tilt: float,
+            edge: list[Vec]) -> list[tuple[float, float]]:
+        """The visible part of a cap of a sphere with the border `edge`; its axis is `tilt` degrees
+        below the nose."""
+        m = _matmul(self.head, _rotation("x", -tilt))
+        rim = [_apply(m, v) for v in edge]
+        first = 1 + max((k for k, p in enumerate(rim) if p[2] < 0), default=-1)
+        seen = [p for p in rim[first:] + rim[:first] if p[2] >= 0]
+        if m[2][2] < -0.85 or not seen:
+            return []
+        if len(seen) < len(rim):        # close it along the sphere's outline, on the axis' side
+            start, end, axis = (math.atan2(y, x)
+                                for x, y in (seen[-1][:2], seen[0][:2], (m[0][2], m[1][2])))
+            turn = (end - start) % math.tau
+            if (axis - start) % math.tau > turn:
+                turn -= math.tau
+            arc = [start + turn * t / 12 for t in range(13)]
+            seen += [(math.cos(t), math.sin(t), 0.0) for t in arc]
+        return [(centre[0] + radius * x, centre[1] + radius * y) for x, y, _ in seen]
+
+    # Outlined shapes.
 
     def polygon(self, points: list, colour: Colour) -> None:
         if len(points) > 2:
@@ -333,72 +386,6 @@ class _Canvas:
                 chain.append((x, y))
             hull += chain[:-1]
         self.shape(hull, hull + hull[:1], colour)
-
-
-class _Figure(_Canvas):
-    """A posed person as the camera sees it, in pixels of the big canvas; z too, towards the viewer.
-    """
-
-    def __init__(self, rng: random.Random, palette: list[list[Colour]], pixels: int):
-        """Tilts the camera a little down, so that depth shows; fits the figure into the frame."""
-        super().__init__(pixels)
-        self.person, self.pose = person, pose = _Person(rng, palette), _Pose(rng)
-        points, head, chest, yaw = _skeleton(person, pose)
-        lowest = max(p[1] for p in points.values())
-        self.ground = lowest + 0.05 * person.girth + pose.lift          # body units, untilted
-        points["shadow"] = (0.0, self.ground, 0.0)
-        camera = _rotation("x", -rng.uniform(6, 17))
-        self.head, self.chest, self.view = (_matmul(camera, m) for m in (head, chest, yaw))
-        points = {name: _apply(camera, p) for name, p in points.items()}
-        reach = [(p, 1.25 * person.head if name == "head" else 0.07 * person.girth)
-                 for name, p in points.items()]
-        (x0, x1), (y0, y1) = ((min(p[k] - r for p, r in reach), max(p[k] + r for p, r in reach))
-                              for k in (0, 1))
-        scale = min(rng.uniform(0.7, 0.95) / (y1 - y0), 0.95 / (x1 - x0), 1.12)
-        if rng.random() < CLOSE_UPS:
-            scale *= rng.uniform(1.4, 1.9)
-            left, top = 0.5 - scale * (x0 + x1) / 2, rng.uniform(0.03, 0.1) - scale * y0
-        else:
-            left = rng.uniform(0.02, 0.98 - scale * (x1 - x0)) - scale * x0
-            highest = max(0.02, min(0.16, 0.97 - scale * (y1 - y0)))
-            top = 1 - scale * y1 - rng.uniform(0.02, highest)
-        scale, left, top = scale * pixels, left * pixels, top * pixels
-        self.scale, self.girth, self.radius = scale, person.girth * scale, person.head * scale
-        self.line = 0.011 * scale
-        # keypoints.JOINTS, and head, neck, pelvis, toe_left, toe_right, shadow
-        self.points = {name: (left + scale * x, top + scale * y, scale * z)
-                       for name, (x, y, z) in points.items()}
-
-    def limb(self, kind: str, side: str) -> list[Vec]:
-        return [self.points[f"{name}_{side}"] for name in LIMB_PARTS[kind][0]]
-
-    def on_head(self, x: float, y: float, z: float) -> Vec:
-        """A place in head radii from the head's middle, along its own axes."""
-        return _apply(self.head, (x, y, z), self.points["head"], self.radius)
-
-    def facing(self, p: Vec) -> float:
-        """How far p lies in front of the middle of the head, in head radii."""
-        return (p[2] - self.points["head"][2]) / self.radius
-
-    def cap(self, centre: Vec, radius: float, tilt: float,
-            edge: list[Vec]) -> list[tuple[float, float]]:
-        """The visible part of a cap of a sphere with the border `edge`; its axis is `tilt` degrees
-        below the nose."""
-        m = _matmul(self.head, _rotation("x", -tilt))
-        rim = [_apply(m, v) for v in edge]
-        first = 1 + max((k for k, p in enumerate(rim) if p[2] < 0), default=-1)
-        seen = [p for p in rim[first:] + rim[:first] if p[2] >= 0]
-        if m[2][2] < -0.85 or not seen:
-            return []
-        if len(seen) < len(rim):        # close it along the sphere's outline, on the axis' side
-            start, end, axis = (math.atan2(y, x)
-                                for x, y in (seen[-1][:2], seen[0][:2], (m[0][2], m[1][2])))
-            turn = (end - start) % math.tau
-            if (axis - start) % math.tau > turn:
-                turn -= math.tau
-            arc = [start + turn * t / 12 for t in range(13)]
-            seen += [(math.cos(t), math.sin(t), 0.0) for t in arc]
-        return [(centre[0] + radius * x, centre[1] + radius * y) for x, y, _ in seen]
 
     def draw(self) -> None:
         """Draws the parts from far to near."""
@@ -595,7 +582,7 @@ class _Figure(_Canvas):
         self.polygon(lid, self.person.crate)
 
 
-def _draw_backdrop(canvas: _Canvas, rng: random.Random, palette: list[list[Colour]],
+def _draw_backdrop(canvas: _Figure, rng: random.Random, palette: list[list[Colour]],
                    floor: float) -> None:
     """Sky or wall down to `floor` (y in [0, 1]), and the ground below it."""
     (sky, far, near, ground), *_ = palette

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-import data
 import plots
 from diffusion import Step
 from extras.motion import Plan
@@ -53,9 +52,9 @@ def outputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
     for path in filter(None, (sheet, animation, args.save_latents)):
         if Path(path).resolve() in read:
             raise ValueError(f"{path} is an input and would be overwritten; name another output")
-        data.make_folder(Path(path).parent, f"cannot write {path}")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     if args.separate:
-        data.make_folder(args.separate, f"--separate {args.separate}")
+        Path(args.separate).mkdir(parents=True, exist_ok=True)
     return sheet, animation
 
 

@@ -296,9 +296,13 @@ def test_a_slim_file_is_the_same_model_in_half_precision(tmp_path, ckpt, capsys)
         assert checkpoint.main(argv) == 2 and words in capsys.readouterr().err
 
 
-def test_poses_out_of_one_number_are_refused(tmp_path):
-    torch.save({"poses": torch.ones(1).half().expand(10 ** 12, 17, 3)}, tmp_path / "m.pt")
-    with pytest.raises(ValueError, match="m.pt does not hold as many numbers.* poses"):
+@pytest.mark.parametrize("poses, words", [
+    (torch.ones(1).half().expand(10 ** 12, 17, 3), "does not hold as many numbers.* poses"),
+    (torch.full((2, 17, 3), torch.nan).half(), "is damaged"),
+    (torch.ones(4, 16, 3).half(), "is damaged"), ([1, 2], "is damaged")])
+def test_damaged_training_poses_are_one_sentence(tmp_path, poses, words):
+    torch.save({"poses": poses}, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=f"m.pt {words}"):
         checkpoint.training_poses(checkpoint.read(tmp_path / "m.pt"), tmp_path / "m.pt")
 
 

@@ -14,6 +14,7 @@ import keypoints
 import plots
 from data import DataError, InMemory, Part, PoseFolder, batches, crop_resize, split
 from dataset.figures import Figures
+from dataset.folder import has_keypoints
 
 
 def some_pose(seed: int) -> np.ndarray:
@@ -27,15 +28,24 @@ def noise(W: int, H: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (H, W, 3), dtype=np.uint8))
 
 
+def rows_of(pose: np.ndarray) -> dict:
+    """A pose in the seed's layout."""
+    return {name: [float(y) * 512, float(x) * 512]
+            for name, (x, y, _) in zip(keypoints.JOINTS, pose, strict=True)}
+
+
+def save_pair(root, name: str, image: Image.Image | np.ndarray, pose: np.ndarray) -> None:
+    """root/images/NAME and its pose in root/keypoints."""
+    file, label = root / "images" / name, (root / "keypoints" / name).with_suffix(".json")
+    for path in (file, label):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(image)).save(file, quality=90)
+    label.write_text(json.dumps(rows_of(pose)))
+
+
 def write_pair(root, name: str, seed: int = 0, size=(12, 12)) -> None:
-    """root/images/NAME.png of noise and root/keypoints/NAME.json in the seed's layout."""
-    image, pose_file = root / "images" / f"{name}.png", root / "keypoints" / f"{name}.json"
-    for file in (image, pose_file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    noise(*size, seed).save(image)
-    pose_file.write_text(json.dumps({
-        joint: [float(y) * 512, float(x) * 512]
-        for joint, (x, y, _) in zip(keypoints.JOINTS, some_pose(seed), strict=True)}))
+    """An image of noise, NAME.png, and its pose."""
+    save_pair(root, f"{name}.png", noise(*size, seed), some_pose(seed))
 
 
 def folder(root, n: int, size=(12, 12)):
@@ -128,8 +138,8 @@ def test_a_truncated_file_is_an_error_not_half_an_image(tmp_path, suffix, left):
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     Image.new("L", (30, 30)).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)         # PIL warns above, raises above 1600
-    with pytest.raises(DataError, match="more than 800 pixels"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)         # PIL warns above, raises above 800
+    with pytest.raises(DataError, match="a.png.*900 pixels"):
         data.read_image(tmp_path / "a.png")
 
 
@@ -156,19 +166,18 @@ def centroid(image: np.ndarray) -> np.ndarray:
 def test_image_and_pose_move_together(W, H, size):
     checked = {False: 0, True: 0}
     for seed in range(80):
-        joint, pose, random = seed % 17, some_pose(seed), seed % 4 > 0
-        image = dotted(joint, W, H, pose)
-        rngs = [np.random.default_rng(seed) if random else None for _ in range(2)]  # equal draws
-        zoom = (0.6, 1.0) if random else (1, 1)
-        _, plain = crop_resize(image, pose, size, rngs[0], zoom)
-        square, moved = crop_resize(image, pose, size, rngs[1], zoom, flip=True)
+        joint, pose, rng = seed % 17, some_pose(seed), None
+        if seed % 4:
+            rng = np.random.default_rng(seed)
+        square, moved = crop_resize(dotted(joint, W, H, pose), pose, size, rng, (0.6, 1.0))
         assert square.shape == (size, size, 3) and moved.dtype == np.float32
-        mirrored = not np.allclose(moved, plain)
+        nose = [p[0, 0] > p[5:7, 0].mean() for p in (pose, moved)]      # right of the shoulders?
+        mirrored = nose[0] != nose[1]
         now = keypoints.MIRROR[joint] if mirrored else joint    # the other side's joint
         if (np.abs(moved[now, :2] - 0.5) < 0.42).all():         # the whole dot is inside
             assert np.abs(moved[now, :2] * size - centroid(square)).max() < 0.5, seed
             checked[mirrored] += 1
-    assert min(checked.values()) >= 10
+    assert min(checked.values()) >= 5
 
 
 def test_a_crop_that_needs_no_scaling_copies_pixels_and_keeps_joints_outside():
@@ -183,6 +192,8 @@ def test_a_small_image_is_not_cropped_to_be_enlarged_again():
     image = np.asarray(noise(16, 16))
     for seed in range(20):
         out, pose = crop_resize(image, some_pose(1), 16, np.random.default_rng(seed), (0.5, 1.0))
+        if pose[5, 0] != some_pose(1)[5, 0]:                    # mirrored
+            out, pose = out[:, ::-1], keypoints.flip(pose)
         assert np.array_equal(out, image) and np.allclose(pose, some_pose(1))
         _, pose = crop_resize(image, some_pose(1), 12, np.random.default_rng(seed), (0.5, 1.0))
         grown = np.ptp(pose[:, 0]) / np.ptp(some_pose(1)[:, 0])
@@ -197,21 +208,14 @@ def test_trim_bars_cuts_the_image_and_moves_the_joints(tmp_path, name, tolerance
     image = Image.new("RGB", (600, 520))
     image.paste(inner, (0, 70))                             # 70 black rows above, 50 below
     pose[joint] = x / 600, (y + 70) / 520, 1
-    pose[2] = 0
-    write_pair(tmp_path, "a")
-    (tmp_path / "images/a.png").unlink()
-    image.save(tmp_path / "images" / name, quality=95)
-    (tmp_path / "keypoints/a.json").write_text(json.dumps(
-        {j: [float(v) * 512, float(u) * 512]
-         for j, (u, v, _) in zip(keypoints.JOINTS, pose, strict=True)}))
+    save_pair(tmp_path, name, image, pose)
     plain, trimmed = (PoseFolder(tmp_path, 64, trim_bars=trim) for trim in (False, True))
     cut, moved = trimmed.source(0)
     assert np.abs(np.subtract(cut.size, (600, 400))).max() <= 2 * tolerance
     assert np.abs(moved[joint, :2] * cut.size - (x, y)).max() <= tolerance + 1e-3
     if not tolerance:
         assert np.array_equal(cut, inner)
-        old = plain.pose(0) * (600, 520, 1) - (0, 70, 0)
-        assert np.allclose(moved * (600, 400, 1), old)
+        assert np.allclose(moved * (600, 400, 1), pose * (600, 520, 1) - (0, 70, 0), atol=1e-4)
     assert (np.asarray(plain.source(0)[0])[0] < 9).all()    # the default keeps them
     assert plain.fingerprint() != trimmed.fingerprint()
     train, val = data.open_data(str(tmp_path), 64, val=str(tmp_path), trim_bars=True)
@@ -241,9 +245,6 @@ def test_list_file(tmp_path):
     ds = PoseFolder(tmp_path / "set/train.txt", 12)
     assert ds.names == ["images/b.png", "images/a.png"]                 # in the list's order
     assert np.abs(ds[1][1] - some_pose(0)).max() < 1e-6
-    (tmp_path / "set/bad.txt").write_text("../set/images/b.png\n")
-    with pytest.raises(DataError, match="leads out of the list's folder"):
-        PoseFolder(tmp_path / "set/bad.txt", 12)
 
 
 @pytest.mark.parametrize("where", ["coco.json", "annotations/person_keypoints.json", "coco/k.json"])
@@ -303,7 +304,7 @@ def test_a_json_of_something_else_leaves_a_folder_of_plain_images(tmp_path, text
     for name in "ab":
         Image.new("RGB", (9, 9)).save(tmp_path / f"{name}.png")
     (tmp_path / "captions.json").write_text(text)
-    assert not data.has_keypoints(tmp_path)
+    assert not has_keypoints(tmp_path)
     ds = PoseFolder(tmp_path, 9, poseless=True)
     assert ds.names == ["a.png", "b.png"] and not ds[0][1].any()
     with pytest.raises(DataError, match="no keypoints in it"):
@@ -315,7 +316,7 @@ def test_coco_among_other_json_files_is_found(tmp_path):
     (tmp_path / "recon.json").write_text('{"worst": ["a.png"]}')
     for poseless in (False, True):
         ds = PoseFolder(tmp_path, 20, poseless)
-        assert ds.names == ["a.png"] and ds[0][1][:, 2].all() and data.has_keypoints(tmp_path)
+        assert ds.names == ["a.png"] and ds[0][1][:, 2].all() and has_keypoints(tmp_path)
     write_coco(tmp_path / "other.json", {"a.png": (20, 20, [])})
     with pytest.raises(DataError, match="2 COCO files, k.json, other.json"):
         PoseFolder(tmp_path, 20)
@@ -335,14 +336,15 @@ def test_coco_names_cannot_leave_the_folder(tmp_path, name):
 
 def test_out_is_refused_among_the_images(tmp_path):
     pairs, plain = folder(tmp_path / "pairs", 2), tmp_path / "plain"
-    (plain / "images").mkdir(parents=True)
+    plain.mkdir()
     (plain / "list.txt").write_text("images/a.png")
     (tmp_path / "link").symlink_to(plain)
     for out, root, refused in (
-            (pairs, pairs, True), (pairs / "images/x", pairs, True), (pairs / "x", pairs, False),
-            (plain, plain, True), (plain / "x/y", plain, True), (tmp_path / "link/x", plain, True),
-            (plain / "images/../x", tmp_path / "link", True), (tmp_path, plain, False),
-            (tmp_path / "plain2", plain, False), (plain, plain / "list.txt", False)):
+            (pairs / "images", pairs, True), (pairs / "images/x", pairs, True),
+            (pairs / "x", pairs, False), (plain, plain, True), (plain / "x/y", plain, True),
+            (tmp_path / "link/x", plain, True), (plain / "y/../x", tmp_path / "link", True),
+            (tmp_path, plain, False), (tmp_path / "plain2", plain, False),
+            (plain, plain / "list.txt", False)):
         if refused:
             with pytest.raises(DataError, match=f"--out {out} lies among the images of {root}"):
                 data.check_out(out, None, str(root))
@@ -443,6 +445,9 @@ def test_split_keeps_clips_whole_and_does_not_depend_on_order(tmp_path):
     shuffled = np.random.default_rng(0).permutation(120).tolist()
     assert set(split(Part(ds, shuffled), 0.1)[1].groups()) == groups[1]
     assert len(split(ds, 0.0)[1]) == 10 and len(split(ds, 1.0)[0]) == 10    # never none, never all
+    for large, small in ((0, 10), (10, 0)):                 # more than half is trained on
+        part = Part(ds, [*range(large, large + 10), small, small + 1])
+        assert set(split(part)[1].groups()) == {ds.groups()[small]}
 
 
 def test_groups_come_from_metadata_before_names(tmp_path):
@@ -454,12 +459,13 @@ def test_groups_come_from_metadata_before_names(tmp_path):
     assert PoseFolder(tmp_path, 12).groups() == [f"clip{i // 10}" for i in range(20)]
 
 
-def test_one_clip_alone_splits_by_image(tmp_path):
+def test_one_clip_alone_splits_by_image_with_a_warning(tmp_path, capsys):
     for i in range(10):
         write_pair(tmp_path, f"frame_{i}")
     train, val = split(PoseFolder(tmp_path, 12))
     assert len(val) == 1 and len(train) == 9
-    with pytest.raises(DataError, match="of one group"):
+    assert "warning: all images are of one group" in capsys.readouterr().err
+    with pytest.raises(DataError, match="none .* can be held out"):
         split(Part(PoseFolder(tmp_path, 12), [0]))
 
 
@@ -484,6 +490,16 @@ def test_memory_holds_no_more_than_its_budget():
     kept = InMemory(ds, budget=6 * 4 * 4 * 3)
     first, second = ([kept[i][0].copy() for i in range(10)] for _ in range(2))
     assert ds.reads == 10 + 4 and (np.stack(first) == np.stack(second)).all()
+
+
+def test_held_out_images_are_given_in_any_form(tmp_path):
+    folder(tmp_path, 20)
+    for val, n in (("figures:7", 7), (str(tmp_path), 20)):
+        for spec in (str(tmp_path), "figures:9"):
+            train, held_out = data.open_data(spec, 12, val)
+            assert (len(train), len(held_out)) == (20 if spec != "figures:9" else 9, n)
+    train, held_out = data.open_data("figures:5", 12, "figures:5")
+    assert not any((train[i][0] == held_out[i][0]).all() for i in range(5))     # other figures
 
 
 # --------------------------------------------------------------------------------------- batches
@@ -534,7 +550,7 @@ def test_augmentation_mirrors_half_and_crops_within_the_zoom():
     assert 1 <= growth.min() + 1e-5 and growth.max() <= 2 + 1e-5 and growth.max() > 1.9
 
 
-# ------------------------------------------------------------------------------------ grid, command
+# -------------------------------------------------------------------------------------------- grid
 
 def test_grid_shows_the_images_enlarged_and_words_beside_them(tmp_path):
     red, texture = np.full((40, 40, 3), (255, 0, 0), np.uint8), np.asarray(noise(40, 40))
@@ -560,9 +576,3 @@ def test_grid_of_fewer_captions_than_rows_and_of_no_image_at_all(tmp_path):
     for rows in ([], [[]], [[None]], [[None, None], [None]]):
         page = plots.save_grid(tmp_path / "a.png", rows, columns=["one"], title="Title")
         assert min(page.size) > 0
-
-
-def test_the_command_answers_a_mistake_with_one_sentence(tmp_path, capsys):
-    assert data.main([str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
-    err = capsys.readouterr().err
-    assert "nowhere" in err and err.count("\n") == 1

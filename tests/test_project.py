@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 LEAVES = "diffusion", "unet", "vq", "keypoints"
 ROOMS = {
     "engine": {"run", "distributed", "process", "cpu", "muon"},
-    "dataset": {"figures", "latents", "check"},
+    "dataset": {"figures", "latents", "check", "folder", "bars"},
     "formats": {"pose_files", "compvis", "lpips", "detections"},
     "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "pose"},
     "extras": {"density", "motion", "output"},

@@ -612,7 +612,7 @@ def test_a_wrong_flag_is_one_sentence_with_its_value(capsys, flags, words):
     (["--inpaint", "figure.png", "--mask", "wide.png"], ["64 x 32", "32 x 32"]),
     (["--inpaint", "figure.png", "--mask", "black.png"], ["black.png", "no white"]),
     (["--morph"], ["--morph", "waving"]), (["--motion"], ["--motion", "two"]),
-    (["--separate", "figure.png"], ["--separate figure.png"]),
+    (["--separate", "figure.png"], ["figure.png"]),
     (["--guidance", "1", "--interval", "0", "9"], ["--interval", "--guidance is 1"]),
     (["--guidance", "1", "--rescale", "0.7"], ["--rescale", "--guidance is 1"]),
     (["--init", "figure.png", "--out", "./figure.png"], ["figure.png", "overwritten"]),

@@ -532,7 +532,7 @@ def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_p
     (["--preset", "base"], ["--lpips-weights", "--download-lpips", "--perceptual off"]),
     (["--disc-start", "5"], ["--disc-start is 5", "--disc-weight 0.75"]),
     (["--lpips-weights", "x.pth"], ["LPIPS", "--perceptual 1"]),
-    (["--perceptual", "none"], ["'none'", "a number of at least 0"]),
+    (["--perceptual", "none"], ["none"]),
     (["--vq", "a.pt"], ["--vq belongs to stage 2"]),
     (["--stage", "ldm", "--disc-weight", "1"], ["--disc-weight belongs to stage 1"]),
     (["--minutes", "1"], ["--steps and --minutes"]), (["--data", "nowhere"], ["nowhere"]),

@@ -1,0 +1,149 @@
+"""A dataset on disk: a path in, its image files and their labels out. No image is opened.
+
+A label is the path of a keypoint file in the seed's layout, or a pose [17, 3] from a COCO json.
+"""
+
+import csv
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import numpy as np
+
+from data import SUFFIXES, DataError
+from formats import pose_files
+
+# An image file, its label or None, and why it has none; "" where nobody is in the image.
+Labelled = tuple[str, str | np.ndarray | None, str]
+
+
+def find(root: Path, poseless: bool) -> tuple[Path, list[Labelled]]:
+    """(the folder that names of images are relative to, the images) of what PoseFolder takes."""
+    if not root.exists():
+        raise DataError(f"{root}: there is no such file or folder")
+    if root.is_file() and root.suffix.lower() == ".json":
+        return read_coco(root, pose_files.read_content(root))
+    if root.is_file():
+        return root.parent, list(pair(read_list(root)))
+    if (root / "keypoints").is_dir():
+        return root, list(pair(find_images(root / "images")))
+    if coco := find_coco(root):
+        return read_coco(*coco)
+    if poseless:
+        return root, list(pair(find_images(root)))
+    raise DataError(f"{root}: no keypoints in it; put images into {root}/images and their poses "
+                    f"into {root}/keypoints, or one COCO json into {root}")
+
+
+# ------------------------------------------------------------------------ a keypoint file an image
+
+def find_images(folder: Path) -> list[str]:
+    """The image files in a folder and below it, by name."""
+    found = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names
+                   if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."))
+    if not found:
+        raise DataError(f"{folder}: no images in it ({' '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def read_list(path: Path) -> list[str]:
+    """The images that a text file lists, relative to it."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not a text file; give a folder, a list of images or a COCO json"
+                        ) from None
+    return [os.path.join(path.parent, line) for line in lines if line and not line.startswith("#")]
+
+
+def pair(images: list[str]) -> Iterator[Labelled]:
+    """Each image with its keypoint file."""
+    for image in images:
+        label = keypoint_file(image)
+        if label is None:
+            yield image, None, "not below a folder called images, so it has no keypoint file"
+        elif not os.path.isfile(label):
+            yield image, None, f"its keypoints {label} are missing"
+        else:
+            yield image, label, ""
+
+
+def keypoint_file(image: str) -> str | None:
+    """Of a/images/b/c.png a/keypoints/b/c.json, by the last folder called images."""
+    *folders, name = Path(image).parts
+    if "images" not in folders:
+        return None
+    folders[len(folders) - 1 - folders[::-1].index("images")] = "keypoints"
+    return os.path.join(*folders, os.path.splitext(name)[0] + ".json")
+
+
+# ------------------------------------------------------------------------- one COCO json for all
+
+def find_coco(root: Path) -> tuple[Path, dict] | None:
+    """The COCO json of a folder and its content, or None. A json is COCO if it has images and
+    annotations. Where a file is called person_keypoints*.json, as COCO's own, no other counts."""
+    files = sorted(path for at in (root, root / "annotations", root / "coco")
+                   for path in at.glob("*.json"))
+    files = [path for path in files if "person_keypoints" in path.name] or files
+    found = []
+    for path in files:
+        text = path.read_bytes()
+        if b'"images"' in text and b'"annotations"' in text:        # else it need not be parsed
+            content = pose_files.read_content(path)
+            if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
+                found.append((path, content))
+    if len(found) > 1:
+        raise DataError(f"{root}: {len(found)} COCO files, {found[0][0].name}, "
+                        f"{found[1][0].name}, ...; name one of them")
+    return found[0] if found else None
+
+
+def has_keypoints(root: str | Path) -> bool:
+    """Whether `root` is a dataset with poses, not a folder of nothing but images."""
+    root = Path(root)
+    return not root.is_dir() or (root / "keypoints").is_dir() or find_coco(root) is not None
+
+
+def read_coco(path: Path, content: object) -> tuple[Path, list[Labelled]]:
+    """Each image of a COCO json with its largest person; see `find`. The images are in one of the
+    usual places near the json."""
+    people, refused = pose_files.read_coco(path, content)
+    for name in people:
+        if (PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
+                or ".." in re.split(r"[/\\]", name)):
+            raise DataError(f"{path}: file_name '{name}' leads out of the dataset; use plain names")
+    part = path.stem.split("_")[-1]                     # person_keypoints_val2017.json: val2017/
+    folders = [at / sub for at in (path.parent, path.parent.parent)
+               for sub in ("images", part, f"images/{part}", ".")]
+    folder = next((at for at in folders if any((at / name).is_file() for name in people)), None)
+    if folder is None:
+        raise DataError(f"{path}: none of its images is in {folders[0]} or beside it")
+    return folder.parent if folder.name == "images" else folder, [
+        (os.path.join(folder, name), None if name in refused else pose_files.largest(people[name]),
+         refused.get(name, "")) for name in sorted(people)]
+
+
+# --------------------------------------------------------------------------------------- groups
+
+def find_groups(root: Path, names: list[str]) -> list[str]:
+    """The clip of each image: metadata.csv's, else the name without its frame number."""
+    told = read_groups(root / "metadata.csv")
+    stems = [PurePosixPath(name.rpartition("images/")[2]).with_suffix("").as_posix()
+             for name in names]
+    return [told.get(name) or re.sub(r"[-_ ./]*\d+$", "", stem) or stem
+            for name, stem in zip(names, stems, strict=True)]
+
+
+def read_groups(path: Path) -> dict[str, str]:
+    """metadata.csv -> {file: group}; empty if there is no such file or no such column."""
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            names = rows.fieldnames or ()
+            column = next((c for c in ("group", "animation", "clip", "video") if c in names), None)
+            return {row["file"]: row[column] for row in rows if column and "file" in names}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a csv table ({error}); fix it or take it out") from error
