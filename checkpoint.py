@@ -233,7 +233,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], fl
         value = kind(text)
         if not low <= value <= high or value == math.inf:
             bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not a number {bounds}")
+            raise argparse.ArgumentTypeError(f"{text} is given, but it must be {bounds}")
         return value
     parse.__name__ = kind.__name__                          # argparse then says: invalid int value
     return parse

@@ -133,7 +133,7 @@ class ImageDataset(Dataset):
     size: int                       # side of the square that ds[i] is
     seed: int = 0
     broken: dict[str, str] = {}     # file known to be unusable -> why, a sentence with a file in it
-    most_broken = math.inf          # at most so many
+    most_broken = math.inf          # with more broken images than this the run ends
     skipped: Sequence[str] = ()     # files of images without a person
 
     def source(self, i: int) -> tuple[Image.Image | np.ndarray, np.ndarray]:
@@ -149,7 +149,7 @@ class ImageDataset(Dataset):
         return [self.name(i) for i in range(len(self))]
 
     def fingerprint(self) -> str:
-        """Hex digest that is equal only where the images and poses are."""
+        """Hex digest; datasets with different images or poses have different digests."""
         words = type(self).__name__, FIGURES_VERSION, len(self), self.size, self.seed
         return hashlib.sha256(repr(words).encode()).hexdigest()
 
@@ -160,7 +160,7 @@ class ImageDataset(Dataset):
 
 class PoseFolder(ImageDataset):
     """A person's own images. `root` is one of
-    - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json, the seed's;
+    - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json;
     - a text file that lists such images, one a line, absolute or relative to the file;
     - a folder with images (in images/ or in itself) and one COCO json (in itself, annotations/ or
       coco/), or the json: the largest person is taken, `skipped` names the images without one;
@@ -217,11 +217,11 @@ class PoseFolder(ImageDataset):
             raise DataError(str(error)) from error
 
     def whole(self, i: int, at_least: int | None = None) -> tuple[Image.Image, np.ndarray]:
-        """Image i as read_image reads it, and its pose: here a label meets its image."""
+        """Image i as read_image reads it, and its pose."""
         return read_image(self.paths[i], at_least), self.pose(i)
 
     def source(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        if self.trim_bars:          # found among all pixels, as the check finds them
+        if self.trim_bars:          # detected at full size, as in dataset/check.py
             from dataset.bars import cut_bars
             return cut_bars(*self.whole(i))
         return self.whole(i, at_least=2 * self.size)
@@ -307,7 +307,7 @@ def note_broken(ds: ImageDataset, broken: dict[str, str]) -> None:
 
 @contextmanager
 def naming_broken(path: str | Path, *datasets: ImageDataset) -> Iterator[None]:
-    """However the block ends, the file `path` then names the broken images, if there are any."""
+    """Writes the broken images to `path` when the block ends, also after an error."""
     path, how = Path(path), {"encoding": "utf-8", "errors": "surrogateescape"}  # names of any bytes
     try:
         yield
@@ -437,9 +437,6 @@ def find_workers(device: str | torch.device) -> int:
 
 def share(batch_size: int, rank: int, world: int) -> slice:
     """The part of a batch that process `rank` of `world` takes."""
-    if batch_size % world:
-        raise DataError(f"a batch of {batch_size} cannot be shared by {world} processes; give a "
-                        f"--batch-size that {world} divides")
     return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
 

@@ -74,8 +74,9 @@ class Diffusion:
                  linear_end: float = 0.0195, prediction: str = "eps"):
         if (prediction not in ("eps", "v") or not 2 <= timesteps <= 1_000_000
                 or not 0 < linear_start <= linear_end < 1):         # from a damaged checkpoint
-            raise ValueError(f"no schedule has {timesteps} timesteps from {linear_start} to "
-                             f"{linear_end} and prediction {prediction!r}")
+            raise ValueError(f"timesteps {timesteps}, beta {linear_start} to {linear_end}, "
+                             f"prediction {prediction!r}; allowed are 2 to 1,000,000 timesteps, "
+                             "0 < start <= end < 1, and eps or v")
         self.timesteps, self.prediction = timesteps, prediction
         # float64: 1 - alpha_bar loses its digits in float32 where alpha_bar is near 1
         self.betas = torch.linspace(                                                        # [T]

@@ -4,7 +4,7 @@ A pose is a float array [17, 3] = (x, y, visible): x right, y down, in units of 
 0..1 is inside; values outside are kept. visible is 0 or 1; a missing joint is (0, 0, 0). "Left" is
 the person's own left. The pose conditions the UNet in two ways: `PoseEncoder` makes 17 tokens of it
 for cross-attention, `heatmaps` makes 17 Gaussian maps that are concatenated to the noisy latent.
-`PoseCondition` is either or both.
+`PoseCondition` is either or both. "The seed" is the original blog post's code.
 
 Letters in shape comments: B batch, J = 17 joints, D token width, F frequencies, h w sides of a map.
 """
@@ -163,7 +163,7 @@ class PoseEncoder(nn.Module):
         self.position = nn.Sequential(nn.Linear(4 * n_freqs, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, pose: Tensor, drop: Tensor | None = None) -> Tensor:
-        # The slowest wave has period 2: further than half an image outside, x and x + 2 are equal.
+        # The features repeat with period 2; the clamp keeps x within one period.
         angle = pose[..., :2, None].clamp(-0.49, 1.49) * self.freqs                 # [B, J, 2, F]
         features = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(2)         # [B, J, 4F]
         position = torch.where(pose[..., 2:] > 0, self.position(features), self.missing)

@@ -58,8 +58,8 @@ class LDM(nn.Module):
 
     @torch.no_grad()
     def prepared(self, pose: Tensor, size: tuple[int, int]) -> tuple[Callable[..., Tensor], Tensor]:
-        """(model, rows): a model with precomputed conditioning for poses [B, 17, 3]; it takes row
-        numbers, `rows` [B], instead of poses.
+        """(model, rows): a model with precomputed conditioning for poses [B, 17, 3]; call it with
+        rows [B], indices into these poses, in place of poses.
 
         Equal to the LDM for latents of `size` = (h, w), but maps, tokens, keys and values are
         computed once here, not in every step of a sampler.
@@ -69,8 +69,8 @@ class LDM(nn.Module):
         context, maps = self._condition(poses, size, drop=row == 0)
         keys_values = self.unet.keys_values(context)
 
-        def model(x: Tensor, t: Tensor, number: Tensor, drop: Tensor) -> Tensor:
-            at = (number + 1) * ~drop                                   # [B] rows
+        def model(x: Tensor, t: Tensor, row_of: Tensor, drop: Tensor) -> Tensor:
+            at = (row_of + 1) * ~drop                                   # [B] rows
             return self.unet(x.to(self.dtype), t, [(k[at], v[at]) for k, v in keys_values],
                              None if maps is None else maps[at])
 

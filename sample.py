@@ -470,7 +470,7 @@ def run(args: argparse.Namespace, command: str) -> str:
     film = FILM if args.film else 1
     steps = denoise(ldm, poses, plan.seeds, size, film, **options, **start)
     images = decode(ldm, steps[-1].x)
-    if args.inpaint:        # the decoder looks beyond its cell, so kept latents alone keep no pixel
+    if args.inpaint:        # the decoder mixes cells, so the kept pixels are pasted back
         images = [np.where(given.hole[..., None], image, given.image) for image in images]
 
     shown = given.shown() if given else None

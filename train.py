@@ -359,6 +359,13 @@ def prepare(model: nn.Module, c: Config) -> nn.Module:
     return model.to(c.device, memory_format=torch.channels_last)
 
 
+def set_up_gpu(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")      # TF32 where autocast keeps float32
+        torch.backends.cudnn.benchmark = True           # all images have one size
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def autocast(c: Config) -> AbstractContextManager:
     return checkpoint.autocast(c.amp, c.device)
 
@@ -407,22 +414,20 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
     disc, codebook, last_layer = objective.disc, model.quantize, model.decoder.conv_out.weight
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer, scaler = adamw(params, r), make_scaler(c)
-    optimizers, parts = [optimizer], {"optimizer": optimizer, "scaler": scaler}
+    optimizers, saved = [optimizer], {"optimizer": optimizer, "scaler": scaler}
     if disc is not None:
         disc_optimizer = adamw(list(disc.parameters()), r)
         optimizers.append(disc_optimizer)
-        parts |= {"disc": disc, "disc_optimizer": disc_optimizer}
+        saved |= {"disc": disc, "disc_optimizer": disc_optimizer}
     if run.resumed:
         checkpoint.fill(model, run.resumed["vq"], str(run.last))
-        restore(parts, run.resumed["train"], run.last)
+        restore(saved, run.resumed["train"], run.last)
         codebook.usage.copy_(run.resumed["train"]["usage"])
     model.checkpointing = c.checkpointing
     if c.compile:       # not the last layer: the adaptive weight takes its gradient separately
         model.encoder.compile()
         model.decoder.features = torch.compile(model.decoder.features)
-    # Codes get no gradient before quantize_start: DDP must not wait for them.
-    net = parallel(Forward(model, model.reconstruct),
-                   find_unused=r.data_init_codes and not c.vq_config.ema_codebook)
+    net = parallel(Forward(model, model.reconstruct))
     judge = None if disc is None else parallel(Forward(disc, objective.discriminator))
     quantize_start = int(r.quantize_start * c.steps)
     bad_steps = torch.zeros((), device=device)
@@ -456,7 +461,7 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
             if quantize:
                 numbers["restarts"] = codebook.update(gathered(h), gathered(indices),
                                                       restart=r.data_init_codes)
-                if world() > 1:     # sums on a GPU come in any order: codes would drift apart
+                if world() > 1:     # GPU sums vary in order: codes would differ by rank
                     dist.broadcast(codebook.embedding.weight.data, 0)
             if disc_factor > 0:
                 for part, share in micro_batches(len(x), in_network(c), judge):
@@ -475,9 +480,9 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
             stop = ranks_stop(run, step, stopped.is_set(), device)
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
-                if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: save now
+                if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: no eval
                     score = evaluate_vq(run, bar, step, c, model, val)
-                training = state_of(parts) | {"usage": codebook.usage}
+                training = state_of(saved) | {"usage": codebook.usage}
                 run.save(step, {"stage": "vq", "vq": model.state_dict(),
                                 "vq_config": asdict(c.vq_config), "train": training}, score)
             if stop:
@@ -503,7 +508,7 @@ def encode_all(model: VQModel, x: Tensor, c: Config) -> Tensor:
 
 def log_step(run: RunDir, bar: tqdm, step: int, c: Config, bad_steps: Tensor,
              numbers: dict[str, Tensor]) -> None:
-    """One line of the log. The only place where a step waits for the GPU."""
+    """One line of the log. Reading the values waits for the GPU."""
     values = {name: float(mean_over_ranks(torch.as_tensor(value, dtype=torch.float32,
                                                           device=c.device)))
               for name, value in numbers.items()}
@@ -609,11 +614,11 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     optimizer, scaler = ldm_optimizer(ldm, r), make_scaler(c)
     diffusion, ema = Diffusion(**c.schedule), EMA(ldm, average, r.ema_decay)
     held_out = HeldOut(c, average, diffusion, cache, val)
-    parts = {"unet": ldm.unet, "cond": ldm.cond, "optimizer": optimizer, "scaler": scaler,
-             "watch": held_out.monitor}
+    saved = {"unet": ldm.unet, "cond": ldm.cond, "optimizer": optimizer, "scaler": scaler,
+             "watch": held_out.monitor}                         # its losses of the best evaluation
     if run.resumed:
         restore({"unet": average.unet, "cond": average.cond}, run.resumed, run.last)
-        restore(parts, run.resumed["train"], run.last)
+        restore(saved, run.resumed["train"], run.last)
     ldm.unet.checkpointing = c.checkpointing
     if c.compile:
         ldm.unet.compile()
@@ -627,6 +632,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
         for step in bar:
             seed_everything(c.seed, step)
             set_lr(lr_at(step, c), optimizer)
+            # h of the autoencoder, not normalised; of images as they are and mirrored.
             h, pose = latent_batch(cache, B, c.seed, step, rank(), world())
             z, pose = (h.to(device) - mean) / std, pose.to(device)      # [B, C, h, w], [B, 17, 3]
             # Drawn for all ranks, so that no rank repeats another's noise.
@@ -654,10 +660,10 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
             stop = ranks_stop(run, step, stopped.is_set(), device)
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
-                if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: save now
+                if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: no eval
                     score, alarm = held_out.evaluate(run, bar, step, ldm)
                 payload = checkpoint.ldm_payload(average) | {"poses": poses}
-                run.save(step, payload | {"train": state_of(parts)}, score)
+                run.save(step, payload | {"train": state_of(saved)}, score)
             if c.patience and run.eval_due(step):
                 stop = stop or any_rank(alarm is not None, device)
             if stop:
@@ -802,7 +808,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
             loop, needs = train_ldm, (vq, open_latents(c, run.dir, vq, train), val)
         if c.steps is None or c.eval_every is None:
             step_s, eval_s, build_s = measure_speed(c, loop, needs)
-            spent = from_rank_0(time.monotonic() - began) + build_s     # the run builds once more
+            spent = from_rank_0(time.monotonic() - began) + build_s     # the real run builds again
             c = fix_length(c, spent, step_s, eval_s)
         step = loop(c, run, *needs)
     print0(f"{plural(step - run.start, 'step')} in {(time.monotonic() - began) / 60:.1f} minutes"
@@ -850,9 +856,9 @@ def measure_speed(c: Config, loop: Callable[..., int], needs: tuple) -> tuple[fl
     in a temporary folder."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        loss = replace(c.recipe.loss, disc_start=0.0, disc_ramp=0.0)    # with all that costs time
+        loss = replace(c.recipe.loss, disc_start=0.0, disc_ramp=0.0)    # discriminator from step 0
         steps = max(MEASURED, 3 * c.workers)                            # more than are prefetched
-        short = replace(c, out=folder, steps=steps, eval_every=steps, keep_every=None,
+        short = replace(c, steps=steps, eval_every=steps, keep_every=None,
                         patience=None, recipe=replace(c.recipe, quantize_start=0.0, loss=loss))
         run = RunDir(folder, c.stage, dry=True)
         loop(short, run, *needs)
@@ -948,6 +954,7 @@ def dry_run(c: Config) -> None:
     for key, value in plain(c).items():
         print(f"  {key:12s} {value}")
     if c.device.startswith("cuda"):
+        set_up_gpu(c.device)
         step_s = measure_figures(c)
         print(f"{step_s:.3g} s a step, {c.recipe.batch_size / step_s:.3g} images/s{peak_memory(c)}")
 
@@ -1062,12 +1069,10 @@ def main(argv: list[str] | None = None) -> int:
             from formats import lpips
             c = replace(c, lpips=tuple(map(str, lpips.download_lpips())))
         c = replace(c, device=join(c.device, c.recipe.batch_size))
-        if c.device.startswith("cuda"):
-            torch.set_float32_matmul_precision("high")      # TF32 where autocast keeps float32
-            torch.backends.cudnn.benchmark = True           # all images have one size
+        set_up_gpu(c.device)
         with locked(Path(c.out)) if rank() == 0 else nullcontext():
             barrier()                                       # rank 0 has the folder first
-            complete = run_stage(c, args.fresh, args.accept_data)
+            complete = run_stage(c, fresh=args.fresh, accept_data=args.accept_data)
     except (ValueError, OSError) as e:
         complain(str(e))
         return 2

@@ -3,7 +3,7 @@
 The prediction is the noise eps, or v (diffusion.py). The network is a U of residual blocks: down
 through halved resolutions, a middle, and up again, with skip connections across. At the
 downsampling factors in `attention_resolutions` a SpatialTransformer follows each residual block,
-and one is in the middle: pixels attend to pixels, then to the tokens of the pose.
+and one is in the middle: self-attention, then cross-attention to the pose.
 
 The pose enters in two ways: as `context` [B, N, D], tokens for cross-attention, and as `concat`
 [B, K, h, w], maps concatenated to the noisy latent. Keys and values of the tokens depend neither

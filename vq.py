@@ -48,7 +48,7 @@ class VQConfig:
     norm_groups: int = 32                   # 0: no norm at all
     zero_init: bool = False
     ema_codebook: bool = False              # codes follow a moving average, not a gradient
-    shortcut: bool = False                  # both networks learn a residual to plain scaling
+    shortcut: bool = False                  # encoder and decoder add to plain resampling
 
     def __post_init__(self) -> None:
         # JSON has no tuples; a config that was saved must equal the one that is loaded.
@@ -58,8 +58,8 @@ class VQConfig:
         if not set(self.attn_resolutions) <= set(sizes):            # else silently no attention
             raise ValueError(f"VQConfig attn_resolutions is {self.attn_resolutions}; the levels "
                              f"have the sizes {sizes}")
-        assert not self.shortcut or self.in_channels == self.embed_dim == self.out_ch, (
-            "the shortcut needs a latent with the channels of the image")
+        if self.shortcut and not self.in_channels == self.embed_dim == self.out_ch:
+            raise ValueError("VQConfig shortcut needs a latent with the channels of the image")
 
     @property
     def factor(self) -> int:
@@ -295,16 +295,17 @@ class VectorQuantizer(nn.Module):
         self.usage.fill_(1.0)
 
     @torch.no_grad()
-    def update(self, h: Tensor, indices: Tensor, restart: bool = True) -> int:
+    def update(self, h: Tensor, indices: Tensor, restart: bool = True) -> Tensor:
         """After an optimiser step: count uses, move the codes (`ema`), restart dead codes.
 
-        h [B, C, h, w] and indices [B, h, w] are those of the step. Returns the number of restarts.
-        Draws from torch's default generator.
+        h [B, C, h, w] and indices [B, h, w] are those of the step. Returns the number of restarts,
+        a tensor: nothing here waits for a GPU. Draws from torch's default generator.
         """
-        K, codes = len(self.usage), self.embedding.weight
+        codes = self.embedding.weight
         flat = h.detach().float().permute(0, 2, 3, 1).flatten(0, 2)         # [N, C]
-        share = K / len(flat)
-        counts = share * torch.bincount(indices.flatten(), minlength=K).float()     # [K], mean 1
+        share = len(codes) / len(flat)
+        counts = share * torch.zeros_like(self.usage).index_add_(           # [K], mean 1
+            0, indices.flatten(), torch.ones_like(flat[:, 0]))
         usage = USAGE_DECAY * self.usage + (1 - USAGE_DECAY) * counts
         if self.ema:                            # usage * code is the moving sum of its vectors
             sums = torch.zeros_like(codes).index_add_(0, indices.flatten(), flat)   # [K, C]
@@ -312,18 +313,17 @@ class VectorQuantizer(nn.Module):
             drift.nan_to_num_(0.0, 0.0, 0.0)                    # ignore h with NaN or inf
             codes.add_((1 - USAGE_DECAY) * drift / usage.clamp(min=1e-8)[:, None])
         self.usage.copy_(usage)
-        dead = (usage < DEAD_BELOW).nonzero().flatten() if restart else usage[:0]
-        if len(dead):
-            codes[dead] = self._draw(h, len(dead))
-            self.usage[dead] = 1.0
-        return len(dead)
+        dead = (usage < DEAD_BELOW) & restart                               # [K]
+        codes.copy_(torch.where(dead[:, None], self._draw(h, len(codes)), codes))
+        self.usage.masked_fill_(dead, 1.0)
+        return dead.sum()
 
     def _draw(self, h: Tensor, n: int) -> Tensor:
         """n vectors of h [B, C, h, w] -> [n, C], without replacement while there are enough."""
         flat = h.detach().float().permute(0, 2, 3, 1).flatten(0, 2)
-        flat = flat[flat.isfinite().all(1)]     # argmin picks a NaN code for every vector
-        flat = flat if len(flat) else self.embedding.weight
-        order = torch.randperm(len(flat), device=flat.device)
+        broken = ~flat.isfinite().all(1)        # argmin picks a NaN code for every vector
+        order = (torch.rand(len(flat), device=h.device) + broken).argsort()     # broken ones last
+        flat = flat.nan_to_num(0.0, 0.0, 0.0)
         picked = flat[order.repeat(-(-n // len(flat)))[:n]]
         if n > len(flat):                       # equal codes would stay equal for ever
             picked = picked + 0.01 * flat.std() * torch.randn_like(picked)

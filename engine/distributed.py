@@ -74,14 +74,13 @@ class Forward(nn.Module):
         return self.function(*args)
 
 
-def parallel(net: nn.Module, find_unused: bool = False) -> nn.Module:
+def parallel(net: nn.Module) -> nn.Module:
     """`net`, whose backward pass averages the gradients over the ranks."""
     if world() == 1:
         return net
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)      # torch 2.13 deprecates what 2.11 needs
-        return DistributedDataParallel(net, broadcast_buffers=False,
-                                       find_unused_parameters=find_unused)
+        return DistributedDataParallel(net, broadcast_buffers=False)
 
 
 def gathered(x: Tensor) -> Tensor:

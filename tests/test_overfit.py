@@ -304,7 +304,7 @@ def test_patience_ends_the_run_and_the_same_command_leaves_it_so(
     assert "without --patience 2" in out and (tmp_path / "run/best.pt").exists()
     before = last.read_bytes()
     assert train.main([*argv, "--patience", "2"]) == 0 and last.read_bytes() == before
-    assert "out of patience at step 3: it overfits" in capsys.readouterr().out
+    assert "out of patience at step 3 of 6: it overfits" in capsys.readouterr().out
     assert train.main([*argv, "--patience", "9"]) == 0          # more of it, or none: on to the end
     monkeypatch.undo()
     as_micro(monkeypatch)

@@ -310,7 +310,7 @@ def test_what_cannot_be_measured_is_one_sentence(pose, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     checkpoint.save(tmp_path / "plain.pt", stage_2(n=12, knows_null=False))
     for flags, words in ((["--size", "20"], "--size is 20"), (["--steps", "101"], "steps is 101"),
-                         (["--out", "file/o"], "is a file"),
+                         (["--out", "file/o"], "file/o"),
                          (["--data", "figures:1"], "at least 2"),
                          (["--ckpt", "plain.pt", "--guidance", "2"], "--guidance is 2")):
         capsys.readouterr()

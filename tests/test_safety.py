@@ -494,7 +494,7 @@ def test_a_run_is_not_begun_among_the_images(tmp_path, capsys):
     """Else its own curves.png is an image without a pose when it resumes."""
     root = folder(tmp_path / "mine", 20)
     before = sorted(root.rglob("*"))
-    for out, flag in (".", "--data"), ("images", "--val"), ("images/run", "--data"):
+    for out, flag in ("images", "--val"), ("images/run", "--data"):
         argv = command("vq", root / out, flag, str(root))
         one_sentence(capsys, train.main(argv), f"--out {root / out} lies among")
         assert sorted(root.rglob("*")) == before

@@ -596,7 +596,7 @@ def one_sentence(capsys, argv: list[str], *expected: str, code: int = 2) -> None
     (["p.json", "--init", "a.png", "--mask", "b.png"], ["--mask", "--inpaint"]),
     (["p.json", "--sampler", "ddpm", "--steps", "20"], ["--steps", "20", "ddpm"]),
     (["p.json", "--out", "x.txt"], ["x.txt", ".png"]),
-    (["p.json", "-n", "0"], ["-n", "0", "from 1"]),
+    (["p.json", "-n", "0"], ["-n", "0", "at least 1"]),
     (["p.json", "--guidance", "nan"], ["--guidance", "nan"]),
     (["p.json", "--canvas", "640"], ["--canvas", "640", "768x512"]),
 ])

@@ -29,7 +29,7 @@ import sample
 import train
 from dataset.figures import Figures
 from diffusion import Diffusion
-from engine.muon import MUON_RMS, Muon, orthogonalised
+from engine.muon import MUON_RMS, NS_COEFFICIENTS, NS_STEPS, Muon, orthogonalised
 from engine.run import RunDir, read_log
 from keypoints import ConditionConfig, PoseCondition
 from ldm import LDM
@@ -312,7 +312,7 @@ def test_ctrl_c_while_the_speed_is_measured_leaves_nothing_behind(tmp_path, monk
                                                           log_step(*args)))
     assert train.main(command("vq", tmp_path / "run", "--minutes", "1")) == train.INTERRUPTED
     assert "rerun the same command" in capsys.readouterr().err
-    assert not [*tmp_path.glob("tmp*")] and not [*(tmp_path / "run").iterdir()]
+    assert not [*tmp_path.glob("tmp*")] and [p.name for p in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -464,8 +464,8 @@ def test_orthogonalised_keeps_singular_vectors_and_makes_all_singular_values_abo
         found = U.mT @ orthogonalised(G) @ V.mT
         assert 0.6 < found.diagonal().min() and found.diagonal().max() < 1.3
         assert (found - found.diagonal().diag()).abs().max() < 1e-6
-        X, (a, b, c) = G / (G.norm() + 1e-7), train.NS_COEFFICIENTS     # as its author has it
-        for _ in range(train.NS_STEPS):
+        X, (a, b, c) = G / (G.norm() + 1e-7), NS_COEFFICIENTS     # as its author has it
+        for _ in range(NS_STEPS):
             A = X @ X.mT
             X = a * X + (b * A + c * A @ A) @ X
         torch.testing.assert_close(orthogonalised(G), X, rtol=1e-8, atol=1e-8)
@@ -537,9 +537,9 @@ def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_p
     (["--stage", "ldm", "--disc-weight", "1"], ["--disc-weight belongs to stage 1"]),
     (["--minutes", "1"], ["--steps and --minutes"]), (["--data", "nowhere"], ["nowhere"]),
     (["--data", "figures:many"], ["figures:many"]), (["--lr", "nan"], ["--lr", "nan"]),
-    (["--val", "somewhere"], ["--val", "somewhere"]), (["--amp", "fp16"], ["fp16", "bf16"]),
+    (["--val", "somewhere"], ["somewhere"]), (["--amp", "fp16"], ["fp16", "bf16"]),
     (["--out", f"{__file__}/run"], ["test_train.py/run", "--out"]),
-    pytest.param(["--device", "cuda"], ["cuda", "0 CUDA GPUs"],
+    pytest.param(["--device", "cuda"], ["cuda", "cpu"],
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
 def test_a_wrong_flag_is_one_sentence(tmp_path, capsys, flags, words):
@@ -602,7 +602,7 @@ def test_a_published_stage_one_is_trained_on_and_its_result_is_one_file(tmp_path
     assert made["vq_config"]["ch"] == 32 and made["config"]["size"] == 32
     assert train.main(command("ldm", tmp_path / "other", *flags, preset="f8")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "f4 autoencoder with 3 latent channels" in error and "danbooru" in error
+    assert "f4 autoencoder with 3 latent channels" in error
 
 
 def test_stage_two_takes_a_stage_one_that_fits_or_names_what_would(trained, tmp_path, capsys):
@@ -613,11 +613,8 @@ def test_stage_two_takes_a_stage_one_that_fits_or_names_what_would(trained, tmp_
     assert train.main(flags("b", another)) == 0
     same(*(dict(checkpoint.load(p, "ldm")["vq"]) for p in (another, tmp_path / "b/last.pt")))
     capsys.readouterr()
-    for preset, words in ("f8", ["f4 autoencoder", "micro or"]), ("toy", ["32 pixels", "64"]):
+    for preset, words in ("f8", ["f4 autoencoder", "the same --preset"]), ("toy", ["32 pixels", "64"]):
         one_sentence(capsys, train.main(flags("c", trained / "vq/last.pt", preset=preset)), *words)
-    c = train.make_config(train.parse_args(flags("d", another, preset="f8")))
-    with pytest.raises(ValueError, match="toy or small or base or danbooru"):       # size unknown
-        train.check_latents(c, VQConfig(), None)
 
 
 def test_images_that_cannot_be_used(tmp_path, capsys):
