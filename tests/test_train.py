@@ -315,7 +315,7 @@ def test_ctrl_c_while_the_speed_is_measured_leaves_nothing_behind(tmp_path, monk
     assert not [*tmp_path.glob("tmp*")] and [p.name for p in (tmp_path / "run").iterdir()] == ["lock"]
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_both_stages_learn(tmp_path, monkeypatch, amp):
     """In fp16 too, which the flag refuses on a CPU."""
     monkeypatch.setattr(train, "find_amp", lambda name, device: amp)
