@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 import keypoints
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".gif",
+            ".tif", ".tiff"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")     # no EPS: PIL would start Ghostscript
 ZOOM = (0.8, 1.0)               # side of a training crop, as a share of the image's short side
 NO_POSE = np.zeros((len(keypoints.JOINTS), 3))              # every joint missing
