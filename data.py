@@ -7,6 +7,9 @@ people for those who have none. What crops, scales or mirrors an image moves its
 Letters: N images, B batch, S side in pixels.
 """
 
+import startup  # before all others: it checks the versions
+
+# isort: split
 import hashlib
 import math
 import os
@@ -16,9 +19,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-
-# This must precede `import torch`: idle OpenMP threads soon sleep instead of busy-waiting.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -555,4 +555,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)
