@@ -17,6 +17,9 @@ also has "source": "CompVis" and "weights": "EMA" | "raw", and no "train".
 """
 from __future__ import annotations
 
+import startup  # before all others: it checks the versions
+
+# isort: split
 import argparse
 import hashlib
 import math
@@ -30,9 +33,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
-
-# This must precede `import torch`: idle OpenMP threads soon sleep instead of busy-waiting.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -426,4 +426,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

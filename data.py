@@ -7,6 +7,9 @@ people for those who have none. What crops, scales or mirrors an image moves its
 Letters: N images, B batch, S side in pixels.
 """
 
+import startup  # before all others: it checks the versions
+
+# isort: split
 import hashlib
 import math
 import os
@@ -17,9 +20,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-# This must precede `import torch`: idle OpenMP threads soon sleep instead of busy-waiting.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 import keypoints
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".gif",
+            ".tif", ".tiff"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")     # no EPS: PIL would start Ghostscript
 ZOOM = (0.8, 1.0)               # side of a training crop, as a share of the image's short side
 NO_POSE = np.zeros((len(keypoints.JOINTS), 3))              # every joint missing
@@ -554,4 +555,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

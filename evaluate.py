@@ -14,19 +14,18 @@ one seed with each checkpoint that was kept.
 """
 from __future__ import annotations
 
+import startup  # before all others: it checks the versions
+
+# isort: split
 import argparse
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import sys
 from functools import partial
 from pathlib import Path
-
-# This must precede `import torch`: idle OpenMP threads soon sleep instead of busy-waiting.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -553,4 +552,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

@@ -10,7 +10,8 @@ import math
 import os
 import textwrap
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def save_grid(
     H, W = (max((cell.shape[axis] for cell in cells), default=1) for axis in (0, 1))
     scale = scale or grid_scale(max(H, W))
     H, W, across = H * scale, W * scale, max(map(len, rows), default=1)
-    big, small = ImageFont.load_default(17), ImageFont.load_default(13)
+    big, small = load_fonts("".join([title, *columns, *labels, *chain(*captions)]), 17, 13)
 
     labels = [wrapped(text, LABEL_WIDTH, small) for text in labels]
     columns = [wrapped(text, W, small) for text in columns]
@@ -87,6 +88,35 @@ def save_grid(
     return page
 
 
+def load_fonts(text: str, *sizes: int) -> list[ImageFont.FreeTypeFont]:
+    """PIL's own font if it has the characters of a text, else one of `font_file`."""
+    return [ImageFont.load_default(size) if text.isascii() else
+            ImageFont.truetype(font_file(text), size) for size in sizes]
+
+
+@lru_cache
+def font_file(text: str) -> str:
+    """The font of this machine, DejaVu Sans of matplotlib among them, that has most of the
+    characters of a text; of several, DejaVu Sans or else an upright regular one."""
+    from matplotlib import font_manager
+    fonts = [font for font in font_manager.fontManager.ttflist if os.path.exists(font.fname)
+             and "lastresort" not in font.name.replace(" ", "").lower()]    # it has boxes for all
+    fonts.sort(key=lambda font: (font.name != "DejaVu Sans", font.style != "normal",
+                                 str(font.weight) not in ("400", "normal"), font.fname))
+    return max(dict.fromkeys(font.fname for font in fonts),
+               key=lambda file: sum(has_glyph(file, c) for c in set(text)))
+
+
+def has_glyph(file: str, character: str) -> bool:
+    from matplotlib import font_manager
+    return character.isspace() or font_manager.get_font(file).get_char_index(ord(character)) > 0
+
+
+def drawable(text: str, file: str) -> str:
+    """A text with ? for what a font lacks."""
+    return "".join(c if has_glyph(file, c) else "?" for c in text)
+
+
 def extent(text: str, font: ImageFont.FreeTypeFont) -> tuple[int, int]:
     """Width and height of drawn text in pixels."""
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -101,6 +131,7 @@ def text_height(texts: list[str], font: ImageFont.FreeTypeFont) -> int:
 
 def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     """The text in lines of at most `width` pixels; a longer word is cut."""
+    text = text if text.isascii() else drawable(text, font.path)
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -125,14 +156,14 @@ def enlarged(image: np.ndarray, scale: int) -> np.ndarray:
 
 def save_image(path: str | Path, image: Image.Image | np.ndarray,
                words: dict[str, str] | None = None) -> None:
-    """Writes an image; a PNG carries `words` (keyword -> ASCII text), other formats carry none.
+    """Writes an image; a PNG carries `words` (keyword -> text), other formats carry none.
 
     tEXt, not the compressed kind: PIL refuses to read back more than a mebibyte of that.
     """
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     info = PngInfo()
     for keyword, text in (words or {}).items():
-        info.add_text(keyword, text)
+        info.add_text(keyword, text.encode(errors="backslashreplace").decode())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image.save(path, pnginfo=info)                          # other formats ignore it
 
@@ -172,6 +203,8 @@ def panels_page(title: str, panels: dict[str, Callable[[Axes], None]],
                 across: int = PANELS_ACROSS) -> Image.Image:
     """Panels {heading: what draws into axes} under a title of one or more lines."""
     from matplotlib.figure import Figure  # slow to import; without pyplot nothing is global
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.text import Text
     down, head = math.ceil(len(panels) / across), 0.7 + 0.18 * title.count("\n")    # head: inches
     height = head + 3.2 * down
     fig = Figure(figsize=(4.4 * across, height), dpi=100)
@@ -187,6 +220,11 @@ def panels_page(title: str, panels: dict[str, Callable[[Axes], None]],
         panel(ax)
         ax.set_title(name, fontsize=10)
         ax.tick_params(labelsize=8)
+    for text in fig.findobj(Text):
+        if not text.get_text().isascii():
+            font = font_file(text.get_text())
+            text.set_text(drawable(text.get_text(), font))
+            text.set_font_properties(FontProperties(fname=font, size=text.get_fontsize()))
     file = io.BytesIO()
     fig.savefig(file, format="png")
     return Image.open(file).convert("RGB")
@@ -449,8 +487,8 @@ def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: 
     `framed` gives image i with its skeleton, uint8 [S, S, 3].
     """
     sound = np.flatnonzero(checked.rows["sound"])
-    title = [f"{plain(report['root'], 80)}: {len(sound)} images, {len(suspects)} suspects",
-             *(plain(sentence, 150) for sentence in report["verdicts"].values())]
+    title = [f"{shortened(report['root'], 80)}: {len(sound)} images, {len(suspects)} suspects",
+             *(shortened(sentence, 150) for sentence in report["verdicts"].values())]
     panels = panels_page("\n".join(title), {
         "where people are": partial(draw_density, poses=checked.rows["pose"][sound]),
         "images with a joint missing (grey) or outside (red)": partial(
@@ -458,11 +496,11 @@ def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: 
     }, across=2)
     ordinary = sound[np.linspace(0, len(sound) - 1, min(len(sound), ACROSS)).round().astype(int)]
     rows, labels = [[framed(i) for i in ordinary]], ["ordinary images"]
-    captions = [[plain(Path(checked.files[i]).name, 60) for i in ordinary]]
+    captions = [[shortened(Path(checked.files[i]).name, 60) for i in ordinary]]
     for first in range(0, len(shown), ACROSS):
         some = shown[first:first + ACROSS]
         rows.append([framed(suspect.index) for suspect in some])
-        captions.append([plain(f"{s.kind}: {s.why} ({Path(s.file).name})", 200) for s in some])
+        captions.append([shortened(f"{s.kind}: {s.why} ({Path(s.file).name})", 200) for s in some])
         labels.append("suspects")
     stacked([panels, save_grid(None, rows, labels=labels, captions=captions)]).save(path, "PNG")
 
@@ -477,9 +515,8 @@ def draw_joints(ax: Axes, joints: dict[str, dict[str, int]]) -> None:
     ax.invert_yaxis()
 
 
-def plain(text: str, most: int) -> str:
-    """Text in ASCII, which every font has, and at most so long."""
-    text = text.encode("ascii", "replace").decode()
+def shortened(text: str, most: int) -> str:
+    """At most so many characters of a text: its beginning and its end."""
     return text if len(text) <= most else f"{text[:most // 2 - 2]}...{text[-most // 2 + 2:]}"
 
 

@@ -29,10 +29,12 @@ Letters: P poses, n images per pose, B = P n images, S side of an image, C h w s
 """
 from __future__ import annotations
 
+import startup  # before all others: it checks the versions
+
+# isort: split
 import argparse
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -41,9 +43,6 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
-
-# This must precede `import torch`: idle OpenMP threads soon sleep instead of busy-waiting.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -510,4 +509,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

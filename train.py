@@ -12,6 +12,9 @@ best.pt, samples/ and curves.png.
 """
 from __future__ import annotations
 
+import startup  # before all others: it checks the versions
+
+# isort: split
 import argparse
 import copy
 import json
@@ -25,9 +28,6 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-
-# This must precede `import torch`: idle OpenMP threads soon sleep instead of busy-waiting.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import numpy as np
 import torch
@@ -1101,4 +1101,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    startup.run(main)

@@ -444,8 +444,7 @@ def check(args: argparse.Namespace) -> int:
     (out / "suspects.txt").write_text("".join(lines), "utf-8", "surrogateescape")
     lines = [*describe(report), f"wrote {out}/report.json, {out}/suspects.txt ({len(suspects)} "
                                 f"lines), {out}/overview.png"]
-    encoding = sys.stdout.encoding or "utf-8"           # file names may be any bytes
-    print("\n".join(lines).encode(encoding, "replace").decode(encoding))
+    print("\n".join(lines))
     if len(checked.broken) > data.BROKEN_LIMIT * report["images"]["found"]:
         print(f"{args.root}: more than {data.BROKEN_LIMIT:.0%} of the images are broken, so "
               "training would stop; take them out", file=sys.stderr)

@@ -4,10 +4,13 @@ A label is the path of a keypoint file in the seed's layout, or a pose [17, 3] f
 """
 
 import csv
+import json
 import os
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from unicodedata import normalize
 
 import numpy as np
 
@@ -20,6 +23,7 @@ Labelled = tuple[str, str | np.ndarray | None, str]
 
 def find(root: Path, poseless: bool) -> tuple[Path, list[Labelled]]:
     """(the folder that names of images are relative to, the images) of what PoseFolder takes."""
+    names_in.cache_clear()                      # files may have come since the last call
     if not root.exists():
         raise DataError(f"{root}: there is no such file or folder")
     if root.is_file() and root.suffix.lower() == ".json":
@@ -36,25 +40,63 @@ def find(root: Path, poseless: bool) -> tuple[Path, list[Labelled]]:
                     f"into {root}/keypoints, or one COCO json into {root}")
 
 
+# --------------------------------------------------------------------------------- names of files
+
+def on_disk(folder: str | Path, name: str) -> str:
+    """The path of a file that is named with \\ for /, or with its accents encoded in the other of
+    Unicode's two forms (macOS: e and an accent are two characters). As it is, if there is none."""
+    path = os.path.join(folder, name)
+    return path if os.path.exists(path) else _on_disk(os.path.join(folder, name.replace("\\", "/")))
+
+
+def _on_disk(path: str) -> str:
+    head, name = os.path.split(path)
+    if not name or os.path.exists(path):
+        return path
+    head = _on_disk(head)
+    return os.path.join(head, names_in(head).get(normalize("NFC", name), name))
+
+
+@lru_cache(maxsize=1000)
+def names_in(folder: str) -> dict[str, str]:
+    """{composed form: name} of all that is in a folder."""
+    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    return {normalize("NFC", name): name for name in names}
+
+
 # ------------------------------------------------------------------------ a keypoint file an image
 
 def find_images(folder: Path) -> list[str]:
-    """The image files in a folder and below it, by name."""
-    found = sorted(os.path.join(at, name) for at, _, names in os.walk(folder) for name in names
-                   if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith("."))
+    """The image files in a folder and below it, by name. Links to folders are followed, but no
+    folder is taken twice, and none that contains this one."""
+    tops, seen, found, own = [str(folder)], set(), [], Path(os.path.realpath(folder))
+    for top in tops:                                    # grows by the links found
+        for at, below, names in os.walk(top):           # which os.walk itself does not follow
+            real = os.path.realpath(at)
+            if real in seen or seen and own.is_relative_to(real):
+                below.clear()
+                continue
+            seen.add(real)
+            tops += filter(os.path.islink, (os.path.join(at, name) for name in sorted(below)))
+            found += [os.path.join(at, name) for name in names if not name.startswith(".")
+                      and os.path.splitext(name)[1].lower() in SUFFIXES]
     if not found:
         raise DataError(f"{folder}: no images in it ({' '.join(sorted(SUFFIXES))})")
-    return found
+    return sorted(found)
 
 
 def read_list(path: Path) -> list[str]:
-    """The images that a text file lists, relative to it."""
+    """The images that a text file lists, relative to it. A line that starts with # is a comment,
+    unless it names a file."""
+    raw = path.read_bytes()
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = raw.decode(json.detect_encoding(raw)).splitlines()  # a Windows shell writes UTF-16
     except UnicodeDecodeError:
-        raise DataError(f"{path}: not a text file; give a folder, a list of images or a COCO json"
-                        ) from None
-    return [os.path.join(path.parent, line) for line in lines if line and not line.startswith("#")]
+        raise DataError(f"{path}: not a text file in UTF-8 or UTF-16; give a folder, a list of "
+                        "images or a COCO json") from None
+    lines = [line.strip() for line in lines]
+    files = [(line, on_disk(path.parent, line)) for line in lines if line]
+    return [file for line, file in files if not line.startswith("#") or os.path.isfile(file)]
 
 
 def pair(images: list[str]) -> Iterator[Labelled]:
@@ -75,7 +117,7 @@ def keypoint_file(image: str) -> str | None:
     if "images" not in folders:
         return None
     folders[len(folders) - 1 - folders[::-1].index("images")] = "keypoints"
-    return os.path.join(*folders, os.path.splitext(name)[0] + ".json")
+    return on_disk(os.path.join(*folders), os.path.splitext(name)[0] + ".json")
 
 
 # ------------------------------------------------------------------------- one COCO json for all
@@ -116,11 +158,12 @@ def read_coco(path: Path, content: object) -> tuple[Path, list[Labelled]]:
     part = path.stem.split("_")[-1]                     # person_keypoints_val2017.json: val2017/
     folders = [at / sub for at in (path.parent, path.parent.parent)
                for sub in ("images", part, f"images/{part}", ".")]
-    folder = next((at for at in folders if any((at / name).is_file() for name in people)), None)
+    folder = next((at for at in folders
+                   if any(os.path.isfile(on_disk(at, name)) for name in people)), None)
     if folder is None:
         raise DataError(f"{path}: none of its images is in {folders[0]} or beside it")
     return folder.parent if folder.name == "images" else folder, [
-        (os.path.join(folder, name), None if name in refused else pose_files.largest(people[name]),
+        (on_disk(folder, name), None if name in refused else pose_files.largest(people[name]),
          refused.get(name, "")) for name in sorted(people)]
 
 

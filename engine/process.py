@@ -26,7 +26,7 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
+        file = open(path, "a+", encoding="utf-8")
     except OSError as e:
         raise ValueError(f"--out {folder} cannot be written ({e.strerror}); choose another "
                          "folder") from None

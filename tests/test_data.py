@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -245,6 +246,64 @@ def test_list_file(tmp_path):
     ds = PoseFolder(tmp_path / "set/train.txt", 12)
     assert ds.names == ["images/b.png", "images/a.png"]                 # in the list's order
     assert np.abs(ds[1][1] - some_pose(0)).max() < 1e-6
+
+
+def test_a_list_in_utf16_with_comments_backslashes_and_a_name_that_begins_with_a_hash(tmp_path):
+    root = tmp_path / "images"
+    for name in ("#1", "a/b"):
+        write_pair(tmp_path, name)
+    path = root / "list.txt"
+    path.write_text("# a comment\r\n#1.png\r\na\\b.png\r\n", encoding="utf-16")
+    assert PoseFolder(path, 8).paths == [str(root / "#1.png"), str(root / "a/b.png")]
+
+
+def linked(path, target) -> None:
+    try:
+        path.symlink_to(target, target_is_directory=True)
+    except OSError:
+        pytest.skip("no right to make links")
+
+
+def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
+    root, images = folder(tmp_path / "mine", 2), tmp_path / "mine/images"
+    write_pair(root, "set/x")
+    (images / "set").rename(tmp_path / "elsewhere")
+    linked(images / "set", "../../elsewhere")
+    for path, target in ((images / "loop", "."), (images / "up", "../.."),
+                         (tmp_path / "elsewhere/back", images), (images / "z", "set")):
+        linked(path, target)
+    assert PoseFolder(root, 8).names == [
+        "images/clip0_000.png", "images/clip0_001.png", "images/set/x.png"]
+
+
+@pytest.mark.parametrize("here, there", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_matches_a_file_in_the_other_unicode_form(tmp_path, here, there):
+    """macOS stores \u00e9 as e and an accent, most other programs write one character."""
+    here, there = normalize(here, "\u00e9t\u00e9/caf\u00e9"), normalize(there, "\u00e9t\u00e9/caf\u00e9")
+    write_pair(tmp_path, here)
+    label = tmp_path / f"keypoints/{there}.json"
+    label.parent.mkdir()
+    old = tmp_path / f"keypoints/{here}.json"
+    old.rename(label)
+    old.parent.rmdir()
+    ds = PoseFolder(tmp_path, 8)
+    assert (ds.labels, ds.broken) == ([str(label)], {})
+
+    image = tmp_path / f"images/{here}.png"
+    (tmp_path / "list.txt").write_text(f"images/{there}.png", encoding="utf-8")
+    assert PoseFolder(tmp_path / "list.txt", 8).paths == [str(image)]
+
+    pose = np.full((17, 3), 2.0)
+    write_coco(tmp_path / "coco.json", {f"{there}.png".replace("/", "\\"): (12, 12, [pose])})
+    assert PoseFolder(tmp_path / "coco.json", 8).paths == [str(image)]
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".JPE"])
+def test_other_names_of_jpeg_are_read(tmp_path, suffix):
+    write_pair(tmp_path, "a")
+    noise(12, 12).save(tmp_path / f"images/a{suffix}", "JPEG")
+    (tmp_path / "images/a.png").unlink()
+    assert PoseFolder(tmp_path, 8)[0][0].shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("where", ["coco.json", "annotations/person_keypoints.json", "coco/k.json"])

@@ -25,15 +25,15 @@ ROOMS = {
 }
 # What a file, or each file of a room, may import of ours; a room stands for all that is in it.
 MAY_IMPORT = {
-    **dict.fromkeys(LEAVES, ()),
+    **dict.fromkeys((*LEAVES, "startup"), ()),
     "ldm": ("unet", "vq", "keypoints"),
-    "data": ("keypoints",),
-    "checkpoint": ("ldm", "vq", "unet", "keypoints"),
+    "data": ("startup", "keypoints"),
+    "checkpoint": ("startup", "ldm", "vq", "unet", "keypoints"),
     "plots": ("keypoints", "metrics.overfit"),         # for the bins of timesteps in its heat maps
-    "train": (*LEAVES, "ldm", "data", "checkpoint", "dataset.latents", "engine", "metrics",
-              "plots"),
-    "sample": (*LEAVES, "ldm", "data", "checkpoint", "formats", "extras", "plots"),
-    "evaluate": (*LEAVES, *ROOMS, "ldm", "data", "checkpoint", "sample", "plots"),
+    "train": ("startup", *LEAVES, "ldm", "data", "checkpoint", "dataset.latents", "engine",
+              "metrics", "plots"),
+    "sample": ("startup", *LEAVES, "ldm", "data", "checkpoint", "formats", "extras", "plots"),
+    "evaluate": ("startup", *LEAVES, *ROOMS, "ldm", "data", "checkpoint", "sample", "plots"),
     "engine": ("checkpoint", "engine"),
     "dataset": ("keypoints", "data", "dataset", "formats", "plots"),
     "formats": ("keypoints", "unet", "vq", "checkpoint", "formats"),
