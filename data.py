@@ -223,7 +223,7 @@ class PoseFolder(ImageDataset):
             return self.labels[i]
         from formats import pose_files
         try:
-            return pose_files.read_one(self.labels[i], lambda: upright_size(self.paths[i]))
+            return pose_files.read_one(self.labels[i], lambda: upright_size(self.paths[i])).poses[0]
         except keypoints.PoseError as error:
             raise DataError(str(error)) from error
 

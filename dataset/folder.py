@@ -37,12 +37,14 @@ def find(root: Path, poseless: bool) -> tuple[Path, list[Labelled]]:
         return read_coco(*coco)
     if (root / "labels").is_dir():
         return root, list(pair(find_images(root / "images")))
+    if has_labels_beside(root):
+        return root, list(pair(find_images(root)))
     if poseless:
         return root, list(pair(find_images(root)))
     if parts := [str(root / name) for name in PARTS
                  if (root / name).is_dir() and has_keypoints(root / name)]:
-        raise DataError(f"{root}: {' and '.join(parts)} are datasets of their own; give one of "
-                        "them, and another with --val")
+        raise DataError(f"{root}: not a dataset but a folder of {len(parts)}; give "
+                        f"{' or '.join(parts)}")
     raise DataError(f"{root}: no keypoints in it; put images into {root}/images and their poses "
                     f"into {root}/keypoints (or YOLO's into {root}/labels), or one COCO json into "
                     f"{root}")
@@ -84,8 +86,8 @@ def pair(images: list[str]) -> Iterator[Labelled]:
 
 
 def keypoint_file(image: str) -> str | None:
-    """Of a/images/b/c.png a/keypoints/b/c.json, by the last folder called images; where there is no
-    a/keypoints but a/labels, as YOLO has it, a/labels/b/c.txt."""
+    """Of a/images/b/c.png a/keypoints/b/c.json, by the last folder called images; or OpenPose's
+    c_keypoints.json, where it exists; or YOLO's a/labels/b/c.txt, where a/keypoints does not."""
     *folders, name = Path(image).parts
     if "images" not in folders:
         return None
@@ -93,8 +95,17 @@ def keypoint_file(image: str) -> str | None:
     root = os.path.join("", *folders[:i])
     yolo = (os.path.isdir(os.path.join(root, "labels"))
             and not os.path.isdir(os.path.join(root, "keypoints")))
-    kind, suffix = ("labels", ".txt") if yolo else ("keypoints", ".json")
-    return os.path.join(root, kind, *folders[i + 1:], stem + suffix)
+    start = os.path.join(root, "labels" if yolo else "keypoints", *folders[i + 1:], stem)
+    if yolo:
+        return start + ".txt"
+    openpose = start + "_keypoints.json"
+    return openpose if os.path.isfile(openpose) else start + ".json"
+
+
+def has_labels_beside(root: Path) -> bool:
+    """Whether `root` is YOLO's images/train, or another part of images/, and has labels."""
+    label = keypoint_file(str(root / "image"))
+    return label is not None and os.path.isdir(os.path.dirname(label))
 
 
 def has_nobody(label: str) -> bool:
@@ -135,7 +146,7 @@ def has_keypoints(root: str | Path) -> bool:
     """Whether `root` is a dataset with poses, not a folder of nothing but images."""
     root = Path(root)
     return (not root.is_dir() or (root / "keypoints").is_dir() or (root / "labels").is_dir()
-            or find_coco(root) is not None)
+            or has_labels_beside(root) or find_coco(root) is not None)
 
 
 def read_coco(path: Path, content: object) -> tuple[Path, list[Labelled]]:

@@ -306,7 +306,7 @@ def _coco_people(file: Node) -> Iterator[tuple[str | None, Person | PoseError]]:
                 raise annotation.refusal(f"has image_id {SHORT.repr(image)}, which is not among "
                                          "the images")
             picture, size = images[image].get("file_name"), images[image].size()
-            category = annotation.id("category_id")
+            category = annotation.id("category_id", next(iter(names), None))
             rows, order = _coco_rows(annotation["keypoints"], names.get(category), category, orders)
             yield picture, Person(annotation, in_order(rows, order), picture, size)
         except PoseError as error:
@@ -323,7 +323,8 @@ def _coco_rows(points: Node, names: Node | None, category: str | float,
     if names is None:
         rows = points.rows(*COCO_FIRST)
         return rows, ORDERS[len(rows)]
-    n, named = len(points.items()) // 3, len(names.items())
+    nested = isinstance(points.items()[0].value, list)
+    n, named = len(points.value) // (1 if nested else 3), len(names.items())
     if (category, n) not in orders:
         orders[category, n] = order_of(Node(names.value[:n], names.where))
     if n != named and orders[category, n] != ORDERS[17]:
@@ -559,18 +560,19 @@ def guess_format(data: object) -> str | None:
     inside, keypoints = next(iter(first.values()), None), first.get("keypoints")
     if "shapes" in first:
         return "labelme"
-    if (_has(_first(first.get("annotations")), "result")
+    if (_has(first, "annotations", "data") or _has(_first(first.get("annotations")), "result")
             or any(_has(_first(value), "keypointlabels") for value in first.values())):
         return "label-studio"
     if _has(data, "annotations"):
         return "coco"
     if ("people" in first or "bodies" in first or _has(inside, "people") or _has(inside, "bodies")
-            or _has(data, "width", "height", "keypoints")):
+            or _has(first, "width", "height", "keypoints")):
         return "openpose"
     if ("instance_info" in first or "keypoint_scores" in first or _has(first, "keypoints", "scores")
             or _has(first, "frame_id", "instances")):
         return "mmpose"
-    if _has(keypoints, "x", "y") and isinstance(keypoints["x"], list):
+    if (_has(keypoints, "x", "y") and isinstance(keypoints["x"], list)
+            or _has(first, "class", "box")):
         return "ultralytics"
     by_joint = {name: value for name, value in first.items() if joint_of(name) is not None}
     if (_are_named([first]) or any(isinstance(value, dict) for value in by_joint.values())
@@ -717,14 +719,13 @@ def _called(name: str | float) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(name)[-60:])
 
 
-def read_one(path: str | Path, size: Callable[[], tuple[float, float]]) -> np.ndarray:
-    """The pose [17, 3] float64 in the keypoint file of one image, of several people the largest.
+def read_one(path: str | Path, size: Callable[[], tuple[float, float]]) -> Poses:
+    """The content of the keypoint file of one image, of several people the largest: one pose.
 
-    `size` gives (width, height) of the image, if the file needs it.
-
-    float64, because the seed's cell ids are floors of these numbers: 175.99999999999997 must not
-    become 176, and dividing by 512 is exact. (Datasets hold float32, so in training such a joint
-    may fall into the next cell.)
+    `size` gives (width, height) of the image, if the file needs it. The pose is float64, because
+    the seed's cell ids are floors of these numbers: 175.99999999999997 must not become 176, and
+    dividing by 512 is exact. (Datasets hold float32, so in training such a joint may fall into the
+    next cell.)
     """
     try:
         found = load_poses(path)
@@ -732,7 +733,7 @@ def read_one(path: str | Path, size: Callable[[], tuple[float, float]]) -> np.nd
         found = load_poses(path, canvas=size())
     if len(found.frames) > 1:
         raise PoseError(f"{path}: {found.taken_for}; the keypoint file of an image must have one")
-    return found.poses[0]
+    return found
 
 
 def read_coco(path: str | Path, content: object = None

@@ -157,6 +157,7 @@ FILES = {
     "COCO annotations, more names than numbers": ("coco", coco() | {"categories": [
         {"id": 1, "keypoints": WHOLE[:21]}]}),
     "COCO annotations, more numbers than names": ("coco", coco(keypoints=flat(WHOLE[:26], c=2))),
+    "COCO annotations, a list a joint": ("coco", coco(keypoints=points(COCO, c=2))),
     "AlphaPose, Halpe-136": ("coco-results", [
         {"image_id": "1.jpg", "keypoints": flat([*WHOLE, "a", "b", "c"], LOW), "score": 3.0}]),
     "AlphaPose, cmu in one file": ("openpose", {"1.jpg": {"version": "AlphaPose v0.3", "bodies": [
@@ -186,7 +187,8 @@ FILES = {
         *({"label": name, "points": [[x, y]], "group_id": 1, "shape_type": "point"}
           for name, (x, y, c) in zip(["neck", *COCO], points(["neck", *COCO]), strict=True) if c)]}),
     "Label Studio": ("label-studio", [{"id": 7, "data": {"img": "/data/1.jpg"}, "annotations": [
-        {"was_cancelled": True, "result": []}, {"result": LABEL_STUDIO}]}]),
+        {"was_cancelled": True, "result": []}, {"result": LABEL_STUDIO}]},
+        {"id": 8, "data": {"img": "/data/2.jpg"}, "annotations": []}][::-1]),
     "Label Studio, JSON-MIN": ("label-studio", [{"img": "/data/1.jpg", "id": 7, "kp-1": [
         {"original_width": W, "original_height": H} | p["value"] for p in LABEL_STUDIO]}]),
     "PoseNet": ("tfjs", {"score": .9, "keypoints": [
@@ -279,7 +281,7 @@ def test_a_keypoint_file_of_any_format_labels_an_image(tmp_path, case):
 
 def test_images_in_which_nobody_is_are_skipped(tmp_path, capsys):
     for kind, suffix, some, nobody in (
-            ("keypoints", ".json", json.dumps(openpose(OPENPOSE_18) | CANVAS),
+            ("keypoints", "_keypoints.json", json.dumps(openpose(OPENPOSE_18) | CANVAS),
              ['{"version": 1.3, "people": []}', "[]"]),
             ("labels", ".txt", yolo(), ["", None, "0 .5 .5 .9 .9" + " 0.000000" * 51])):
         root = tmp_path / kind
@@ -289,8 +291,10 @@ def test_images_in_which_nobody_is_are_skipped(tmp_path, capsys):
             Image.new("RGB", (W, H)).save(root / "images" / "train" / f"{i}.png")
             if text is not None:
                 (root / kind / "train" / f"{i}{suffix}").write_text(text)
-        ds = PoseFolder(root, 32)
-        assert ds.names == ["images/train/0.png"] and len(ds.skipped) == len(nobody)
+        for path in (root, root / "images" / "train"):
+            ds = PoseFolder(path, 32)
+            assert has_keypoints(path) and ds.paths == [str(root / "images" / "train" / "0.png")]
+        assert len(ds.skipped) == len(nobody)
         assert not ds.broken and ds[0][1][:, 2].any()
         main([str(root), "--out", str(tmp_path / "out"), "--workers", "0"])
         assert "orphan" not in capsys.readouterr().out
@@ -300,7 +304,7 @@ def test_an_export_of_several_datasets_names_them(tmp_path):
     for part in ("train", "valid"):
         (tmp_path / part).mkdir()
         write(tmp_path / part / "_annotations.coco.json", coco())
-    with pytest.raises(DataError, match="train and .*valid are datasets of their own"):
+    with pytest.raises(DataError, match="give .*train or .*valid"):
         PoseFolder(tmp_path, 32)
 
 
@@ -325,6 +329,7 @@ def test_trap_1_one_schema_two_units(tmp_path):
     ({"shapes": [{"label": "cat", "points": [[1, 2]], "shape_type": "point"}]}, ["cat", "shapes"]),
     ({"shapes": [{"label": "nose", "points": [[1, 2]]}] * 2}, ["nose twice", "group"]),
     ({"meta_info": {"keypoint_id2name": H36M}, "instance_info": []}, ["nose", "keypoint_id2name"]),
+    ([{"name": "person", "class": 0, "box": {"x1": 1}}], ["[0] has no keypoints", "a box alone"]),
     ([{"keypoints": [[1, 2]] * 5, "keypoint_scores": [1] * 5}], ["5 joints"]),
     ([{"keypoints": [[1, 2, 3]] * 17, "keypoint_scores": [1] * 17}], ["3-D", "[0].keypoints"]),
     ({"people": [{"pose_keypoints_3d": [1.0] * 72}]}, ["3-D"])], ids=str)
