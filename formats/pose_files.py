@@ -141,10 +141,13 @@ class Node:
         self.get("")
         return list(self.value)
 
-    def items(self) -> list[Node]:
+    def values(self) -> list:
         if not isinstance(self.value, list):
             raise self.refusal(f"is {SHORT.repr(self.value)}; a list is needed")
-        return [Node(item, f"{self.where}[{i}]") for i, item in enumerate(self.value)]
+        return self.value
+
+    def items(self) -> list[Node]:
+        return [Node(item, f"{self.where}[{i}]") for i, item in enumerate(self.values())]
 
     def numbers(self, *lengths: int, gaps: bool = False) -> np.ndarray:
         """The finite numbers of a list of one of `lengths`; with `gaps` also NaN, and for null."""
@@ -166,8 +169,7 @@ class Node:
         if isinstance(self.value, dict):
             xy = np.column_stack([self[axis].numbers(*counts, gaps=True) for axis in ("x", "y")])
             scores = self["visible"]
-        elif wide := max((len(item.value) for item in self.items()
-                          if isinstance(item.value, list)), default=0):
+        elif wide := max((len(v) for v in self.values() if isinstance(v, list)), default=0):
             if wide == 3 and scores is not None:
                 raise self.refusal(f"has [x, y, z]: {NO_DEPTH}")
             xy = np.array([Node(item.value or [None] * wide, item.where).numbers(
@@ -323,8 +325,8 @@ def _coco_rows(points: Node, names: Node | None, category: str | float,
     if names is None:
         rows = points.rows(*COCO_FIRST)
         return rows, ORDERS[len(rows)]
-    nested = isinstance(points.items()[0].value, list)
-    n, named = len(points.value) // (1 if nested else 3), len(names.items())
+    nested = isinstance(points.values()[0], list)
+    n, named = len(points.value) // (1 if nested else 3), len(names.values())
     if (category, n) not in orders:
         orders[category, n] = order_of(Node(names.value[:n], names.where))
     if n != named and orders[category, n] != ORDERS[17]:
