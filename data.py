@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -93,6 +93,16 @@ def read_image(path: str | Path, at_least: int | None = None, ground: str = "whi
     return image.convert("RGB")
 
 
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of an image as read_image turns it."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except Exception as error:
+        raise DataError(f"{path}: not a readable image ({error})") from error
+
+
 def crop_resize(
     image: Image.Image | np.ndarray,            # any size
     pose: np.ndarray,                           # [17, 3], normalised to that image
@@ -161,7 +171,8 @@ class ImageDataset(Dataset):
 
 class PoseFolder(ImageDataset):
     """A person's own images. `root` is one of
-    - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json;
+    - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json, in any
+      format of formats/pose_files.py; or with YOLO's labels/: labels/a/b.txt;
     - a text file that lists such images, one a line, absolute or relative to the file;
     - a folder with images (in images/ or in itself) and one COCO json (in itself, annotations/ or
       coco/), or the json: the largest person is taken, `skipped` names the images without one;
@@ -213,7 +224,7 @@ class PoseFolder(ImageDataset):
             return self.labels[i]
         from formats import pose_files
         try:
-            return pose_files.read_seed(self.labels[i])
+            return pose_files.read_one(self.labels[i], lambda: upright_size(self.paths[i])).poses[0]
         except keypoints.PoseError as error:
             raise DataError(str(error)) from error
 

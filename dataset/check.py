@@ -313,7 +313,7 @@ def orphans(datasets: dict[str, ImageDataset]) -> list[Suspect]:
              for path in (*ds.paths, *ds.broken, *ds.skipped)}
     for root, ds in folders.items():
         if Path(root, "keypoints").is_dir():
-            known = {keypoint_file(path) for path in (*ds.paths, *ds.broken)}
+            known = {keypoint_file(path) for path in (*ds.paths, *ds.broken, *ds.skipped)}
             why = "there is no image of this name in images/"
             found += [Suspect("orphan", 0, str(file), why)
                       for file in Path(root, "keypoints").rglob("[!.]*.json")

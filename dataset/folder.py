@@ -1,6 +1,7 @@
 """A dataset on disk: a path in, its image files and their labels out. No image is opened.
 
-A label is the path of a keypoint file in the seed's layout, or a pose [17, 3] from a COCO json.
+A label is the path of a keypoint file that formats/pose_files.py reads, or a pose [17, 3] from a
+COCO json.
 """
 
 import csv
@@ -14,8 +15,12 @@ from unicodedata import normalize
 
 import numpy as np
 
+import keypoints
 from data import SUFFIXES, DataError
 from formats import pose_files
+
+PARTS = "train", "valid", "val", "test"         # folders of Roboflow's exports
+SHORT_FILE = 300                                # bytes; a json file with a person is longer
 
 # An image file, its label or None, and why it has none; "" where nobody is in the image.
 Labelled = tuple[str, str | np.ndarray | None, str]
@@ -34,10 +39,19 @@ def find(root: Path, poseless: bool) -> tuple[Path, list[Labelled]]:
         return root, list(pair(find_images(root / "images")))
     if coco := find_coco(root):
         return read_coco(*coco)
+    if (root / "labels").is_dir():
+        return root, list(pair(find_images(root / "images")))
+    if has_labels_beside(root):
+        return root, list(pair(find_images(root)))
     if poseless:
         return root, list(pair(find_images(root)))
+    if parts := [str(root / name) for name in PARTS
+                 if (root / name).is_dir() and has_keypoints(root / name)]:
+        raise DataError(f"{root}: not a dataset but a folder of {len(parts)}; give "
+                        f"{' or '.join(parts)}")
     raise DataError(f"{root}: no keypoints in it; put images into {root}/images and their poses "
-                    f"into {root}/keypoints, or one COCO json into {root}")
+                    f"into {root}/keypoints (or YOLO's into {root}/labels), or one COCO json into "
+                    f"{root}")
 
 
 # --------------------------------------------------------------------------------- names of files
@@ -105,19 +119,48 @@ def pair(images: list[str]) -> Iterator[Labelled]:
         label = keypoint_file(image)
         if label is None:
             yield image, None, "not below a folder called images, so it has no keypoint file"
-        elif not os.path.isfile(label):
-            yield image, None, f"its keypoints {label} are missing"
+        elif os.path.isfile(label):
+            yield image, None if has_nobody(label) else label, ""
+        elif label.endswith(".txt"):                # YOLO writes no file where nobody is
+            yield image, None, ""
         else:
-            yield image, label, ""
+            yield image, None, f"its keypoints {label} are missing"
 
 
 def keypoint_file(image: str) -> str | None:
-    """Of a/images/b/c.png a/keypoints/b/c.json, by the last folder called images."""
+    """Of a/images/b/c.png a/keypoints/b/c.json, by the last folder called images; or OpenPose's
+    c_keypoints.json, where it exists; or YOLO's a/labels/b/c.txt, where a/keypoints does not."""
     *folders, name = Path(image).parts
     if "images" not in folders:
         return None
-    folders[len(folders) - 1 - folders[::-1].index("images")] = "keypoints"
-    return on_disk(os.path.join(*folders), os.path.splitext(name)[0] + ".json")
+    i, stem = len(folders) - 1 - folders[::-1].index("images"), os.path.splitext(name)[0]
+    root = os.path.join("", *folders[:i])
+    yolo = (os.path.isdir(os.path.join(root, "labels"))
+            and not os.path.isdir(os.path.join(root, "keypoints")))
+    start = os.path.join(root, "labels" if yolo else "keypoints", *folders[i + 1:], stem)
+    if yolo:
+        return on_disk("", start + ".txt")
+    openpose = on_disk("", start + "_keypoints.json")
+    return openpose if os.path.isfile(openpose) else on_disk("", start + ".json")
+
+
+def has_labels_beside(root: Path) -> bool:
+    """Whether `root` is YOLO's images/train, or another part of images/, and has labels."""
+    label = keypoint_file(str(root / "image"))
+    return label is not None and os.path.isdir(os.path.dirname(label))
+
+
+def has_nobody(label: str) -> bool:
+    """Whether a keypoint file says that nobody is in its image. Long json files are not opened."""
+    if label.endswith(".json") and os.path.getsize(label) > SHORT_FILE:
+        return False
+    try:
+        pose_files.load_poses(label, canvas=(1, 1))
+    except pose_files.NobodyFound:
+        return True
+    except keypoints.PoseError:                     # reading it says why
+        pass
+    return False
 
 
 # ------------------------------------------------------------------------- one COCO json for all
@@ -144,7 +187,8 @@ def find_coco(root: Path) -> tuple[Path, dict] | None:
 def has_keypoints(root: str | Path) -> bool:
     """Whether `root` is a dataset with poses, not a folder of nothing but images."""
     root = Path(root)
-    return not root.is_dir() or (root / "keypoints").is_dir() or find_coco(root) is not None
+    return (not root.is_dir() or (root / "keypoints").is_dir() or (root / "labels").is_dir()
+            or has_labels_beside(root) or find_coco(root) is not None)
 
 
 def read_coco(path: Path, content: object) -> tuple[Path, list[Labelled]]:

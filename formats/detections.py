@@ -20,7 +20,7 @@ from formats.pose_files import NobodyFound, load_poses
 from keypoints import JOINTS
 
 IMAGES, POSES = "pictures", "poses.json"
-NAME_IMAGES = "coco", "coco-results"                    # formats whose files name their images
+NAME_IMAGES = "coco", "coco-results", "labelme", "label-studio"     # their files name images
 
 
 def earlier_images(out: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Pose files of thirteen tools in; poses [17, 3] = (x, y, visible), 0..1 of their own image, out.
+"""Pose files of other tools in; poses [17, 3] = (x, y, visible), 0..1 of their own image, out.
 
     content -> format (guess_format) -> every Person in the file's own unit (the format's reader)
     -> confidence, unit, canvas (_place) -> one pose per image (load_poses)
@@ -12,6 +12,7 @@ import json
 import math
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +27,32 @@ class NobodyFound(PoseError):
     """A valid pose file without the person asked for, or without anyone."""
 
 
+class SizeNeeded(PoseError):
+    """A pose in pixels, in a file without the size of its image."""
+
+
 MIN_CONFIDENCE = 0.3            # below it a joint counts as missing
 PIXELS_ABOVE = 2.0              # where a format allows two units: no coordinate in 0..1 exceeds it
 FAR = 10.0                      # image sizes; a joint further from the corner has another unit
 MAX_SIDE = 1_000_000            # pixels of an image
 AT_ORIGIN = 0.01                # metres: MediaPipe's world landmarks start between the hips
-ORDERS = {                      # our 17 joints in lists of COCO, OpenPose (18, 25), MediaPipe (33)
-    17: list(range(17)),
+COCO_FIRST = 17, 26, 133, 136   # joints of COCO, Halpe-26, whole-body, Halpe-136: ours come first
+ORDERS = {                      # our 17 joints in lists of these, OpenPose (18, 25), MediaPipe (33)
+    **dict.fromkeys(COCO_FIRST, list(range(17))),
     18: [0, 15, 14, 17, 16, 5, 2, 6, 3, 7, 4, 11, 8, 12, 9, 13, 10],
     25: [0, 16, 15, 18, 17, 5, 2, 6, 3, 7, 4, 12, 9, 13, 10, 14, 11],
     33: [0, 2, 5, 7, 8, 11, 12, 13, 14, 15, 16, 23, 24, 25, 26, 27, 28],
 }
-JOINT_OF_WORDS = {frozenset(name.split("_")): j for j, name in enumerate(JOINTS)}
+BODY = JOINTS[5:]               # what another skeleton must have; CrowdPose, AIC, MPII lack faces
+SHORT_PARTS = {"shoulder": "sho", "elbow": "elb", "wrist": "wri", "knee": "kne", "ankle": "ank"}
+JOINT_OF = {                    # eyeleft, lefteye, eyel, leye, lsho ...: our number
+    before + after: j
+    for j, (part, _, side) in enumerate(name.partition("_") for name in JOINTS)
+    for word in (part, SHORT_PARTS.get(part, part)) for mark in (side, side[:1])
+    for before, after in ((word, mark), (mark, word))}
+SIZES = (("canvas_width", "canvas_height"), ("imageWidth", "imageHeight"),
+         ("original_width", "original_height"), ("width", "height"))
+SCORES = "keypoint_scores", "scores"                        # MMPose's and ViTPose's
 NO_DEPTH = "3-D coordinates have no place on an image; export the 2-D ones"
 NO_METRES = "world landmarks are in metres and have no place on an image; export pose_landmarks"
 LANDMARKS = ("pose_landmarks", "poseLandmarks", "landmarks", "landmark")    # MediaPipe's, in 0..1
@@ -122,59 +137,106 @@ class Node:
         value = self.get(key)
         return value if isinstance(value, str | int | float) else default
 
-    def items(self) -> list[Node]:
+    def keys(self) -> list[str]:
+        self.get("")
+        return list(self.value)
+
+    def values(self) -> list:
         if not isinstance(self.value, list):
             raise self.refusal(f"is {SHORT.repr(self.value)}; a list is needed")
-        return [Node(item, f"{self.where}[{i}]") for i, item in enumerate(self.value)]
+        return self.value
 
-    def numbers(self, *lengths: int) -> np.ndarray:
-        """The finite numbers of a list that has one of `lengths`."""
-        values = self.value if isinstance(self.value, list) else []
+    def items(self) -> list[Node]:
+        return [Node(item, f"{self.where}[{i}]") for i, item in enumerate(self.values())]
+
+    def numbers(self, *lengths: int, gaps: bool = False) -> np.ndarray:
+        """The finite numbers of a list of one of `lengths`; with `gaps` also NaN, and for null."""
+        values, sound = self.value if isinstance(self.value, list) else [], True
         try:
-            numbers = [float(v) for v in values]
+            numbers = [math.nan if gaps and v is None else float(v) for v in values]
         except (TypeError, ValueError, OverflowError):          # an integer of 400 digits
-            numbers = [math.nan]
-        if len(values) not in lengths or not all(map(math.isfinite, numbers)):
+            sound = False
+        if len(values) not in lengths or not sound or not gaps and not np.isfinite(numbers).all():
             found = (f"has {len(values)} values" if values and len(values) not in lengths else
                      f"is {SHORT.repr(self.value)}")
             raise self.refusal(f"{found}; {' or '.join(map(str, lengths))} numbers are needed, not "
                                "NaN or infinity")
         return np.array(numbers)
 
-    def joints(self, *counts: int) -> np.ndarray:
-        """[x, y, c, x, y, c, ...] of a tool with one of these numbers of joints -> our [17, 3]."""
-        rows = self.numbers(*(3 * n for n in counts)).reshape(-1, 3)
-        return rows[ORDERS[len(rows)]]
+    def rows(self, *counts: int, scores: Node | None = None) -> np.ndarray:
+        """[n, 3] (x, y, c) of n joints, one of `counts`: flat x, y, c; or points [x, y, c]; or
+        points [x, y], perhaps with scores; or {"x": [...], "y": [...], "visible": [...]}."""
+        if isinstance(self.value, dict):
+            xy = np.column_stack([self[axis].numbers(*counts, gaps=True) for axis in ("x", "y")])
+            scores = self["visible"]
+        elif wide := max((len(v) for v in self.values() if isinstance(v, list)), default=0):
+            if wide == 3 and scores is not None:
+                raise self.refusal(f"has [x, y, z]: {NO_DEPTH}")
+            xy = np.array([Node(item.value or [None] * wide, item.where).numbers(
+                3 if wide == 3 else 2, gaps=True) for item in self.items()])
+            if len(xy) not in counts:
+                raise self.refusal(f"has {len(xy)} joints; {' or '.join(map(str, counts))} are "
+                                   "needed")
+        else:
+            xy = self.numbers(*(3 * n for n in counts), gaps=True).reshape(-1, 3)
+        if xy.shape[1] == 3:
+            return self.xyc(xy[:, :2], xy[:, 2])
+        scored = scores is not None and scores.value is not None
+        return self.xyc(xy, scores.numbers(len(xy), gaps=True) if scored else None)
 
-    def size(self, prefix: str = "") -> tuple[float, float] | None:
-        """(width, height) in pixels; None if the object gives neither."""
-        sides = [self.get(f"{prefix}width"), self.get(f"{prefix}height")]
-        if sides == [None, None]:
-            return None
-        w, h = Node(sides, f"{self.where} [{prefix}width, {prefix}height]").numbers(2).tolist()
-        if min(w, h) < 1 or max(w, h) > MAX_SIDE:
-            raise self.refusal(f"has width {w:g} and height {h:g}; 1 to {MAX_SIDE} are allowed")
-        return w, h
+    def xyc(self, xy: np.ndarray, c: np.ndarray | None = None) -> np.ndarray:
+        """[n, 2], [n] -> [n, 3] with (0, 0, 0) for NaN where the confidence is not above 0 either.
+
+        Where a file has no confidence, a joint at NaN or (0, 0) is missing.
+        """
+        known = np.isfinite(xy).all(axis=1)
+        rows = np.column_stack([xy, known & xy.any(axis=1) if c is None else c])
+        rows[~known & ~(rows[:, 2] > 0)] = 0
+        if not np.isfinite(rows).all():
+            j = int(np.isfinite(rows).all(axis=1).argmin())
+            raise self.refusal(f"has {rows[j].tolist()} for joint {j + 1}; x, y and confidence "
+                               "must be numbers; NaN is allowed only where the confidence is 0")
+        return rows
+
+    def size(self) -> tuple[float, float] | None:
+        """(width, height) in pixels; None if the object does not give both."""
+        for keys in SIZES:
+            if None not in (sides := [self.get(key) for key in keys]):
+                w, h = Node(sides, f"{self.where} [{', '.join(keys)}]").numbers(2).tolist()
+                if min(w, h) < 1 or max(w, h) > MAX_SIDE:
+                    raise self.refusal(f"has width {w:g} and height {h:g}; 1 to {MAX_SIDE} are "
+                                       "allowed")
+                return w, h
+        return None
 
 
 # -------------------------------------------------------------------------------- joints by name
 
 def joint_of(name: object) -> int | None:
-    """Our number of left_eye, eye_left, leftEye or LEFT_EYE; None if COCO has no such joint."""
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name) if isinstance(name, str) else ()
-    return JOINT_OF_WORDS.get(frozenset(word.lower() for word in words))
+    """Our number of left_eye, eye_left, leftEye, L-Eye or LEye; None if COCO has no such joint."""
+    return JOINT_OF.get(re.sub(r"[\W_]", "", name.lower())) if isinstance(name, str) else None
 
 
-def order_of(names: Node) -> list[int]:
+def order_of(names: Node, partial: bool = False) -> list[int]:
     """Where our 17 joints are in a tool's own list of names; -1: nowhere.
 
-    17 joints need not be COCO's: PoseTrack18 has no eyes, Human3.6M is another skeleton. So a list
-    with names that are not ours is refused unless it has all of ours.
+    17 joints need not be COCO's, so names decide: PoseTrack18 has no eyes, Human3.6M is another
+    skeleton. A list with names that are not ours must have all joints of BODY; a `partial` list,
+    of the joints that were seen, any of ours. Names that only count, 1 to 17, are in COCO's order.
     """
-    ours = [joint_of(name.value) for name in names.items()]
+    called = [str(name.value)[:99] for name in names.items()]
+    numbers = [int(found[1]) if (found := re.fullmatch(r"\D*(\d{1,3})", name)) else -1
+               for name in called]
+    if sorted(numbers) in ([*range(17)], [*range(1, 18)]):
+        return [numbers.index(min(numbers) + j) for j in range(17)]
+    ours = [joint_of(name) for name in called]
+    if twice := [JOINTS[j] for j in range(17) if ours.count(j) > 1]:
+        raise names.refusal(f"names {twice[0]} twice; a person has one, and several people need a "
+                            "group or an object each")
     missing = [name for j, name in enumerate(JOINTS) if j not in ours]
-    others = [name for name, j in zip(names.value, ours, strict=True) if j is None]
-    if missing and others:
+    others = [name for name, j in zip(called, ours, strict=True) if j is None]
+    enough = len(missing) < len(JOINTS) if partial else not set(missing) & set(BODY)
+    if others and not enough:
         raise names.refusal(f"names other joints than COCO's 17: no {', '.join(missing)}, but "
                             f"{SHORT.repr(others)}; another skeleton cannot be converted")
     return [ours.index(j) if j in ours else -1 for j in range(len(JOINTS))]
@@ -185,20 +247,18 @@ def in_order(rows: list[np.ndarray] | np.ndarray, order: list[int]) -> np.ndarra
     return np.vstack([*rows, np.zeros(3)])[order]
 
 
+def by_name(names: list, rows: list[np.ndarray], where: str) -> np.ndarray:
+    """Named rows (x, y, c) of one person -> our [17, 3]; joints without a row are missing."""
+    return in_order(rows, order_of(Node(names, where), partial=True))
+
+
 # ------------------------------------------------------------------------------------------ readers
 #
-# parsed file -> every Person in it, in the file's order
-
-def _rows_by_name(node: Node, n: int) -> np.ndarray:
-    """{"nose": [n numbers], ...} -> [17, n]."""
-    if missing := [name for name in JOINTS if node.get(name) is None]:
-        raise node.refusal(f"lacks the joint {', '.join(missing)}; all 17 are needed")
-    return np.array([node[name].numbers(n) for name in JOINTS])
-
+# parsed file -> every Person in it, in the file's order; a PoseError for one that is left out
 
 def _seed(file: Node) -> Iterator[Person]:
     """{"nose": [row, col], ...} on 512 x 512: the row comes first, so y does."""
-    rows = _rows_by_name(file, 2)
+    rows = np.array([file[name].numbers(2) for name in JOINTS])
     joints = np.column_stack([rows[:, 1], rows[:, 0], np.ones(len(JOINTS))])
     yield Person(file, joints, size=(SEED_CANVAS, SEED_CANVAS))
 
@@ -207,13 +267,18 @@ def _ours(file: Node) -> Iterator[Person]:
     """{"nose": [x, y, visible], ...} or 17 rows [x, y, visible], in 0..1."""
     if isinstance(file.value, list) and len(file.value) == len(JOINTS):
         file = Node(dict(zip(JOINTS, file.value, strict=True)), file.where)
-    yield Person(file, _rows_by_name(file, 3))
+    names = [name for name in file.keys() if joint_of(name) is not None]
+    order = order_of(Node(names, file.where), partial=True)
+    if missing := [name for name, i in zip(JOINTS, order, strict=True) if i < 0]:
+        raise file.refusal(f"lacks the joint {', '.join(missing)}; all 17 are needed")
+    rows = np.array([file[name].numbers(3, gaps=True) for name in names])
+    yield Person(file, in_order(file.xyc(rows[:, :2], rows[:, 2]), order))
 
 
-def _coco(file: Node) -> Iterator[Person]:
+def _coco(file: Node) -> Iterator[Person | PoseError]:
     """COCO annotations, without crowd regions and without people that have no labelled joint."""
-    for person in _coco_people(file):
-        yield _coco_person(*person)
+    for _, person in _coco_people(file):
+        yield person
 
 
 def _coco_images(file: Node) -> dict[str | float, Node]:
@@ -224,36 +289,89 @@ def _coco_images(file: Node) -> dict[str | float, Node]:
     return images
 
 
-def _coco_people(file: Node) -> Iterator[tuple[Node, Node, int, list[int]]]:
-    """Each annotation with joints, its image, how many joints it has and our order in them."""
+def _coco_people(file: Node) -> Iterator[tuple[str | None, Person | PoseError]]:
+    """The image, by its file name, and the person of each annotation with joints; the person is a
+    PoseError where it cannot be used, the image None where it is not among the images."""
     images, orders = _coco_images(file), {}
-    for category in file["categories"].items() if file.get("categories") else []:
-        if category.get("keypoints"):
-            order = order_of(category["keypoints"])
-            orders[category.id("id")] = len(category.get("keypoints")), order
+    names = {category.id("id"): category["keypoints"] for category in
+             (file["categories"].items() if file.get("categories") else [])
+             if category.get("keypoints")}
     for annotation in file["annotations"].items():
-        if (annotation.get("iscrowd") or not annotation.get("num_keypoints", 1)
-                or annotation.get("keypoints") is None):
-            continue
-        image = annotation.id("image_id")
-        if image not in images:
-            raise annotation.refusal(f"has image_id {SHORT.repr(image)}, which is not among the "
-                                     "images")
-        yield annotation, images[image], *orders.get(annotation.id("category_id"), (17, ORDERS[17]))
+        picture = None
+        try:
+            if (annotation.get("iscrowd") in (1, "1")
+                    or annotation.get("num_keypoints") in (0, "0")
+                    or annotation.get("keypoints") in (None, [])):
+                continue
+            image = annotation.id("image_id", None)
+            if image not in images:
+                raise annotation.refusal(f"has image_id {SHORT.repr(image)}, which is not among "
+                                         "the images")
+            picture, size = images[image].get("file_name"), images[image].size()
+            category = annotation.id("category_id", next(iter(names), None))
+            rows, order = _coco_rows(annotation["keypoints"], names.get(category), category, orders)
+            yield picture, Person(annotation, in_order(rows, order), picture, size)
+        except PoseError as error:
+            yield picture, error
 
 
-def _coco_person(annotation: Node, image: Node, n: int, order: list[int]) -> Person:
-    rows = annotation["keypoints"].numbers(3 * n).reshape(n, 3)
-    return Person(annotation, in_order(rows, order), image.get("file_name"), image.size())
+def _coco_rows(points: Node, names: Node | None, category: str | float,
+               orders: dict) -> tuple[np.ndarray, list[int]]:
+    """The rows (x, y, v) of an annotation and our order in them, which `orders` remembers.
+
+    Where a category has more names than an annotation has joints (Human-Art), or fewer, both must
+    start with COCO's 17.
+    """
+    if names is None:
+        rows = points.rows(*COCO_FIRST)
+        return rows, ORDERS[len(rows)]
+    nested = isinstance(points.values()[0], list)
+    n, named = len(points.value) // (1 if nested else 3), len(names.values())
+    if (category, n) not in orders:
+        orders[category, n] = order_of(Node(names.value[:n], names.where))
+    if n != named and orders[category, n] != ORDERS[17]:
+        raise points.refusal(f"has {len(points.value)} values for {named} names; {3 * named} are "
+                             "needed")
+    return points.rows(n), orders[category, n]
 
 
-def _detections(file: Node) -> Iterator[Person]:
-    """[{"keypoints": 17 x (x, y, c), "image_id": ...}]: COCO results, AlphaPose, openpifpaf."""
-    for person in file.items():
-        if person.get("keypoints") is None:
-            raise person.refusal("has no keypoints: a box alone is not a pose; run a pose model on "
-                                 "these detections")
-        yield Person(person, person["keypoints"].joints(17), person.id("image_id", 1))
+def _people(file: Node) -> Iterator[Person]:
+    """{"keypoints": ...}: of one person; of a list of people; or of a list of images, each of which
+    is a list of people or has it as "instances". MMPose has that list as "instance_info" and the
+    names of the joints in "meta_info"."""
+    items, counts, order = [file], COCO_FIRST, None
+    if not _has(file.value, "keypoints"):
+        if isinstance(file.value, dict):
+            if _has(file.get("meta_info"), "keypoint_id2name"):
+                names = file["meta_info"]["keypoint_id2name"]
+                if isinstance(names.value, dict):                   # {"0": "nose", "1": ...}
+                    names = Node(list(names.value.values()), names.where)
+                counts, order = (len(names.items()),), order_of(names)
+            file = file["instance_info"]
+        items = file.items()
+    for i, item in enumerate(items):
+        people = item["instances"] if _has(item.value, "instances") else item
+        image = i + 1 if people is item and isinstance(item.value, list) else item.id(
+            "image_id", item.id("frame_id", 1))
+        if people.value == []:                              # the image counts, without people
+            yield Person(item, np.zeros((len(JOINTS), 3)), image)
+        alone = people is item and isinstance(item.value, dict)
+        for person in [item] if alone else people.items():
+            yield Person(person, _joints(person, counts, order), image)
+
+
+def _joints(person: Node, counts: tuple[int, ...], order: list[int] | None) -> np.ndarray:
+    """The joints [17, 3] of {"keypoints": ...}."""
+    if person.get("keypoints") is None:
+        raise person.refusal("has no keypoints: a box alone is not a pose; run a pose model on "
+                             "these detections")
+    scores = next((person[key] for key in SCORES if person.get(key) is not None), None)
+    if isinstance(person.get("labels"), list):          # ViTPose: the numbers of the joints
+        numbers = person["labels"].numbers(len(person.get("labels"))).tolist()
+        counts = (len(numbers),)
+        order = [numbers.index(j) if j in numbers else -1 for j in range(len(JOINTS))]
+    rows = person["keypoints"].rows(*counts, scores=scores)
+    return in_order(rows, order or ORDERS[len(rows)])
 
 
 def _yolo(file: Node) -> Iterator[Person]:
@@ -261,55 +379,44 @@ def _yolo(file: Node) -> Iterator[Person]:
     for i, row in enumerate(file.items()):
         if row.value:
             line = Node(row.value, f"{file.where}line {i + 1}")
-            numbers = line.numbers(39, 56, 57, 58)
+            numbers = line.numbers(39, 56, 57, 58, gaps=True)
             joints = numbers[5:56].reshape(17, -1)                              # [17, 3] or [17, 2]
-            seen = joints[:, 2:] if len(numbers) > 39 else joints.any(axis=1, keepdims=True)
-            yield Person(line, np.hstack([joints[:, :2], seen]))
+            c = joints[:, 2] if len(numbers) > 39 else None
+            yield Person(line, line.xyc(joints[:, :2], c))
 
 
 def _openpose(file: Node) -> Iterator[Person]:
     """{"people": [{"pose_keypoints_2d": 18 or 25 x (x, y, c)}]}, or a list of these, one an image.
 
-    ComfyUI and ControlNet add the size of the image.
+    ComfyUI and ControlNet add the size of the image; AlphaPose writes one file {image: {"people" or
+    "bodies": ...}}; editors write {"width", "height", "keypoints": 18 [x, y] a person}.
     """
-    for f, frame in enumerate([file] if isinstance(file.value, dict) else file.items()):
-        for person in frame["people"].items():                  # null or []: a face or hands only
-            key = "pose_keypoints_2d" if person.get("pose_keypoints_2d") else "pose_keypoints"
-            if person.get(key):
-                yield Person(person, person[key].joints(18, 25), f + 1, frame.size("canvas_"))
+    if isinstance(file.value, list):
+        frames = dict(enumerate(file.items(), 1))
+    elif {"people", "bodies", "keypoints"} & set(file.keys()):
+        frames = {1: file}
+    else:
+        frames = {name: file[name] for name in file.keys()}
+    for picture, frame in frames.items():
+        if frame.get("keypoints") is not None:
+            for points in _editor_people(frame["keypoints"]):
+                yield Person(frame, points.rows(18)[ORDERS[18]], picture, frame.size())
+            continue
+        for person in frame["bodies" if "bodies" in frame.value else "people"].items():
+            key = next((key for key in ("pose_keypoints_2d", "pose_keypoints", "joints")
+                        if person.get(key)), None)                  # else a face or hands only
+            if key:
+                rows = person[key].rows(18, 25)
+                yield Person(person, rows[ORDERS[len(rows)]], picture, frame.size())
             elif person.get("pose_keypoints_3d"):
                 raise person.refusal(f"has only pose_keypoints_3d: {NO_DEPTH}")
 
 
-def _mmpose(file: Node) -> Iterator[Person]:
-    """A list of instances or of frames {"frame_id", "instances"}; or that list as "instance_info",
-    with the names of the joints in "meta_info"."""
-    n, order = 17, ORDERS[17]
-    if isinstance(file.value, dict):
-        if _has(file.get("meta_info"), "keypoint_id2name"):
-            names = file["meta_info"]["keypoint_id2name"]
-            if isinstance(names.value, dict):                   # {"0": "nose", "1": ...}
-                names = Node(list(names.value.values()), names.where)
-            n, order = len(names.items()), order_of(names)
-        file = file["instance_info"]
-    for item in file.items():
-        frame = item.id("frame_id", 1)
-        if item.get("instances") == []:                         # the frame counts, without people
-            yield Person(item, np.zeros((len(JOINTS), 3)), frame)
-        for person in item["instances"].items() if "instances" in item.value else [item]:
-            yield Person(person, in_order(_mmpose_rows(person, n), order), frame)
-
-
-def _mmpose_rows(person: Node, n: int) -> np.ndarray:
-    """{"keypoints": n x [x, y], "keypoint_scores": n x c} -> [n, 3]."""
-    keypoints = person["keypoints"]
-    rows = [row.numbers(2, 3) for row in keypoints.items()]
-    if any(len(row) == 3 for row in rows):
-        raise keypoints.refusal(f"has [x, y, z]: {NO_DEPTH}")
-    if len(rows) != n:
-        raise keypoints.refusal(f"has {len(rows)} joints; {n} are needed")
-    scored = person.get("keypoint_scores") is not None
-    return np.column_stack([rows, person["keypoint_scores"].numbers(n) if scored else np.ones(n)])
+def _editor_people(points: Node) -> list[Node]:
+    """The 18 points of each person: a list of them, or all in one list."""
+    if len(_shape(points.value)) == 3:
+        return points.items()
+    return [Node(points.value[i:i + 18], points.where) for i in range(0, len(points.items()), 18)]
 
 
 def _mediapipe(file: Node, picture: int | None = None) -> Iterator[Person]:
@@ -349,7 +456,8 @@ def _point(point: Node) -> np.ndarray:
     else:
         at = point["position"] if point.get("position") else point
         xyc = [at.get("x"), at.get("y"), point.get("score", point.get("visibility", 1))]
-    return Node(xyc, point.where).numbers(3)
+    xyc = Node(xyc, point.where).numbers(3, gaps=True)
+    return point.xyc(xyc[None, :2], xyc[None, 2])[0]
 
 
 def _tfjs(file: Node) -> Iterator[Person]:
@@ -364,17 +472,57 @@ def _tfjs(file: Node) -> Iterator[Person]:
 
 
 def _named_points(person: Node) -> np.ndarray:
-    """{name: {x, y}} or [{name or part, x, y, score}] -> [17, 3]; joints without a name in it are
-    missing."""
+    """{name: {x, y}} or [{name or part, x, y, score}] -> [17, 3]."""
     if _has(person.value, "keypoints"):
         person = person["keypoints"]
     if isinstance(person.value, dict):
-        names, points = list(person.value), [person[name] for name in person.value]
+        names, points = person.keys(), [person[name] for name in person.value]
     else:
         points = person.items()
         names = [point.get("name", point.get("part")) for point in points]
-    order = order_of(Node(names, person.where))
-    return in_order([_point(point) for point in points], order)
+    return by_name(names, [_point(point) for point in points], person.where)
+
+
+def _labelme(file: Node) -> Iterator[Person]:
+    """{"shapes": [{"label": name, "points": [[x, y]], "shape_type": "point", "group_id"}]}: a group
+    is a person."""
+    for i, frame in enumerate([file] if isinstance(file.value, dict) else file.items()):
+        people: dict[object, list[Node]] = {}
+        for shape in frame["shapes"].items():
+            if shape.get("shape_type", "point") == "point":
+                people.setdefault(shape.id("group_id", None), []).append(shape)
+        for shapes in people.values():
+            names = [shape.get("label") for shape in shapes]
+            joints = by_name(names, [shape["points"].rows(1)[0] for shape in shapes],
+                             frame["shapes"].where)
+            yield Person(frame, joints, frame.id("imagePath", i + 1), frame.size())
+
+
+def _label_studio(file: Node) -> Iterator[Person]:
+    """Tasks {"annotations": [{"result": points}]}, or JSON-MIN with the points in the task itself.
+
+    A point is {"keypointlabels": [name], "x", "y"} in percent, perhaps under "value"; the points of
+    one parent are a person.
+    """
+    for i, task in enumerate([file] if isinstance(file.value, dict) else file.items()):
+        if task.get("annotations") is not None:                         # of several, the first
+            done = [a for a in task["annotations"].items() if not a.get("was_cancelled")]
+            points = done[0]["result"].items() if done else []
+        else:
+            points = [point for key in task.keys() if isinstance(task.get(key), list)
+                      for point in task[key].items() if isinstance(point.value, dict)]
+        people: dict[object, list[Node]] = {}
+        for point in points:
+            if _has(point.get("value", point.value), "keypointlabels"):
+                people.setdefault(point.id("parentID", None), []).append(point)
+        told = task["data"] if task.get("data") else task
+        texts = [value for value in map(told.get, told.keys()) if isinstance(value, str)]
+        for points in people.values():
+            at = [point["value"] if "value" in point.value else point for point in points]
+            names = [name.value for point in at for name in point["keypointlabels"].items()[:1]]
+            rows = [_point(point) / (100, 100, 1) for point in at]
+            yield Person(task, by_name(names, rows, task.where), (texts or [i + 1])[0],
+                         points[0].size())
 
 
 # ------------------------------------------------------------------------------------------ formats
@@ -386,16 +534,19 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "coco": Format("COCO annotations", "pixels", _coco),
-    "openpose": Format("OpenPose (or ComfyUI, ControlNet)", None, _openpose),
-    "mmpose": Format("MMPose predictions", "pixels", _mmpose),
+    "coco": Format("COCO annotations", None, _coco),
+    "openpose": Format("OpenPose (or ComfyUI, ControlNet, AlphaPose)", None, _openpose),
+    "mmpose": Format("MMPose predictions (or ViTPose)", None, _people),
+    "ultralytics": Format("Ultralytics to_json", None, _people),
+    "coco-results": Format("COCO results (or AlphaPose)", None, _people),
+    "openpifpaf": Format("openpifpaf", None, _people),
+    "labelme": Format("LabelMe points", None, _labelme),
+    "label-studio": Format("Label Studio key points", "images", _label_studio),
     "tfjs": Format("named points (tfjs MoveNet, PoseNet)", None, _tfjs),
     "mediapipe": Format("MediaPipe landmarks", "images", _mediapipe),
-    "coco-results": Format("COCO results (or AlphaPose)", "pixels", _detections),
-    "openpifpaf": Format("openpifpaf", "pixels", _detections),
+    "blazepose": Format("BlazePose rows [x, y, z] (tfjs)", None, _mediapipe),
     "ours": Format("our own [x, y, visible]", "images", _ours),
     "seed": Format("the seed's [row, col]", "pixels", _seed),
-    "blazepose": Format("BlazePose rows [x, y, z] (tfjs)", None, _mediapipe),
     "yolo": Format("YOLO-pose lines", "images", _yolo),
 }
 
@@ -408,16 +559,26 @@ def guess_format(data: object) -> str | None:
     if not isinstance(first, dict):
         return ("ours" if shape == (17, 3) else
                 "blazepose" if shape[-2:] in ((33, 3), (33, 4)) else None)
+    inside, keypoints = next(iter(first.values()), None), first.get("keypoints")
+    if "shapes" in first:
+        return "labelme"
+    if (_has(first, "annotations", "data") or _has(_first(first.get("annotations")), "result")
+            or any(_has(_first(value), "keypointlabels") for value in first.values())):
+        return "label-studio"
     if _has(data, "annotations"):
         return "coco"
-    if "people" in first:
+    if ("people" in first or "bodies" in first or _has(inside, "people") or _has(inside, "bodies")
+            or _has(first, "width", "height", "keypoints")):
         return "openpose"
-    if ("instance_info" in first or "keypoint_scores" in first
+    if ("instance_info" in first or "keypoint_scores" in first or _has(first, "keypoints", "scores")
             or _has(first, "frame_id", "instances")):
         return "mmpose"
-    by_joint = [value for name, value in first.items() if joint_of(name) is not None]
-    if (_are_named([first]) or any(isinstance(value, dict) for value in by_joint)
-            or isinstance(_first(first.get("keypoints")), dict)):
+    if (_has(keypoints, "x", "y") and isinstance(keypoints["x"], list)
+            or _has(first, "class", "box")):
+        return "ultralytics"
+    by_joint = {name: value for name, value in first.items() if joint_of(name) is not None}
+    if (_are_named([first]) or any(isinstance(value, dict) for value in by_joint.values())
+            or isinstance(_first(keypoints), dict)):
         return "tfjs"
     if _has(first, "x", "y") or any("andmark" in key for key in first):
         return "mediapipe"
@@ -425,8 +586,10 @@ def guess_format(data: object) -> str | None:
         return "coco-results"
     if "keypoints" in first:
         return "openpifpaf"
-    widths = [len(value) for value in by_joint if isinstance(value, list)]
-    return None if not widths else "ours" if max(widths) > 2 else "seed"
+    widths = [len(value) for value in by_joint.values() if isinstance(value, list)]
+    if widths and max(widths) > 2:
+        return "ours"
+    return "seed" if widths and set(by_joint) <= set(JOINTS) else None
 
 
 def _first(data: object) -> object:
@@ -470,8 +633,8 @@ def _place(person: Person, pixels: bool, canvas: tuple[float, float] | None = No
     """The pose [17, 3] of a person of `_known` in 0..1."""
     size = (person.size or canvas) if pixels else (1, 1)
     if size is None:
-        raise person.node.refusal("is in pixels, but its image has no width and height in the "
-                                  "file; give them, for example --canvas 768x512")
+        raise SizeNeeded(f"{person.node.where} is in pixels, but its image has no width and height "
+                         "in the file; give them, for example --canvas 768x512")
     pose = person.joints / (*size, 1)
     if (far := np.abs(pose).max(axis=1) > FAR).any():
         j, (w, h) = int(far.argmax()), size
@@ -509,7 +672,9 @@ def load_poses(
     if format not in FORMATS:
         raise PoseError(f"{path} is not a known pose file; known formats are {', '.join(FORMATS)}")
     kind = FORMATS[format]
-    people = [_known(p, min_confidence) for p in kind.read(Node(data, f"{path}: "))]
+    read = list(kind.read(Node(data, f"{path}: ")))
+    left_out = [p for p in read if isinstance(p, PoseError)]
+    people = [_known(p, min_confidence) for p in read if isinstance(p, Person)]
 
     # Where a format allows two units, the largest number in the file decides, as in the tools.
     reach = max((np.abs(p.joints[:, :2]).max() for p in people), default=0)
@@ -517,8 +682,15 @@ def load_poses(
     images: dict[str | float, list[np.ndarray]] = {}
     for p in people:
         if p.joints[:, 2].any():
-            images.setdefault(p.picture, []).append(_place(p, pixels, canvas))
+            try:
+                images.setdefault(p.picture, []).append(_place(p, pixels, canvas))
+            except PoseError as error:
+                if format != "coco":
+                    raise
+                left_out.append(error)
     most = max(map(len, images.values()), default=0)
+    if not most and left_out:
+        raise left_out[0]
     if not most:
         raise NobodyFound(f"{path}: {kind.about}, but nobody with a joint of confidence "
                           f"{min_confidence:g} or more")
@@ -533,9 +705,15 @@ def load_poses(
                  f"{n} {'person' if n == 1 else 'people'}")
     if len(images) > 1:
         taken_for += f" in {len(images)} images"
+    if left_out:
+        taken_for += f"; {_left_out(left_out, len(read))}"
     return Poses(poses=list(picked.values()), sizes=[sizes[name] for name in picked],
                  pictures=[_called(name) for name in picked],
                  frames=[_called(name) for name in sizes], format=format, taken_for=taken_for)
+
+
+def _left_out(errors: list[PoseError], of: int) -> str:
+    return f"{len(errors)} of {of} annotations cannot be used; the first: {errors[0]}"
 
 
 def _called(name: str | float) -> str:
@@ -543,37 +721,50 @@ def _called(name: str | float) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(name)[-60:])
 
 
-def read_seed(path: str | Path) -> np.ndarray:
-    """The pose [17, 3] float64 of a file in the seed's layout, {"nose": [row, col], ...} on 512.
+def read_one(path: str | Path, size: Callable[[], tuple[float, float]]) -> Poses:
+    """The content of the keypoint file of one image, of several people the largest: one pose.
 
-    float64, because the seed's cell ids are floors of these numbers: 175.99999999999997 must not
-    become 176, and dividing by 512 is exact. (Datasets hold float32, so in training such a joint
-    may fall into the next cell.)
+    `size` gives (width, height) of the image, if the file needs it. The pose is float64, because
+    the seed's cell ids are floors of these numbers: 175.99999999999997 must not become 176, and
+    dividing by 512 is exact. (Datasets hold float32, so in training such a joint may fall into the
+    next cell.)
     """
-    (person,) = _seed(Node(read_content(path), f"{path}: "))
-    return _place(person, pixels=True)
+    try:
+        found = load_poses(path)
+    except SizeNeeded:
+        found = load_poses(path, canvas=size())
+    if len(found.frames) > 1:
+        raise PoseError(f"{path}: {found.taken_for}; the keypoint file of an image must have one")
+    return found
 
 
 def read_coco(path: str | Path, content: object = None
               ) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
     """COCO person keypoints: {file name: poses [17, 3] float64 in 0..1}, and {file name: reason} of
-    the images with a person that cannot be used. `content` is the parsed file, if it is at hand.
+    the images of which no person can be used. `content` is the parsed file, if it is at hand.
 
-    Crowd regions and people without a labelled joint are left out, so a list may be empty.
+    Crowd regions and people without a labelled joint are left out, so a list may be empty. Prints
+    how many annotations cannot be used.
     """
     file = Node(content or read_content(path), f"{path}: ")
     poses: dict[str, list] = {image.get("file_name"): [] for image in _coco_images(file).values()}
     refused: dict[str, str] = {}
-    for annotation, image, *joints in _coco_people(file):
-        name = image.get("file_name")
+    left_out, total = [], 0
+    for name, person in _coco_people(file):
+        total += 1
         try:
-            pose = _place(_known(_coco_person(annotation, image, *joints)), pixels=True)
+            if isinstance(person, PoseError):
+                raise person
+            pose = _place(_known(person), pixels=True)
         except PoseError as error:
+            left_out.append(error)
             refused.setdefault(name, str(error))
             continue
         if pose[:, 2].any():
             poses[name].append(pose)
-    return poses, refused
+    if left_out:
+        print(f"warning: {_left_out(left_out, total)}", file=sys.stderr)
+    return poses, {name: why for name, why in refused.items() if name and not poses[name]}
 
 
 def fitted(found: Poses, i: int, fit_how: str) -> np.ndarray:

@@ -80,7 +80,7 @@ def names(count: int = N) -> list[str]:
 def rewrite(root, name: str, change) -> None:
     """Passes the pose of an image through `change`."""
     file = root / "keypoints" / f"{name}.json"
-    file.write_text(json.dumps(rows_of(change(pose_files.read_seed(file)))))
+    file.write_text(json.dumps(rows_of(change(pose_files.load_poses(file).poses[0]))))
 
 
 def exchange(pose: np.ndarray) -> np.ndarray:

@@ -4,9 +4,13 @@ import random
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 import keypoints as K
 import sample
+from data import DataError, PoseFolder
+from dataset.check import main
+from dataset.folder import has_keypoints
 from formats import pose_files
 from formats.pose_files import FORMATS
 from keypoints import JOINTS, PoseError
@@ -29,9 +33,14 @@ MEDIAPIPE = ("nose left_eye_inner left_eye left_eye_outer right_eye_inner right_
 COCO = ("nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow "
         "right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle "
         "right_ankle").split()
+CROWDPOSE = [*COCO[5:], "top_head", "neck"]
+AIC = [*COCO[5:][1::2], *COCO[5:][::2], "head_top", "neck"]
+MPII = [*COCO[5:], "pelvis", "thorax", "upper_neck", "head_top"]
 POSETRACK = [COCO[0], "head_bottom", "head_top", *COCO[3:]]
 H36M = ("root right_hip right_knee right_foot left_hip left_knee left_foot spine thorax neck_base "
         "head left_shoulder left_elbow left_wrist right_shoulder right_elbow right_wrist").split()
+SPELLED = [name.replace("left_", "L_").replace("right_", "right-") for name in COCO]
+WHOLE = [*COCO, *(f"face-{i}" for i in range(116))]                     # 133
 PARTS = {"Nose": "nose", "Eye": "eye", "Ear": "ear", "Sho": "shoulder", "Elb": "elbow",
          "Wri": "wrist", "Hip": "hip", "Knee": "knee", "Ank": "ankle"}
 
@@ -96,6 +105,10 @@ SCORES = {"keypoint_scores": [v[2] for v in points(COCO, LOW)]}
 XYS = [v[:2] for v in points(COCO, LOW)]
 SCORED = named(COCO, "name", "x", "y", "score", missing=LOW)
 NAMES = {str(i): name for i, name in enumerate(["neck", *COCO[::-1]])}
+LABEL_STUDIO = [
+    {"type": "keypointlabels", "original_width": W, "original_height": H,
+     "value": {"x": 100 * x / W, "y": 100 * y / H, "width": 0.3, "keypointlabels": [name]}}
+    for name, (x, y, c) in zip(COCO, points(COCO), strict=True) if c]
 # case -> (the format it must be taken for, the file's content)
 FILES = {
     "seed": ("seed", {name: [y * 512 / H, x * 512 / W] for name, (x, y) in XY.items()}),
@@ -137,13 +150,56 @@ FILES = {
     "MoveNet, detector": ("tfjs", [{"score": .8, "keypoints": SCORED}]),
     "MoveNet, one frame": ("tfjs", SCORED),
     "MoveNet, frames": ("tfjs", [[], SCORED]),
+    "names as L_eye and right-eye": ("tfjs", [dict(p, name=name) for name, p in
+                                              zip(SPELLED, SCORED, strict=True)]),
+    "COCO annotations, names 1 to 17": ("coco", coco() | {"categories": [
+        {"id": 1, "keypoints": [str(j + 1) for j in range(17)]}]}),
+    "COCO annotations, more names than numbers": ("coco", coco() | {"categories": [
+        {"id": 1, "keypoints": WHOLE[:21]}]}),
+    "COCO annotations, more numbers than names": ("coco", coco(keypoints=flat(WHOLE[:26], c=2))),
+    "COCO annotations, a list a joint": ("coco", coco(keypoints=points(COCO, c=2))),
+    "AlphaPose, Halpe-136": ("coco-results", [
+        {"image_id": "1.jpg", "keypoints": flat([*WHOLE, "a", "b", "c"], LOW), "score": 3.0}]),
+    "AlphaPose, cmu in one file": ("openpose", {"1.jpg": {"version": "AlphaPose v0.3", "bodies": [
+        {"joints": flat(OPENPOSE_18)}]}}),
+    "AlphaPose, open in one file": ("openpose", {"1.jpg": {"version": "AlphaPose v0.3", "people": [
+        {"pose_keypoints_2d": flat(OPENPOSE_18)}]}}),
+    "an editor": ("openpose", {"width": W, "height": H, "keypoints": [
+        None if c == 0 else [x, y] for x, y, c in points(OPENPOSE_18)]}),
+    "an editor's people": ("openpose", openpose(OPENPOSE_18) | {"width": W, "height": H}),
+    "NaN and null": ("openpose", {"people": [{"pose_keypoints_2d": flat(
+        OPENPOSE_25, (float("nan"), float("nan"), None))}]}),
+    "MMPose, whole body": ("mmpose", [[{
+        "keypoints": [v[:2] for v in points(WHOLE, LOW)],
+        "keypoint_scores": [v[2] for v in points(WHOLE, LOW)]}]]),
+    "ViTPose": ("mmpose", [[{"keypoints": XYS, "scores": SCORES["keypoint_scores"],
+                             "labels": [*range(17)], "bbox": [1, 2, 3, 4]}]]),
+    "ViTPose, with a threshold": ("mmpose", [{
+        "keypoints": [v for v in XYS[::-1] if v != [99, 99]], "scores": [0.9] * 16,
+        "labels": [j for j in range(16, -1, -1) if JOINTS[j] != MISSING], "bbox": [1, 2, 3, 4]}]),
+    "Ultralytics": ("ultralytics", [{"name": "person", "class": 0, "keypoints": {
+        key: [v[i] for v in points(COCO, LOW)] for i, key in enumerate(("x", "y", "visible"))}}]),
+    "Ultralytics, normalised, without confidence": ("ultralytics", [{"keypoints": {
+        "x": [v[0] for v in points(COCO, scale=(W, H))],
+        "y": [v[1] for v in points(COCO, scale=(W, H))]}}]),
+    "LabelMe": ("labelme", {"version": "5.2.1", "imageWidth": W, "imageHeight": H, "shapes": [
+        {"label": "person", "points": [[0, 0], [9, 9]], "shape_type": "rectangle"},
+        *({"label": name, "points": [[x, y]], "group_id": 1, "shape_type": "point"}
+          for name, (x, y, c) in zip(["neck", *COCO], points(["neck", *COCO]), strict=True) if c)]}),
+    "Label Studio": ("label-studio", [{"id": 7, "data": {"img": "/data/1.jpg"}, "annotations": [
+        {"was_cancelled": True, "result": []}, {"result": LABEL_STUDIO}]},
+        {"id": 8, "data": {"img": "/data/2.jpg"}, "annotations": []}][::-1]),
+    "Label Studio, JSON-MIN": ("label-studio", [{"img": "/data/1.jpg", "id": 7, "kp-1": [
+        {"original_width": W, "original_height": H} | p["value"] for p in LABEL_STUDIO]}]),
     "PoseNet": ("tfjs", {"score": .9, "keypoints": [
         {"part": name.split("_")[0] + "".join(w.title() for w in name.split("_")[1:]),
          "position": {"x": x, "y": y}, "score": c}
         for name, (x, y, c) in zip(COCO, points(COCO, LOW), strict=True)]}),
 }
 UNMARKED = ("seed", "BlazePose rows")                           # they cannot mark a missing joint
-SIZED = ("seed", "COCO annotations", "COCO annotations in another order", "ComfyUI", "ControlNet")
+SIZED = ("seed", "ComfyUI", "ControlNet", "an editor", "an editor's people", "LabelMe",
+         "Ultralytics, normalised, without confidence",
+         *(case for case in FILES if case.startswith("COCO annotations")))
 
 
 def write(path, content) -> str:
@@ -201,6 +257,57 @@ def test_encodings_of_a_windows_shell(tmp_path, encoding):
         assert len(pose_files.load_poses(tmp_path / "p.txt").poses) == 1
 
 
+@pytest.mark.parametrize("case", FILES)
+def test_a_keypoint_file_of_any_format_labels_an_image(tmp_path, case):
+    """An image without a size in its file gives its own, upright: here it is stored turned."""
+    yolo = FILES[case][0] == "yolo"
+    image = tmp_path / "images" / "a.jpg"
+    label = tmp_path / ("labels/a.txt" if yolo else "keypoints/a.json")
+    image.parent.mkdir()
+    label.parent.mkdir()
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (H, W)).save(image, exif=turned)
+    write(label, FILES[case][1])
+    ds = PoseFolder(tmp_path, 32)
+    if "frames" in case:
+        with pytest.raises(DataError, match="must have one"):
+            ds.pose(0)
+        return
+    truth = pose_files.load_poses(label, canvas=(W, H)).poses[0]
+    np.testing.assert_array_equal(ds.pose(0), truth)
+    assert has_keypoints(tmp_path)
+
+
+def test_images_in_which_nobody_is_are_skipped(tmp_path, capsys):
+    for kind, suffix, some, nobody in (
+            ("keypoints", "_keypoints.json", json.dumps(openpose(OPENPOSE_18) | CANVAS),
+             ['{"version": 1.3, "people": []}', "[]"]),
+            ("labels", ".txt", yolo(), ["", None, "0 .5 .5 .9 .9" + " 0.000000" * 51])):
+        root = tmp_path / kind
+        for i, text in enumerate([some, *nobody]):
+            (root / "images" / "train").mkdir(parents=True, exist_ok=True)
+            (root / kind / "train").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (W, H)).save(root / "images" / "train" / f"{i}.png")
+            if text is not None:
+                (root / kind / "train" / f"{i}{suffix}").write_text(text)
+        for path in (root, root / "images" / "train"):
+            ds = PoseFolder(path, 32)
+            assert has_keypoints(path) and ds.paths == [str(root / "images" / "train" / "0.png")]
+        assert len(ds.skipped) == len(nobody)
+        assert not ds.broken and ds[0][1][:, 2].any()
+        main([str(root), "--out", str(tmp_path / "out"), "--workers", "0"])
+        assert "orphan" not in capsys.readouterr().out
+
+
+def test_an_export_of_several_datasets_names_them(tmp_path):
+    for part in ("train", "valid"):
+        (tmp_path / part).mkdir()
+        write(tmp_path / part / "_annotations.coco.json", coco())
+    with pytest.raises(DataError, match="give .*train or .*valid"):
+        PoseFolder(tmp_path, 32)
+
+
 # ---------------------------------------------------------------------------------- the traps
 
 def test_trap_1_one_schema_two_units(tmp_path):
@@ -215,15 +322,33 @@ def test_trap_1_one_schema_two_units(tmp_path):
 
 
 @pytest.mark.parametrize("content, words", [
-    (coco(POSETRACK), ["eye_left", "head_top"]),
-    ([dict.fromkeys(POSETRACK, {"x": 1, "y": 2})], ["head_top"]),
+    (coco(H36M), ["nose", "root", "categories[0].keypoints"]),
+    (coco(["a", "b", *COCO[2:], *COCO[:2]], keypoints=flat(COCO)), ["51 values for 19 names"]),
+    (coco(CROWDPOSE[::-1], keypoints=flat(COCO)), ["51 values for 14 names"]),
+    ([{"horn": {"x": 1, "y": 2}, "tail": {"x": 1, "y": 2}}], ["not a known"]),
+    ({"shapes": [{"label": "cat", "points": [[1, 2]], "shape_type": "point"}]}, ["cat", "shapes"]),
+    ({"shapes": [{"label": "nose", "points": [[1, 2]]}] * 2}, ["nose twice", "group"]),
     ({"meta_info": {"keypoint_id2name": H36M}, "instance_info": []}, ["nose", "keypoint_id2name"]),
+    ([{"name": "person", "class": 0, "box": {"x1": 1}}], ["[0] has no keypoints", "a box alone"]),
     ([{"keypoints": [[1, 2]] * 5, "keypoint_scores": [1] * 5}], ["5 joints"]),
     ([{"keypoints": [[1, 2, 3]] * 17, "keypoint_scores": [1] * 17}], ["3-D", "[0].keypoints"]),
     ({"people": [{"pose_keypoints_3d": [1.0] * 72}]}, ["3-D"])], ids=str)
 def test_trap_2_seventeen_joints_need_not_be_cocos(tmp_path, content, words):
     sentence = refusal(tmp_path, content)
     assert all(word in sentence for word in words), sentence
+
+
+@pytest.mark.parametrize("names", [CROWDPOSE, AIC, MPII, POSETRACK, CROWDPOSE[:12]])
+def test_trap_2_another_skeleton_with_our_body_is_read_by_name(tmp_path, names):
+    mmpose = {"meta_info": {"keypoint_id2name": names}, "instance_info": [{"instances": [
+        {"keypoints": [v[:2] for v in points(names, LOW)],
+         "keypoint_scores": [v[2] for v in points(names, LOW)]}]}]}
+    for content in (coco(names), mmpose):
+        file = write(tmp_path / "p.json", content)
+        (pose,) = pose_files.load_poses(file, canvas=(W, H)).poses
+        here = [ours(name) for name in names if ours(name) != MISSING]
+        truth = [(x / W, y / H, 1) if name in here else (0, 0, 0) for name, (x, y) in XY.items()]
+        np.testing.assert_allclose(pose, truth, atol=1e-7)
 
 
 def test_trap_3_confidence_decides_what_is_missing(tmp_path):
@@ -255,6 +380,37 @@ def test_trap_5_coco_has_crowds_empty_persons_and_boxes(tmp_path):
     np.testing.assert_array_equal(poses["a.jpg"][0], found.poses[0])
     boxes = [{"bbox": [277.1, 45.6, 225, 333.5], "category_id": 1, "image_id": 785, "score": 0.99}]
     assert "no keypoints" in refusal(tmp_path, boxes) and "[0]" in refusal(tmp_path, boxes)
+
+
+@pytest.mark.parametrize("bad, reason", [
+    ({"image_id": 6}, "image_id 6, which is not among the images"), ({"image_id": None}, "None"),
+    ({"keypoints": [1, 2, 2] * 16}, "48 values"), ({"keypoints": "x"}, "'x'"),
+    ({"keypoints": [1e9, 1, 2] * 17}, "far outside"), ({"category_id": 2}, "root")], ids=str)
+def test_one_bad_annotation_is_counted_and_left_out(tmp_path, capsys, bad, reason):
+    data = coco()
+    person = data["annotations"][0]
+    data["annotations"] = [person | bad, person]
+    data["categories"] += [{"id": 2, "keypoints": H36M}, {"id": 3, "keypoints": []}]
+    file = write(tmp_path / "p.json", data)
+    found = pose_files.load_poses(file)
+    assert "1 person; 1 of 2 annotations" in found.taken_for and reason in found.taken_for
+    poses, refused = pose_files.read_coco(file)
+    assert not refused and len(poses["a.jpg"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "1 of 2 annotations" in said and reason in said
+    data["annotations"].pop()
+    assert reason in refusal(tmp_path, data)
+    poses, refused = pose_files.read_coco(write(tmp_path / "p.json", data))
+    assert poses == {"a.jpg": []} and list(refused) == ["a.jpg"] * ("image_id" not in bad)
+
+
+@pytest.mark.parametrize("how, people", [
+    ({"keypoints": []}, 0), ({"keypoints": None}, 0), ({"keypoints": [0] * 51}, 0),
+    ({"num_keypoints": None}, 1), ({"num_keypoints": "0"}, 0), ({"iscrowd": "1"}, 0),
+    ({"iscrowd": "0"}, 1), ({"iscrowd": None}, 1)], ids=str)
+def test_what_an_annotation_leaves_out_is_no_error(tmp_path, capsys, how, people):
+    poses, refused = pose_files.read_coco(write(tmp_path / "p.json", coco(**how)))
+    assert len(poses["a.jpg"]) == people and not refused and not capsys.readouterr().err
 
 
 def test_trap_4_nobody_somebody_several(tmp_path):
