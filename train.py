@@ -65,10 +65,12 @@ from keypoints import ConditionConfig, draw
 from ldm import LDM
 from metrics.condition import condition_each, condition_means, loss_each
 from metrics.images import box_baseline, reconstruction
+from metrics.keypoint_detector import FEATURE_WIDTHS, DetectorDistance, KeypointDetector
 from metrics.overfit import ROW_OF, OverfitMonitor, overfitting, standard_error
 from unet import UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
+FEATURES = Path(__file__).parent / "assets/features.pt"     # of DetectorDistance
 STAGE_1 = "runs/vq/last.pt"     # the checkpoint that stage 2 takes by default
 INTERRUPTED, LOST = 130, 3      # exit status after Ctrl-C, and where another rank is gone
 CLIP = 1.0                      # the largest gradient norm
@@ -405,12 +407,12 @@ def steps_bar(run: RunDir, steps: int) -> tqdm:
 # ------------------------------------------------------------------------------ stage 1
 
 def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDataset,
-             lpips: LPIPS | None) -> int:
+             distances: dict[str, nn.Module]) -> int:
     """Trains the autoencoder; returns the steps made, fewer than c.steps where it was stopped."""
     r, device = c.recipe, torch.device(c.device)
     torch.manual_seed(c.seed)
     model = prepare(VQModel(c.vq_config), c)
-    objective = VQLoss(r.loss, lpips).to(device, memory_format=torch.channels_last)
+    objective = VQLoss(r.loss, **distances).to(device, memory_format=torch.channels_last)
     disc, codebook, last_layer = objective.disc, model.quantize, model.decoder.conv_out.weight
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer, scaler = adamw(params, r), make_scaler(c)
@@ -582,16 +584,23 @@ def preview_vq(path: Path, model: VQModel, val: data.ImageDataset, c: Config, re
                     title=f"{path.stem}: {result['psnr']:.2f} dB, box {result['psnr_box']:.2f} dB")
 
 
-def load_lpips(c: Config) -> LPIPS | None:
-    """The perceptual distance of config c; ValueError where it needs weights and has none."""
-    if not c.recipe.loss.perceptual:
-        return None
-    if not c.lpips:
-        raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, which needs "
-                         "weights: give them with --lpips-weights FILE [FILE], fetch them with "
-                         "--download-lpips (528 MB), or train without: --perceptual off")
-    from formats import lpips
-    return lpips.load_lpips(c.lpips)
+def load_distances(c: Config) -> dict[str, nn.Module]:
+    """The perceptual distances of config c, by the names of VQLoss; ValueError where weights of
+    LPIPS are missing."""
+    distances = {}
+    if c.recipe.loss.detector:
+        distance = DetectorDistance(KeypointDetector(c.size, FEATURE_WIDTHS))
+        checkpoint.fill(distance, checkpoint.read(FEATURES), str(FEATURES))
+        distances["detector"] = distance
+    if c.recipe.loss.perceptual:
+        if not c.lpips:
+            raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, which "
+                             "needs weights: give them with --lpips-weights FILE [FILE], fetch "
+                             "them with --download-lpips (528 MB), or train without: "
+                             "--perceptual off")
+        from formats import lpips
+        distances["lpips"] = lpips.load_lpips(c.lpips)
+    return distances
 
 
 # ------------------------------------------------------------------------------ stage 2
@@ -803,7 +812,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
     broken = run.dir / (f"broken-{rank()}.txt" if rank() else "broken.txt")
     with data.naming_broken(broken, train, val):
         if c.stage == "vq":
-            loop, needs = train_vq, (train, val, load_lpips(c))
+            loop, needs = train_vq, (train, val, load_distances(c))
         else:
             loop, needs = train_ldm, (vq, open_latents(c, run.dir, vq, train), val)
         if c.steps is None or c.eval_every is None:
@@ -963,8 +972,11 @@ def measure_figures(c: Config) -> float:
     """Seconds of a step on procedural figures, which every machine has."""
     train, val = data.open_data(f"figures:{2 * c.recipe.batch_size}", c.size, None)
     if c.stage == "vq":
-        lpips = LPIPS() if c.recipe.loss.perceptual else None       # its weights do not matter here
-        return measure_speed(c, train_vq, (train, val, lpips))[0]
+        loss = replace(c.recipe.loss, perceptual=0.0)
+        distances = load_distances(replace(c, recipe=replace(c.recipe, loss=loss)))
+        if c.recipe.loss.perceptual:
+            distances["lpips"] = LPIPS()                    # its weights do not matter here
+        return measure_speed(c, train_vq, (train, val, distances))[0]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:     # Windows: mapped
         vq = prepare(VQModel(c.vq_config).eval().requires_grad_(False), c)
         cache = open_latents(c, Path(folder), vq, train)
