@@ -143,12 +143,14 @@ BIG_LDM = Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)
 # fmt: off
 PRESETS = {
     # Both stages in minutes on a CPU: a shortcut around the autoencoder, v-prediction and Muon make
-    # it learn several times faster (benchmarks/RESULTS.md).
+    # it learn several times faster, and a perceptual distance keeps limbs and hands
+    # (benchmarks/RESULTS.md).
     "toy": Preset(
         64, VQConfig(ch=16, ch_mult=(1, 2, 4), n_embed=2048, resolution=64, shortcut=True,
                      **NORM_FREE),
         _unet(64, (1, 2, 2), (2, 4), 4, blocks=1), ConditionConfig(MAPS, 64),
-        vq=Recipe(8, 1e-3, steps=400, lr_final=0.03, quantize_start=0.15, eval_images=128),
+        vq=Recipe(8, 1e-3, steps=400, lr_final=0.03, quantize_start=0.15, eval_images=128,
+                  loss=VQLossConfig(detector=0.2)),
         ldm=Recipe(32, 5e-4, steps=360, lr_final=0.05, muon=2.5, eval_images=96),
         schedule=SCHEDULE | {"prediction": "v"}),
     # An hour and four hours on two cores. lr 1e-3 diverges at 128 pixels.
@@ -258,7 +260,9 @@ def make_config(args: argparse.Namespace) -> Config:
 def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
     """The objective of stage 1: the preset's, changed by the flags."""
     if args.disc_weight and not loss.disc_weight:
-        loss = replace(VQGAN, perceptual=loss.perceptual)
+        loss = replace(VQGAN, perceptual=loss.perceptual, detector=loss.detector)
+    if data.is_folder(args.data):       # the detector knows figures: on renders it gains nothing
+        loss = replace(loss, detector=0.0)
     loss = replace(loss, **given(perceptual=args.perceptual, disc_weight=args.disc_weight,
                                  disc_start=args.disc_start))
     if args.disc_start is not None and not loss.disc_weight:
