@@ -146,8 +146,8 @@ PRESETS = {
     # it learn several times faster, and a perceptual distance keeps limbs and hands
     # (benchmarks/RESULTS.md).
     "toy": Preset(
-        64, VQConfig(ch=16, ch_mult=(1, 2, 4), n_embed=2048, resolution=64, shortcut=True,
-                     **NORM_FREE),
+        64, VQConfig(ch=16, ch_mult=(1, 2, 4), embed_dim=4, z_channels=4, n_embed=4096,
+                     resolution=64, shortcut=True, **NORM_FREE),
         _unet(64, (1, 2, 2), (2, 4), 4, blocks=1), ConditionConfig(MAPS, 64),
         vq=Recipe(8, 1e-3, steps=400, lr_final=0.03, quantize_start=0.15, eval_images=128,
                   loss=VQLossConfig(detector=0.2)),
@@ -236,7 +236,7 @@ def make_config(args: argparse.Namespace) -> Config:
     recipe = replace(getattr(preset, args.stage), **given(batch_size=args.batch_size, lr=args.lr))
     if not ldm:
         recipe = replace(recipe, loss=make_loss(recipe.loss, args))
-    out, cond, latent = args.out or f"runs/{args.stage}", preset.cond, preset.vq_config.embed_dim
+    out, cond = args.out or f"runs/{args.stage}", preset.cond
     if args.condition:
         cond = replace(cond, conditioning=tuple(args.condition.split("+")))
     device = checkpoint.find_device(args.device)
@@ -251,10 +251,15 @@ def make_config(args: argparse.Namespace) -> Config:
         minutes=args.minutes, steps=args.steps or (None if args.minutes else recipe.steps),
         eval_every=args.eval_every, keep_every=args.keep_every, patience=args.patience,
         recipe=recipe, vq_config=preset.vq_config,
-        unet_config=UNetConfig(in_channels=latent + cond.map_channels, out_channels=latent,
-                               context_dim=cond.context_dim, **preset.unet) if ldm else None,
+        unet_config=unet_for(preset.vq_config, cond, UNetConfig(**preset.unet)) if ldm else None,
         cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None,
         normalise=preset.normalise, lpips=tuple(args.lpips_weights or ()))
+
+
+def unet_for(vq: VQConfig, cond: ConditionConfig, unet: UNetConfig) -> UNetConfig:
+    """`unet` with the channels of the latents and of the conditioning."""
+    return replace(unet, in_channels=vq.embed_dim + cond.map_channels, out_channels=vq.embed_dim,
+                   context_dim=cond.context_dim)
 
 
 def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
@@ -784,12 +789,10 @@ def poses_kept(cache: LatentCache) -> Tensor:
 def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
     """ValueError where the autoencoder of stage 1 does not fit the preset; `size`, where known, is
     that of its images."""
-    ours = c.vq_config
-    if (theirs.factor, theirs.embed_dim, size or c.size) != (ours.factor, ours.embed_dim, c.size):
-        raise ValueError(f"{c.vq} is an f{theirs.factor} autoencoder with {theirs.embed_dim} "
-                         f"latent channels for {size or 'any'} pixels, but preset {c.preset} has "
-                         f"f{ours.factor}, {ours.embed_dim} and {c.size}; train both stages with "
-                         "the same --preset")
+    if (theirs.factor, size or c.size) != (c.vq_config.factor, c.size):
+        raise ValueError(f"{c.vq} is an f{theirs.factor} autoencoder for {size or 'any'} pixels, but "
+                         f"preset {c.preset} has f{c.vq_config.factor} and {c.size}; train both "
+                         "stages with the same --preset")
 
 
 # ------------------------------------------------------------------------------ a run
@@ -802,7 +805,8 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         used = f", latents of {checkpoint.dated(c.vq, stage_1['step'])}"
         vq = prepare(checkpoint.build_vq(stage_1, c.vq), c)
         check_latents(c, vq.config, stage_1["config"]["size"])
-        c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]))
+        c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]),
+                    unet_config=unet_for(vq.config, c.cond_config, c.unet_config))
     train, val = data.open_data(c.data, c.size, c.val,
                                 c.stage == "vq" and c.workers == 0, c.trim_bars)
     c = replace(c, images=len(train), data_hash=data.data_hash(train, c.val and val))

@@ -344,7 +344,8 @@ def test_the_noise_of_an_image_reproduces_it(go, ckpt, figure, capsys):
     assert error("--ckpt", "bound.pt") < 0.02               # without a null pose: under this pose
     capsys.readouterr()
     go(WAVING, "--noise-from", figure, "--spacing", "uniform")          # 6 steps asked for become 7
-    assert capsys.readouterr().err.count("7/7") == 2                    # inverting and sampling
+    ends = capsys.readouterr().err.split("sampling", 1)                 # a bar may end twice
+    assert all("7/7" in bar and "8/" not in bar for bar in ends)
 
 
 def test_a_morph_ends_at_the_plain_samples(go):

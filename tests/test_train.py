@@ -315,7 +315,7 @@ def test_ctrl_c_while_the_speed_is_measured_leaves_nothing_behind(tmp_path, monk
     assert not [*tmp_path.glob("tmp*")] and [p.name for p in (tmp_path / "run").iterdir()] == ["lock"]
 
 
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_both_stages_learn(tmp_path, monkeypatch, amp):
     """In fp16 too, which the flag refuses on a CPU."""
     monkeypatch.setattr(train, "find_amp", lambda name, device: amp)
@@ -602,7 +602,7 @@ def test_a_published_stage_one_is_trained_on_and_its_result_is_one_file(tmp_path
     assert made["vq_config"]["ch"] == 32 and made["config"]["size"] == 32
     assert train.main(command("ldm", tmp_path / "other", *flags, preset="f8")) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "f4 autoencoder with 3 latent channels" in error
+    assert "f4 autoencoder" in error
 
 
 def test_stage_two_takes_a_stage_one_that_fits_or_names_what_would(trained, tmp_path, capsys):
