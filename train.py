@@ -790,9 +790,9 @@ def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
     """ValueError where the autoencoder of stage 1 does not fit the preset; `size`, where known, is
     that of its images."""
     if (theirs.factor, size or c.size) != (c.vq_config.factor, c.size):
-        raise ValueError(f"{c.vq} is an f{theirs.factor} autoencoder for {size or 'any'} pixels, but "
-                         f"preset {c.preset} has f{c.vq_config.factor} and {c.size}; train both "
-                         "stages with the same --preset")
+        raise ValueError(f"{c.vq} is an f{theirs.factor} autoencoder for {size or 'any'} pixels, "
+                         f"but preset {c.preset} has f{c.vq_config.factor} and {c.size}; train "
+                         "both stages with the same --preset")
 
 
 # ------------------------------------------------------------------------------ a run
