@@ -492,10 +492,9 @@ class VQLoss(nn.Module):
                  detector: nn.Module | None = None):
         super().__init__()
         self.config = config
-        weighted = {"lpips": (config.perceptual, lpips), "detector": (config.detector, detector)}
-        self.weights = {name: weight for name, (weight, _) in weighted.items() if weight}
-        self.distances = nn.ModuleDict({name: weighted[name][1] for name in self.weights})
-        self.distances.eval().requires_grad_(False)
+        self.perceptual_loss, self.detector_loss = lpips, detector
+        for distance in filter(None, (lpips, detector)):
+            distance.eval().requires_grad_(False)
         self.disc = PatchDiscriminator() if config.disc_weight else None
 
     def disc_factor(self, step: int, steps: int) -> float:
@@ -522,9 +521,11 @@ class VQLoss(nn.Module):
             x_hat = x_hat.float()
             nll = (x - x_hat).abs().mean()
             terms = {"l1": nll}
-            for name, weight in self.weights.items():
-                terms[name] = self.distances[name](x, x_hat).mean()
-                nll = nll + weight * terms[name]
+            for name, weight, distance in (("lpips", c.perceptual, self.perceptual_loss),
+                                           ("detector", c.detector, self.detector_loss)):
+                if weight:
+                    terms[name] = distance(x, x_hat).mean()
+                    nll = nll + weight * terms[name]
             loss = nll + codebook_loss
             if disc_factor > 0:
                 self.disc.requires_grad_(False)     # its gradients come from `discriminator` only

@@ -556,7 +556,7 @@ def test_what_flags_make_of_a_preset():
     def config(*flags: str) -> train.Config:
         return train.make_config(train.parse_args(["--stage", "vq", *flags]))
     assert config("--disc-weight", "0.5").recipe.loss == train.replace(
-        train.VQGAN, perceptual=0.0, disc_weight=0.5)       # comes in as softly as elsewhere
+        train.VQGAN, perceptual=0.0, detector=0.2, disc_weight=0.5)       # comes in as softly as elsewhere
     assert not config("--preset", "base", "--perceptual", "off").recipe.loss.perceptual
     faithful = config("--preset", "danbooru").recipe
     assert faithful.loss == VQLossConfig(perceptual=1.0, disc_weight=0.8, disc_start=10_000)
@@ -570,7 +570,7 @@ def test_how_the_pose_enters_can_be_chosen(preset, condition, context, concat):
     flags = ["--stage", "ldm", "--preset", preset]
     flags += ["--condition", condition] if condition else []
     unet = train.make_config(train.parse_args(flags)).unet_config
-    assert unet.context_dim == context and unet.in_channels == 3 + concat
+    assert unet.context_dim == context and unet.in_channels == (4 if preset == "toy" else 3) + concat
 
 
 def test_a_context_width_that_differs_is_refused():

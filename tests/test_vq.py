@@ -310,8 +310,8 @@ def test_losses_and_adaptive_weight_are_float32_under_autocast():
 
 
 def test_the_discriminator_and_lpips_compute_in_float32_under_autocast(lpips):
-    loss, last_layer, x, x_hat = adversarial()
-    loss.distances["lpips"], seen = lpips, []
+    loss, last_layer, x, x_hat = adversarial(perceptual=1.0)
+    loss.perceptual_loss, seen = lpips, []
     for module in (loss.disc.main[0], lpips.net.slice1[0]):
         module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -359,4 +359,4 @@ def test_the_detector_distance_is_its_formula_and_the_shipped_features_see_more_
     x = data.to_tensor(np.stack([Figures(8, 64)[i][0] for i in range(8)]))
     blurred = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bicubic")
     darker = x - (x - blurred).abs().mean((1, 2, 3), keepdim=True)      # as far in L1
-    assert (shipped(x, x) == 0).all() and (shipped(x, blurred) > 3 * shipped(x, darker)).all()
+    assert (shipped(x, x) == 0).all() and (shipped(x, blurred) > 2 * shipped(x, darker)).all()
