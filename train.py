@@ -65,10 +65,12 @@ from keypoints import ConditionConfig, draw
 from ldm import LDM
 from metrics.condition import condition_each, condition_means, loss_each
 from metrics.images import box_baseline, reconstruction
+from metrics.keypoint_detector import FEATURE_WIDTHS, DetectorDistance, KeypointDetector
 from metrics.overfit import ROW_OF, OverfitMonitor, overfitting, standard_error
 from unet import UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
+FEATURES = Path(__file__).parent / "assets/features.pt"     # of DetectorDistance
 STAGE_1 = "runs/vq/last.pt"     # the checkpoint that stage 2 takes by default
 INTERRUPTED, LOST = 130, 3      # exit status after Ctrl-C, and where another rank is gone
 CLIP = 1.0                      # the largest gradient norm
@@ -141,12 +143,14 @@ BIG_LDM = Recipe(32, 1e-4, steps=225_000, lr_final=0.1, warmup=1000)
 # fmt: off
 PRESETS = {
     # Both stages in minutes on a CPU: a shortcut around the autoencoder, v-prediction and Muon make
-    # it learn several times faster (benchmarks/RESULTS.md).
+    # it learn several times faster, and a perceptual distance keeps limbs and hands
+    # (benchmarks/RESULTS.md).
     "toy": Preset(
-        64, VQConfig(ch=16, ch_mult=(1, 2, 4), n_embed=2048, resolution=64, shortcut=True,
-                     **NORM_FREE),
+        64, VQConfig(ch=16, ch_mult=(1, 2, 4), embed_dim=4, z_channels=4, n_embed=4096,
+                     resolution=64, shortcut=True, **NORM_FREE),
         _unet(64, (1, 2, 2), (2, 4), 4, blocks=1), ConditionConfig(MAPS, 64),
-        vq=Recipe(8, 1e-3, steps=400, lr_final=0.03, quantize_start=0.15, eval_images=128),
+        vq=Recipe(8, 1e-3, steps=400, lr_final=0.03, quantize_start=0.15, eval_images=128,
+                  loss=VQLossConfig(detector=0.2)),
         ldm=Recipe(32, 5e-4, steps=360, lr_final=0.05, muon=2.5, eval_images=96),
         schedule=SCHEDULE | {"prediction": "v"}),
     # An hour and four hours on two cores. lr 1e-3 diverges at 128 pixels.
@@ -232,7 +236,7 @@ def make_config(args: argparse.Namespace) -> Config:
     recipe = replace(getattr(preset, args.stage), **given(batch_size=args.batch_size, lr=args.lr))
     if not ldm:
         recipe = replace(recipe, loss=make_loss(recipe.loss, args))
-    out, cond, latent = args.out or f"runs/{args.stage}", preset.cond, preset.vq_config.embed_dim
+    out, cond = args.out or f"runs/{args.stage}", preset.cond
     if args.condition:
         cond = replace(cond, conditioning=tuple(args.condition.split("+")))
     device = checkpoint.find_device(args.device)
@@ -247,16 +251,23 @@ def make_config(args: argparse.Namespace) -> Config:
         minutes=args.minutes, steps=args.steps or (None if args.minutes else recipe.steps),
         eval_every=args.eval_every, keep_every=args.keep_every, patience=args.patience,
         recipe=recipe, vq_config=preset.vq_config,
-        unet_config=UNetConfig(in_channels=latent + cond.map_channels, out_channels=latent,
-                               context_dim=cond.context_dim, **preset.unet) if ldm else None,
+        unet_config=unet_for(preset.vq_config, cond, UNetConfig(**preset.unet)) if ldm else None,
         cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None,
         normalise=preset.normalise, lpips=tuple(args.lpips_weights or ()))
+
+
+def unet_for(vq: VQConfig, cond: ConditionConfig, unet: UNetConfig) -> UNetConfig:
+    """`unet` with the channels of the latents and of the conditioning."""
+    return replace(unet, in_channels=vq.embed_dim + cond.map_channels, out_channels=vq.embed_dim,
+                   context_dim=cond.context_dim)
 
 
 def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
     """The objective of stage 1: the preset's, changed by the flags."""
     if args.disc_weight and not loss.disc_weight:
-        loss = replace(VQGAN, perceptual=loss.perceptual)
+        loss = replace(VQGAN, perceptual=loss.perceptual, detector=loss.detector)
+    if data.is_folder(args.data):       # the detector knows figures: on renders it gains nothing
+        loss = replace(loss, detector=0.0)
     loss = replace(loss, **given(perceptual=args.perceptual, disc_weight=args.disc_weight,
                                  disc_start=args.disc_start))
     if args.disc_start is not None and not loss.disc_weight:
@@ -405,12 +416,12 @@ def steps_bar(run: RunDir, steps: int) -> tqdm:
 # ------------------------------------------------------------------------------ stage 1
 
 def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDataset,
-             lpips: LPIPS | None) -> int:
+             distances: dict[str, nn.Module]) -> int:
     """Trains the autoencoder; returns the steps made, fewer than c.steps where it was stopped."""
     r, device = c.recipe, torch.device(c.device)
     torch.manual_seed(c.seed)
     model = prepare(VQModel(c.vq_config), c)
-    objective = VQLoss(r.loss, lpips).to(device, memory_format=torch.channels_last)
+    objective = VQLoss(r.loss, **distances).to(device, memory_format=torch.channels_last)
     disc, codebook, last_layer = objective.disc, model.quantize, model.decoder.conv_out.weight
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer, scaler = adamw(params, r), make_scaler(c)
@@ -582,16 +593,23 @@ def preview_vq(path: Path, model: VQModel, val: data.ImageDataset, c: Config, re
                     title=f"{path.stem}: {result['psnr']:.2f} dB, box {result['psnr_box']:.2f} dB")
 
 
-def load_lpips(c: Config) -> LPIPS | None:
-    """The perceptual distance of config c; ValueError where it needs weights and has none."""
-    if not c.recipe.loss.perceptual:
-        return None
-    if not c.lpips:
-        raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, which needs "
-                         "weights: give them with --lpips-weights FILE [FILE], fetch them with "
-                         "--download-lpips (528 MB), or train without: --perceptual off")
-    from formats import lpips
-    return lpips.load_lpips(c.lpips)
+def load_distances(c: Config) -> dict[str, nn.Module]:
+    """The perceptual distances of config c, by the names of VQLoss; ValueError where weights of
+    LPIPS are missing."""
+    distances = {}
+    if c.recipe.loss.detector:
+        distance = DetectorDistance(KeypointDetector(c.size, FEATURE_WIDTHS))
+        checkpoint.fill(distance, checkpoint.read(FEATURES), str(FEATURES))
+        distances["detector"] = distance
+    if c.recipe.loss.perceptual:
+        if not c.lpips:
+            raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, which "
+                             "needs weights: give them with --lpips-weights FILE [FILE], fetch "
+                             "them with --download-lpips (528 MB), or train without: "
+                             "--perceptual off")
+        from formats import lpips
+        distances["lpips"] = lpips.load_lpips(c.lpips)
+    return distances
 
 
 # ------------------------------------------------------------------------------ stage 2
@@ -771,12 +789,10 @@ def poses_kept(cache: LatentCache) -> Tensor:
 def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
     """ValueError where the autoencoder of stage 1 does not fit the preset; `size`, where known, is
     that of its images."""
-    ours = c.vq_config
-    if (theirs.factor, theirs.embed_dim, size or c.size) != (ours.factor, ours.embed_dim, c.size):
-        raise ValueError(f"{c.vq} is an f{theirs.factor} autoencoder with {theirs.embed_dim} "
-                         f"latent channels for {size or 'any'} pixels, but preset {c.preset} has "
-                         f"f{ours.factor}, {ours.embed_dim} and {c.size}; train both stages with "
-                         "the same --preset")
+    if (theirs.factor, size or c.size) != (c.vq_config.factor, c.size):
+        raise ValueError(f"{c.vq} is an f{theirs.factor} autoencoder for {size or 'any'} pixels, "
+                         f"but preset {c.preset} has f{c.vq_config.factor} and {c.size}; train "
+                         "both stages with the same --preset")
 
 
 # ------------------------------------------------------------------------------ a run
@@ -789,7 +805,8 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         used = f", latents of {checkpoint.dated(c.vq, stage_1['step'])}"
         vq = prepare(checkpoint.build_vq(stage_1, c.vq), c)
         check_latents(c, vq.config, stage_1["config"]["size"])
-        c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]))
+        c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]),
+                    unet_config=unet_for(vq.config, c.cond_config, c.unet_config))
     train, val = data.open_data(c.data, c.size, c.val,
                                 c.stage == "vq" and c.workers == 0, c.trim_bars)
     c = replace(c, images=len(train), data_hash=data.data_hash(train, c.val and val))
@@ -803,7 +820,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
     broken = run.dir / (f"broken-{rank()}.txt" if rank() else "broken.txt")
     with data.naming_broken(broken, train, val):
         if c.stage == "vq":
-            loop, needs = train_vq, (train, val, load_lpips(c))
+            loop, needs = train_vq, (train, val, load_distances(c))
         else:
             loop, needs = train_ldm, (vq, open_latents(c, run.dir, vq, train), val)
         if c.steps is None or c.eval_every is None:
@@ -963,8 +980,11 @@ def measure_figures(c: Config) -> float:
     """Seconds of a step on procedural figures, which every machine has."""
     train, val = data.open_data(f"figures:{2 * c.recipe.batch_size}", c.size, None)
     if c.stage == "vq":
-        lpips = LPIPS() if c.recipe.loss.perceptual else None       # its weights do not matter here
-        return measure_speed(c, train_vq, (train, val, lpips))[0]
+        loss = replace(c.recipe.loss, perceptual=0.0)
+        distances = load_distances(replace(c, recipe=replace(c.recipe, loss=loss)))
+        if c.recipe.loss.perceptual:
+            distances["lpips"] = LPIPS()                    # its weights do not matter here
+        return measure_speed(c, train_vq, (train, val, distances))[0]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:     # Windows: mapped
         vq = prepare(VQModel(c.vq_config).eval().requires_grad_(False), c)
         cache = open_latents(c, Path(folder), vq, train)

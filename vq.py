@@ -58,8 +58,9 @@ class VQConfig:
         if not set(self.attn_resolutions) <= set(sizes):            # else silently no attention
             raise ValueError(f"VQConfig attn_resolutions is {self.attn_resolutions}; the levels "
                              f"have the sizes {sizes}")
-        if self.shortcut and not self.in_channels == self.embed_dim == self.out_ch:
-            raise ValueError("VQConfig shortcut needs a latent with the channels of the image")
+        if self.shortcut and not self.in_channels == self.out_ch <= self.embed_dim:
+            raise ValueError("VQConfig shortcut needs a latent with at least the channels of the "
+                             "image")
 
     @property
     def factor(self) -> int:
@@ -361,14 +362,16 @@ class VQModel(nn.Module):
         assert x.shape[2] % f == x.shape[3] % f == 0, f"{list(x.shape)} is not a multiple of {f}"
         x = x.contiguous(memory_format=torch.channels_last)
         h = self.quant_conv(self.encoder(x, self.checkpointing))
-        return h + SHORTCUT_SCALE * F.avg_pool2d(x, f) if self.config.shortcut else h
+        if self.config.shortcut:                # in the first channels; the others start at zero
+            h = h + F.pad(SHORTCUT_SCALE * F.avg_pool2d(x, f), (0, 0, 0, 0, 0, h.shape[1] - 3))
+        return h
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """z [B, embed_dim, h, w] -> x_hat [B, 3, H, W], without quantisation."""
         z = z.contiguous(memory_format=torch.channels_last)
         x_hat = self.decoder(self.post_quant_conv(z), self.checkpointing)
         if self.config.shortcut:
-            x_hat = x_hat + F.interpolate(z.float() / SHORTCUT_SCALE, mode="bicubic",
+            x_hat = x_hat + F.interpolate(z[:, :3].float() / SHORTCUT_SCALE, mode="bicubic",
                                           scale_factor=self.config.factor)
         return x_hat
 
@@ -469,6 +472,7 @@ class LPIPS(nn.Module):
 @dataclass(frozen=True)
 class VQLossConfig:
     perceptual: float = 0.0     # weight of LPIPS, 1 in the reference; 0: none, needs no weights
+    detector: float = 0.0       # weight of a distance in the features of a keypoint detector
     disc_weight: float = 0.0    # of the adversarial loss, times the adaptive weight; 0: none
     disc_start: float = 0.0     # step at which the discriminator starts; below 1: share of the run
     disc_ramp: float = 0.0      # steps over which its weight grows linearly; below 1: share
@@ -476,18 +480,21 @@ class VQLossConfig:
 
 
 class VQLoss(nn.Module):
-    """L1 + LPIPS + codebook + adversarial hinge loss, in float32 (arXiv:2012.09841 eq. 5 to 7).
+    """L1 + perceptual + codebook + adversarial hinge loss, in float32 (arXiv:2012.09841 eq. 5-7).
+    Perceptual distances, LPIPS and that of a detector, are modules: x, y [B, 3, H, W] -> [B].
 
     A step is `generator(...)`, backward, the autoencoder's optimiser step; then
     `discriminator(...)`, backward, the discriminator's. Both judge the same reconstruction; the
     reference computes a second one.
     """
 
-    def __init__(self, config: VQLossConfig, lpips: LPIPS | None = None):
+    def __init__(self, config: VQLossConfig, lpips: nn.Module | None = None,
+                 detector: nn.Module | None = None):
         super().__init__()
-        assert not config.perceptual or lpips is not None, "a perceptual loss needs LPIPS"
         self.config = config
-        self.perceptual_loss = lpips.eval().requires_grad_(False) if config.perceptual else None
+        self.perceptual_loss, self.detector_loss = lpips, detector
+        for distance in filter(None, (lpips, detector)):
+            distance.eval().requires_grad_(False)
         self.disc = PatchDiscriminator() if config.disc_weight else None
 
     def disc_factor(self, step: int, steps: int) -> float:
@@ -514,9 +521,11 @@ class VQLoss(nn.Module):
             x_hat = x_hat.float()
             nll = (x - x_hat).abs().mean()
             terms = {"l1": nll}
-            if self.perceptual_loss is not None:
-                terms["lpips"] = self.perceptual_loss(x, x_hat).mean()
-                nll = nll + c.perceptual * terms["lpips"]
+            for name, weight, distance in (("lpips", c.perceptual, self.perceptual_loss),
+                                           ("detector", c.detector, self.detector_loss)):
+                if weight:
+                    terms[name] = distance(x, x_hat).mean()
+                    nll = nll + weight * terms[name]
             loss = nll + codebook_loss
             if disc_factor > 0:
                 self.disc.requires_grad_(False)     # its gradients come from `discriminator` only

@@ -22,6 +22,7 @@ from keypoints import JOINTS, MIRROR, heatmaps, on_canvas
 VERSION = 2                     # raise it when training changes: saved detectors are replaced
 SIDES = 64, 128                 # input pixels; the second for images larger than the first
 WIDTHS = 32, 64, 128, 192       # channels at 1/2, 1/4, 1/8 and 1/16 of that
+FEATURE_WIDTHS = 24, 48, 96, 160        # of the detector behind assets/features.pt
 BATCH, STEPS, LR, WARMUP = 32, 2450, 4e-3, 50
 SIGMA = 0.025                   # of the Gaussian around a joint in the target map, in image sides
 WINDOW = 3                      # cells around the highest whose mean is the joint's place
@@ -55,10 +56,10 @@ class KeypointDetector(nn.Module):
     n is half of `side`; the features, D = 192, are the mean over the lowest level.
     """
 
-    def __init__(self, side: int):
+    def __init__(self, side: int, widths: tuple[int, ...] = WIDTHS):
         super().__init__()
-        self.side, first = side, WIDTHS[0]
-        levels = list(zip(WIDTHS, WIDTHS[1:], strict=False))
+        self.side, first = side, widths[0]
+        levels = list(zip(widths, widths[1:], strict=False))
         conv = nn.Conv2d(3, first, 5, stride=2, padding=2, bias=False)
         self.stem = nn.Sequential(conv, nn.BatchNorm2d(first), nn.ReLU())
         self.down = nn.ModuleList([DetectorBlock(first, first)] + [
@@ -91,6 +92,32 @@ class KeypointDetector(nn.Module):
         (logits, features), (mirrored, _) = self(x), self(x.flip(-1))
         xy = peaks((logits + mirrored[:, MIRROR].flip(-1)) / 2).double().cpu().numpy()
         return np.concatenate([xy, np.ones((*xy.shape[:2], 1))], axis=2), features.cpu()
+
+
+class DetectorDistance(nn.Module):
+    """A perceptual distance for small images: x, y [B, 3, H, W] in [-1, 1] -> [B].
+
+    LPIPS (arXiv:1801.03924) with the first layers of a KeypointDetector in place of VGG16: features
+    of unit length, squared differences, mean over pixels and depths. L1 alone blurs the limbs and
+    hands by which a detector finds joints (benchmarks/RESULTS.md). The measures of metrics/pose.py
+    use another detector, of another seed and other widths.
+    """
+
+    def __init__(self, detector: KeypointDetector, depth: int = 3):
+        super().__init__()
+        self.layers = nn.ModuleList([detector.stem, *detector.down[:depth]])
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """Maps [B, C, h, w] after each layer, of unit length along C."""
+        maps = []
+        for layer in self.layers:
+            x = layer(x)
+            maps.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-3))
+        return maps
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        pairs = zip(self.features(x), self.features(y), strict=True)
+        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
 
 
 def peaks(logits: Tensor) -> Tensor:

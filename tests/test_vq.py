@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, golden_weights, relative_error
 
+import data
+import train
 import vq
+from dataset.figures import Figures
+from metrics.keypoint_detector import DetectorDistance, KeypointDetector
 from vq import VectorQuantizer, VQConfig, VQModel
 
 TINY = VQConfig(ch=32, num_res_blocks=1, n_embed=64, resolution=32)     # golden/tiny_f4/config.json
@@ -306,7 +310,7 @@ def test_losses_and_adaptive_weight_are_float32_under_autocast():
 
 
 def test_the_discriminator_and_lpips_compute_in_float32_under_autocast(lpips):
-    loss, last_layer, x, x_hat = adversarial()
+    loss, last_layer, x, x_hat = adversarial(perceptual=1.0)
     loss.perceptual_loss, seen = lpips, []
     for module in (loss.disc.main[0], lpips.net.slice1[0]):
         module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
@@ -337,3 +341,22 @@ def test_every_golden_number_is_looked_at():
         keys = set(arrays.files)
     formatted = "schedule/", "ddim/", "vq/grad_", "unet/out"
     assert [k for k in sorted(keys) if not k.startswith(formatted) and f'"{k}"' not in tests] == []
+
+
+def test_the_detector_distance_is_its_formula_and_the_shipped_features_see_more_than_l1():
+    torch.manual_seed(0)
+    detector = KeypointDetector(64, (4, 8, 8, 8)).eval()
+    distance, (x, y) = DetectorDistance(detector, 1), torch.rand(2, 3, 3, 64, 64) * 2 - 1
+    wanted = torch.zeros(3)
+    a, b = detector.stem(x), detector.stem(y)
+    for p, q in (a, b), (detector.down[0](a), detector.down[0](b)):
+        unit = [m / (m.norm(dim=1, keepdim=True) + 1e-3) for m in (p, q)]
+        wanted += (unit[0] - unit[1]).square().sum(1).mean((1, 2)) / 2
+    torch.testing.assert_close(distance(x, y), wanted)
+
+    c = train.make_config(train.parse_args(["--stage", "vq"]))
+    shipped = train.load_distances(c)["detector"].eval()
+    x = data.to_tensor(np.stack([Figures(8, 64)[i][0] for i in range(8)]))
+    blurred = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bicubic")
+    darker = x - (x - blurred).abs().mean((1, 2, 3), keepdim=True)      # as far in L1
+    assert (shipped(x, x) == 0).all() and (shipped(x, blurred) > 2 * shipped(x, darker)).all()
