@@ -67,12 +67,12 @@ def test_no_output_fails_the_work(tmp_path, name, encoding):
 
 OLD = {
     "Python": "import sys; sys.version_info = (3, 8, 5); sys.version = '3.8.5 (default)'",
-    "torch": "import torch; torch.__version__ = '2.10.1+cpu'",
+    "torch": "import torch; torch.__version__ = '2.5.1+cpu'",
     "no torch": "import sys; sys.modules['torch'] = None",
 }
 
 
-@pytest.mark.parametrize("old, found", [("Python", "Python 3.8.5"), ("torch", "torch 2.10.1+cpu"),
+@pytest.mark.parametrize("old, found", [("Python", "Python 3.8.5"), ("torch", "torch 2.5.1+cpu"),
                                         ("no torch", "torch cannot be imported")])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_old_version_is_told_in_one_sentence(tmp_path, name, old, found):
