@@ -34,6 +34,9 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")     # no EPS: PIL would 
 ZOOM = (0.8, 1.0)               # side of a training crop, as a share of the image's short side
 NO_POSE = np.zeros((len(keypoints.JOINTS), 3))              # every joint missing
 BROKEN_LIMIT = 0.01             # share of images that may be broken before a run ends
+HELD_OUT, HELD_OUT_MOST = 0.1, 0.2          # share of the images that are held out, in whole groups
+HELD_OUT_LEAST, FEWEST_IMAGES = 2, 4        # stage 2 shuffles the poses of held-out images
+FEW_GROUPS = 20                 # of so few, the groups that are not trained on are named
 FIGURES_TRAIN, FIGURES_VAL = 2_000, 512     # procedural figures, where --data gives no number
 FIGURES_VERSION = 1             # raise it when a figure's pixels change, so that caches are renewed
 REMEMBER_BYTES = 2 << 30        # RAM for decoded images
@@ -94,13 +97,14 @@ def read_image(path: str | Path, at_least: int | None = None, ground: str = "whi
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of an image as read_image turns it."""
+    """(width, height) of an image file as it is shown; only its header is read."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             return image.size[::-1] if turned else image.size
-    except Exception as error:
-        raise DataError(f"{path}: not a readable image ({error})") from error
+    except Exception as error:      # as in read_image
+        raise DataError(f"{path}: not a readable image ({error}); replace it or take it out"
+                        ) from error
 
 
 def crop_resize(
@@ -108,7 +112,8 @@ def crop_resize(
     pose: np.ndarray,                           # [17, 3], normalised to that image
     size: int,                                  # side of the square that comes out
     rng: np.random.Generator | None = None,     # draws a crop and mirrors half of the time; None:
-                                                # the centre crop of the whole short side
+                                                # a crop of the whole short side, in the centre or
+                                                # around a person who would not be inside
     zoom: tuple[float, float] = ZOOM,           # range of a drawn crop's side, as a share of the
                                                 # short side; no crop has to be enlarged for it
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -119,21 +124,45 @@ def crop_resize(
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
     W, H = image.size
-    side, across, down, mirror = min(W, H), 0.5, 0.5, False
+    side, at, mirror = min(W, H), (0.5, 0.5), False
     if rng is not None:
-        scale, across, down, coin = rng.random(4)
+        scale, *at, coin = rng.random(4)
         least = max(zoom[0], min(zoom[1], size / side))     # a smaller crop would be enlarged
         side = max(1, round(side * (least + (zoom[1] - least) * scale)))
         mirror = coin < 0.5
-    # Whole pixels: a crop that needs no scaling is then an exact copy.
-    x0 = min(int(across * (W - side + 1)), W - side)
-    y0 = min(int(down * (H - side + 1)), H - side)
-    x1, y1 = x0 + side, y0 + side
+    x0, y0, x1, y1 = place_square(image.size, pose, side, at)
     image = image.resize((size, size), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
     pose = keypoints.crop(pose, (x0 / W, y0 / H, x1 / W, y1 / H))
     if mirror:
         image, pose = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), keypoints.flip(pose)
     return np.array(image), pose.astype(np.float32)
+
+
+def place_square(
+    size: tuple[int, int],                      # (width, height) of the image
+    pose: np.ndarray,                           # [17, 3], normalised to it
+    side: int,                                  # of the square
+    at: Sequence[float] = (0.5, 0.5),           # in 0..1, where in the range of places it lies
+) -> tuple[int, int, int, int]:
+    """The box (x0, y0, x1, y1) of a square in an image, in whole pixels: a crop that needs no
+    scaling is then an exact copy.
+
+    It may lie anywhere in the image. Where the person is not inside the centre crop, it must hold
+    the person, or as many joints as fit.
+    """
+    joints, short, corner = pose[keypoints.on_canvas(pose), :2] * size, min(size), []
+    for length, places, share in zip(size, joints.T, at, strict=True):
+        low, high, centre = 0, length - side, (length - short + 1) // 2
+        x = np.sort(places)
+        if len(x) and (x[0] < centre or x[-1] > centre + short):
+            counts = np.searchsorted(x, x + side, "right") - np.arange(len(x))  # from x to x + side
+            first = counts.argmax()
+            last = first + counts[first] - 1
+            ends = math.ceil(x[last] - side), math.floor(x[first])
+            low, high = (min(max(end, 0), length - side) for end in sorted(ends))
+        corner.append(low + min(int(share * (high - low + 1)), high - low))
+    x0, y0 = corner
+    return x0, y0, x0 + side, y0 + side
 
 
 # -------------------------------------------------------------------------------------- datasets
@@ -174,11 +203,12 @@ class PoseFolder(ImageDataset):
     - a folder with images/ and keypoints/: images/a/b.png goes with keypoints/a/b.json, in any
       format of formats/pose_files.py; or with YOLO's labels/: labels/a/b.txt;
     - a text file that lists such images, one a line, absolute or relative to the file;
-    - a folder with images (in images/ or in itself) and one COCO json (in itself, annotations/ or
-      coco/), or the json: the largest person is taken, `skipped` names the images without one;
+    - a folder with images (in images/ or in itself) and COCO json files (in itself, annotations/ or
+      coco/), or one json: the largest person is taken, `skipped` names the images without one;
     - with `poseless`, also any folder of images; those without keypoints have NO_POSE.
 
-    No image is opened before it is asked for; ds[i] then raises DataError if it is damaged.
+    No image is opened before it is asked for, but for its size where a COCO json has none; ds[i]
+    then raises DataError if it is damaged.
     """
 
     def __init__(
@@ -193,9 +223,10 @@ class PoseFolder(ImageDataset):
         self.size, self.trim_bars = size, trim_bars
         self.paths: list[str] = []                      # of image i
         self.labels: list[str | np.ndarray] = []        # its keypoint file, or its pose [17, 3]
+        self.sizes: list[tuple[float, float] | None] = []   # (width, height) that a COCO json says
         self.broken, self.skipped = {}, []
         self.root, labelled = folder.find(Path(root), poseless)
-        for path, label, why in labelled:
+        for path, label, why, size in labelled:
             if label is None and not why and not poseless:
                 self.skipped.append(path)
             elif not os.path.exists(path):
@@ -205,6 +236,7 @@ class PoseFolder(ImageDataset):
             else:
                 self.paths.append(path)
                 self.labels.append(NO_POSE if label is None else label)
+                self.sizes.append(size)
         self.names = [os.path.relpath(p, self.root).replace(os.sep, "/") for p in self.paths]
         total = len(self.paths) + len(self.broken)
         if not total:
@@ -218,15 +250,22 @@ class PoseFolder(ImageDataset):
     def name(self, i: int) -> str:
         return self.paths[i]
 
-    def pose(self, i: int) -> np.ndarray:
-        """[17, 3], normalised to the whole image."""
+    def label(self, i: int) -> tuple[np.ndarray, tuple[float, float] | None]:
+        """The pose [17, 3], normalised to the whole image i, and the (width, height) that the label
+        says the image has."""
         if not isinstance(self.labels[i], str):
-            return self.labels[i]
+            return self.labels[i], self.sizes[i]
         from formats import pose_files
         try:
-            return pose_files.read_one(self.labels[i], lambda: upright_size(self.paths[i])).poses[0]
+            found = pose_files.read_one(self.labels[i], lambda: upright_size(self.paths[i]))
         except keypoints.PoseError as error:
             raise DataError(str(error)) from error
+        # The seed's 512 x 512 are a unit, whatever the shape of the image.
+        return found.poses[0], None if found.format == "seed" else found.sizes[0]
+
+    def pose(self, i: int) -> np.ndarray:
+        """[17, 3], normalised to the whole image."""
+        return self.label(i)[0]
 
     def whole(self, i: int, at_least: int | None = None) -> tuple[Image.Image, np.ndarray]:
         """Image i as read_image reads it, and its pose."""
@@ -240,7 +279,7 @@ class PoseFolder(ImageDataset):
 
     def groups(self) -> list[str]:
         from dataset import folder
-        return folder.find_groups(self.root, self.names)
+        return folder.find_groups(self.root, self.names).names
 
     def fingerprint(self) -> str:
         """Changes with the images, their poses, the size and trim_bars; of files it looks at sizes
@@ -331,29 +370,55 @@ def naming_broken(path: str | Path, *datasets: ImageDataset) -> Iterator[None]:
             print(f"{len(lines)} broken images were left out; {path} names them", file=sys.stderr)
 
 
-def split(ds: ImageDataset, fraction: float = 0.1) -> tuple[Part, Part]:
-    """(training, validation) by group, never by frame: neighbouring frames of a clip would leak.
+def split(ds: ImageDataset) -> tuple[Part, Part]:
+    """(training, validation): a tenth of the images and at least 2, by group, never by frame:
+    neighbouring frames of a clip would leak. DataError where there are fewer than 4 images.
 
     Groups are taken in the order of their names' crc32: the split is the same on every machine, and
-    a growing dataset keeps nearly all of it. A group of more than half of the images is trained on.
+    a growing dataset keeps nearly all of it. A group that would hold out more than a fifth of the
+    images is trained on. Where the other groups make up less than half a tenth, images are held out
+    one by one, never all of a group.
     """
-    names, members, held = ds.groups(), {}, []
-    if len(set(names)) == 1:
-        names = [Path(ds.name(i)).stem for i in range(len(ds))]
-        print("warning: all images are of one group, so the split is by image, and neighbouring "
-              "frames of a clip leak; name groups in metadata.csv, or give other images with --val",
-              file=sys.stderr)
-    for i, name in enumerate(names):
-        members.setdefault(name, []).append(i)
-    if len(members) < 2:
-        raise DataError("none of the images can be held out; give more, or others with --val")
-    for name in sorted(members, key=lambda name: zlib.crc32(name.encode(errors="surrogateescape"))):
-        n = len(members[name])
-        if len(held) >= max(1, fraction * len(names)):
-            break
-        if 2 * n <= len(names) and len(held) + n < len(names):
-            held += members[name]
-    return Part(ds, sorted(set(range(len(names))) - set(held))), Part(ds, sorted(held))
+    n, groups = len(ds), ds.groups()
+    if n < FEWEST_IMAGES:
+        raise DataError(f"{n} images are too few to train on some and hold out {HELD_OUT_LEAST}; "
+                        f"give at least {FEWEST_IMAGES}, or others with --val")
+    wanted, members, held = max(HELD_OUT_LEAST, HELD_OUT * n), {}, []
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    for group in sorted(members, key=hash_of_name):
+        if len(held) < wanted and len(held) + len(members[group]) <= max(wanted, HELD_OUT_MOST * n):
+            held += members[group]
+    few = len(members) < FEW_GROUPS and any(len(some) > 1 for some in members.values())
+    if len(held) < max(HELD_OUT_LEAST, wanted / 2):
+        held = one_by_one(ds, members, wanted)
+        print(f"warning: the groups are too large to hold out whole ones ({shorten(members)}), so "
+              "the split is by image, and neighbouring frames of a clip leak; name groups in "
+              "metadata.csv, or give other images with --val", file=sys.stderr)
+    elif few:
+        left_out = {groups[i]: None for i in sorted(held)}
+        print(f"warning: all images of {shorten(left_out)} are held out, none is trained on; if "
+              "you need them, give other images with --val", file=sys.stderr)
+    return Part(ds, sorted(set(range(n)) - set(held))), Part(ds, sorted(held))
+
+
+def hash_of_name(name: str) -> int:
+    return zlib.crc32(name.encode(errors="surrogateescape"))
+
+
+def one_by_one(ds: ImageDataset, members: dict[str, list[int]], wanted: float) -> list[int]:
+    """About `wanted` images to hold out, of each group the same share, never all of it."""
+    n, held = len(ds), []
+    for some in members.values():
+        some = sorted(some, key=lambda i: hash_of_name(Path(ds.name(i)).stem))
+        held += some[:min(math.ceil(wanted * len(some) / n), len(some) - 1)]
+    return held
+
+
+def shorten(names: Iterable[str], most: int = 3) -> str:
+    """The first of some names and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + f" and {len(names) - most} more" * (len(names) > most)
 
 
 # --------------------------------------------------------------------------------------- batches

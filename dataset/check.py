@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -27,13 +27,14 @@ import data
 import keypoints
 from data import DataError, ImageDataset, PoseFolder
 from dataset.bars import find_bars
-from dataset.folder import keypoint_file
+from dataset.folder import find_groups, keypoint_file
 from plots import draw_overview
 
 THUMB = 16                      # side of the thumbnails by which copies are found
 RECORD = np.dtype([             # what is kept of an image
     ("sound", "?"),
     ("size", "i4", 2),                          # width, height
+    ("told", "f4", 2),                          # the same as the label says; 0: it does not
     ("inner", "i4", 4),                         # x0, y0, x1, y1 of what lies between bars
     ("thumb", "u1", (THUMB, THUMB)),            # grey
     ("pose", "f4", (len(keypoints.JOINTS), 3)),
@@ -48,6 +49,10 @@ SHOW_LIMB = 50                  # people who show a limb, before its usual lengt
 OUT_OF_DOUBT = 0.5              # of a usual width: less may be a body seen from the side
 FEWEST = 10                     # people, before anything is said about all of them
 FACING_LEAST = 0.35             # share who face the viewer; figures 0.7, game renders 0.85
+CORNER = 0.55                   # share of both sides; some joints of a dataset are beyond it
+BEYOND = 0.65                   # the median person is never further right and further down
+MIDDLE_X, MIDDLE_Y = (0.44, 0.56), (0.47, 0.65)     # where the median person stands
+UNITS = {100: "percent", 1000: "thousandths"}       # that labels have instead of pixels
 CENTRE_LINES = {f"{name}s": [keypoints.JOINTS.index(f"{name}_{side}") for side in ("left", "right")]
                 for name in ("eye", "ear", "shoulder", "hip")}
 SHOWN = 12                      # suspects in the overview
@@ -55,6 +60,7 @@ KINDS = {                       # of suspects, the worst first
     "broken": "cannot be used",
     "orphan": "keypoint files without an image, or images that no COCO json names",
     "leak": "held-out images that are also in the training set",
+    "size": "images of another shape than their label says",
     "point": "poses with joints in one point",
     "outside": "poses mostly outside their image",
     "limb": "poses with a limb far too long",
@@ -107,6 +113,8 @@ class Records(Dataset):
         row = np.zeros((), RECORD)
         try:
             image, row["pose"] = whole(self.ds, i)
+            if isinstance(self.ds, PoseFolder):
+                row["told"] = self.ds.label(i)[1] or 0
         except DataError as error:
             return row, str(error)
         row["sound"], row["size"], row["inner"] = True, image.size, find_bars(np.asarray(image))
@@ -131,8 +139,6 @@ def gather(datasets: list[ImageDataset], workers: int) -> Checked:
                     rows.append(row)
                 bar.update(len(part))
     held = np.arange(len(files)) >= len(train)
-    if len(datasets) == 1 and isinstance(train, PoseFolder) and len(train) > 1:
-        held[data.split(train)[1].indices] = True
     return Checked(datasets, files, held, np.array(rows, RECORD), broken)
 
 
@@ -327,6 +333,50 @@ def orphans(datasets: dict[str, ImageDataset]) -> list[Suspect]:
     return found
 
 
+def misshapen(checked: Checked) -> list[Suspect]:
+    """Images of another shape than their label says: turned, cropped or distorted, so that the
+    joints may be elsewhere. The same shape in another size is fine: joints are in 0..1."""
+    found = []
+    for i in np.flatnonzero(checked.rows["sound"] & checked.rows["told"].all(1)).tolist():
+        (W, H), (w, h) = checked.rows["size"][i].tolist(), checked.rows["told"][i].tolist()
+        off = abs(W * h - H * w) / max(W, H, w, h)          # in pixels, of the smaller one
+        if off > 1:
+            with Image.open(checked.files[i], formats=data.FORMATS) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+            why = f"its label is for {w:g} x {h:g} pixels, the upright image has {W} x {H}"
+            found.append(Suspect("size", off, checked.files[i], why + (
+                f"; EXIF orientation {turned} turns it: label the upright images" if turned > 1 else
+                "; give the image that was labelled"), i))
+    return found
+
+
+def wrong_unit(checked: Checked) -> dict[str, str]:
+    """{"unit": sentence} where the joints of all images look as if they were not in the unit of the
+    size that the label gives: people then stand in a corner, by x and by y."""
+    rows = checked.rows[checked.rows["sound"] & (checked.rows["pose"][..., 2] > 0).any(1)]
+    if len(rows) < FEWEST:
+        return {}
+    size = np.where(rows["told"] > 0, rows["told"], rows["size"])[:, None]              # [N, 1, 2]
+    xy = np.where(rows["pose"][..., 2:] > 0, rows["pose"][..., :2], np.nan)             # [N, 17, 2]
+    least, most = (_quantile(xy.reshape(-1, 2), q, 0) for q in (0.02, 0.98))
+    centres = (np.nanmin(xy, 1) + np.nanmax(xy, 1))[:, None] / 2                        # [N, 1, 2]
+
+    def in_the_middle(centres: np.ndarray) -> np.ndarray:
+        x, y = np.median(centres, axis=(0, 1))
+        return np.array([MIDDLE_X[0] < x < MIDDLE_X[1], MIDDLE_Y[0] < y < MIDDLE_Y[1]])
+
+    for unit, name in UNITS.items():
+        if (not in_the_middle(centres).any() and in_the_middle(centres * size / unit).all()
+                and (_quantile((xy * size).reshape(-1, 2), 0.98, 0) < 1.1 * unit).all()):
+            return {"unit": f"the joints look like {name} of the image's sides instead of pixels: "
+                            "only then people stand in the middle of their images; convert them"}
+    if (most < CORNER).all() or (np.median(centres, axis=(0, 1)) > BEYOND).all():
+        return {"unit": f"nearly all joints have x in {least[0]:.2f}..{most[0]:.2f} and y in "
+                        f"{least[1]:.2f}..{most[1]:.2f}, where 0..1 is the image: they look as if "
+                        "they were in another unit than its width and height; convert them"}
+    return {}
+
+
 def barred(checked: Checked) -> list[Suspect]:
     """Images with letterbox bars; the score is the share of the image that they take."""
     found = []
@@ -358,6 +408,16 @@ def worst(suspects: list[Suspect]) -> list[Suspect]:
     return [suspect for kind in KINDS for suspect in [s for s in images if s.kind == kind][:each]]
 
 
+def cut_off(rows: np.ndarray) -> dict[str, int]:
+    """How many people, and how many of their joints, are not inside the square around them."""
+    lost = []
+    for pose, size in zip(rows["pose"], rows["size"], strict=True):
+        box = data.place_square(size.tolist(), pose, size.min()) / np.tile(size, 2)
+        inside = keypoints.on_canvas(keypoints.crop(pose, box))
+        lost.append(int((keypoints.on_canvas(pose) & ~inside).sum()))
+    return {"people": sum(n > 0 for n in lost), "joints": sum(lost)}
+
+
 def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: dict,
                 about: dict) -> dict:
     """Everything that is said of a dataset, in the types of JSON."""
@@ -365,6 +425,10 @@ def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: 
     size = checked.rows["size"][sound]
     short = np.sort(size.min(1))
     step = np.floor(2 * np.log2(short) + 1e-9).astype(int)          # powers of sqrt 2: 64, 91, 128
+    train, groups = datasets[0], datasets[0].groups()
+    own = isinstance(train, PoseFolder)
+    held_out_of = list(dict.fromkeys(
+        group for group, held in zip(groups, checked.held, strict=False) if held))
     short_side = {"histogram": {}}
     if len(short):
         short_side = {"min": int(short[0]), "median": int(short[len(short) // 2]),
@@ -378,7 +442,9 @@ def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: 
                    "without_a_person": sum(len(ds.skipped) for ds in datasets),
                    "held_out": int((checked.held & sound).sum()),
                    "not_square": int((size[:, 0] != size[:, 1]).sum())},
-        "short_side": short_side, "groups": len(set(datasets[0].groups())), **about,
+        "short_side": short_side, "groups": len(set(groups)), "held_out_of": held_out_of,
+        "metadata": find_groups(train.root, train.names).metadata if own else "",
+        "cut_off": cut_off(checked.rows[sound]), **about,
         "suspects": [{"kind": s.kind, "file": s.file, "why": s.why, "score": round(s.score, 4)}
                      for s in suspects],
     }
@@ -400,8 +466,15 @@ def describe(report: dict) -> Iterator[str]:
         missing, outside = (sum(joint[key] for joint in joints) for key in ("missing", "outside"))
         yield (f"joints      {n * len(joints)}, {percent(missing, n * len(joints))} missing, "
                f"{percent(outside, n * len(joints))} outside the image")
+        if told["not_square"]:
+            cut = report["cut_off"]
+            yield (f"crops       {percent(cut['people'], n)} people do not fit into the square "
+                   f"around them, {cut['joints']} joints are cut off")
+        of = f", of {data.shorten(report['held_out_of'])}" if report["held_out_of"] else ""
         yield (f"groups      {report['groups']}; {n - told['held_out']} images to train on, "
-               f"{told['held_out']} held out")
+               f"{percent(told['held_out'], n)} held out{of}")
+        if report["metadata"]:
+            yield f"metadata    {report['metadata']}"
         people = {"torsos_lying": "lie", "torsos_head_down": "are head down",
                   "facing_the_viewer": "face the viewer"}
         yield "people      " + ", ".join(f"{report[key]:.1%} {what}" for key, what in people.items()
@@ -410,7 +483,8 @@ def describe(report: dict) -> Iterator[str]:
         suspects = [s for s in report["suspects"] if s["kind"] == kind]
         if suspects:
             of = told["found"] if kind == "broken" else n
-            yield f"{kind:<12}{percent(len(suspects), of)} {what}"
+            many = len(suspects) if kind == "orphan" else percent(len(suspects), of)
+            yield f"{kind:<12}{many} {what}"
         for s in suspects[:3]:
             yield "  " + (s["why"] if s["file"] in s["why"] else f"{s['file']}: {s['why']}")
     for verdict in report["verdicts"].values():
@@ -431,9 +505,20 @@ def check(args: argparse.Namespace) -> int:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     checked = gather(list(datasets.values()), args.workers)
+    train, few = datasets[args.root], {}
+    if not args.val and isinstance(train, PoseFolder):
+        try:
+            checked.held[data.split(train)[1].indices] = True
+        except DataError as error:
+            few = {"few": str(error)}
+    usable = (checked.held & checked.rows["sound"]).sum()
+    if isinstance(train, PoseFolder) and not few and usable < data.HELD_OUT_LEAST:
+        few = {"few": f"{usable} held-out images can be used and stage 2 needs "
+                      f"{data.HELD_OUT_LEAST}; add images, or give others with --val"}
     odd, verdicts, about = odd_poses(checked)
+    verdicts = few | wrong_unit(checked) | verdicts
     suspects = [Suspect("broken", 0, file, why) for file, why in checked.broken.items()]
-    suspects += orphans(datasets) + copies(checked) + odd + barred(checked)
+    suspects += orphans(datasets) + copies(checked) + misshapen(checked) + odd + barred(checked)
     suspects.sort(key=lambda s: (list(KINDS).index(s.kind), -s.score, s.file))
     report = make_report(args.root, checked, suspects, verdicts, about)
     draw_overview(out / "overview.png", checked, suspects, worst(suspects), report,

@@ -1,29 +1,40 @@
-"""A dataset on disk: a path in, its image files and their labels out. No image is opened.
+"""A dataset on disk: a path in, its image files and their labels out.
 
 A label is the path of a keypoint file that formats/pose_files.py reads, or a pose [17, 3] from a
-COCO json.
+COCO json. No image is opened, but for its size where a COCO json has none.
 """
 
 import csv
 import json
 import os
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
 
 import keypoints
-from data import SUFFIXES, DataError
+from data import SUFFIXES, DataError, upright_size
 from formats import pose_files
 
 PARTS = "train", "valid", "val", "test"         # folders of Roboflow's exports
 SHORT_FILE = 300                                # bytes; a json file with a person is longer
+# Columns of metadata.csv; the first that is there counts.
+FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_name", "path", "name")
+GROUP_COLUMNS = ("group", "animation", "clip", "video")
 
-# An image file, its label or None, and why it has none; "" where nobody is in the image.
-Labelled = tuple[str, str | np.ndarray | None, str]
+
+class Labelled(NamedTuple):
+    """An image file, its label or None, and why it has none; "" where nobody is in the image."""
+    path: str
+    label: str | np.ndarray | None
+    why: str = ""
+    size: tuple[float, float] | None = None     # (width, height) of the image, as a COCO json says
 
 
 def find(root: Path, poseless: bool) -> tuple[Path, list[Labelled]]:
@@ -38,7 +49,8 @@ def find(root: Path, poseless: bool) -> tuple[Path, list[Labelled]]:
     if (root / "keypoints").is_dir():
         return root, list(pair(find_images(root / "images")))
     if coco := find_coco(root):
-        return read_coco(*coco)
+        parts = [read_coco(*each) for each in coco]
+        return parts[0] if len(parts) == 1 else (root, merge(parts))
     if (root / "labels").is_dir():
         return root, list(pair(find_images(root / "images")))
     if has_labels_beside(root):
@@ -118,13 +130,14 @@ def pair(images: list[str]) -> Iterator[Labelled]:
     for image in images:
         label = keypoint_file(image)
         if label is None:
-            yield image, None, "not below a folder called images, so it has no keypoint file"
+            yield Labelled(image, None, "not below a folder called images, so it has no keypoint "
+                           "file")
         elif os.path.isfile(label):
-            yield image, None if has_nobody(label) else label, ""
+            yield Labelled(image, None if has_nobody(label) else label)
         elif label.endswith(".txt"):                # YOLO writes no file where nobody is
-            yield image, None, ""
+            yield Labelled(image, None)
         else:
-            yield image, None, f"its keypoints {label} are missing"
+            yield Labelled(image, None, f"its keypoints {label} are missing")
 
 
 def keypoint_file(image: str) -> str | None:
@@ -163,10 +176,10 @@ def has_nobody(label: str) -> bool:
     return False
 
 
-# ------------------------------------------------------------------------- one COCO json for all
+# ------------------------------------------------------------------------ a COCO json for many
 
-def find_coco(root: Path) -> tuple[Path, dict] | None:
-    """The COCO json of a folder and its content, or None. A json is COCO if it has images and
+def find_coco(root: Path) -> list[tuple[Path, dict]]:
+    """The COCO json files of a folder and their content. A json is COCO if it has images and
     annotations. Where a file is called person_keypoints*.json, as COCO's own, no other counts."""
     files = sorted(path for at in (root, root / "annotations", root / "coco")
                    for path in at.glob("*.json"))
@@ -178,59 +191,124 @@ def find_coco(root: Path) -> tuple[Path, dict] | None:
             content = pose_files.read_content(path)
             if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
                 found.append((path, content))
-    if len(found) > 1:
-        raise DataError(f"{root}: {len(found)} COCO files, {found[0][0].name}, "
-                        f"{found[1][0].name}, ...; name one of them")
-    return found[0] if found else None
+    return found
 
 
 def has_keypoints(root: str | Path) -> bool:
     """Whether `root` is a dataset with poses, not a folder of nothing but images."""
     root = Path(root)
     return (not root.is_dir() or (root / "keypoints").is_dir() or (root / "labels").is_dir()
-            or has_labels_beside(root) or find_coco(root) is not None)
+            or has_labels_beside(root) or bool(find_coco(root)))
 
 
 def read_coco(path: Path, content: object) -> tuple[Path, list[Labelled]]:
     """Each image of a COCO json with its largest person; see `find`. The images are in one of the
     usual places near the json."""
-    people, refused = pose_files.read_coco(path, content)
-    for name in people:
-        if (PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor
-                or ".." in re.split(r"[/\\]", name)):
-            raise DataError(f"{path}: file_name '{name}' leads out of the dataset; use plain names")
     part = path.stem.split("_")[-1]                     # person_keypoints_val2017.json: val2017/
     folders = [at / sub for at in (path.parent, path.parent.parent)
                for sub in ("images", part, f"images/{part}", ".")]
+
+    def size_of(name: str) -> tuple[int, int] | None:
+        found = [] if leaves(name) else [on_disk(at, name) for at in folders]
+        return next((upright_size(file) for file in found if os.path.isfile(file)), None)
+
+    people, refused, sizes = pose_files.read_coco(path, content, size_of)
+    for name in filter(leaves, people):
+        raise DataError(f"{path}: file_name '{name}' leads out of the dataset; use plain names")
     folder = next((at for at in folders
                    if any(os.path.isfile(on_disk(at, name)) for name in people)), None)
     if folder is None:
         raise DataError(f"{path}: none of its images is in {folders[0]} or beside it")
     return folder.parent if folder.name == "images" else folder, [
-        (on_disk(folder, name), None if name in refused else pose_files.largest(people[name]),
-         refused.get(name, "")) for name in sorted(people)]
+        Labelled(on_disk(folder, name),
+                 None if name in refused else pose_files.largest(people[name]),
+                 refused.get(name, ""), sizes[name]) for name in sorted(people)]
+
+
+def leaves(name: str) -> bool:
+    """Whether a file name is absolute or climbs, on any system."""
+    return (PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).anchor)
+            or ".." in re.split(r"[/\\]", name))
+
+
+def merge(parts: list[tuple[Path, list[Labelled]]]) -> list[Labelled]:
+    """The images of several COCO json files; an image in two of them has the largest person."""
+    images: dict[str, Labelled] = {}
+    for one in (one for _, part in parts for one in part):
+        other = images.get(one.path)
+        if other is None or other.label is None:
+            images[one.path] = one
+        elif one.label is not None and pose_files.largest([other.label, one.label]) is one.label:
+            images[one.path] = one
+    return [images[path] for path in sorted(images)]
 
 
 # --------------------------------------------------------------------------------------- groups
 
-def find_groups(root: Path, names: list[str]) -> list[str]:
+class Groups(NamedTuple):
+    """The clip of each image, and what metadata.csv had to do with it."""
+    names: list[str]                # of the clip of image i
+    metadata: str = ""              # one sentence; "" without a metadata.csv
+
+
+def find_groups(root: Path, names: list[str]) -> Groups:
     """The clip of each image: metadata.csv's, else the name without its frame number."""
-    told = read_groups(root / "metadata.csv")
     stems = [PurePosixPath(name.rpartition("images/")[2]).with_suffix("").as_posix()
              for name in names]
-    return [told.get(name) or re.sub(r"[-_ ./]*\d+$", "", stem) or stem
-            for name, stem in zip(names, stems, strict=True)]
+    groups = [re.sub(r"[-_ ./]*\d+$", "", stem) or stem for stem in stems]
+    path = next((path for path in (root / "metadata.csv", root / "images/metadata.csv")
+                 if path.is_file()), None)
+    if path is None:
+        return Groups(groups)
+    columns, rows = read_table(path)
+    file, group = (next((c for c in known if c in columns), None)
+                   for known in (FILE_COLUMNS, GROUP_COLUMNS))
+    if not file or not group:
+        return Groups(groups, f"metadata.csv is not used: it has the columns {', '.join(columns)}; "
+                              f"it needs a column file and one of {', '.join(GROUP_COLUMNS)}")
+    told = match_rows([row[file] for row in rows], names)
+    for i, row in told.items():
+        groups[i] = rows[row][group] or groups[i]
+    return Groups(groups, f"{len(told)} of {len(rows)} rows of metadata.csv match an image, "
+                          f"{len(names) - len(told)} of {len(names)} images have no row")
 
 
-def read_groups(path: Path) -> dict[str, str]:
-    """metadata.csv -> {file: group}; empty if there is no such file or no such column."""
-    if not path.is_file():
-        return {}
+def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """(columns, rows) of a csv file that commas, semicolons or tabs separate."""
+    raw = path.read_bytes()
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            names = rows.fieldnames or ()
-            column = next((c for c in ("group", "animation", "clip", "video") if c in names), None)
-            return {row["file"]: row[column] for row in rows if column and "file" in names}
+        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        lines = [line for line in text.splitlines() if line.strip()]
+        separator = max(",;\t", key=lines[0].count) if lines else ","
+        columns, *rows = list(csv.reader(lines, delimiter=separator)) or [[]]
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a csv table ({error}); fix it or take it out") from error
+    columns = [column.strip().lower() for column in columns]
+    blank = dict.fromkeys(columns, "")
+    return columns, [blank | dict(zip(columns, map(str.strip, row), strict=False)) for row in rows]
+
+
+def match_rows(rows: list[str], names: list[str]) -> dict[int, int]:
+    """{image: row} by file name: the longest common end of both paths that one image and one row
+    alone have. Capitals, separators and the suffix of an image do not matter."""
+    of_row: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        for end in ends_of(row):
+            of_row.setdefault(end, []).append(i)
+    count = Counter(end for name in names for end in ends_of(name))
+    found = {}
+    for i, name in enumerate(names):
+        for end in ends_of(name):
+            if count[end] == 1 and len(of_row.get(end, ())) == 1:
+                found[i] = of_row[end][0]
+                break
+    return found
+
+
+def ends_of(name: str) -> list[str]:
+    """images\\A\\b.PNG -> images/a/b, a/b, b."""
+    name = unicodedata.normalize("NFC", name).casefold().replace("\\", "/")
+    stem, suffix = os.path.splitext(name)
+    parts = [part for part in (stem if suffix in SUFFIXES else name).split("/")
+             if part not in ("", ".")]
+    return ["/".join(parts[i:]) for i in range(len(parts))]

@@ -282,10 +282,15 @@ def _coco(file: Node) -> Iterator[Person | PoseError]:
 
 
 def _coco_images(file: Node) -> dict[str | float, Node]:
-    images = {image.id("id"): image for image in file["images"].items()}
-    for image in images.values():
-        if not isinstance(image.get("file_name"), str):
+    images: dict[str | float, Node] = {}
+    for image in file["images"].items():
+        if not isinstance(name := image.get("file_name"), str):
             raise image.refusal("has no file_name")
+        other = images.setdefault(image.id("id"), image).get("file_name")
+        if other != name:
+            raise image.refusal(f"has the id {SHORT.repr(image.id('id'))} and the file_name "
+                                f"{name}, but this id is also that of {other}; an id may occur "
+                                "once: keep merged files apart, one json each")
     return images
 
 
@@ -738,33 +743,47 @@ def read_one(path: str | Path, size: Callable[[], tuple[float, float]]) -> Poses
     return found
 
 
-def read_coco(path: str | Path, content: object = None
-              ) -> tuple[dict[str, list[np.ndarray]], dict[str, str]]:
-    """COCO person keypoints: {file name: poses [17, 3] float64 in 0..1}, and {file name: reason} of
-    the images of which no person can be used. `content` is the parsed file, if it is at hand.
+def read_coco(path: str | Path, content: object = None,
+              size_of: Callable[[str], tuple | None] = lambda name: None
+              ) -> tuple[dict[str, list[np.ndarray]], dict[str, str], dict[str, tuple | None]]:
+    """COCO person keypoints: {file name: poses [17, 3] float64 in 0..1}, {file name: reason} of the
+    images of which no person can be used, and {file name: (width, height) in the file or None}.
 
-    Crowd regions and people without a labelled joint are left out, so a list may be empty. Prints
-    how many annotations cannot be used.
+    `content` is the parsed file, if it is at hand; `size_of` gives the size of an image that has
+    none in the file. Joints are in pixels, or in 0..1 if no number in the file is larger than
+    PIXELS_ABOVE. Crowd regions and people without a labelled joint are left out, so a list may be
+    empty. Prints how many annotations cannot be used.
     """
-    file = Node(content or read_content(path), f"{path}: ")
+    file, people = Node(content or read_content(path), f"{path}: "), []
     poses: dict[str, list] = {image.get("file_name"): [] for image in _coco_images(file).values()}
-    refused: dict[str, str] = {}
-    left_out, total = [], 0
+    refused, sizes, left_out = {}, dict.fromkeys(poses), []
+
+    def leave_out(name: str, why: PoseError) -> None:
+        left_out.append(why)
+        refused.setdefault(name, str(why))
+
+    total = 0
     for name, person in _coco_people(file):
         total += 1
         try:
             if isinstance(person, PoseError):
                 raise person
-            pose = _place(_known(person), pixels=True)
+            people.append((name, _known(person)))
         except PoseError as error:
-            left_out.append(error)
-            refused.setdefault(name, str(error))
+            leave_out(name, error)
+    pixels = max((np.abs(p.joints[:, :2]).max() for _, p in people), default=0) > PIXELS_ABOVE
+    for name, person in people:
+        sizes[name] = person.size
+        try:
+            pose = _place(person, pixels, person.size or size_of(name))
+        except PoseError as error:
+            leave_out(name, error)
             continue
         if pose[:, 2].any():
             poses[name].append(pose)
     if left_out:
         print(f"warning: {_left_out(left_out, total)}", file=sys.stderr)
-    return poses, {name: why for name, why in refused.items() if name and not poses[name]}
+    return poses, {name: why for name, why in refused.items() if name and not poses[name]}, sizes
 
 
 def fitted(found: Poses, i: int, fit_how: str) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 
@@ -505,3 +506,56 @@ def test_the_overview_shows_as_many_suspects_of_each_kind():
             for kind in ("broken", "outside", "limb") for i in range(20)]
     shown = [suspect.file for suspect in dataset.check.worst(some)]
     assert shown == [f"{kind}{i}" for kind in ("outside", "limb") for i in range(6)]
+
+
+# ----------------------------------------------------------------------- the label and the image
+
+def in_pixels(root, figures, unit=SIDE, size=(SIDE, SIDE)) -> None:
+    """A COCO dataset whose joints count `unit` a side and whose json gives this size."""
+    save_coco(root, figures)
+    write_coco(root / "k.json", {f"a{i}.png": (*size, [pose * (unit, unit, 2)])
+                                 for i, (_, pose) in enumerate(figures)})
+
+
+@pytest.mark.parametrize("size, orientation, odd", [
+    ((96, 128), 1, False), ((48, 64), 1, False), ((192, 256), 1, False),
+    ((128, 96), 6, True), ((128, 96), 1, True), ((96, 96), 1, True), ((96, 110), 1, True)])
+def test_an_image_of_another_shape_than_its_label_says_is_named(tmp_path, size, orientation, odd):
+    exif, pose = Image.Exif(), Figures(1, SIDE).source(0)[1]
+    exif[0x0112] = orientation
+    stored = (128, 96) if orientation == 6 else (96, 128)
+    write_coco(tmp_path / "set/k.json", {"a.jpg": (*size, [pose * (*size, 2)])})
+    Image.new("RGB", stored, "gray").save(tmp_path / "set/a.jpg", exif=exif)
+    found = [s for s in run(tmp_path / "set")["suspects"] if s["kind"] == "size"]
+    assert len(found) == odd
+    for suspect in found:
+        assert f"{size[0]} x {size[1]}" in suspect["why"] and "96 x 128" in suspect["why"]
+        assert ("EXIF" in suspect["why"]) == (orientation == 6)
+
+
+@pytest.mark.parametrize("unit, words", [
+    (SIDE, None), (1, None), (SIDE / 2, "another unit"), (2 * SIDE, "another unit"),
+    (512, "another unit"), (100, "unit|percent")])
+def test_joints_in_another_unit_are_a_verdict(figures, tmp_path, unit, words):
+    in_pixels(tmp_path / "set", figures[:30], unit)
+    verdicts = run(tmp_path / "set")["verdicts"]
+    assert re.search(words, verdicts["unit"]) if words else "unit" not in verdicts
+
+
+def test_the_check_says_what_is_held_out_and_how_many_rows_of_metadata_match(clean, capsys):
+    (clean / "metadata.csv").write_text("file;Clip\nclip0_000.png;one\nnone.png;two\n")
+    report = run(clean)
+    assert "1 of 2 rows of metadata.csv match an image, 59 of 60" in capsys.readouterr().out
+    assert report["held_out_of"] and set(report["held_out_of"]) < {f"clip{i}" for i in range(6)}
+
+
+def test_too_few_images_to_hold_some_out_are_a_verdict(figures, tmp_path):
+    save_coco(tmp_path / "set", figures[:3])
+    assert "3 images are too few" in run(tmp_path / "set")["verdicts"]["few"]
+
+
+def test_percent_in_images_of_little_more_than_100_pixels_is_a_verdict(figures, tmp_path):
+    in_pixels(tmp_path / "set", figures, 100, size=(128, 128))
+    assert "percent" in run(tmp_path / "set")["verdicts"]["unit"]
+    in_pixels(tmp_path / "other", figures, 128, size=(128, 128))
+    assert "unit" not in run(tmp_path / "other")["verdicts"]

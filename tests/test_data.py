@@ -15,7 +15,7 @@ import keypoints
 import plots
 from data import DataError, InMemory, Part, PoseFolder, batches, crop_resize, split
 from dataset.figures import Figures
-from dataset.folder import has_keypoints
+from dataset.folder import find_groups, has_keypoints
 
 
 def some_pose(seed: int) -> np.ndarray:
@@ -182,11 +182,54 @@ def test_image_and_pose_move_together(W, H, size):
 
 
 def test_a_crop_that_needs_no_scaling_copies_pixels_and_keeps_joints_outside():
-    image, pose = np.asarray(noise(60, 20)), some_pose(0)
-    pose[0], pose[1] = (0.95, 0.5, 1), (0, 0, 0)
+    image, pose = np.asarray(noise(60, 20)), some_pose(0) / (3, 1, 1) + (1 / 3, 0, 0)
+    pose[0], pose[1] = (1.2, 0.5, 1), (0, 0, 0)
     out, moved = crop_resize(image, pose, 20)
     assert (out == image[:, 20:40]).all()
-    assert moved[0] == pytest.approx([(0.95 - 1 / 3) * 3, 0.5, 1]) and (moved[1] == 0).all()
+    assert moved[0] == pytest.approx([(1.2 - 1 / 3) * 3, 0.5, 1]) and (moved[1] == 0).all()
+
+
+@pytest.mark.parametrize("W, H", [(300, 100), (100, 300), (160, 100), (101, 250)])
+def test_crops_follow_a_person_who_is_not_inside_the_centre_crop(W, H):
+    """Along the side that is cut, every crop holds all joints of a person who fits; the held-out
+    crop of a person who does not is never empty."""
+    rng, image, followed = np.random.default_rng(0), np.zeros((H, W, 3), np.uint8), 0
+    for seed in range(60):
+        pose = some_pose(seed)
+        pose[:, :2] = rng.random(2) + (pose[:, :2] - 0.5) * rng.uniform(0.05, 1, 2)
+        seen = pose[keypoints.on_canvas(pose), :2]
+        low, high = (np.array([W, H]) - 100) // 2, (np.array([W, H]) + 100) // 2
+        inside = not len(seen) or ((seen * (W, H) >= low) & (seen * (W, H) <= high + 1)).all()
+        fits = len(seen) and (np.ptp(seen * (W, H), axis=0) < 78).all()
+        for augment in (None, seed):
+            drawn = None if augment is None else np.random.default_rng(augment)
+            moved = crop_resize(image, pose, 50, drawn)[1]
+            within, on = np.abs(moved[:, int(H > W)] - 0.5) < 0.5 + 1e-6, keypoints.on_canvas(pose)
+            if fits and not inside:                             # perhaps mirrored
+                assert within[on].all() or augment is not None and within[on[keypoints.MIRROR]].all()
+            assert augment is not None or keypoints.on_canvas(moved).any() or not len(seen)
+        followed += bool(fits and not inside)
+    assert followed >= 10
+
+
+def test_crops_of_centred_people_and_of_square_images_are_those_of_version_1():
+    rng = np.random.default_rng(3)
+    for W, H in ((90, 30), (30, 90), (40, 40)):
+        pose = some_pose(1)
+        pose[:, :2] = 0.5 + (pose[:, :2] - 0.5) * 30 / np.array([W, H])
+        for side in range(20, 31):
+            at = rng.random(2)
+            x0, y0, *_ = data.place_square((W, H), pose, side, at)
+            assert (x0, y0) == (min(int(at[0] * (W - side + 1)), W - side),
+                                min(int(at[1] * (H - side + 1)), H - side))
+
+
+def test_of_a_person_who_does_not_fit_the_square_holds_most_joints():
+    pose = np.zeros((17, 3))
+    pose[:4] = [(0.05, 0.5, 1), (0.8, 0.5, 1), (0.9, 0.5, 1), (0.95, 0.5, 1)]
+    for at in (0, 0.5, 1):
+        x0, _, x1, _ = data.place_square((400, 100), pose, 100, (at, at))
+        assert x0 <= 320 and x1 >= 380
 
 
 def test_a_small_image_is_not_cropped_to_be_enlarged_again():
@@ -319,14 +362,50 @@ def test_coco_takes_the_largest_person_that_has_joints(tmp_path, where):
     for root in (tmp_path, path):
         ds = PoseFolder(root, 40)
         assert ds.names == ["images/b.png"] and len(ds.skipped) == 2
-        assert np.abs(ds.pose(0) - some_pose(4)).max() < 1e-6
-        centre = (some_pose(4)[:, 0] * 80 - 20) / 40                    # of the crop of 40
-        assert np.abs(ds[0][1][:, 0] - centre).max() < 1e-5
+        assert np.abs(ds.pose(0) - some_pose(4)).max() < 1e-6 and ds.label(0)[1] == (80, 40)
+
+
+def test_coco_without_sizes_takes_those_of_the_upright_images(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write_coco(tmp_path / "k.json", {"a.jpg": (40, 60, [some_pose(0) * (40, 60, 2)])})
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.jpg", exif=exif)
+    told = json.loads((tmp_path / "k.json").read_text())
+    del told["images"][0]["width"], told["images"][0]["height"]
+    (tmp_path / "k.json").write_text(json.dumps(told))
+    ds = PoseFolder(tmp_path, 20)
+    assert np.abs(ds.pose(0) - some_pose(0)).max() < 1e-6 and ds.label(0)[1] is None
+
+
+def test_coco_in_0_to_1_is_read_as_such(tmp_path):
+    write_coco(tmp_path / "k.json", {"a.png": (40, 60, [some_pose(0) * (1, 1, 2)])}, tmp_path)
+    assert np.abs(PoseFolder(tmp_path, 20).pose(0) - some_pose(0)).max() < 1e-6
+
+
+def test_a_coco_id_of_two_images_is_refused(tmp_path):
+    write_coco(tmp_path / "k.json", {name: (9, 9, [some_pose(0) * (9, 9, 2)])
+                                     for name in ("a.png", "b.png")}, tmp_path)
+    told = json.loads((tmp_path / "k.json").read_text())
+    told["images"][1]["id"] = 0
+    (tmp_path / "k.json").write_text(json.dumps(told))
+    with pytest.raises(keypoints.PoseError, match="id 0 .*b.png.*a.png"):
+        PoseFolder(tmp_path, 9)
+
+
+@pytest.mark.parametrize("label, told", [
+    ({"people": [{"pose_keypoints_2d": np.column_stack([some_pose(1)[:, :2] * (60, 40), np.ones(17)])
+                  [[0] * 18].reshape(-1).tolist()}], "canvas_width": 60, "canvas_height": 40},
+     (60, 40)),
+    (some_pose(1)[[0] * 17].tolist(), (30, 20))], ids=["openpose", "ours"])
+def test_a_keypoint_file_may_have_any_format(tmp_path, label, told):
+    write_pair(tmp_path, "a", size=(30, 20))
+    (tmp_path / "keypoints/a.json").write_text(json.dumps(label))
+    pose, size = PoseFolder(tmp_path, 20).label(0)
+    assert np.abs(pose[:, :2] - some_pose(1)[0, :2]).max() < 1e-6 and size == told
 
 
 @pytest.mark.parametrize("changes, why", [
     ({"keypoints": [9999, 5, 2] * 17}, r"nose at \(9999, 5\)"),
-    ({"width": None, "height": None}, r"no width and height"),
 ])
 def test_one_bad_coco_annotation_is_one_broken_image(tmp_path, changes, why):
     some = {f"{i:03d}.png": (20, 20, [some_pose(i) * (20, 20, 2)]) for i in range(120)}
@@ -376,9 +455,13 @@ def test_coco_among_other_json_files_is_found(tmp_path):
     for poseless in (False, True):
         ds = PoseFolder(tmp_path, 20, poseless)
         assert ds.names == ["a.png"] and ds[0][1][:, 2].all() and has_keypoints(tmp_path)
-    write_coco(tmp_path / "other.json", {"a.png": (20, 20, [])})
-    with pytest.raises(DataError, match="2 COCO files, k.json, other.json"):
-        PoseFolder(tmp_path, 20)
+    small = some_pose(0) * (2, 2, 2)
+    write_coco(tmp_path / "other.json", {"b.png": (20, 20, [some_pose(2) * (20, 20, 2)]),
+                                         "a.png": (20, 20, [small])}, tmp_path)
+    ds = PoseFolder(tmp_path, 20)                       # of both, each with ids of its own
+    assert ds.names == ["a.png", "b.png"]
+    for i, seed in ((0, 0), (1, 2)):
+        assert np.abs(ds.pose(i) - some_pose(seed)).max() < 1e-6
     (tmp_path / "other.json").write_text((tmp_path / "k.json").read_text()[:-20])
     with pytest.raises(ValueError, match="other.json is not valid JSON"):
         PoseFolder(tmp_path, 20, poseless=True)
@@ -497,13 +580,12 @@ def test_missing_keypoints_count_when_the_folder_is_read(tmp_path):
 
 def test_split_keeps_clips_whole_and_does_not_depend_on_order(tmp_path):
     ds = PoseFolder(folder(tmp_path, 120), 12)
-    train, val = split(ds, 0.1)
+    train, val = split(ds)
     groups = [set(part.groups()) for part in (train, val)]
     assert groups[0] | groups[1] == {f"clip{i}" for i in range(12)} and not groups[0] & groups[1]
     assert len(val) == 20 and sorted(train.indices + val.indices) == list(range(120))
     shuffled = np.random.default_rng(0).permutation(120).tolist()
-    assert set(split(Part(ds, shuffled), 0.1)[1].groups()) == groups[1]
-    assert len(split(ds, 0.0)[1]) == 10 and len(split(ds, 1.0)[0]) == 10    # never none, never all
+    assert set(split(Part(ds, shuffled))[1].groups()) == groups[1]
     for large, small in ((0, 10), (10, 0)):                 # more than half is trained on
         part = Part(ds, [*range(large, large + 10), small, small + 1])
         assert set(split(part)[1].groups()) == {ds.groups()[small]}
@@ -518,14 +600,56 @@ def test_groups_come_from_metadata_before_names(tmp_path):
     assert PoseFolder(tmp_path, 12).groups() == [f"clip{i // 10}" for i in range(20)]
 
 
+@pytest.mark.parametrize("row", ["a/{}.png,{}", "./images/a/{}.png,{}", "a\\{}.png,{}",
+                                 "a/{}.png;{}", "A/{}.PNG\t{}", "/home/me/set/images/a/{}.png,{}",
+                                 "C:\\set\\images\\a\\{}.png,{}", '"a/{}", {}'])
+@pytest.mark.parametrize("header", ["file,group", "Group,File_Name", " FILENAME , Video "])
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_rows_of_metadata_match_whatever_wrote_them(tmp_path, row, header, coding):
+    separator = next((c for c in ";\t" if c in row), ",")
+    columns = header.replace(",", separator)
+    if header.startswith("Group"):
+        row = separator.join(row.rsplit(separator, 1)[::-1])
+    names = ["images/a/x1.png", "images/a/x2.png", "images/b/x1.png"]
+    cells = [("x1", "one"), ("x2", "two")]
+    if header.startswith("Group"):
+        cells = [cell[::-1] for cell in cells]
+    lines = [columns, *(row.format(*cell) for cell in cells), ""]
+    (tmp_path / "metadata.csv").write_text("\r\n".join(lines), coding)
+    found = find_groups(tmp_path, names)
+    assert found.names == ["one", "two", "b/x"] and found.metadata.startswith("2 of 2 rows")
+
+
+def test_rows_of_metadata_that_match_two_images_or_none_are_told(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file,group\nx1.png,one\ny7.png,two\nz.png,three\n")
+    found = find_groups(tmp_path, ["images/a/x1.png", "images/b/x1.png", "images/b/y7.png"])
+    assert found.names == ["a/x", "b/x", "two"]
+    assert found.metadata == "1 of 3 rows of metadata.csv match an image, 2 of 3 images have no row"
+    (tmp_path / "metadata.csv").write_text("file,kind\nx1.png,one\n")
+    assert "has the columns file, kind" in find_groups(tmp_path, ["images/x1.png"]).metadata
+
+
 def test_one_clip_alone_splits_by_image_with_a_warning(tmp_path, capsys):
     for i in range(10):
         write_pair(tmp_path, f"frame_{i}")
     train, val = split(PoseFolder(tmp_path, 12))
-    assert len(val) == 1 and len(train) == 9
-    assert "warning: all images are of one group" in capsys.readouterr().err
-    with pytest.raises(DataError, match="none .* can be held out"):
-        split(Part(PoseFolder(tmp_path, 12), [0]))
+    assert len(val) == 2 and len(train) == 8
+    assert "the split is by image" in capsys.readouterr().err
+    with pytest.raises(DataError, match="3 images are too few"):
+        split(Part(PoseFolder(tmp_path, 12), [0, 1, 2]))
+
+
+@pytest.mark.parametrize("sizes, held", [
+    ((20, 20), 4), ((4, 4), 2), ((50, 50, 4), 11), ((2, 2), 2), ((3, 1), 2), ((30, 1, 1), 2)], ids=str)
+def test_of_few_large_groups_each_is_trained_on(tmp_path, sizes, held, capsys):
+    for name, size in zip("abc", sizes, strict=False):
+        for i in range(size):
+            write_pair(tmp_path, f"{name}/{i:04d}")
+    train, val = split(PoseFolder(tmp_path, 12))
+    assert abs(len(val) - held) <= 1 and len(val) >= 2
+    told = capsys.readouterr().err
+    for group in set(val.groups()) - set(train.groups()):
+        assert re.search(rf"all images of .*\b{group}\b.* held out", told) or len(sizes) == 3
 
 
 def test_parts_and_memories_tell_of_each_image_what_the_dataset_tells(tmp_path):

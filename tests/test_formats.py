@@ -375,7 +375,7 @@ def test_trap_5_coco_has_crowds_empty_persons_and_boxes(tmp_path):
     file = write(tmp_path / "p.json", data)
     found = pose_files.load_poses(file)
     assert found.taken_for.endswith("1 person") and found.pictures == ["a.jpg"]
-    poses, refused = pose_files.read_coco(file)
+    poses, refused, _ = pose_files.read_coco(file)
     assert not refused and len(poses["a.jpg"]) == 1
     np.testing.assert_array_equal(poses["a.jpg"][0], found.poses[0])
     boxes = [{"bbox": [277.1, 45.6, 225, 333.5], "category_id": 1, "image_id": 785, "score": 0.99}]
@@ -394,13 +394,13 @@ def test_one_bad_annotation_is_counted_and_left_out(tmp_path, capsys, bad, reaso
     file = write(tmp_path / "p.json", data)
     found = pose_files.load_poses(file)
     assert "1 person; 1 of 2 annotations" in found.taken_for and reason in found.taken_for
-    poses, refused = pose_files.read_coco(file)
+    poses, refused, _ = pose_files.read_coco(file)
     assert not refused and len(poses["a.jpg"]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "1 of 2 annotations" in said and reason in said
     data["annotations"].pop()
     assert reason in refusal(tmp_path, data)
-    poses, refused = pose_files.read_coco(write(tmp_path / "p.json", data))
+    poses, refused, _ = pose_files.read_coco(write(tmp_path / "p.json", data))
     assert poses == {"a.jpg": []} and list(refused) == ["a.jpg"] * ("image_id" not in bad)
 
 
@@ -409,7 +409,7 @@ def test_one_bad_annotation_is_counted_and_left_out(tmp_path, capsys, bad, reaso
     ({"num_keypoints": None}, 1), ({"num_keypoints": "0"}, 0), ({"iscrowd": "1"}, 0),
     ({"iscrowd": "0"}, 1), ({"iscrowd": None}, 1)], ids=str)
 def test_what_an_annotation_leaves_out_is_no_error(tmp_path, capsys, how, people):
-    poses, refused = pose_files.read_coco(write(tmp_path / "p.json", coco(**how)))
+    poses, refused, _ = pose_files.read_coco(write(tmp_path / "p.json", coco(**how)))
     assert len(poses["a.jpg"]) == people and not refused and not capsys.readouterr().err
 
 
