@@ -277,7 +277,7 @@ def _ours(file: Node) -> Iterator[Person]:
 
 def _coco(file: Node) -> Iterator[Person | PoseError]:
     """COCO annotations, without crowd regions and without people that have no labelled joint."""
-    for _, person in _coco_people(file):
+    for _, person in _coco_people(file, _coco_images(file)):
         yield person
 
 
@@ -294,10 +294,11 @@ def _coco_images(file: Node) -> dict[str | float, Node]:
     return images
 
 
-def _coco_people(file: Node) -> Iterator[tuple[str | None, Person | PoseError]]:
+def _coco_people(file: Node, images: dict[str | float, Node]
+                 ) -> Iterator[tuple[str | None, Person | PoseError]]:
     """The image, by its file name, and the person of each annotation with joints; the person is a
     PoseError where it cannot be used, the image None where it is not among the images."""
-    images, orders = _coco_images(file), {}
+    orders: dict = {}
     names = {category.id("id"): category["keypoints"] for category in
              (file["categories"].items() if file.get("categories") else [])
              if category.get("keypoints")}
@@ -634,6 +635,11 @@ def _known(person: Person, min_confidence: float = MIN_CONFIDENCE) -> Person:
     return person._replace(joints=np.hstack([np.where(visible, xy, 0), visible]))
 
 
+def _in_pixels(people: list[Person]) -> bool:
+    """Where a format allows two units, the largest number in the file decides, as in the tools."""
+    return max((np.abs(p.joints[:, :2]).max() for p in people), default=0) > PIXELS_ABOVE
+
+
 def _place(person: Person, pixels: bool, canvas: tuple[float, float] | None = None) -> np.ndarray:
     """The pose [17, 3] of a person of `_known` in 0..1."""
     size = (person.size or canvas) if pixels else (1, 1)
@@ -681,9 +687,7 @@ def load_poses(
     left_out = [p for p in read if isinstance(p, PoseError)]
     people = [_known(p, min_confidence) for p in read if isinstance(p, Person)]
 
-    # Where a format allows two units, the largest number in the file decides, as in the tools.
-    reach = max((np.abs(p.joints[:, :2]).max() for p in people), default=0)
-    pixels = kind.unit == "pixels" or kind.unit is None and reach > PIXELS_ABOVE
+    pixels = kind.unit == "pixels" or kind.unit is None and _in_pixels(people)
     images: dict[str | float, list[np.ndarray]] = {}
     for p in people:
         if p.joints[:, 2].any():
@@ -754,36 +758,29 @@ def read_coco(path: str | Path, content: object = None,
     PIXELS_ABOVE. Crowd regions and people without a labelled joint are left out, so a list may be
     empty. Prints how many annotations cannot be used.
     """
-    file, people = Node(content or read_content(path), f"{path}: "), []
-    poses: dict[str, list] = {image.get("file_name"): [] for image in _coco_images(file).values()}
-    refused, sizes, left_out = {}, dict.fromkeys(poses), []
-
-    def leave_out(name: str, why: PoseError) -> None:
-        left_out.append(why)
-        refused.setdefault(name, str(why))
-
-    total = 0
-    for name, person in _coco_people(file):
-        total += 1
-        try:
-            if isinstance(person, PoseError):
-                raise person
-            people.append((name, _known(person)))
-        except PoseError as error:
-            leave_out(name, error)
-    pixels = max((np.abs(p.joints[:, :2]).max() for _, p in people), default=0) > PIXELS_ABOVE
+    file = Node(content or read_content(path), f"{path}: ")
+    images = _coco_images(file)
+    poses: dict[str, list] = {image.get("file_name"): [] for image in images.values()}
+    found, sizes = list(_coco_people(file, images)), dict.fromkeys(poses)
+    left_out = [(name, error) for name, error in found if isinstance(error, PoseError)]
+    people = [(name, _known(person)) for name, person in found if isinstance(person, Person)]
+    pixels = _in_pixels([person for _, person in people])
     for name, person in people:
         sizes[name] = person.size
         try:
-            pose = _place(person, pixels, person.size or size_of(name))
+            unknown = pixels and person.size is None
+            pose = _place(person, pixels, size_of(name) if unknown else None)
         except PoseError as error:
-            leave_out(name, error)
+            left_out.append((name, error))
             continue
         if pose[:, 2].any():
             poses[name].append(pose)
     if left_out:
-        print(f"warning: {_left_out(left_out, total)}", file=sys.stderr)
-    return poses, {name: why for name, why in refused.items() if name and not poses[name]}, sizes
+        errors = [error for _, error in left_out]
+        print(f"warning: {_left_out(errors, len(found))}", file=sys.stderr)
+    refused = {name: str(error) for name, error in reversed(left_out)       # the first of each
+               if name and not poses[name]}
+    return poses, refused, sizes
 
 
 def fitted(found: Poses, i: int, fit_how: str) -> np.ndarray:
