@@ -14,11 +14,13 @@ import hashlib
 import math
 import os
 import sys
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +29,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import keypoints
+
+if TYPE_CHECKING:
+    from dataset import folder
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".gif",
             ".tif", ".tiff"}
@@ -63,27 +68,40 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
     return x.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 
 
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, of which PIL has read the header. DataError for what cannot be read, in the
+    block too; also for more pixels than PIL's limit, a decompression bomb."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                yield image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller or "
+                        "take it out") from None
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except Exception as error:      # PIL's decoders raise a dozen unrelated types on damaged files
+        raise DataError(f"{path}: not a readable image ({error}); replace it or take it out"
+                        ) from error
+
+
 def read_image(path: str | Path, at_least: int | None = None, ground: str = "white") -> Image.Image:
     """A file as an upright RGB image, transparency laid on the colour `ground`.
 
     With `at_least`, a large JPEG is decoded at a reduced size of at least that many pixels a side.
     DataError for a file that cannot be read whole, so no truncated image is used in training.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:        # far too many pixels are an error
-            # draft() decodes at 1/2, 1/4 or 1/8. Where this does not divide a side, the content
-            # ends within the last pixel; unless it is stretched over it, joints would be off by up
-            # to half a pixel.
-            _, extent = (at_least and image.draft(None, (at_least, at_least))) or (None, None)
-            image.load()
-            if extent and extent[2:] != image.size:
-                image = image.resize(image.size, Image.Resampling.BICUBIC, box=extent)
-            image = ImageOps.exif_transpose(image)
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except Exception as error:      # PIL's decoders raise a dozen unrelated types on damaged files
-        raise DataError(f"{path}: not a readable image ({error}); replace it or take it out"
-                        ) from error
+    with opened(path) as image:
+        # draft() decodes at 1/2, 1/4 or 1/8. Where this does not divide a side, the content ends
+        # within the last pixel; unless it is stretched over it, joints would be off by up to half a
+        # pixel.
+        _, extent = (at_least and image.draft(None, (at_least, at_least))) or (None, None)
+        image.load()
+        if extent and extent[2:] != image.size:
+            image = image.resize(image.size, Image.Resampling.BICUBIC, box=extent)
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise DataError(f"{path}: floating point pixels are not supported; save the image with 8 "
                         "or 16 bits")
@@ -98,13 +116,13 @@ def read_image(path: str | Path, at_least: int | None = None, ground: str = "whi
 
 def upright_size(path: str | Path) -> tuple[int, int]:
     """(width, height) of an image file as it is shown; only its header is read."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size[::-1] if turned else image.size
-    except Exception as error:      # as in read_image
-        raise DataError(f"{path}: not a readable image ({error}); replace it or take it out"
-                        ) from error
+    with opened(path) as image:
+        return image.size[::-1] if orientation(image) >= 5 else image.size
+
+
+def orientation(image: Image.Image) -> int:
+    """How EXIF says the image is turned: 1 as it is, 5 to 8 with width and height exchanged."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def crop_resize(
@@ -277,9 +295,14 @@ class PoseFolder(ImageDataset):
             return cut_bars(*self.whole(i))
         return self.whole(i, at_least=2 * self.size)
 
-    def groups(self) -> list[str]:
+    @cached_property
+    def grouping(self) -> "folder.Groups":
+        """The clip of each image, and what metadata.csv had to do with it."""
         from dataset import folder
-        return folder.find_groups(self.root, self.names).names
+        return folder.find_groups(self.root, self.names)
+
+    def groups(self) -> list[str]:
+        return self.grouping.names
 
     def fingerprint(self) -> str:
         """Changes with the images, their poses, the size and trim_bars; of files it looks at sizes

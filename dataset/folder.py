@@ -8,7 +8,6 @@ import csv
 import json
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -53,9 +52,7 @@ def find(root: Path, poseless: bool) -> tuple[Path, list[Labelled]]:
         return parts[0] if len(parts) == 1 else (root, merge(parts))
     if (root / "labels").is_dir():
         return root, list(pair(find_images(root / "images")))
-    if has_labels_beside(root):
-        return root, list(pair(find_images(root)))
-    if poseless:
+    if poseless or has_labels_beside(root):
         return root, list(pair(find_images(root)))
     if parts := [str(root / name) for name in PARTS
                  if (root / name).is_dir() and has_keypoints(root / name)]:
@@ -120,9 +117,13 @@ def read_list(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text file in UTF-8 or UTF-16; give a folder, a list of "
                         "images or a COCO json") from None
-    lines = [line.strip() for line in lines]
-    files = [(line, on_disk(path.parent, line)) for line in lines if line]
-    return [file for line, file in files if not line.startswith("#") or os.path.isfile(file)]
+    files = [(line, on_disk(path.parent, line)) for line in map(str.strip, lines) if line]
+    files = [(line, file) for line, file in files
+             if not line.startswith("#") or os.path.isfile(file)]
+    for line, _ in files:
+        if not os.path.isabs(line) and leaves(line):
+            raise DataError(f"{path}: '{line}' leads out of the list's folder; write it whole")
+    return [file for _, file in files]
 
 
 def pair(images: list[str]) -> Iterator[Labelled]:
@@ -141,8 +142,8 @@ def pair(images: list[str]) -> Iterator[Labelled]:
 
 
 def keypoint_file(image: str) -> str | None:
-    """Of a/images/b/c.png a/keypoints/b/c.json, by the last folder called images; or OpenPose's
-    c_keypoints.json, where it exists; or YOLO's a/labels/b/c.txt, where a/keypoints does not."""
+    """Of a/images/b/c.png a/keypoints/b/c.json, by the last folder called images; where it does not
+    exist, OpenPose's c_keypoints.json; YOLO's a/labels/b/c.txt, where a/keypoints does not."""
     *folders, name = Path(image).parts
     if "images" not in folders:
         return None
@@ -153,8 +154,9 @@ def keypoint_file(image: str) -> str | None:
     start = os.path.join(root, "labels" if yolo else "keypoints", *folders[i + 1:], stem)
     if yolo:
         return on_disk("", start + ".txt")
-    openpose = on_disk("", start + "_keypoints.json")
-    return openpose if os.path.isfile(openpose) else on_disk("", start + ".json")
+    plain = on_disk("", start + ".json")
+    openpose = plain if os.path.isfile(plain) else on_disk("", start + "_keypoints.json")
+    return openpose if os.path.isfile(openpose) else plain
 
 
 def has_labels_beside(root: Path) -> bool:
@@ -210,7 +212,10 @@ def read_coco(path: Path, content: object) -> tuple[Path, list[Labelled]]:
 
     def size_of(name: str) -> tuple[int, int] | None:
         found = [] if leaves(name) else [on_disk(at, name) for at in folders]
-        return next((upright_size(file) for file in found if os.path.isfile(file)), None)
+        try:
+            return next((upright_size(file) for file in found if os.path.isfile(file)), None)
+        except DataError as error:                      # one broken image
+            raise keypoints.PoseError(str(error)) from error
 
     people, refused, sizes = pose_files.read_coco(path, content, size_of)
     for name in filter(leaves, people):
@@ -277,7 +282,7 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """(columns, rows) of a csv file that commas, semicolons or tabs separate."""
     raw = path.read_bytes()
     try:
-        text = raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        text = raw.decode(json.detect_encoding(raw))
         lines = [line for line in text.splitlines() if line.strip()]
         separator = max(",;\t", key=lines[0].count) if lines else ","
         columns, *rows = list(csv.reader(lines, delimiter=separator)) or [[]]
@@ -307,7 +312,7 @@ def match_rows(rows: list[str], names: list[str]) -> dict[int, int]:
 
 def ends_of(name: str) -> list[str]:
     """images\\A\\b.PNG -> images/a/b, a/b, b."""
-    name = unicodedata.normalize("NFC", name).casefold().replace("\\", "/")
+    name = normalize("NFC", name).casefold().replace("\\", "/")
     stem, suffix = os.path.splitext(name)
     parts = [part for part in (stem if suffix in SUFFIXES else name).split("/")
              if part not in ("", ".")]

@@ -139,8 +139,8 @@ def test_a_truncated_file_is_an_error_not_half_an_image(tmp_path, suffix, left):
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     Image.new("L", (30, 30)).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)         # PIL warns above, raises above 800
-    with pytest.raises(DataError, match="a.png.*900 pixels"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)         # PIL warns above, raises above 1600
+    with pytest.raises(DataError, match="a.png: more than 800 pixels"):
         data.read_image(tmp_path / "a.png")
 
 
@@ -289,6 +289,9 @@ def test_list_file(tmp_path):
     ds = PoseFolder(tmp_path / "set/train.txt", 12)
     assert ds.names == ["images/b.png", "images/a.png"]                 # in the list's order
     assert np.abs(ds[1][1] - some_pose(0)).max() < 1e-6
+    (tmp_path / "set/bad.txt").write_text("../set/images/b.png\n")
+    with pytest.raises(DataError, match="leads out of the list's folder"):
+        PoseFolder(tmp_path / "set/bad.txt", 12)
 
 
 def test_a_list_in_utf16_with_comments_backslashes_and_a_name_that_begins_with_a_hash(tmp_path):
@@ -375,6 +378,9 @@ def test_coco_without_sizes_takes_those_of_the_upright_images(tmp_path):
     (tmp_path / "k.json").write_text(json.dumps(told))
     ds = PoseFolder(tmp_path, 20)
     assert np.abs(ds.pose(0) - some_pose(0)).max() < 1e-6 and ds.label(0)[1] is None
+    (tmp_path / "a.jpg").write_bytes(b"not an image")
+    with pytest.raises(DataError, match="1 images cannot be used.*a.jpg: not a readable image"):
+        PoseFolder(tmp_path, 20)                        # one broken image, which is more than 1 %
 
 
 def test_coco_in_0_to_1_is_read_as_such(tmp_path):
