@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -27,7 +27,7 @@ import data
 import keypoints
 from data import DataError, ImageDataset, PoseFolder
 from dataset.bars import find_bars
-from dataset.folder import find_groups, keypoint_file
+from dataset.folder import keypoint_file
 from plots import draw_overview
 
 THUMB = 16                      # side of the thumbnails by which copies are found
@@ -112,9 +112,11 @@ class Records(Dataset):
     def __getitem__(self, i: int) -> tuple[np.ndarray, str | None]:
         row = np.zeros((), RECORD)
         try:
-            image, row["pose"] = whole(self.ds, i)
             if isinstance(self.ds, PoseFolder):
-                row["told"] = self.ds.label(i)[1] or 0
+                image, (row["pose"], told) = data.read_image(self.ds.name(i)), self.ds.label(i)
+                row["told"] = told or 0
+            else:
+                image, row["pose"] = whole(self.ds, i)
         except DataError as error:
             return row, str(error)
         row["sound"], row["size"], row["inner"] = True, image.size, find_bars(np.asarray(image))
@@ -341,8 +343,8 @@ def misshapen(checked: Checked) -> list[Suspect]:
         (W, H), (w, h) = checked.rows["size"][i].tolist(), checked.rows["told"][i].tolist()
         off = abs(W * h - H * w) / max(W, H, w, h)          # in pixels, of the smaller one
         if off > 1:
-            with Image.open(checked.files[i], formats=data.FORMATS) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+            with data.opened(checked.files[i]) as image:
+                turned = data.orientation(image)
             why = f"its label is for {w:g} x {h:g} pixels, the upright image has {W} x {H}"
             found.append(Suspect("size", off, checked.files[i], why + (
                 f"; EXIF orientation {turned} turns it: label the upright images" if turned > 1 else
@@ -423,10 +425,10 @@ def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: 
     """Everything that is said of a dataset, in the types of JSON."""
     sound, datasets = checked.rows["sound"], checked.datasets
     size = checked.rows["size"][sound]
+    oblong = size[:, 0] != size[:, 1]
     short = np.sort(size.min(1))
     step = np.floor(2 * np.log2(short) + 1e-9).astype(int)          # powers of sqrt 2: 64, 91, 128
     train, groups = datasets[0], datasets[0].groups()
-    own = isinstance(train, PoseFolder)
     held_out_of = list(dict.fromkeys(
         group for group, held in zip(groups, checked.held, strict=False) if held))
     short_side = {"histogram": {}}
@@ -441,10 +443,10 @@ def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: 
                    "sound": int(sound.sum()), "broken": len(checked.broken),
                    "without_a_person": sum(len(ds.skipped) for ds in datasets),
                    "held_out": int((checked.held & sound).sum()),
-                   "not_square": int((size[:, 0] != size[:, 1]).sum())},
+                   "not_square": int(oblong.sum())},
         "short_side": short_side, "groups": len(set(groups)), "held_out_of": held_out_of,
-        "metadata": find_groups(train.root, train.names).metadata if own else "",
-        "cut_off": cut_off(checked.rows[sound]), **about,
+        "metadata": train.grouping.metadata if isinstance(train, PoseFolder) else "",
+        "cut_off": cut_off(checked.rows[sound][oblong]), **about,
         "suspects": [{"kind": s.kind, "file": s.file, "why": s.why, "score": round(s.score, 4)}
                      for s in suspects],
     }
