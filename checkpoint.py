@@ -17,7 +17,7 @@ also has "source": "CompVis" and "weights": "EMA" | "raw", and no "train".
 """
 from __future__ import annotations
 
-import startup  # before all others: it checks the versions
+from engine import startup  # before all others: it checks the versions
 
 # isort: split
 import argparse

@@ -7,7 +7,7 @@ people for those who have none. What crops, scales or mirrors an image moves its
 Letters: N images, B batch, S side in pixels.
 """
 
-import startup  # before all others: it checks the versions
+from engine import startup  # before all others: it checks the versions
 
 # isort: split
 import hashlib

@@ -14,7 +14,7 @@ one seed with each checkpoint that was kept.
 """
 from __future__ import annotations
 
-import startup  # before all others: it checks the versions
+from engine import startup  # before all others: it checks the versions
 
 # isort: split
 import argparse

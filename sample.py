@@ -29,7 +29,7 @@ Letters: P poses, n images per pose, B = P n images, S side of an image, C h w s
 """
 from __future__ import annotations
 
-import startup  # before all others: it checks the versions
+from engine import startup  # before all others: it checks the versions
 
 # isort: split
 import argparse

@@ -12,7 +12,7 @@ best.pt, samples/ and curves.png.
 """
 from __future__ import annotations
 
-import startup  # before all others: it checks the versions
+from engine import startup  # before all others: it checks the versions
 
 # isort: split
 import argparse

@@ -17,7 +17,7 @@ import train
 ROOT = Path(__file__).parent.parent
 LEAVES = "diffusion", "unet", "vq", "keypoints"
 ROOMS = {
-    "engine": {"run", "distributed", "process", "cpu", "muon"},
+    "engine": {"run", "distributed", "process", "cpu", "muon", "startup"},
     "dataset": {"figures", "latents", "check", "folder", "bars"},
     "formats": {"pose_files", "compvis", "lpips", "detections"},
     "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "pose"},
@@ -25,15 +25,15 @@ ROOMS = {
 }
 # What a file, or each file of a room, may import of ours; a room stands for all that is in it.
 MAY_IMPORT = {
-    **dict.fromkeys((*LEAVES, "startup"), ()),
+    **dict.fromkeys(LEAVES, ()),
     "ldm": ("unet", "vq", "keypoints"),
-    "data": ("startup", "keypoints"),
-    "checkpoint": ("startup", "ldm", "vq", "unet", "keypoints"),
+    "data": ("engine.startup", "keypoints"),
+    "checkpoint": ("engine.startup", "ldm", "vq", "unet", "keypoints"),
     "plots": ("keypoints", "metrics.overfit"),         # for the bins of timesteps in its heat maps
-    "train": ("startup", *LEAVES, "ldm", "data", "checkpoint", "dataset.latents", "engine",
+    "train": (*LEAVES, "ldm", "data", "checkpoint", "dataset.latents", "engine",
               "metrics", "plots"),
-    "sample": ("startup", *LEAVES, "ldm", "data", "checkpoint", "formats", "extras", "plots"),
-    "evaluate": ("startup", *LEAVES, *ROOMS, "ldm", "data", "checkpoint", "sample", "plots"),
+    "sample": ("engine.startup", *LEAVES, "ldm", "data", "checkpoint", "formats", "extras", "plots"),
+    "evaluate": (*LEAVES, *ROOMS, "ldm", "data", "checkpoint", "sample", "plots"),
     "engine": ("checkpoint", "engine"),
     "dataset": ("keypoints", "data", "dataset", "formats", "plots"),
     "formats": ("keypoints", "unet", "vq", "checkpoint", "formats"),

@@ -12,7 +12,7 @@ from matplotlib import font_manager
 from test_data import folder
 
 import plots
-import startup
+from engine import startup
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = "train", "sample", "evaluate", "data", "checkpoint"
@@ -88,8 +88,8 @@ def test_an_old_version_is_told_in_one_sentence(tmp_path, name, old, found):
 def test_a_command_parses_with_python_3_8_and_imports_startup_first(name):
     body = ast.parse((ROOT / f"{name}.py").read_text(), feature_version=(3, 8)).body
     first = [ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
-    assert [line for line in first if "__future__" not in line][0] == "import startup"
-    ast.parse((ROOT / "startup.py").read_text(), feature_version=(3, 7))
+    assert [line for line in first if "__future__" not in line][0] == "from engine import startup"
+    ast.parse((ROOT / "engine/startup.py").read_text(), feature_version=(3, 7))
 
 
 # ------------------------------------------------------------------------------------------ fonts
