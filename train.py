@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -559,8 +559,7 @@ def report(run: RunDir, bar: tqdm, step: int, said: str, result: dict, began: fl
             rows = [*read_log(run.log_path), {"step": step} | row]
             plots.plot_curves(run.dir / "curves.png", rows, panels | SHARED_PANELS,
                               f"{run.dir}, step {step + 1}: {said}")
-        with suppress(OSError):                             # a closed terminal
-            bar.write(f"step {step + 1:6d}  {said}")
+        bar.write(f"step {step + 1:6d}  {said}")
     run.log(step, **row, eval_s=time.monotonic() - began)
     bar.set_description(run.title)
 
@@ -593,23 +592,26 @@ def preview_vq(path: Path, model: VQModel, val: data.ImageDataset, c: Config, re
                     title=f"{path.stem}: {result['psnr']:.2f} dB, box {result['psnr_box']:.2f} dB")
 
 
-def load_distances(c: Config) -> dict[str, nn.Module]:
-    """The perceptual distances of config c, by the names of VQLoss; ValueError where weights of
-    LPIPS are missing."""
-    distances = {}
+def load_distances(c: Config, lpips: LPIPS | None = None) -> dict[str, nn.Module]:
+    """The perceptual distances of config c, by the names of VQLoss; `lpips` where one is at hand.
+    ValueError where it is needed and its weights are missing."""
+    distances: dict[str, nn.Module] = {}
     if c.recipe.loss.detector:
         distance = DetectorDistance(KeypointDetector(c.size, FEATURE_WIDTHS))
         checkpoint.fill(distance, checkpoint.read(FEATURES), str(FEATURES))
         distances["detector"] = distance
     if c.recipe.loss.perceptual:
-        if not c.lpips:
-            raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, which "
-                             "needs weights: give them with --lpips-weights FILE [FILE], fetch "
-                             "them with --download-lpips (528 MB), or train without: "
-                             "--perceptual off")
-        from formats import lpips
-        distances["lpips"] = lpips.load_lpips(c.lpips)
+        distances["lpips"] = lpips or load_lpips(c)
     return distances
+
+
+def load_lpips(c: Config) -> LPIPS:
+    if not c.lpips:
+        raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, which needs "
+                         "weights: give them with --lpips-weights FILE [FILE], fetch them with "
+                         "--download-lpips (528 MB), or train without: --perceptual off")
+    from formats import lpips
+    return lpips.load_lpips(c.lpips)
 
 
 # ------------------------------------------------------------------------------ stage 2
@@ -980,10 +982,7 @@ def measure_figures(c: Config) -> float:
     """Seconds of a step on procedural figures, which every machine has."""
     train, val = data.open_data(f"figures:{2 * c.recipe.batch_size}", c.size, None)
     if c.stage == "vq":
-        loss = replace(c.recipe.loss, perceptual=0.0)
-        distances = load_distances(replace(c, recipe=replace(c.recipe, loss=loss)))
-        if c.recipe.loss.perceptual:
-            distances["lpips"] = LPIPS()                    # its weights do not matter here
+        distances = load_distances(c, LPIPS())              # its weights do not matter here
         return measure_speed(c, train_vq, (train, val, distances))[0]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:     # Windows: mapped
         vq = prepare(VQModel(c.vq_config).eval().requires_grad_(False), c)

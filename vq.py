@@ -363,7 +363,8 @@ class VQModel(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         h = self.quant_conv(self.encoder(x, self.checkpointing))
         if self.config.shortcut:                # in the first channels; the others start at zero
-            h = h + F.pad(SHORTCUT_SCALE * F.avg_pool2d(x, f), (0, 0, 0, 0, 0, h.shape[1] - 3))
+            more = self.config.embed_dim - self.config.in_channels
+            h = h + F.pad(SHORTCUT_SCALE * F.avg_pool2d(x, f), (0, 0, 0, 0, 0, more))
         return h
 
     def decode_raw(self, z: Tensor) -> Tensor:
@@ -371,8 +372,8 @@ class VQModel(nn.Module):
         z = z.contiguous(memory_format=torch.channels_last)
         x_hat = self.decoder(self.post_quant_conv(z), self.checkpointing)
         if self.config.shortcut:
-            x_hat = x_hat + F.interpolate(z[:, :3].float() / SHORTCUT_SCALE, mode="bicubic",
-                                          scale_factor=self.config.factor)
+            image = z[:, :self.config.out_ch].float() / SHORTCUT_SCALE
+            x_hat = x_hat + F.interpolate(image, mode="bicubic", scale_factor=self.config.factor)
         return x_hat
 
     def decode(self, h: Tensor) -> Tensor:

@@ -17,11 +17,15 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+
 EVALUATIONS = 6
 SHARES, FRECHET = (0.8, 0.9), 0.42
 
@@ -40,7 +44,8 @@ def measure(model: Path, out: Path, images: int) -> dict[str, float]:
             "decoded_frechet": decoded["frechet"]}
 
 
-def first_minutes(points: list[dict], reached) -> float | None:
+def first_minutes(points: list[dict], reached: Callable[[dict], bool]) -> float | None:
+    """Minutes until the first of the points that has `reached` a mark."""
     return next((point["minutes"] for point in points if reached(point)), None)
 
 
@@ -62,8 +67,6 @@ def main(argv: list[str] | None = None) -> None:
     run("train.py", "--stage", "vq", *common, "--out", vq,
         *(("--steps", args.vq_steps) if args.vq_steps else ()))
     stage_1 = time.time() - began
-    sys.path.insert(0, str(ROOT))
-    import train
     steps = args.ldm_steps or train.PRESETS["toy"].ldm.steps
     run("train.py", "--stage", "ldm", *common, "--vq", vq / "last.pt", "--out", ldm,
         "--steps", steps, "--keep-every", max(1, steps // EVALUATIONS))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -33,8 +33,7 @@ def world() -> int:
 def print0(text: str) -> None:
     """Prints once, whatever the number of ranks."""
     if rank() == 0:
-        with suppress(OSError):                         # a closed terminal
-            print(text, flush=True)
+        print(text, flush=True)
 
 
 def join(device: str, batch_size: int) -> str:
