@@ -142,7 +142,7 @@ def crop_resize(
     if not isinstance(image, Image.Image):
         image = Image.fromarray(image)
     W, H = image.size
-    side, at, mirror = min(W, H), (0.5, 0.5), False
+    side, at, mirror = min(W, H), None, False
     if rng is not None:
         scale, *at, coin = rng.random(4)
         least = max(zoom[0], min(zoom[1], size / side))     # a smaller crop would be enlarged
@@ -160,19 +160,21 @@ def place_square(
     size: tuple[int, int],                      # (width, height) of the image
     pose: np.ndarray,                           # [17, 3], normalised to it
     side: int,                                  # of the square
-    at: Sequence[float] = (0.5, 0.5),           # in 0..1, where in the range of places it lies
+    at: Sequence[float] | None = None,          # in 0..1, where in the range of places it lies;
+                                                # None: in its middle
 ) -> tuple[int, int, int, int]:
     """The box (x0, y0, x1, y1) of a square in an image, in whole pixels: a crop that needs no
     scaling is then an exact copy.
 
-    It may lie anywhere in the image. Where the person is not inside the centre crop, it must hold
-    the person, or as many joints as fit.
+    It may lie anywhere along the short side. Along the long side it must hold the person, or as
+    many joints as fit; with `at` None it is the centre crop if the person is inside that.
     """
     joints, short, corner = pose[keypoints.on_canvas(pose), :2] * size, min(size), []
-    for length, places, share in zip(size, joints.T, at, strict=True):
+    for axis, (length, places) in enumerate(zip(size, joints.T, strict=True)):
         low, high, centre = 0, length - side, (length - short + 1) // 2
-        x = np.sort(places)
-        if len(x) and (x[0] < centre or x[-1] > centre + short):
+        x, share = np.sort(places), 0.5 if at is None else at[axis]
+        if len(x) and length > short and (
+                at is not None or x[0] < centre or x[-1] > centre + short):
             counts = np.searchsorted(x, x + side, "right") - np.arange(len(x))  # from x to x + side
             first = counts.argmax()
             last = first + counts[first] - 1
@@ -416,8 +418,8 @@ def split(ds: ImageDataset) -> tuple[Part, Part]:
     if len(held) < max(HELD_OUT_LEAST, wanted / 2):
         held = one_by_one(ds, members, wanted)
         print(f"warning: the groups are too large to hold out whole ones ({shorten(members)}), so "
-              "the split is by image, and neighbouring frames of a clip leak; name groups in "
-              "metadata.csv, or give other images with --val", file=sys.stderr)
+              "the split is by image, and neighbouring frames of a clip leak; name smaller "
+              "groups in metadata.csv, or give other images with --val", file=sys.stderr)
     elif few:
         left_out = {groups[i]: None for i in sorted(held)}
         print(f"warning: all images of {shorten(left_out)} are held out, none is trained on; if "

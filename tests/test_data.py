@@ -190,9 +190,9 @@ def test_a_crop_that_needs_no_scaling_copies_pixels_and_keeps_joints_outside():
 
 
 @pytest.mark.parametrize("W, H", [(300, 100), (100, 300), (160, 100), (101, 250)])
-def test_crops_follow_a_person_who_is_not_inside_the_centre_crop(W, H):
-    """Along the side that is cut, every crop holds all joints of a person who fits; the held-out
-    crop of a person who does not is never empty."""
+def test_crops_follow_the_person(W, H):
+    """Along the side that is cut, every drawn crop holds all joints of a person who fits, and so
+    does the held-out crop, which is never empty."""
     rng, image, followed = np.random.default_rng(0), np.zeros((H, W, 3), np.uint8), 0
     for seed in range(60):
         pose = some_pose(seed)
@@ -205,21 +205,21 @@ def test_crops_follow_a_person_who_is_not_inside_the_centre_crop(W, H):
             drawn = None if augment is None else np.random.default_rng(augment)
             moved = crop_resize(image, pose, 50, drawn)[1]
             within, on = np.abs(moved[:, int(H > W)] - 0.5) < 0.5 + 1e-6, keypoints.on_canvas(pose)
-            if fits and not inside:                             # perhaps mirrored
+            if fits and (drawn or not inside):                  # perhaps mirrored
                 assert within[on].all() or augment is not None and within[on[keypoints.MIRROR]].all()
             assert augment is not None or keypoints.on_canvas(moved).any() or not len(seen)
         followed += bool(fits and not inside)
     assert followed >= 10
 
 
-def test_crops_of_centred_people_and_of_square_images_are_those_of_version_1():
+def test_centre_crops_of_centred_people_and_crops_of_square_images_are_those_of_version_1():
     rng = np.random.default_rng(3)
     for W, H in ((90, 30), (30, 90), (40, 40)):
         pose = some_pose(1)
         pose[:, :2] = 0.5 + (pose[:, :2] - 0.5) * 30 / np.array([W, H])
         for side in range(20, 31):
-            at = rng.random(2)
-            x0, y0, *_ = data.place_square((W, H), pose, side, at)
+            at = rng.random(2) if W == H else (0.5, 0.5)
+            x0, y0, *_ = data.place_square((W, H), pose, side, at if W == H else None)
             assert (x0, y0) == (min(int(at[0] * (W - side + 1)), W - side),
                                 min(int(at[1] * (H - side + 1)), H - side))
 
