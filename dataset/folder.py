@@ -56,11 +56,10 @@ def find(root: Path, poseless: bool) -> tuple[Path, list[Labelled]]:
         return root, list(pair(find_images(root)))
     if parts := [str(root / name) for name in PARTS
                  if (root / name).is_dir() and has_keypoints(root / name)]:
-        raise DataError(f"{root}: not a dataset but a folder of {len(parts)}; give "
-                        f"{' or '.join(parts)}")
-    raise DataError(f"{root}: no keypoints in it; put images into {root}/images and their poses "
-                    f"into {root}/keypoints (or YOLO's into {root}/labels), or one COCO json into "
-                    f"{root}")
+        raise DataError(f"{root}: not a dataset; give {' or '.join(parts)}")
+    raise DataError(f"{root}: not a dataset; put images into {root}/images and their poses into "
+                    f"{root}/keypoints (or YOLO's into {root}/labels), or into {root} one COCO "
+                    "json that has images and annotations")
 
 
 # --------------------------------------------------------------------------------- names of files
@@ -120,6 +119,9 @@ def read_list(path: Path) -> list[str]:
     files = [(line, on_disk(path.parent, line)) for line in map(str.strip, lines) if line]
     files = [(line, file) for line, file in files
              if not line.startswith("#") or os.path.isfile(file)]
+    if files and not any(os.path.isfile(file) for _, file in files):
+        raise DataError(f"{path}: '{files[0][0]}' is not the name of a file, nor is any other line; "
+                        "give a folder, a list of images or a COCO json")
     for line, _ in files:
         if not os.path.isabs(line) and leaves(line):
             raise DataError(f"{path}: '{line}' leads out of the list's folder; write it whole")
@@ -208,7 +210,7 @@ def read_coco(path: Path, content: object) -> tuple[Path, list[Labelled]]:
     usual places near the json."""
     part = path.stem.split("_")[-1]                     # person_keypoints_val2017.json: val2017/
     folders = [at / sub for at in (path.parent, path.parent.parent)
-               for sub in ("images", part, f"images/{part}", ".")]
+               for sub in ("images", part, f"images/{part}", "data", ".")]
 
     def size_of(name: str) -> tuple[int, int] | None:
         found = [] if leaves(name) else [on_disk(at, name) for at in folders]
@@ -223,7 +225,8 @@ def read_coco(path: Path, content: object) -> tuple[Path, list[Labelled]]:
     folder = next((at for at in folders
                    if any(os.path.isfile(on_disk(at, name)) for name in people)), None)
     if folder is None:
-        raise DataError(f"{path}: none of its images is in {folders[0]} or beside it")
+        raise DataError(f"{path}: none of its images, such as '{next(iter(people), '')}', is in "
+                        f"{folders[0]} or beside it; put them there")
     return folder.parent if folder.name == "images" else folder, [
         Labelled(on_disk(folder, name),
                  None if name in refused else pose_files.largest(people[name]),
@@ -283,10 +286,13 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     raw = path.read_bytes()
     try:
         text = raw.decode(json.detect_encoding(raw))
+    except UnicodeDecodeError:
+        text = raw.decode("latin-1")            # what Excel writes, unless it is asked for UTF-8
+    try:
         lines = [line for line in text.splitlines() if line.strip()]
         separator = max(",;\t", key=lines[0].count) if lines else ","
         columns, *rows = list(csv.reader(lines, delimiter=separator)) or [[]]
-    except (csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
         raise DataError(f"{path}: not a csv table ({error}); fix it or take it out") from error
     columns = [column.strip().lower() for column in columns]
     blank = dict.fromkeys(columns, "")

@@ -289,6 +289,9 @@ def test_list_file(tmp_path):
     ds = PoseFolder(tmp_path / "set/train.txt", 12)
     assert ds.names == ["images/b.png", "images/a.png"]                 # in the list's order
     assert np.abs(ds[1][1] - some_pose(0)).max() < 1e-6
+    (tmp_path / "data.yaml").write_text("path: .\ntrain: images/train\n")
+    with pytest.raises(DataError, match="'path: .' is not the name of a file"):
+        PoseFolder(tmp_path / "data.yaml", 12)
     (tmp_path / "set/bad.txt").write_text("../set/images/b.png\n")
     with pytest.raises(DataError, match="leads out of the list's folder"):
         PoseFolder(tmp_path / "set/bad.txt", 12)
@@ -436,8 +439,10 @@ def test_coco_of_which_many_images_are_gone_is_found_by_the_others(tmp_path):
         (tmp_path / "images" / name).unlink()
     ds = PoseFolder(tmp_path, 9, limit=1)
     assert len(ds) == 180 and len(ds.broken) == 120 and ds.root == tmp_path
-    os.rename(tmp_path / "images", tmp_path / "away")
-    with pytest.raises(DataError, match=r"none of its images is in .*images or beside it"):
+    os.rename(tmp_path / "images", tmp_path / "data")           # as FiftyOne calls it
+    assert len(PoseFolder(tmp_path, 9, limit=1)) == 180
+    os.rename(tmp_path / "data", tmp_path / "away")
+    with pytest.raises(DataError, match=r"such as '000.png', is in .*images or beside it"):
         PoseFolder(tmp_path, 9)
 
 
@@ -451,7 +456,7 @@ def test_a_json_of_something_else_leaves_a_folder_of_plain_images(tmp_path, text
     assert not has_keypoints(tmp_path)
     ds = PoseFolder(tmp_path, 9, poseless=True)
     assert ds.names == ["a.png", "b.png"] and not ds[0][1].any()
-    with pytest.raises(DataError, match="no keypoints in it"):
+    with pytest.raises(DataError, match="not a dataset; put images"):
         PoseFolder(tmp_path, 9)
 
 
@@ -504,7 +509,7 @@ def test_errors_name_the_file(tmp_path):
     (tmp_path / "set/keypoints").mkdir(parents=True)
     with pytest.raises(DataError, match="nowhere: there is no such"):
         PoseFolder(tmp_path / "nowhere", 8)
-    with pytest.raises(DataError, match="no keypoints in it"):
+    with pytest.raises(DataError, match="not a dataset; put images"):
         PoseFolder(tmp_path, 8)
     with pytest.raises(DataError, match="set/images: no images in it"):
         PoseFolder(tmp_path / "set", 8)
@@ -610,20 +615,20 @@ def test_groups_come_from_metadata_before_names(tmp_path):
                                  "a/{}.png;{}", "A/{}.PNG\t{}", "/home/me/set/images/a/{}.png,{}",
                                  "C:\\set\\images\\a\\{}.png,{}", '"a/{}", {}'])
 @pytest.mark.parametrize("header", ["file,group", "Group,File_Name", " FILENAME , Video "])
-@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
 def test_rows_of_metadata_match_whatever_wrote_them(tmp_path, row, header, coding):
     separator = next((c for c in ";\t" if c in row), ",")
     columns = header.replace(",", separator)
     if header.startswith("Group"):
         row = separator.join(row.rsplit(separator, 1)[::-1])
     names = ["images/a/x1.png", "images/a/x2.png", "images/b/x1.png"]
-    cells = [("x1", "one"), ("x2", "two")]
+    cells = [("x1", "caf\u00e9"), ("x2", "two")]
     if header.startswith("Group"):
         cells = [cell[::-1] for cell in cells]
     lines = [columns, *(row.format(*cell) for cell in cells), ""]
     (tmp_path / "metadata.csv").write_text("\r\n".join(lines), coding)
     found = find_groups(tmp_path, names)
-    assert found.names == ["one", "two", "b/x"] and found.metadata.startswith("2 of 2 rows")
+    assert found.names == ["caf\u00e9", "two", "b/x"] and found.metadata.startswith("2 of 2 rows")
 
 
 def test_rows_of_metadata_that_match_two_images_or_none_are_told(tmp_path):
