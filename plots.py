@@ -494,7 +494,9 @@ def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: 
         "images with a joint missing (grey) or outside (red)": partial(
             draw_joints, joints=report["joints"]),
     }, across=2)
-    ordinary = sound[np.linspace(0, len(sound) - 1, min(len(sound), ACROSS)).round().astype(int)]
+    ordinary = np.setdiff1d(sound, [s.index for s in suspects if s.index is not None])
+    few = min(len(ordinary), ACROSS)
+    ordinary = ordinary[np.linspace(0, len(ordinary) - 1, few).round().astype(int)]
     rows, labels = [[framed(i) for i in ordinary]], ["ordinary images"]
     captions = [[shortened(Path(checked.files[i]).name, 60) for i in ordinary]]
     for first in range(0, len(shown), ACROSS):

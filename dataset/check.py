@@ -46,6 +46,7 @@ ROWS = 256                      # thumbnails that are compared with all others a
 LEAST_LIMBS = 4                 # fewer limbs do not tell a person's size
 LONG_LIMB = 2.2                 # times its usual length: figures reach 1.90, game renders 1.55
 SHOW_LIMB = 50                  # people who show a limb, before its usual length is known
+TINY = 2                        # pixels, of a person whose joints are perhaps in 0..1
 OUT_OF_DOUBT = 0.5              # of a usual width: less may be a body seen from the side
 FEWEST = 10                     # people, before anything is said about all of them
 FACING_LEAST = 0.35             # share who face the viewer; figures 0.7, game renders 0.85
@@ -202,7 +203,8 @@ class Bodies(NamedTuple):
 def _quantile(x: np.ndarray, q: float, axis: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)             # a slice of nothing but NaN
-        return np.nanquantile(x, q, axis=axis) if x.size else np.full(x.shape[1 - axis], np.nan)
+        return (np.nanquantile(x, q, axis=axis) if x.size else
+                np.full(np.delete(x.shape, axis), np.nan))
 
 
 def _positive(x: np.ndarray) -> np.ndarray:
@@ -251,8 +253,11 @@ def odd_poses(checked: Checked) -> tuple[list[Suspect], dict[str, str], dict]:
             lambda i: f"{outside[i].sum()} of {seen[i].sum()} joints lie outside the image")
     xy = rows["pose"][..., :2]
     together = ((xy[:, :, None] == xy[:, None]).all(-1) & seen[:, None]).sum(-1) * seen
-    suspect("point", together.max(1), 2,
-            lambda i: f"{together[i].max()} joints lie in one point")
+    pixels = np.where(seen[..., None], xy * rows["size"][:, None], np.nan)
+    tiny = (_quantile(pixels, 1, 1) - _quantile(pixels, 0, 1)).max(1) < TINY
+    suspect("point", np.where(tiny, seen.sum(1), together.max(1)), 2,
+            lambda i: f"{together[i].max()} joints lie in one point" if not tiny[i] else
+            f"all joints lie within {TINY} pixels; perhaps they are in 0..1, or in another unit")
     limbs = np.nan_to_num(body.limbs) * (np.isfinite(body.limbs).sum(0) >= SHOW_LIMB)
     suspect("limb", limbs.max(1), LONG_LIMB,
             lambda i: "{} to {} is {:.1f} times as long as usual for a person of this size".format(
@@ -347,7 +352,8 @@ def misshapen(checked: Checked) -> list[Suspect]:
                 turned = data.orientation(image)
             why = f"its label is for {w:g} x {h:g} pixels, the upright image has {W} x {H}"
             found.append(Suspect("size", off, checked.files[i], why + (
-                f"; EXIF orientation {turned} turns it: label the upright images" if turned > 1 else
+                f"; EXIF orientation {turned} turns it, and the "
+                "label must be for the upright image" if turned > 1 else
                 "; give the image that was labelled"), i))
     return found
 

@@ -120,8 +120,8 @@ def read_list(path: Path) -> list[str]:
     files = [(line, file) for line, file in files
              if not line.startswith("#") or os.path.isfile(file)]
     if files and not any(os.path.isfile(file) for _, file in files):
-        raise DataError(f"{path}: '{files[0][0]}' is not the name of a file, nor is any other line; "
-                        "give a folder, a list of images or a COCO json")
+        raise DataError(f"{path}: '{files[0][0]}' is not the name of a file, nor is any other "
+                        "line; give a folder, a list of images or a COCO json")
     for line, _ in files:
         if not os.path.isabs(line) and leaves(line):
             raise DataError(f"{path}: '{line}' leads out of the list's folder; write it whole")

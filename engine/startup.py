@@ -60,8 +60,8 @@ def run(main):
     """Ends the process with the status of main(). What the terminal cannot encode is printed as
     \\u escapes."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):              # None without a terminal on Windows
+        stream = getattr(sys, name) or open(os.devnull, "w")    # closed, or a Windows without one
+        if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, Output(stream))
     sys.exit(main())

@@ -132,9 +132,11 @@ class Node:
         dot = "" if self.where.endswith(": ") else "."
         return Node(self.get(key), f"{self.where}{dot}{key}")
 
-    def id(self, key: str, default: int = 0) -> str | float:
-        """The name or number under this key."""
+    def id(self, key: str, default: str | float | None = None) -> str | float | None:
+        """The name or number under this key; "7" is 7."""
         value = self.get(key)
+        if isinstance(value, str) and value.isdecimal() and len(value) < 20:
+            return int(value)
         return value if isinstance(value, str | int | float) else default
 
     def keys(self) -> list[str]:
@@ -199,9 +201,9 @@ class Node:
         return rows
 
     def size(self) -> tuple[float, float] | None:
-        """(width, height) in pixels; None if the object does not give both."""
+        """(width, height) in pixels; None if the object does not give both, or gives 0."""
         for keys in SIZES:
-            if None not in (sides := [self.get(key) for key in keys]):
+            if all(sides := [self.get(key) for key in keys]):
                 w, h = Node(sides, f"{self.where} [{', '.join(keys)}]").numbers(2).tolist()
                 if min(w, h) < 1 or max(w, h) > MAX_SIDE:
                     raise self.refusal(f"has width {w:g} and height {h:g}; 1 to {MAX_SIDE} are "
@@ -309,7 +311,7 @@ def _coco_people(file: Node, images: dict[str | float, Node]
                     or annotation.get("num_keypoints") in (0, "0")
                     or annotation.get("keypoints") in (None, [])):
                 continue
-            image = annotation.id("image_id", None)
+            image = annotation.id("image_id")
             if image not in images:
                 raise annotation.refusal(f"has image_id {SHORT.repr(image)}, which is not among "
                                          "the images")
@@ -453,17 +455,18 @@ def _landmarks(points: Node) -> np.ndarray:
 
 
 def _point(point: Node) -> np.ndarray:
-    """(x, y, c) of {x, y, score or visibility} or [x, y, z, visibility]; c is 1 where it is absent.
+    """(x, y, c) of {x, y, score or visibility} or [x, y, z, visibility]; c may be absent.
 
     PoseNet has x and y under position.
     """
     if isinstance(p := point.value, list):
-        xyc = [*p[:2], *(p[3:4] or [1])]
+        xyc = p[:2] + p[3:4]
     else:
         at = point["position"] if point.get("position") else point
-        xyc = [at.get("x"), at.get("y"), point.get("score", point.get("visibility", 1))]
-    xyc = Node(xyc, point.where).numbers(3, gaps=True)
-    return point.xyc(xyc[None, :2], xyc[None, 2])[0]
+        c = point.get("score", point.get("visibility"))
+        xyc = [at.get("x"), at.get("y"), *([] if c is None else [c])]
+    xyc = Node(xyc, point.where).numbers(2, 3, gaps=True)
+    return point.xyc(xyc[None, :2], xyc[2:] if len(xyc) > 2 else None)[0]
 
 
 def _tfjs(file: Node) -> Iterator[Person]:
@@ -496,7 +499,7 @@ def _labelme(file: Node) -> Iterator[Person]:
         people: dict[object, list[Node]] = {}
         for shape in frame["shapes"].items():
             if shape.get("shape_type", "point") == "point":
-                people.setdefault(shape.id("group_id", None), []).append(shape)
+                people.setdefault(shape.id("group_id"), []).append(shape)
         for shapes in people.values():
             names = [shape.get("label") for shape in shapes]
             joints = by_name(names, [shape["points"].rows(1)[0] for shape in shapes],
@@ -520,7 +523,7 @@ def _label_studio(file: Node) -> Iterator[Person]:
         people: dict[object, list[Node]] = {}
         for point in points:
             if _has(point.get("value", point.value), "keypointlabels"):
-                people.setdefault(point.id("parentID", None), []).append(point)
+                people.setdefault(point.id("parentID"), []).append(point)
         told = task["data"] if task.get("data") else task
         texts = [value for value in map(told.get, told.keys()) if isinstance(value, str)]
         for points in people.values():

@@ -14,6 +14,7 @@ from test_data import rows_of, save_pair, write_coco
 import data
 import dataset.check
 import keypoints
+import plots
 from data import PoseFolder
 from dataset.bars import find_bars
 from dataset.figures import Figures
@@ -540,6 +541,19 @@ def test_joints_in_another_unit_are_a_verdict(figures, tmp_path, unit, words):
     in_pixels(tmp_path / "set", figures[:30], unit)
     verdicts = run(tmp_path / "set")["verdicts"]
     assert re.search(words, verdicts["unit"]) if words else "unit" not in verdicts
+
+
+def test_joints_of_some_images_in_0_to_1_are_suspects_and_the_overview_shows_which_are_not(
+        figures, tmp_path, monkeypatch):
+    drawn, shown = plots.draw_overview, []
+    monkeypatch.setattr(dataset.check, "draw_overview", lambda *args: drawn(
+        *args[:-1], lambda i: shown.append(i) or np.zeros((8, 8, 3), np.uint8)))
+    save_coco(tmp_path / "set", figures[:9])
+    write_coco(tmp_path / "set/k.json", {
+        f"a{i}.png": (SIDE, SIDE, [pose * ((1, 1, 2) if i % 3 == 0 else (SIDE, SIDE, 2))])
+        for i, (_, pose) in enumerate(figures[:9])})
+    assert suspects(run(tmp_path / "set")) == {("point", f"a{i}.png") for i in (0, 3, 6)}
+    assert shown[:6] == [1, 2, 4, 5, 7, 8] and sorted(shown[6:]) == [0, 3, 6]
 
 
 def test_the_check_says_what_is_held_out_and_how_many_rows_of_metadata_match(clean, capsys):

@@ -149,6 +149,8 @@ FILES = {
                           for p in named(COCO, "name", "x", "y") if ours(p["name"]) != MISSING}]),
     "MoveNet, detector": ("tfjs", [{"score": .8, "keypoints": SCORED}]),
     "MoveNet, one frame": ("tfjs", SCORED),
+    "MoveNet, null": ("tfjs", [{p["name"]: {"x": p["x"], "y": p["y"]} for p in named(
+        COCO, "name", "x", "y", missing=(None, float("nan"), 1))}]),
     "MoveNet, frames": ("tfjs", [[], SCORED]),
     "names as L_eye and right-eye": ("tfjs", [dict(p, name=name) for name, p in
                                               zip(SPELLED, SCORED, strict=True)]),
@@ -157,6 +159,8 @@ FILES = {
     "COCO annotations, more names than numbers": ("coco", coco() | {"categories": [
         {"id": 1, "keypoints": WHOLE[:21]}]}),
     "COCO annotations, more numbers than names": ("coco", coco(keypoints=flat(WHOLE[:26], c=2))),
+    "COCO annotations, ids as strings": ("coco", coco(
+        ["neck", *COCO[::-1]], image_id="5", category_id="1")),
     "COCO annotations, a list a joint": ("coco", coco(keypoints=points(COCO, c=2))),
     "AlphaPose, Halpe-136": ("coco-results", [
         {"image_id": "1.jpg", "keypoints": flat([*WHOLE, "a", "b", "c"], LOW), "score": 3.0}]),
@@ -490,7 +494,7 @@ SEED = dict.fromkeys(JOINTS, [1, 2])
     ("", ["nobody was found"]), ("[]", ["nobody was found"]), ("hello\n", ["not a known pose file"]),
     ("0 1 2\n", ["line 1", "3 values"]), (yolo() + yolo() + "0 x\n", ["line 3", "2 values"]),
     ("[" * 5000, ["valid JSON"]), ("{not json", ["valid JSON"]),
-    (openpose(OPENPOSE_18) | {"canvas_width": 0, "canvas_height": 5}, ["width 0"]),
+    (openpose(OPENPOSE_18) | {"canvas_width": -7, "canvas_height": 5}, ["width -7"]),
     (openpose(OPENPOSE_18) | {"canvas_width": 1e308, "canvas_height": 5}, ["width 1e+308"]),
     ({"people": [{"pose_keypoints_2d": [1.0] * 53}]}, ["people[0].pose_keypoints_2d", "53", "54"]),
     ([{"image_id": 1, "keypoints": flat(COCO)[:-1] + [float("nan")]}], ["[0].keypoints", "NaN"]),

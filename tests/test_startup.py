@@ -63,6 +63,14 @@ def test_no_output_fails_the_work(tmp_path, name, encoding):
         assert r"\u624b" in done.stdout.decode("ascii")
 
 
+@pytest.mark.slow
+def test_closed_streams_do_not_fail_the_work(tmp_path):
+    words, written = lines(tmp_path)["data"]
+    command = [sys.executable, str(ROOT / "data.py"), *words]
+    done = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *command], cwd=tmp_path)
+    assert done.returncode == 0 and written.exists()
+
+
 # --------------------------------------------------------------------------------------- versions
 
 OLD = {
