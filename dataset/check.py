@@ -203,8 +203,7 @@ class Bodies(NamedTuple):
 def _quantile(x: np.ndarray, q: float, axis: int) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)             # a slice of nothing but NaN
-        return (np.nanquantile(x, q, axis=axis) if x.size else
-                np.full(np.delete(x.shape, axis), np.nan))
+        return np.nanquantile(x, q, axis=axis) if x.size else np.full(x.shape[1 - axis], np.nan)
 
 
 def _positive(x: np.ndarray) -> np.ndarray:
@@ -253,8 +252,9 @@ def odd_poses(checked: Checked) -> tuple[list[Suspect], dict[str, str], dict]:
             lambda i: f"{outside[i].sum()} of {seen[i].sum()} joints lie outside the image")
     xy = rows["pose"][..., :2]
     together = ((xy[:, :, None] == xy[:, None]).all(-1) & seen[:, None]).sum(-1) * seen
-    pixels = np.where(seen[..., None], xy * rows["size"][:, None], np.nan)
-    tiny = (_quantile(pixels, 1, 1) - _quantile(pixels, 0, 1)).max(1) < TINY
+    pixels, unseen = xy * rows["size"][:, None], ~seen[..., None]
+    span = np.where(unseen, -np.inf, pixels).max(1) - np.where(unseen, np.inf, pixels).min(1)
+    tiny = span.max(1) < TINY
     suspect("point", np.where(tiny, seen.sum(1), together.max(1)), 2,
             lambda i: f"{together[i].max()} joints lie in one point" if not tiny[i] else
             f"all joints lie within {TINY} pixels; perhaps they are in 0..1, or in another unit")

@@ -15,6 +15,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -214,9 +215,10 @@ class Node:
 
 # -------------------------------------------------------------------------------- joints by name
 
-def joint_of(name: object) -> int | None:
+@lru_cache(maxsize=1000)
+def joint_of(name: str) -> int | None:
     """Our number of left_eye, eye_left, leftEye, L-Eye or LEye; None if COCO has no such joint."""
-    return JOINT_OF.get(re.sub(r"[\W_]", "", name.lower())) if isinstance(name, str) else None
+    return JOINT_OF.get(re.sub(r"[\W_]", "", name.lower()))
 
 
 def order_of(names: Node, partial: bool = False) -> list[int]:
