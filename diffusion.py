@@ -122,6 +122,16 @@ class Diffusion:
                 + self._at("posterior_x_t_coef", t, x_t) * x_t)
         return mean, self._at("posterior_log_variance", t, x_t)
 
+    def draw_timesteps(self, n: int, spread: float = 0.0,
+                       device: torch.device | str = "cpu") -> Tensor:
+        """Random timesteps [n] for training: uniform, or such that lambda is N(0, spread^2)."""
+        if not spread:
+            return torch.randint(self.timesteps, (n,), device=device)
+        lambda_ = torch.from_numpy(log_snr(self.alphas_bar.numpy())).float().to(device)     # falls
+        drawn = spread * torch.randn(n, device=device)
+        return (self.timesteps - torch.searchsorted(lambda_.flip(0), drawn)).clamp(
+            0, self.timesteps - 1)
+
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network learns to predict, float32 [B, ...]: eps or v."""
         if self.prediction == "eps":
@@ -146,7 +156,7 @@ class Diffusion:
         model: Model,                   # called once: model(x_t, t, cond, drop) -> eps or v
         x0: Tensor,                     # [B, ...]
         cond: Tensor,                   # [B, ...] the poses, passed through
-        t: Tensor,                      # [B] uniform in 0 to T - 1
+        t: Tensor,                      # [B] in 0 to T - 1, see draw_timesteps
         noise: Tensor,                  # like x0, N(0, I)
         drop: Tensor,                   # [B] bool, where the null condition replaces the pose
     ) -> Tensor:

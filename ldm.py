@@ -14,10 +14,10 @@ from keypoints import ConditionConfig, PoseCondition
 from unet import UNet, UNetConfig
 from vq import VQModel
 
-# Sampling defaults. eta 1: a model trained for minutes predicts x0 badly at the noisiest steps
-# (t > 850); deterministic sampling carries that error to the end, fresh noise removes it. w = 3:
-# there the Frechet distance is least (benchmarks/guidance.py).
-DEFAULT_GUIDANCE, DEFAULT_ETA = 3.0, 1.0
+# Sampling defaults by what the network predicts: guidance w, eta, steps of DPM-Solver++. A young
+# eps model predicts x0 badly at the noisiest steps (t > 850): deterministic sampling carries that
+# error to the end, fresh noise removes it (benchmarks/guidance.py, benchmarks/convergence.py).
+SAMPLING = {"eps": (3.0, 1.0, 20), "v": (2.0, 0.5, 6)}
 
 
 class LDM(nn.Module):
@@ -84,12 +84,21 @@ class LDM(nn.Module):
     @property
     def guidance(self) -> float:
         """The default guidance; 1 for a model trained without dropping poses."""
-        return DEFAULT_GUIDANCE if self.supports_guidance else 1.0
+        return self.defaults[0] if self.supports_guidance else 1.0
 
     @property
     def eta(self) -> float:
         """The default eta; 0 for a model trained without dropping poses, as in the reference."""
-        return DEFAULT_ETA if self.supports_guidance else 0.0
+        return self.defaults[1] if self.supports_guidance else 0.0
+
+    @property
+    def steps(self) -> int:
+        """The default number of steps of DPM-Solver++."""
+        return self.defaults[2]
+
+    @property
+    def defaults(self) -> tuple[float, float, int]:
+        return SAMPLING[self.schedule.get("prediction", "eps")]
 
     def encode(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> z [B, C, h, w]."""

@@ -72,13 +72,11 @@ from extras.motion import Plan, morph, read_motion, sheet_of
 from extras.output import film_of, grid_of, outputs, save_latents, save_separate
 from formats import compvis
 from formats.pose_files import FORMATS, MIN_CONFIDENCE, fitted, load_poses, name_of
-from ldm import DEFAULT_ETA, DEFAULT_GUIDANCE, LDM
+from ldm import LDM
 
 BATCH = 16                      # images in the network at once
 SAMPLERS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver++(2M)", "ddpm": "DDPM"}
-# benchmarks/convergence.py: 20 steps of DPM-Solver++ with eta 1 are as good as 50 of DDIM.
-DEFAULT_SAMPLER = "dpm_solver"
-DEFAULT_STEPS = {"ddim": 50, "dpm_solver": 20, "ddpm": None}    # ddpm takes all timesteps
+DEFAULT_SAMPLER, DDIM_STEPS = "dpm_solver", 50
 DEFAULT_FRAMES = 8              # of a file with many images, and of --morph
 DEFAULT_CKPT = "runs/ldm/last.pt"
 BUNDLED_CKPT = Path(__file__).parent / "assets/toy.pt"          # used while DEFAULT_CKPT is missing
@@ -112,9 +110,10 @@ def settings(ldm: LDM, sampler: str | None = None, steps: int | None = None,
              spacing: str | None = None) -> dict[str, object]:
     """These arguments of `sample`, with the model's defaults in place of None."""
     sampler = sampler or (DEFAULT_SAMPLER if ldm.spacing == "even" else "ddim")
+    its_steps = {"dpm_solver": ldm.steps, "ddim": DDIM_STEPS, "ddpm": None}     # None: all
     return {
         "sampler": sampler,
-        "steps": DEFAULT_STEPS[sampler] if steps is None else steps,
+        "steps": its_steps[sampler] if steps is None else steps,
         "eta": ldm.eta if eta is None else eta,
         "guidance": ldm.guidance if guidance is None else guidance,
         "spacing": spacing or ("lambda" if sampler == "dpm_solver" else ldm.spacing),
@@ -349,15 +348,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=number(int, 0), default=0, help="of a pose's first image (default 0)")
     add("--sampler", choices=SAMPLERS, help=f"default {DEFAULT_SAMPLER}; ddim for a published "
         "checkpoint, and always with --inpaint and --noise-from")
-    add("--steps", type=number(int, 1), help="default " + ", ".join(
-        f"{steps} with {name}" for name, steps in DEFAULT_STEPS.items() if steps))
-    add("--eta", type=number(float, 0, 1), help="noise that each step adds (default "
-        f"{DEFAULT_ETA:g}, or 0 for a model trained without dropping poses)")
+    add("--steps", type=number(int, 1), help="default: few with dpm_solver, by what the model "
+        f"predicts; {DDIM_STEPS} with ddim")
+    add("--eta", type=number(float, 0, 1),
+        help="noise that each step adds, 0 to 1 (default: by what the model predicts)")
     add("--spacing", choices=("even", "lambda", "uniform"), help="of the timesteps: even in t "
         "(default), in log SNR (with dpm_solver), or the reference's (for a published checkpoint)")
     add("--guidance", type=number(float, -100, 100), metavar="W",
-        help="1: as trained, 0: without the pose, above 1: more of the pose (default "
-             f"{DEFAULT_GUIDANCE:g}, or 1 for a model trained without dropping poses)")
+        help="1: as trained, 0: without the pose, above 1: more of the pose (default: by what the "
+             "model predicts; 1 for a model trained without dropping poses)")
     add("--interval", type=number(int, 0), nargs=2, metavar=("LO", "HI"),
         help="guidance only at the timesteps LO to HI; 0 is the cleanest (default all)")
     add("--rescale", type=number(float, 0, 1), default=0.0, metavar="PHI",
@@ -453,7 +452,7 @@ def run(args: argparse.Namespace, command: str) -> str:
     ask_model(args, ldm)
     if args.guidance == 1 and (args.interval or args.rescale):
         raise ValueError("--interval and --rescale change nothing when --guidance is 1; leave them "
-                         f"out, or guide more, such as --guidance {DEFAULT_GUIDANCE:g}")
+                         "out, or guide more, such as --guidance 3")
     sheet, animation = outputs(args)
     size = payload["config"]["size"]
     plan, given = plan_of(args, payload), read_given(args, ldm, size)

@@ -100,6 +100,7 @@ class Recipe:
     data_init_codes: bool = True        # stage 1: codes from encoder outputs, dead codes restarted
     loss: VQLossConfig = VQLossConfig()         # stage 1
     p_drop: float = 0.1                 # stage 2: share of poses dropped, for guidance
+    lambda_spread: float = 0.0          # stage 2: timesteps as in draw_timesteps; 0: uniform
     ema_decay: float = 0.9999           # stage 2: with warm-up min(d, (1 + n) / (10 + n))
     muon: float = 0.0                   # stage 2: Muon's lr over lr; 0: AdamW for everything
 
@@ -148,10 +149,11 @@ PRESETS = {
     "toy": Preset(
         64, VQConfig(ch=16, ch_mult=(1, 2, 4), embed_dim=4, z_channels=4, n_embed=4096,
                      resolution=64, shortcut=True, **NORM_FREE),
-        _unet(64, (1, 2, 2), (2, 4), 4, blocks=1), ConditionConfig(MAPS, 64),
+        _unet(64, (1, 2, 2), (2, 4), 4, blocks=1), ConditionConfig(MAPS, 64, hidden=True),
         vq=Recipe(8, 1e-3, steps=400, lr_final=0.03, quantize_start=0.15, eval_images=128,
                   loss=VQLossConfig(detector=0.2)),
-        ldm=Recipe(32, 5e-4, steps=360, lr_final=0.05, muon=2.5, eval_images=96),
+        ldm=Recipe(32, 5e-4, steps=360, lr_final=0.05, muon=2.5, lambda_spread=1.4,
+                   eval_images=96),
         schedule=SCHEDULE | {"prediction": "v"}),
     # An hour and four hours on two cores. lr 1e-3 diverges at 128 pixels.
     "small": Preset(
@@ -656,7 +658,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
             h, pose = latent_batch(cache, B, c.seed, step, rank(), world())
             z, pose = (h.to(device) - mean) / std, pose.to(device)      # [B, C, h, w], [B, 17, 3]
             # Drawn for all ranks, so that no rank repeats another's noise.
-            t = torch.randint(diffusion.timesteps, (B,), device=device)[mine]
+            t = diffusion.draw_timesteps(B, r.lambda_spread, device)[mine]
             noise = torch.randn(B, *z.shape[1:], device=device)[mine]
             drop = (torch.rand(B, device=device) < r.p_drop)[mine]
             numbers = {}

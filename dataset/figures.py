@@ -262,6 +262,7 @@ HAIRLINES = [
 HAT, BEARD = _edge(lambda t: 88), _edge(lambda t: 62 if abs(t) > 40 else 40)
 # Radius and shift forward, in head radii, and shade.
 BRIMS = {"cap": (0.8, 0.8, 0.75), "sunhat": (1.75, 0.0, 0.8)}
+TRUNK = ("shoulder_left", "shoulder_right", "hip_right", "hip_left")
 # Hair off the head: circles (x, y, z, radius) in head radii; 1 is a ball, 2 a capsule, more a blob.
 TRESSES = {
     "long": [[(-0.62, 0, -0.4, 0.5), (0.62, 0, -0.4, 0.5),
@@ -316,6 +317,11 @@ class _Figure:
     def limb(self, kind: str, side: str) -> list[Vec]:
         return [self.points[f"{name}_{side}"] for name in LIMB_PARTS[kind][0]]
 
+    def limb_depth(self, kind: str, side: str) -> float:
+        """The limb is drawn before the trunk where it is below 0."""
+        a, b, c = self.limb(kind, side)
+        return (a[2] + 2 * b[2] + c[2]) / 4 + LIMB_PARTS[kind][2] * self.scale
+
     def on_head(self, x: float, y: float, z: float) -> Vec:
         """A place in head radii from the head's middle, along its own axes."""
         return _apply(self.head, (x, y, z), self.points["head"], self.radius)
@@ -323,6 +329,19 @@ class _Figure:
     def facing(self, p: Vec) -> float:
         """How far p lies in front of the middle of the head, in head radii."""
         return (p[2] - self.points["head"][2]) / self.radius
+
+    def covered(self, name: str) -> bool:
+        """Is this joint hidden: on a face that looks away, or on a limb behind the trunk?"""
+        p, (kind, _, side) = self.points[name], name.partition("_")
+        if kind in ("nose", "eye", "ear"):
+            return self.facing(p) <= (EAR_SHOWS if kind == "ear" else EYE_SHOWS)
+        limb = next(limb for limb, (joints, *_) in LIMB_PARTS.items() if kind in joints)
+        if kind in ("shoulder", "hip") or self.limb_depth(limb, side) >= 0:
+            return False
+        trunk = [self.points[corner] for corner in TRUNK]
+        turns = {(b[0] - a[0]) * (p[1] - a[1]) > (b[1] - a[1]) * (p[0] - a[0])
+                 for a, b in zip(trunk, trunk[1:] + trunk[:1], strict=True)}
+        return len(turns) == 1                              # inside the quadrilateral
 
     def cap(self, centre: Vec, radius: float, tilt: float,
             edge: list[Vec]) -> list[tuple[float, float]]:
@@ -395,8 +414,7 @@ class _Figure:
             behind = 0.5 if style in ("bun", "pigtails") else 1
             depth["tresses"] = head_z - behind * self.radius * self.head[2][2]
         for kind, side in ((kind, side) for kind in LIMB_PARTS for side in SIDES):
-            a, b, c = self.limb(kind, side)
-            depth[f"{kind}_{side}"] = (a[2] + 2 * b[2] + c[2]) / 4 + LIMB_PARTS[kind][2] * unit
+            depth[f"{kind}_{side}"] = self.limb_depth(kind, side)
         if self.person.skirt:
             depth["skirt"] = max(depth["leg_left"], depth["leg_right"]) + 0.001 * unit
         if self.pose.box:
@@ -659,12 +677,13 @@ class Figures(ImageDataset):
         return self.n
 
     def source(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [S, S, 3] RGB; float32 [17, 3] of (x, y, 1), [0, 1] inside the frame."""
+        """uint8 [S, S, 3] RGB; float32 [17, 3] of (x, y, 1 or HIDDEN), [0, 1] inside the frame."""
         if not 0 <= i < self.n:
             raise IndexError(f"figure {i}: there are {self.n}, numbered from 0")
         figure, pixels = self._draw(i), SUPERSAMPLE * self.size
-        joints = [figure.points[name] for name in keypoints.JOINTS]
-        pose = np.array([(x / pixels, y / pixels, 1) for x, y, _ in joints], np.float32)
+        pose = np.array([(*figure.points[name][:2], 1) for name in keypoints.JOINTS], np.float32)
+        pose[:, :2] /= pixels
+        pose[[figure.covered(name) for name in keypoints.JOINTS], 2] = keypoints.HIDDEN
         return np.array(figure.image.reduce(SUPERSAMPLE)), pose
 
     def _draw(self, i: int) -> _Figure:

@@ -119,7 +119,7 @@ def between(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
         return b if share else a
     seen = (a[:, 2:] > 0) & (b[:, 2:] > 0)
     xy = ((1 - share) * a + share * b)[:, :2]
-    return np.concatenate([xy, np.ones((len(a), 1))], axis=1) * seen
+    return np.concatenate([xy, (b if share > 0.5 else a)[:, 2:]], axis=1) * seen
 
 
 def morph(poses: np.ndarray, names: list[str], frames: int, seed: int, n: int) -> Plan:

@@ -44,7 +44,7 @@ def write_images(out: Path, asked: np.ndarray, images: np.ndarray, about: dict) 
         pose = asked[i % len(asked)]
         seen = pose[pose[:, 2] > 0, :2] * side
         box = [*seen.min(0), *np.ptp(seen, axis=0)] if len(seen) else [0.0, 0.0, 0.0, 0.0]
-        flat = [v for x, y, visible in pose for v in (x * side, y * side, 2 * int(visible > 0))]
+        flat = [v for x, y, visible in pose for v in (x * side, y * side, round(2 * visible))]
         files.append({"id": i, "file_name": f"{i:06d}.png", "width": side, "height": side})
         annotations.append({"id": i, "image_id": i, "category_id": 1, "keypoints": flat,
                             "num_keypoints": len(seen), "bbox": box, "area": box[2] * box[3],

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keypoints import JOINTS, SEED_CANVAS, PoseError, fit
+from keypoints import HIDDEN, JOINTS, SEED_CANVAS, PoseError, fit
 
 
 class NobodyFound(PoseError):
@@ -630,14 +630,22 @@ def _are_named(points: object) -> bool:
 
 # ----------------------------------------------------------------------------- from people to poses
 
-def _known(person: Person, min_confidence: float = MIN_CONFIDENCE) -> Person:
-    """The person with joints (x, y, visible), a missing one (0, 0, 0).
+def _known(people: list[Person], min_confidence: float = MIN_CONFIDENCE) -> list[Person]:
+    """The people with joints (x, y, visible), a missing one (0, 0, 0).
 
-    Confidence alone decides: a missing joint may be (0, 0), (0, -3) or any filler.
+    Confidence alone decides: a missing joint may be (0, 0), (0, -3) or any filler. A joint is
+    hidden where the file has three levels, 0, 1 and 2 as COCO, or our own 0, HIDDEN and 1.
     """
-    xy, c = person.joints[:, :2], person.joints[:, 2:]
-    visible = (c > 0) & (c >= min_confidence)
-    return person._replace(joints=np.hstack([np.where(visible, xy, 0), visible]))
+    levels = {c for person in people for c in np.unique(person.joints[:, 2]).tolist()}
+    top = max(levels, default=0)
+    hidden = top / 2 if top in (1, 2) and levels <= {0, top / 2, top} else None
+    known = []
+    for person in people:
+        xy, c = person.joints[:, :2], person.joints[:, 2:]
+        there = (c > 0) & (c >= min_confidence)
+        visible = there * np.where(c == hidden, HIDDEN, 1)
+        known.append(person._replace(joints=np.hstack([np.where(there, xy, 0), visible])))
+    return known
 
 
 def _in_pixels(people: list[Person]) -> bool:
@@ -690,7 +698,7 @@ def load_poses(
     kind = FORMATS[format]
     read = list(kind.read(Node(data, f"{path}: ")))
     left_out = [p for p in read if isinstance(p, PoseError)]
-    people = [_known(p, min_confidence) for p in read if isinstance(p, Person)]
+    people = _known([p for p in read if isinstance(p, Person)], min_confidence)
 
     pixels = kind.unit == "pixels" or kind.unit is None and _in_pixels(people)
     images: dict[str | float, list[np.ndarray]] = {}
@@ -768,9 +776,10 @@ def read_coco(path: str | Path, content: object = None,
     poses: dict[str, list] = {image.get("file_name"): [] for image in images.values()}
     found, sizes = list(_coco_people(file, images)), dict.fromkeys(poses)
     left_out = [(name, error) for name, error in found if isinstance(error, PoseError)]
-    people = [(name, _known(person)) for name, person in found if isinstance(person, Person)]
-    pixels = _in_pixels([person for _, person in people])
-    for name, person in people:
+    sound = [(name, person) for name, person in found if isinstance(person, Person)]
+    people = _known([person for _, person in sound])
+    pixels = _in_pixels(people)
+    for (name, _), person in zip(sound, people, strict=True):
         sizes[name] = person.size
         try:
             unknown = pixels and person.size is None

@@ -171,6 +171,18 @@ def test_v_prediction_says_the_same_as_eps():
     torch.testing.assert_close(off, torch.full((3,), 4.0))
 
 
+def test_timesteps_are_uniform_or_normal_in_lambda(diffusion):
+    torch.manual_seed(0)
+    t = diffusion.draw_timesteps(40_000)
+    assert (t.min(), t.max()) == (0, 999) and t.float().std().item() == pytest.approx(
+        1000 / 12 ** 0.5, rel=0.01)
+    lambda_ = log_snr(diffusion.alphas_bar.numpy())[diffusion.draw_timesteps(40_000, 0.8)]
+    assert lambda_.mean() == pytest.approx(0, abs=0.02)
+    assert lambda_.std() == pytest.approx(0.8, rel=0.02)
+    ends = diffusion.draw_timesteps(1000, 50.0)                 # nearly all beyond the schedule
+    assert ((ends == 0) | (ends == 999)).float().mean() > 0.9
+
+
 # ---- timesteps and tables
 
 ALPHAS_BAR = Diffusion().alphas_bar.numpy()

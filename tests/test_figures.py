@@ -4,7 +4,7 @@ import pytest
 
 import dataset.figures
 from dataset.figures import Figures
-from keypoints import LIMBS
+from keypoints import HIDDEN, LIMBS
 
 
 def test_an_image_depends_on_seed_and_number_alone():
@@ -55,9 +55,26 @@ def test_left_is_the_persons_own():
     assert away.sum() > 10 and left[away].mean() < 0.05
 
 
+@pytest.mark.parametrize("part, joints", [("draw_face", (0, 1, 2)), ("draw_limb", (9, 10))])
+def test_a_hidden_joint_is_where_its_own_part_is_not_seen(part, joints, monkeypatch):
+    """The pixel of a joint is the same without the part that it belongs to, if it is hidden."""
+    n, seen, drawn = 400, [], []
+    whole = [Figures(n, 128)[i] for i in range(n)]
+    monkeypatch.setattr(dataset.figures._Figure, part, lambda self, *how: None)
+    for i, (image, pose) in enumerate(whole):
+        bare = Figures(n, 128)[i][0]
+        for j in joints:
+            x, y = (pose[j, :2] * 128).astype(int)
+            if 0 <= x < 128 and 0 <= y < 128:
+                seen.append(pose[j, 2] == 1)
+                drawn.append((image[y, x] != bare[y, x]).any())
+    seen, drawn = np.array(seen), np.array(drawn)
+    assert (~seen).sum() >= 8 and (drawn[~seen]).mean() < 0.2 < 0.8 < drawn[seen].mean()
+
+
 def test_poses_are_varied_finite_and_mostly_inside():
     poses = np.stack([Figures(300)[i][1] for i in range(300)])
-    assert np.isfinite(poses).all() and (poses[..., 2] == 1).all()
+    assert np.isfinite(poses).all() and set(np.unique(poses[..., 2])) == {HIDDEN, 1}
     inside = ((poses[..., :2] > 0) & (poses[..., :2] < 1)).all(-1)
     assert 0.95 < inside.mean() < 1                     # a few close-ups leave the frame
     assert 0.4 < np.median(np.ptp(poses[..., 1], axis=1)) < 0.9

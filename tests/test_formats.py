@@ -13,7 +13,7 @@ from dataset.check import main
 from dataset.folder import has_keypoints
 from formats import pose_files
 from formats.pose_files import FORMATS
-from keypoints import JOINTS, PoseError
+from keypoints import HIDDEN, JOINTS, PoseError
 
 W, H = 640, 480
 XY = {name: (40.0 + 32 * j, 470.0 - 25 * j) for j, name in enumerate(JOINTS)}  # no two alike
@@ -366,8 +366,22 @@ def test_trap_3_confidence_decides_what_is_missing(tmp_path):
     assert low[9].tolist() == [99 / W, 99 / H, 1]
     assert pose_files.load_poses(file, canvas=(W, H), min_confidence=0.5).poses[0][:, 2].sum() == 1
     coco_file = write(tmp_path / "c.json", coco(keypoints=[5, 5, 1] * 16 + [0, 0, 0]))
-    hidden = pose_files.load_poses(coco_file, min_confidence=0).poses[0]    # 1: labelled, hidden
+    hidden = pose_files.load_poses(coco_file, min_confidence=0).poses[0]    # no 2: only a flag
     assert hidden[:, 2].tolist() == [1] * 16 + [0]
+
+
+def test_hidden_joints_come_from_coco_and_from_our_own_files(tmp_path):
+    told = coco(keypoints=[5, 5, 2] * 10 + [6, 6, 1] * 6 + [0, 0, 0])
+    file = write(tmp_path / "c.json", told)
+    wanted = [1] * 10 + [HIDDEN] * 6 + [0]
+    assert pose_files.load_poses(file).poses[0][:, 2].tolist() == wanted
+    assert pose_files.read_coco(file)[0]["a.jpg"][0][:, 2].tolist() == wanted
+    rows = dict(zip(JOINTS, [[0.1, 0.2, v] for v in wanted], strict=True))
+    own = write(tmp_path / "o.json", rows)
+    assert pose_files.load_poses(own).poses[0][:, 2].tolist() == wanted
+    rows["nose"][2] = 0.9                                           # confidences
+    own = write(tmp_path / "o.json", rows)
+    assert pose_files.load_poses(own).poses[0][:, 2].tolist() == [1] * 16 + [0]
 
 
 def test_trap_5_coco_has_crowds_empty_persons_and_boxes(tmp_path):

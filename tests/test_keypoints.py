@@ -47,6 +47,18 @@ def test_drawing_puts_each_joint_where_it_is():
         assert abs(cols.mean() + 0.5 - 16) < 0.5 and abs(rows.mean() + 0.5 - 48) < 0.5
 
 
+def test_a_hidden_joint_keeps_its_place_and_is_drawn_hollow():
+    pose = random_pose(missing=2)
+    hidden = pose * [1, 1, K.HIDDEN]
+    for move in (K.flip, lambda p: K.crop(p, (0.2, 0.1, 0.7, 0.5))):
+        np.testing.assert_array_equal(move(hidden), move(pose) * [1, 1, K.HIDDEN])
+    np.testing.assert_array_equal(K.on_canvas(hidden), K.on_canvas(pose))
+    one = np.zeros((17, 3))
+    one[5] = 0.5, 0.5, K.HIDDEN
+    ring = (K.draw(one, 201).astype(int) - K.draw(np.zeros((17, 3)), 201)).any(-1)
+    assert not ring[100, 100] and ring[100, 97] and ring[100, 103]
+
+
 def test_drawing_far_outside_is_harmless():
     pose = random_pose()
     pose[:, :2] += 50
@@ -127,6 +139,7 @@ def test_tokenize_inverts_detokenize_for_every_cell(dim):
 
 def test_heatmaps_are_the_gaussian_at_the_cell_centres():
     pose = torch.from_numpy(random_pose(missing=2)).float()[None]
+    pose[0, 9] = torch.tensor([0.3, 0.6, 1])
     maps = K.heatmaps(pose, (6, 8), sigma=0.1)
     for j in range(17):
         for row in range(6):
@@ -135,6 +148,10 @@ def test_heatmaps_are_the_gaussian_at_the_cell_centres():
                 d2 = ((col + 0.5) / 8 - x) ** 2 + ((row + 0.5) / 6 - y) ** 2
                 expected = v * np.exp(-d2 / (2 * 0.1 ** 2))
                 assert maps[0, j, row, col].item() == pytest.approx(expected, abs=1e-5)
+    pose[0, 9, 2] = K.HIDDEN
+    assert torch.equal(K.heatmaps(pose, (6, 8), sigma=0.1), maps)
+    maps[0, 9] *= -1
+    assert torch.equal(K.heatmaps(pose, (6, 8), sigma=0.1, hidden=True), maps)
 
 
 def test_pose_encoder_reads_place_joint_missing_and_null():
@@ -150,6 +167,12 @@ def test_pose_encoder_reads_place_joint_missing_and_null():
     gone = pose.clone()
     gone[0, 9] = 0
     torch.testing.assert_close(encoder(gone)[0, 9], encoder.joint[9] + encoder.missing)
+    covered = K.PoseEncoder(32, hidden=True)
+    covered.load_state_dict(encoder.state_dict(), strict=False)
+    gone[0, 9] = pose[0, 9]
+    gone[0, 9, 2] = K.HIDDEN
+    assert torch.equal(encoder(gone), tokens) and torch.equal(covered(pose), tokens)
+    torch.testing.assert_close(covered(gone)[0, 9] - tokens[0, 9], covered.hidden)
     dropped = encoder(pose.repeat(2, 1, 1), torch.tensor([True, False]))
     assert torch.equal(dropped[0], encoder.null) and torch.equal(dropped[1], tokens[0])
 

@@ -15,7 +15,7 @@ import plots
 from dataset.figures import Figures
 from formats import detections
 from keypoints import JOINTS, flip, heatmaps
-from ldm import DEFAULT_GUIDANCE
+from ldm import SAMPLING
 from metrics import keypoint_detector
 
 RNG = np.random.default_rng(0)
@@ -211,7 +211,7 @@ def test_pose_end_to_end_and_with_a_perfect_detector(pose, monkeypatch, capsys):
     assert "6 held-out poses of figures:12" in printed and "The ceiling is low" in printed
     assert f"{rows['samples']['pck@0.1']:.3f}" in printed
     assert rows["samples"]["frechet"] > 0 and "frechet" not in rows["real"]
-    assert own["pictures"] == 6 and own["guidance"] == DEFAULT_GUIDANCE
+    assert own["pictures"] == 6 and own["guidance"] == SAMPLING["eps"][0]
     (((_, poses, seeds, _), samples),) = given
     assert seeds == [7, 8, 9, 10, 11, 12]                               # one per image
     back, images, _ = detections.read_images(evaluate.Path("o"))
