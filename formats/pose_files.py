@@ -159,7 +159,7 @@ class Node:
             numbers = [math.nan if gaps and v is None else float(v) for v in values]
         except (TypeError, ValueError, OverflowError):          # an integer of 400 digits
             sound = False
-        if len(values) not in lengths or not sound or not gaps and not np.isfinite(numbers).all():
+        if len(values) not in lengths or not sound or not (gaps or all(map(math.isfinite, numbers))):
             found = (f"has {len(values)} values" if values and len(values) not in lengths else
                      f"is {SHORT.repr(self.value)}")
             raise self.refusal(f"{found}; {' or '.join(map(str, lengths))} numbers are needed, not "
