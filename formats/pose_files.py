@@ -154,16 +154,17 @@ class Node:
 
     def numbers(self, *lengths: int, gaps: bool = False) -> np.ndarray:
         """The finite numbers of a list of one of `lengths`; with `gaps` also NaN, and for null."""
-        values, sound = self.value if isinstance(self.value, list) else [], True
+        values = self.value if isinstance(self.value, list) else []
         try:
             numbers = [math.nan if gaps and v is None else float(v) for v in values]
+            sound = gaps or all(map(math.isfinite, numbers))
         except (TypeError, ValueError, OverflowError):          # an integer of 400 digits
             sound = False
-        if len(values) not in lengths or not sound or not (gaps or all(map(math.isfinite, numbers))):
+        if len(values) not in lengths or not sound:
             found = (f"has {len(values)} values" if values and len(values) not in lengths else
                      f"is {SHORT.repr(self.value)}")
-            raise self.refusal(f"{found}; {' or '.join(map(str, lengths))} numbers are needed, not "
-                               "NaN or infinity")
+            raise self.refusal(f"{found}; {' or '.join(map(str, lengths))} numbers are needed"
+                               f"{'' if gaps else ', not NaN or infinity'}")
         return np.array(numbers)
 
     def rows(self, *counts: int, scores: Node | None = None) -> np.ndarray:
