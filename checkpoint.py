@@ -8,7 +8,8 @@ formats/compvis.py imports none of them and converts the file to the same payloa
 
     {"format": 1, "stage": "vq" | "ldm", "step": k, "config": {...}, "vq": state dict,
      "vq_config": {...}, "train": {...}, and for ldm: "unet", "unet_config", "cond", "cond_config",
-     "mean", "std", "schedule", "knows_null", and "poses", which older files lack}
+     "mean", "std", "schedule", "knows_null", and "poses", which older files lack; with labels
+     also "pose_labels" [N], and their names in "config"}
 
 "unet" and "cond" are the EMA weights; "train" has the raw weights, the optimiser and what else a
 resumed run needs. A stage-2 file contains its frozen VQ, the latent statistics and up to 4096
@@ -380,6 +381,15 @@ def slim(payload: dict) -> dict:
         if name := not_finite(small[part], part):
             raise ValueError(f"{name} holds numbers beyond 65504, the largest of half precision")
     return small
+
+
+def label_names(payload: dict, path: str | Path) -> list[str]:
+    """What the labels of a stage-2 payload are called, by number; [] without labels."""
+    names = payload["config"].get("label_names", [])
+    rows = payload.get("unet", {}).get("label_emb.weight", ())
+    if len(names) != len(rows) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} is damaged: it does not name its labels; use another checkpoint")
+    return list(names)
 
 
 def training_poses(payload: dict, path: str | Path) -> np.ndarray | None:
