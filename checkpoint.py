@@ -276,6 +276,22 @@ def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     model.load_state_dict(state, strict=True)
 
 
+def take(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> list[str]:
+    """Copies what fits of a state dict into `model`. Returns the names of its tensors that start
+    fresh, with both shapes where the file has another; ValueError where nothing fits."""
+    own = model.state_dict()
+    fits = {name: state[name] for name in own
+            if name in state and state[name].shape == own[name].shape}
+    if not fits:
+        raise ValueError(f"nothing in {path} fits this network; give a checkpoint of the same "
+                         "preset")
+    if name := not_finite(fits):
+        raise ValueError(f"{path} has values in {name} that are not finite; use another checkpoint")
+    model.load_state_dict(fits, strict=False)
+    return [f"{name} (there {list(state[name].shape)}, here {list(own[name].shape)})"
+            if name in state else name for name in own if name not in fits]
+
+
 def check_fits(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     """ValueError that names the first keys that differ, with both shapes."""
     own = model.state_dict()

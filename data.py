@@ -241,7 +241,7 @@ class PoseFolder(ImageDataset):
         self,
         root: str | Path,
         size: int,                          # side of the square images that come out
-        poseless: bool = False,             # take images without keypoints too, to measure stage 1
+        poseless: bool = False,             # take images without keypoints too, for stage 1
         limit: float = BROKEN_LIMIT,        # share of images that may be broken
         trim_bars: bool = False,            # cut letterbox bars off each image as it is read
         labels: str | None = None,          # what is on an image: see folder.find_labels
@@ -650,6 +650,12 @@ def is_folder(spec: str) -> bool:
     return spec != "figures" and not spec.startswith("figures:")
 
 
+def is_plain(spec: str) -> bool:
+    """Whether --data names a folder of images without any poses."""
+    from dataset.folder import has_keypoints
+    return is_folder(spec) and os.path.isdir(spec) and not has_keypoints(spec)
+
+
 def open_all(
     spec: str, size: int, poseless: bool = False, trim_bars: bool = False, seed: int = 0,
     labels: str | None = None,
@@ -676,16 +682,17 @@ def open_data(
     trim_bars: bool = False,        # cut letterbox bars off; figures have none
     labels: str | None = None,      # of --labels: what is on each image, see folder.find_labels
     label_names: Sequence[str] | None = None,   # number the labels as these; None: found in `spec`
+    poseless: bool = False,         # take folders of nothing but images too, for stage 1
 ) -> tuple[ImageDataset, ImageDataset]:
     """(training images, held-out images); DataError where a flag or a file is wrong."""
-    train = open_all(spec, size, trim_bars=trim_bars, labels=labels)
+    train = open_all(spec, size, poseless and is_plain(spec), trim_bars, labels=labels)
     if label_names is not None:
         train.label_names = label_names
     if not val and is_folder(spec):
         train, held_out = split(train)
     else:
         val = val or f"figures:{min(len(train), FIGURES_VAL)}"
-        held_out = open_all(val, size, trim_bars=trim_bars, seed=1,
+        held_out = open_all(val, size, poseless and is_plain(val), trim_bars, seed=1,
                             labels=labels if is_folder(val) else None)
         held_out.label_names = train.label_names            # others are as good as none
     return (InMemory(train) if remember else train), held_out

@@ -38,7 +38,6 @@ import formats.lpips
 import sample
 from checkpoint import number
 from dataset.figures import Figures
-from dataset.folder import has_keypoints
 from dataset.latents import LatentCache
 from diffusion import MOST_SEEDS, Diffusion
 from engine.run import read_log
@@ -84,11 +83,11 @@ def recon(args: argparse.Namespace) -> None:
               for payload, path in zip(payloads, args.vq, strict=True)]
     ask_configs(args, [payload["config"] for payload in payloads],
                 math.lcm(*(model.config.factor for model in models)))
-    if data.is_folder(args.data) and not has_keypoints(args.data):
+    if data.is_plain(args.data) and not args.trained_on:
         images, which = data.open_all(args.data, args.size, True, args.trim_bars), args.data
     else:
         _, images = data.open_data(args.data, args.size, args.val, False, args.trim_bars,
-                                   args.labels)
+                                   args.labels, poseless=True)
         which = args.val or f"held out of {args.data}"
     images = data.spread(images, args.limit)
     other = data.open_all(args.against, args.size, True, args.trim_bars) if args.against else None
@@ -446,8 +445,8 @@ def ask_configs(args: argparse.Namespace, configs: list[dict], multiple: int) ->
             raise ValueError("the checkpoint does not say what it was trained on; name it with "
                              "--data")
         args.data, args.val = known["data"], args.val or known.get("val")
-    trained_on = known is not None and args.data == known["data"]
-    args.labels = (known.get("labels") or "off") if trained_on else None    # None: a column label
+    args.trained_on = known is not None and args.data == known["data"]
+    args.labels = (known.get("labels") or "off") if args.trained_on else None   # a column label
     sizes = [args.size, *(config.get("size") for config in configs), DEFAULT_SIZE]
     args.size = next(filter(None, sizes))
     if args.size % multiple:

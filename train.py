@@ -201,6 +201,7 @@ class Config:
     labels: str | None                  # where labels come from, see data.open_data
     out: str
     vq: str | None                      # stage 2: the checkpoint of stage 1
+    init: str | None                    # a checkpoint to start from
     seed: int
     device: str
     amp: str                            # bf16, fp16 or off
@@ -245,11 +246,15 @@ def make_config(args: argparse.Namespace) -> Config:
         cond = replace(cond, conditioning=tuple(args.condition.split("+")))
     device = checkpoint.find_device(args.device)
     data.check_out(out, args.data, args.val)
+    if args.init:
+        if Path(args.init).resolve().parent == Path(out).resolve():
+            raise ValueError(f"--init is {args.init}, in the run folder itself; give another --out")
+        recipe = replace(recipe, quantize_start=0.0)        # its codes are those of its encoder
     return Config(
         stage=args.stage, preset=args.preset, data=args.data, val=args.val,
         trim_bars=args.trim_bars, labels=args.labels, out=out,
-        vq=(args.vq or STAGE_1) if ldm else None, seed=args.seed, device=device,
-        amp=find_amp(args.amp, device), compile=args.compile,
+        vq=(args.vq or args.init or STAGE_1) if ldm else None, init=args.init, seed=args.seed,
+        device=device, amp=find_amp(args.amp, device), compile=args.compile,
         workers=data.find_workers(device) if args.workers is None else args.workers,
         micro_batch=args.micro_batch, checkpointing=args.checkpointing, size=preset.size,
         minutes=args.minutes, steps=args.steps or (None if args.minutes else recipe.steps),
@@ -417,6 +422,12 @@ def steps_bar(run: RunDir, steps: int) -> tqdm:
                 leave=not run.dry)
 
 
+def tell_start(path: str, step: int, new: list[str]) -> None:
+    """One line about --init: what of the networks starts anew."""
+    print0(f"Starting from {checkpoint.dated(path, step)}; "
+           + (f"fresh: {data.shorten(new)}." if new else "all weights fit."))
+
+
 # ------------------------------------------------------------------------------ stage 1
 
 def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDataset,
@@ -430,6 +441,12 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer, scaler = adamw(params, r), make_scaler(c)
     optimizers, saved = [optimizer], {"optimizer": optimizer, "scaler": scaler}
+    data_init_codes = r.data_init_codes
+    if c.init and not run.resumed and not run.dry:
+        init = checkpoint.load_vq(c.init, say=print0)
+        new = checkpoint.take(model, init["vq"], c.init)
+        data_init_codes &= any(name.startswith("quantize.") for name in new)
+        tell_start(c.init, init["step"], new)
     if disc is not None:
         disc_optimizer = adamw(list(disc.parameters()), r)
         optimizers.append(disc_optimizer)
@@ -456,7 +473,7 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
             set_lr(lr_at(step, c), *optimizers)
             x, _, _ = next(batches)                                         # [B, 3, H, W]
             quantize = step >= quantize_start
-            if step == quantize_start and r.data_init_codes:
+            if step == quantize_start and data_init_codes:
                 codebook.init_codes(gathered(encode_all(model, x, c)))
             disc_factor = objective.disc_factor(step, c.steps)
             numbers, made = {}, []
@@ -629,9 +646,17 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
         mean, std = cache.mean, cache.std
     if run.resumed:         # images may have been repaired since; the latent space stays the same
         mean, std = run.resumed["mean"], run.resumed["std"]
+    init = None
+    if c.init and not run.resumed and not run.dry:
+        init = checkpoint.load(c.init, "ldm", preset=c.preset)
+        if checkpoint.hash_of(init["vq"]) == c.vq_hash:         # the same latent space
+            mean, std = init["mean"], init["std"]
     torch.manual_seed(c.seed)
     ldm = prepare(LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule,
                       supports_guidance=r.p_drop > 0), c)
+    if init:
+        tell_start(c.init, init["step"], start_from(ldm, init, c))
+        init = None                                         # gigabytes for a large model
     average = copy.deepcopy(ldm).eval().requires_grad_(False)
     average.vq = vq                                         # frozen: one copy is enough
     params = [p for p in ldm.parameters() if p.requires_grad]
@@ -697,6 +722,24 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
                 break
         run.stopped = any_rank(stopped.is_set(), device)
     return step + 1
+
+
+def start_from(ldm: LDM, init: dict, c: Config) -> list[str]:
+    """Takes what fits of a stage-2 payload, labels by their names; returns what stays new."""
+    state = {f"{part}.{name}": tensor for part in ("unet", "cond")
+             for name, tensor in init[part].items()}
+    known, rows = checkpoint.label_names(init, c.init), state.pop("unet.label_emb.weight", None)
+    new = []
+    if c.label_names:
+        emb = ldm.unet.label_emb.weight.detach().clone()
+        for i, name in enumerate(c.label_names):
+            if name in known and rows.shape[1] == emb.shape[1]:
+                emb[i] = rows[known.index(name)]
+            else:
+                new.append(f"label {name}")
+        state["unet.label_emb.weight"] = emb
+    networks = nn.ModuleDict({"unet": ldm.unet, "cond": ldm.cond})
+    return checkpoint.take(networks, state, c.init) + new
 
 
 def drop_one(pose: Tensor, label: Tensor, u: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -832,10 +875,13 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         used = f", latents of {checkpoint.dated(c.vq, stage_1['step'])}"
         vq = prepare(checkpoint.build_vq(stage_1, c.vq), c)
         check_latents(c, vq.config, stage_1["config"]["size"])
+        if c.init:              # its weights predict by its schedule
+            c = replace(c, schedule=checkpoint.load(c.init, "ldm", preset=c.preset)["schedule"])
         c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]),
                     unet_config=unet_for(vq.config, c.cond_config, c.unet_config))
     train, val = data.open_data(c.data, c.size, c.val,
-                                c.stage == "vq" and c.workers == 0, c.trim_bars, c.labels)
+                                c.stage == "vq" and c.workers == 0, c.trim_bars, c.labels,
+                                poseless=c.stage == "vq")
     c = replace(c, images=len(train), data_hash=data.data_hash(train, c.val and val),
                 labels=train.label_by)
     if c.stage == "ldm" and train.label_names:
@@ -1035,14 +1081,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="1: the autoencoder, 2: the diffusion model (--dry-run takes both)")
     add("--preset", choices=PRESETS, default="toy",
         help="networks, image size and recipe (default %(default)s)")
-    add("--data", default="figures",
-        help="figures[:N], a folder with images/ and keypoints/, a list file, or COCO")
+    add("--data", default="figures", help="figures[:N], a folder with images/ and keypoints/, a "
+        "list file, or COCO; for stage 1 also any folder of images")
     add("--val", help="held-out images, in the same forms (default: a tenth of --data, by groups)")
     add("--trim-bars", action="store_true", help="cut letterbox bars off while images are read")
     add("--labels", metavar="COLUMN|folders|off", help="what is on an image: a column of "
         "metadata.csv (default: label, where it is there), or its sub-folder of images/")
     add("--out", help="run folder (default runs/vq or runs/ldm)")
-    add("--vq", help=f"stage 2: the checkpoint of stage 1 (default {STAGE_1})")
+    add("--vq", help=f"stage 2: the checkpoint of stage 1 (default: that in --init, or {STAGE_1})")
+    add("--init", metavar="CKPT", help="start from the weights of this checkpoint, where they fit; "
+        "stage 1 also takes a published CompVis autoencoder")
     add("--condition", choices=("maps", "tokens", "tokens+maps"),
         help="stage 2: how the pose enters; tokens by cross-attention (default: the preset's)")
     add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")
