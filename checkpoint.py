@@ -29,7 +29,7 @@ import pickle
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -408,8 +408,10 @@ def label_names(payload: dict, path: str | Path) -> list[str]:
     return list(names)
 
 
-def training_poses(payload: dict, path: str | Path) -> np.ndarray | None:
-    """Poses [N, 17, 3] float32 from the training set of a stage-2 payload, evenly spread over it.
+def training_poses(payload: dict, path: str | Path,
+                   labels: Collection[int] = ()) -> np.ndarray | None:
+    """Poses [N, 17, 3] float32 from the training set of a stage-2 payload, evenly spread over it;
+    those of `labels` alone, where the file has some.
 
     None where the file has none: published files and older ones of ours.
     """
@@ -421,8 +423,12 @@ def training_poses(payload: dict, path: str | Path) -> np.ndarray | None:
     if not isinstance(poses, Tensor) or poses.shape[1:] != (17, 3):
         raise damaged
     check_bytes({"poses": poses}, Path(path))
-    if not poses.isfinite().all():
+    theirs = payload.get("pose_labels", torch.full(poses.shape[:1], -1))
+    if not poses.isfinite().all() or not isinstance(theirs, Tensor) or (
+            theirs.shape != poses.shape[:1]):
         raise damaged
+    of = torch.isin(theirs, torch.tensor(list(labels), dtype=theirs.dtype))
+    poses = poses[of] if of.any() else poses
     return poses.float().numpy() if (poses[..., 2] > 0).any() else None
 
 

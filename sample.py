@@ -3,6 +3,7 @@
     python sample.py examples/poses/*.json
     python sample.py mine.json --ckpt runs/mine/last.pt -n 4 --steps 100 --guidance 3
     python sample.py mine.json --typical 0.5                halfway toward the training poses
+    python sample.py mine.json --retarget                   with the training poses' proportions
     python sample.py --common 9                             the nine most common training poses
     python sample.py mine.json --label Knight --label Mage  of a model with labels; or --label all
     python sample.py wide.json --canvas 1920x1080 --person 2 --fit crop
@@ -40,7 +41,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -72,6 +73,7 @@ from diffusion import (
 from extras.density import PoseDensity, note_unusual
 from extras.motion import Plan, morph, read_motion, sheet_of
 from extras.output import film_of, grid_of, outputs, save_latents, save_separate
+from extras.proportions import retarget
 from formats import compvis
 from formats.pose_files import FORMATS, MIN_CONFIDENCE, fitted, load_poses, name_of
 from ldm import LDM
@@ -216,12 +218,14 @@ def draw_images(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int,
 
 # ------------------------------------------------------------------------------------- what to draw
 
-def plan_of(args: argparse.Namespace, payload: dict) -> Plan:
-    """The poses to draw, from files or from the checkpoint, and the seeds of their images."""
+def plan_of(args: argparse.Namespace, payload: dict, labels: Collection[int] = ()) -> Plan:
+    """The poses to draw, from files or from the checkpoint, and the seeds of their images. `labels`
+    are those asked for, whose proportions --retarget takes."""
     trained = checkpoint.training_poses(payload, args.ckpt)
-    if trained is None and (args.common or args.typical):
-        raise ValueError(f"--common and --typical need training poses, which {args.ckpt} does not "
-                         f"have; train stage 2 with: {checkpoint.HOW_TO_MAKE['ldm']}")
+    if trained is None and (args.common or args.typical or args.retarget):
+        raise ValueError("--common, --typical and --retarget need training poses, which "
+                         f"{args.ckpt} does not have; train stage 2 with: "
+                         f"{checkpoint.HOW_TO_MAKE['ldm']}")
     density = None if trained is None else PoseDensity(trained)
     frames = args.frames or DEFAULT_FRAMES
     how = {"format": args.format, "person": args.person, "canvas": args.canvas,
@@ -238,9 +242,12 @@ def plan_of(args: argparse.Namespace, payload: dict) -> Plan:
         poses, names = read_poses(args.poses, args.fit, per_file, **how)
     poses = np.stack(poses)                 # float64: the seed's cell ids are floors of these
     if density and args.poses:
-        poses, given = density.typical(poses, args.typical), poses
+        other = retarget(poses, checkpoint.training_poses(payload, args.ckpt, labels))
+        given = other if args.retarget else poses
+        poses = density.typical(given, args.typical)
         if not args.motion:                 # a motion has too many
-            note_unusual(names, density.unusual(given), density.unusual(poses), args.typical)
+            note_unusual(names, density.unusual(given), density.unusual(poses), args.typical,
+                         density.unusual(other))
     if args.morph:
         return morph(poses, names, frames, args.seed, args.n)
     return Plan(poses, names, [args.seed + i for i in range(args.n)] * len(poses), args.n)
@@ -361,6 +368,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--typical", type=number(float, 0, 1), default=0.0, metavar="A",
         help="move each pose toward the training poses near it: 0 not at all, 1 to their middle")
 
+    group.add_argument("--retarget", action="store_true",
+        help="give each pose the proportions of the training poses, or of those with the labels; "
+        "limbs keep their directions")
     group.add_argument("--label", action="append", metavar="NAME",
         help="what to draw, where the model has labels; repeat it for several, or all; pose files "
         "may then be left out")
@@ -491,7 +501,7 @@ def run(args: argparse.Namespace, command: str) -> str:
     sheet, animation = outputs(args)
     size = payload["config"]["size"]
     asked = labels_of(args, ldm, payload)
-    plan, given = plan_of(args, payload), read_given(args, ldm, size)
+    plan, given = plan_of(args, payload, asked.values()), read_given(args, ldm, size)
     plan = plan.for_labels(list(asked)) if asked else plan
     options = settings_of(args) | {"interval": args.interval, "rescale": args.rescale}
     rest = {"seed": args.seed, "ckpt": args.ckpt, "amp": args.amp, "torch": torch.__version__}
