@@ -111,3 +111,18 @@ def test_what_is_taken_and_what_is_not(tmp_path):
         checkpoint.take(small, {"x": torch.ones(1)}, "a.pt")
     with pytest.raises(ValueError, match="not finite"):
         checkpoint.take(small, {"bias": torch.tensor([1, float("nan")])}, "a.pt")
+
+
+def test_a_run_begun_before_there_were_labels_and_init_goes_on(trained, tmp_path, monkeypatch):
+    flags = command("ldm", tmp_path / "old", "--steps", "4", "--vq", str(trained / "vq/last.pt"))
+    with monkeypatch.context() as m, pytest.raises(Killed):
+        die_after(m, 2)
+        train.main(flags)
+    payload = checkpoint.load(path := tmp_path / "old/last.pt", "ldm")
+    for name in ("labels", "label_names", "init"):
+        del payload["config"][name]
+    del payload["unet_config"]["num_classes"], payload["config"]["unet_config"]["num_classes"]
+    checkpoint.save(path, payload)
+    assert train.main(flags) == 0
+    same(*(checkpoint.load(root / "last.pt", "ldm")["unet"] for root in
+           (trained / "ldm", tmp_path / "old")))
