@@ -8,7 +8,8 @@ formats/compvis.py imports none of them and converts the file to the same payloa
 
     {"format": 1, "stage": "vq" | "ldm", "step": k, "config": {...}, "vq": state dict,
      "vq_config": {...}, "train": {...}, and for ldm: "unet", "unet_config", "cond", "cond_config",
-     "mean", "std", "schedule", "knows_null", and "poses", which older files lack}
+     "mean", "std", "schedule", "knows_null", and "poses", which older files lack; with labels
+     also "pose_labels" [N], and their names in "config"}
 
 "unet" and "cond" are the EMA weights; "train" has the raw weights, the optimiser and what else a
 resumed run needs. A stage-2 file contains its frozen VQ, the latent statistics and up to 4096
@@ -28,7 +29,7 @@ import pickle
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -275,6 +276,22 @@ def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     model.load_state_dict(state, strict=True)
 
 
+def take(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> list[str]:
+    """Copies what fits of a state dict into `model`. Returns the names of its tensors that start
+    fresh, with both shapes where the file has another; ValueError where nothing fits."""
+    own = model.state_dict()
+    fits = {name: state[name] for name in own
+            if name in state and state[name].shape == own[name].shape}
+    if not fits:
+        raise ValueError(f"nothing in {path} fits this network; give a checkpoint of the same "
+                         "preset")
+    if name := not_finite(fits):
+        raise ValueError(f"{path} has values in {name} that are not finite; use another checkpoint")
+    model.load_state_dict(fits, strict=False)
+    return [f"{name} (there {list(state[name].shape)}, here {list(own[name].shape)})"
+            if name in state else name for name in own if name not in fits]
+
+
 def check_fits(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     """ValueError that names the first keys that differ, with both shapes."""
     own = model.state_dict()
@@ -382,8 +399,19 @@ def slim(payload: dict) -> dict:
     return small
 
 
-def training_poses(payload: dict, path: str | Path) -> np.ndarray | None:
-    """Poses [N, 17, 3] float32 from the training set of a stage-2 payload, evenly spread over it.
+def label_names(payload: dict, path: str | Path) -> list[str]:
+    """What the labels of a stage-2 payload are called, by number; [] without labels."""
+    names = payload["config"].get("label_names", [])
+    rows = payload.get("unet", {}).get("label_emb.weight", ())
+    if len(names) != len(rows) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path} is damaged: it does not name its labels; use another checkpoint")
+    return list(names)
+
+
+def training_poses(payload: dict, path: str | Path,
+                   labels: Collection[int] = ()) -> np.ndarray | None:
+    """Poses [N, 17, 3] float32 from the training set of a stage-2 payload, evenly spread over it;
+    those of `labels` alone, where the file has some.
 
     None where the file has none: published files and older ones of ours.
     """
@@ -395,8 +423,12 @@ def training_poses(payload: dict, path: str | Path) -> np.ndarray | None:
     if not isinstance(poses, Tensor) or poses.shape[1:] != (17, 3):
         raise damaged
     check_bytes({"poses": poses}, Path(path))
-    if not poses.isfinite().all():
+    theirs = payload.get("pose_labels", torch.full(poses.shape[:1], -1))
+    if not poses.isfinite().all() or not isinstance(theirs, Tensor) or (
+            theirs.shape != poses.shape[:1]):
         raise damaged
+    of = torch.isin(theirs, torch.tensor(list(labels), dtype=theirs.dtype))
+    poses = poses[of] if of.any() else poses
     return poses.float().numpy() if (poses[..., 2] > 0).any() else None
 
 

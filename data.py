@@ -16,6 +16,7 @@ import os
 import sys
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -38,6 +39,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp",
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")     # no EPS: PIL would start Ghostscript
 ZOOM = (0.8, 1.0)               # side of a training crop, as a share of the image's short side
 NO_POSE = np.zeros((len(keypoints.JOINTS), 3))              # every joint missing
+NO_LABEL = -1                   # of an image without a label; unet.py's null label
 BROKEN_LIMIT = 0.01             # share of images that may be broken before a run ends
 HELD_OUT, HELD_OUT_MOST = 0.1, 0.2          # share of the images that are held out, in whole groups
 HELD_OUT_LEAST, FEWEST_IMAGES = 2, 4        # stage 2 shuffles the poses of held-out images
@@ -195,6 +197,8 @@ class ImageDataset(Dataset):
     broken: dict[str, str] = {}     # file known to be unusable -> why, a sentence with a file in it
     most_broken = math.inf          # with more broken images than this the run ends
     skipped: Sequence[str] = ()     # files of images without a person
+    label_by: str | None = None     # what labels the images: "folders", a column of metadata.csv
+    label_names: Sequence[str] = ()         # the labels, by number
 
     def source(self, i: int) -> tuple[Image.Image | np.ndarray, np.ndarray]:
         """The whole image i, before any crop, and its pose [17, 3]."""
@@ -207,6 +211,10 @@ class ImageDataset(Dataset):
     def groups(self) -> list[str]:
         """The group of each image: split() keeps a group together."""
         return [self.name(i) for i in range(len(self))]
+
+    def label_ids(self) -> np.ndarray:
+        """The label of each image [N], its number in `label_names`, or NO_LABEL."""
+        return np.full(len(self), NO_LABEL)
 
     def fingerprint(self) -> str:
         """Hex digest; datasets with different images or poses have different digests."""
@@ -235,9 +243,10 @@ class PoseFolder(ImageDataset):
         self,
         root: str | Path,
         size: int,                          # side of the square images that come out
-        poseless: bool = False,             # take images without keypoints too, to measure stage 1
+        poseless: bool = False,             # take images without keypoints too, for stage 1
         limit: float = BROKEN_LIMIT,        # share of images that may be broken
         trim_bars: bool = False,            # cut letterbox bars off each image as it is read
+        labels: str | None = None,          # what is on an image: see folder.find_labels
     ):
         from dataset import folder
         self.size, self.trim_bars = size, trim_bars
@@ -263,6 +272,8 @@ class PoseFolder(ImageDataset):
             raise DataError(f"{root}: no image{'' if poseless else ' with a pose'} in it")
         self.most_broken = limit * total
         note_broken(self, {})
+        self.label_by, self.label_of = folder.find_labels(self.root, self.names, labels)
+        self.label_names = sorted(set(self.label_of) - {""})
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -306,6 +317,10 @@ class PoseFolder(ImageDataset):
     def groups(self) -> list[str]:
         return self.grouping.names
 
+    def label_ids(self) -> np.ndarray:
+        number = {name: i for i, name in enumerate(self.label_names)}
+        return np.array([number.get(name, NO_LABEL) for name in self.label_of])
+
     def fingerprint(self) -> str:
         """Changes with the images, their poses, the size and trim_bars; of files it looks at sizes
         and times alone."""
@@ -328,6 +343,7 @@ class Part(ImageDataset):
     def __init__(self, ds: ImageDataset, indices: Iterable[int]):
         self.ds, self.indices, self.size = ds, list(indices), ds.size
         self.broken, self.most_broken = ds.broken, ds.most_broken       # one dict for all parts
+        self.label_by, self.label_names = ds.label_by, ds.label_names
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -341,6 +357,9 @@ class Part(ImageDataset):
     def groups(self) -> list[str]:
         groups = self.ds.groups()
         return [groups[i] for i in self.indices]
+
+    def label_ids(self) -> np.ndarray:
+        return self.ds.label_ids()[self.indices]
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"Part {self.ds.fingerprint()} {self.indices}".encode()).hexdigest()
@@ -402,38 +421,69 @@ def split(ds: ImageDataset) -> tuple[Part, Part]:
     Groups are taken in the order of their names' crc32: the split is the same on every machine, and
     a growing dataset keeps nearly all of it. A group that would hold out more than a fifth of the
     images is trained on. Where the other groups make up less than half a tenth, images are held out
-    one by one, never all of a group.
+    one by one, never all of a group. Each label is split on its own, so that all are trained on.
     """
     n, groups = len(ds), ds.groups()
     if n < FEWEST_IMAGES:
         raise DataError(f"{n} images are too few to train on some and hold out {HELD_OUT_LEAST}; "
                         f"give at least {FEWEST_IMAGES}, or others with --val")
-    wanted, members, held = max(HELD_OUT_LEAST, HELD_OUT * n), {}, []
-    for i, group in enumerate(groups):
-        members.setdefault(group, []).append(i)
-    for group in sorted(members, key=hash_of_name):
-        if len(held) < wanted and len(held) + len(members[group]) <= max(wanted, HELD_OUT_MOST * n):
-            held += members[group]
-    few = len(members) < FEW_GROUPS and any(len(some) > 1 for some in members.values())
-    if len(held) < max(HELD_OUT_LEAST, wanted / 2):
-        held = one_by_one(ds, members, wanted)
-        print(f"warning: the groups are too large to hold out whole ones ({shorten(members)}), so "
+    held, torn = [], {}                         # torn: groups that are not kept together
+    labels = gathered_by(ds.label_ids().tolist(), range(n))
+    for some in labels.values():
+        least = HELD_OUT_LEAST if len(labels) == 1 else 0
+        wanted, members = max(least, HELD_OUT * len(some)), gathered_by(groups, some)
+        whole = whole_groups(members, wanted, max(wanted, HELD_OUT_MOST * len(some)))
+        if len(whole) < max(least, wanted / 2) and wanted >= 1:
+            whole = one_by_one(ds, members, wanted)
+            torn |= members
+        held += whole
+    if len(labels) > 1 and len(held) < max(HELD_OUT_LEAST, HELD_OUT * n / 2):
+        # Most labels have less than ten images: any images, but of no label the first.
+        ids = ds.label_ids()
+        order = sorted(range(n), key=lambda i: hash_of_name(Path(ds.name(i)).stem))
+        spare = [i for k, i in enumerate(order) if ids[i] in ids[order[:k]]]
+        held = spare[:max(HELD_OUT_LEAST, int(HELD_OUT * n))]
+    if len(labels) > 1 and len(held) < HELD_OUT_LEAST:
+        raise DataError(f"{len(labels)} labels of one image each, which is trained on, leave fewer "
+                        f"than {HELD_OUT_LEAST} images to hold out; give others with --val, or "
+                        "--labels off")
+    if torn:
+        print(f"warning: the groups are too large to hold out whole ones ({shorten(torn)}), so "
               "the split is by image, and neighbouring frames of a clip leak; name smaller "
               "groups in metadata.csv, or give other images with --val", file=sys.stderr)
-    elif few:
-        left_out = {groups[i]: None for i in sorted(held)}
-        print(f"warning: all images of {shorten(left_out)} are held out, none is trained on; if "
-              "you need them, give other images with --val", file=sys.stderr)
+    else:
+        members, left_out = gathered_by(groups, range(n)), gathered_by(groups, sorted(held))
+        left_out = [group for group in left_out if left_out[group] == members[group]]
+        if len(members) < FEW_GROUPS and left_out and any(len(m) > 1 for m in members.values()):
+            print(f"warning: all images of {shorten(left_out)} are held out, none is trained on; "
+                  "if you need them, give other images with --val", file=sys.stderr)
     return Part(ds, sorted(set(range(n)) - set(held))), Part(ds, sorted(held))
+
+
+def gathered_by(keys: Sequence, indices: Iterable[int]) -> dict[object, list[int]]:
+    """The indices that have the same key, in their order."""
+    members = {}
+    for i in indices:
+        members.setdefault(keys[i], []).append(i)
+    return members
 
 
 def hash_of_name(name: str) -> int:
     return zlib.crc32(name.encode(errors="surrogateescape"))
 
 
+def whole_groups(members: dict[str, list[int]], wanted: float, most: float) -> list[int]:
+    """Images to hold out, in whole groups: at least `wanted` where that is possible with `most`."""
+    held = []
+    for group in sorted(members, key=hash_of_name):
+        if len(held) < wanted and len(held) + len(members[group]) <= most:
+            held += members[group]
+    return held
+
+
 def one_by_one(ds: ImageDataset, members: dict[str, list[int]], wanted: float) -> list[int]:
     """About `wanted` images to hold out, of each group the same share, never all of it."""
-    n, held = len(ds), []
+    n, held = sum(map(len, members.values())), []
     for some in members.values():
         some = sorted(some, key=lambda i: hash_of_name(Path(ds.name(i)).stem))
         held += some[:min(math.ceil(wanted * len(some) / n), len(some) - 1)]
@@ -602,13 +652,22 @@ def is_folder(spec: str) -> bool:
     return spec != "figures" and not spec.startswith("figures:")
 
 
+def is_plain(spec: str) -> bool:
+    """Whether --data names a folder of images without any poses."""
+    from dataset.folder import has_keypoints
+    return is_folder(spec) and os.path.isdir(spec) and not has_keypoints(spec)
+
+
 def open_all(
     spec: str, size: int, poseless: bool = False, trim_bars: bool = False, seed: int = 0,
+    labels: str | None = None,
 ) -> ImageDataset:
     """Every image that `spec` names: figures, figures:N (of this seed), or what PoseFolder takes.
     """
     if is_folder(spec):
-        return PoseFolder(spec, size, poseless, trim_bars=trim_bars)
+        return PoseFolder(spec, size, poseless, trim_bars=trim_bars, labels=labels)
+    if labels not in (None, "off"):
+        raise DataError(f"--labels is {labels}, but {spec} has no labels; leave it out")
     from dataset.figures import Figures
     count = spec.partition(":")[2] or str(FIGURES_TRAIN)
     if not count.isdecimal() or int(count) < 1:
@@ -623,21 +682,42 @@ def open_data(
                                     # other figures
     remember: bool = True,          # keep decoded training images in RAM
     trim_bars: bool = False,        # cut letterbox bars off; figures have none
+    labels: str | None = None,      # of --labels: what is on each image, see folder.find_labels
+    label_names: Sequence[str] | None = None,   # number the labels as these; None: found in `spec`
+    poseless: bool = False,         # take folders of nothing but images too, for stage 1
 ) -> tuple[ImageDataset, ImageDataset]:
     """(training images, held-out images); DataError where a flag or a file is wrong."""
-    train = open_all(spec, size, trim_bars=trim_bars)
+    train = open_all(spec, size, poseless and is_plain(spec), trim_bars, labels=labels)
+    if label_names is not None:
+        train.label_names = label_names
     if not val and is_folder(spec):
         train, held_out = split(train)
     else:
         val = val or f"figures:{min(len(train), FIGURES_VAL)}"
-        held_out = open_all(val, size, trim_bars=trim_bars, seed=1)
+        held_out = open_all(val, size, poseless and is_plain(val), trim_bars, seed=1,
+                            labels=labels if is_folder(val) else None)
+        held_out.label_names = train.label_names            # others are as good as none
     return (InMemory(train) if remember else train), held_out
 
 
 def data_hash(train: ImageDataset, val: ImageDataset | None = None) -> str:
-    """Changes with the images and poses; a copy with other file times has another hash. `val` is
-    given where --val names files of its own."""
-    return "+".join(ds.fingerprint()[:16] for ds in filter(None, (train, val)))
+    """Changes with the images, poses and labels; a copy with other file times has another hash.
+    `val` is given where --val names files of its own."""
+    words = [ds.fingerprint()[:16] for ds in filter(None, (train, val))]
+    if train.label_names:
+        words.append(hashlib.sha256(train.label_ids().tobytes()).hexdigest()[:16])
+    return "+".join(words)
+
+
+def describe_labels(ds: ImageDataset) -> str:
+    """How many images have which label, the most frequent first; "" without labels."""
+    if not ds.label_names:
+        return ""
+    counts = Counter(ds.label_ids().tolist())
+    without = counts.pop(NO_LABEL, 0)
+    names = [f"{ds.label_names[i]} {n}" for i, n in counts.most_common()]
+    return (f"{len(names)} labels by {ds.label_by}: {shorten(names, 5)}; {without} of {len(ds)} "
+            "images have none")
 
 
 def check_out(out: str | Path, *specs: str | None) -> None:

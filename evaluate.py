@@ -38,7 +38,6 @@ import formats.lpips
 import sample
 from checkpoint import number
 from dataset.figures import Figures
-from dataset.folder import has_keypoints
 from dataset.latents import LatentCache
 from diffusion import MOST_SEEDS, Diffusion
 from engine.run import read_log
@@ -51,7 +50,7 @@ from metrics.condition import condition_losses
 from metrics.images import compare, inception, l1, psnr, ssim, typical_and_worst
 from metrics.keypoint_detector import KeypointDetector
 from metrics.overfit import HELD_OUT, headline, nearest, verdict
-from metrics.pose import Drawn, assess, judge, oks
+from metrics.pose import Drawn, assess, by_label, judge, oks
 from plots import ERROR_WHITE, extremes_figure, overfit_figure, recon_figure
 from vq import VQModel
 
@@ -84,10 +83,11 @@ def recon(args: argparse.Namespace) -> None:
               for payload, path in zip(payloads, args.vq, strict=True)]
     ask_configs(args, [payload["config"] for payload in payloads],
                 math.lcm(*(model.config.factor for model in models)))
-    if data.is_folder(args.data) and not has_keypoints(args.data):
+    if data.is_plain(args.data) and not args.trained_on:
         images, which = data.open_all(args.data, args.size, True, args.trim_bars), args.data
     else:
-        _, images = data.open_data(args.data, args.size, args.val, False, args.trim_bars)
+        _, images = data.open_data(args.data, args.size, args.val, False, args.trim_bars,
+                                   args.labels, poseless=True)
         which = args.val or f"held out of {args.data}"
     images = data.spread(images, args.limit)
     other = data.open_all(args.against, args.size, True, args.trim_bars) if args.against else None
@@ -165,23 +165,25 @@ def reconstruct(vq: VQModel, images: np.ndarray) -> np.ndarray:
 
 def condition(args: argparse.Namespace) -> None:
     """Prints the eps loss with right, shuffled and no poses, in float32, and shuffled / right."""
-    ldm, _ = open_ldm(args)
+    ldm, payload = open_ldm(args)
     device = ldm.mean.device
-    _, held_out = data.open_data(args.data, args.size, args.val, False, args.trim_bars)
+    _, held_out = data.open_data(args.data, args.size, args.val, False, args.trim_bars, args.labels,
+                                 checkpoint.label_names(payload, args.ckpt))
     held_out = data.spread(held_out, args.limit)
+    ids = torch.from_numpy(held_out.label_ids())
     with torch.no_grad(), progress(held_out, "encoding") as bar:
-        pairs = [(ldm.encode(x.to(device)), pose) for x, pose, _ in bar]
-    z, poses = (torch.cat(part).to(device) for part in zip(*pairs, strict=True))
+        found = [(ldm.encode(x.to(device)), pose, ids[i]) for x, pose, i in bar]
+    z, poses, labels = (torch.cat(part).to(device) for part in zip(*found, strict=True))
     losses = condition_losses(ldm, Diffusion(**ldm.schedule), z, poses, BATCH,
-                              null=ldm.supports_guidance)
+                              null=ldm.supports_guidance, labels=labels)
     for name, value in losses.items():
         print(f"{name:12s} {value:.4f}")
     if not ldm.supports_guidance:
         print("There is no loss without a pose: training did not drop poses.")
 
 
-def open_ldm(args: argparse.Namespace) -> tuple[LDM, int]:
-    """The model of --ckpt and its step; sets --data, --val and --size, prints what is measured."""
+def open_ldm(args: argparse.Namespace) -> tuple[LDM, dict]:
+    """The model of --ckpt and its payload; `ask_configs`, and prints what is measured."""
     device = checkpoint.find_device(args.device)
     ldm, payload = checkpoint.load_ldm(args.ckpt, device, preset=args.preset, ema=not args.no_ema)
     ask_configs(args, [payload["config"]],
@@ -189,7 +191,7 @@ def open_ldm(args: argparse.Namespace) -> tuple[LDM, int]:
     print(f"{checkpoint.dated(args.ckpt, payload['step'])}, device {device}, dataset {args.data}")
     if "source" in payload:
         print(compvis.describe(payload, args.ckpt))
-    return ldm, payload["step"]
+    return ldm, payload
 
 
 # -------------------------------------------------------------------------------------------- pose
@@ -197,7 +199,10 @@ def open_ldm(args: argparse.Namespace) -> tuple[LDM, int]:
 GOOD_DETECTOR = 0.9             # PCK@0.1 on real images; below it says little about samples
 FIDELITY: Columns = {
     "pck@0.1": ("PCK@0.1", "higher", ".3f"), "pck@0.2": ("PCK@0.2", "higher", ".3f"),
-    "oks": ("OKS", "higher", ".3f"), "frechet": ("Frechet distance", "detector's features", ".3f")}
+    "oks": ("OKS", "higher", ".3f"), "label": ("label", "share right", ".3f"),
+    "frechet": ("Frechet distance", "detector's features", ".3f")}
+LABELS: Columns = {"images": ("samples", "", "d"), "pck@0.1": FIDELITY["pck@0.1"],
+                   "label": FIDELITY["label"]}
 ROW_NAMES = {"samples": "samples", "decoded": "real images through stage 1",
              "real": "real images (the ceiling)", "shuffled": "samples, other poses (the floor)"}
 
@@ -220,6 +225,8 @@ def pose(args: argparse.Namespace) -> None:
     title = about["title"]
     named = {name: rows[key] for key, name in ROW_NAMES.items() if key in rows}
     print(f"{title}\n\n{table(named, FIDELITY)}\n\n{what_it_means(rows, by)}")
+    if about.get("labels"):
+        print(f"\n{table(about['labels'], LABELS)}")
     if out:
         write_report(out / "pose.json", args, {"read_by": by, **about, "rows": rows})
         scores = oks(read, drawn.asked, on_canvas(drawn.asked))
@@ -232,20 +239,22 @@ def draw_and_read(args: argparse.Namespace,
                   out: Path | None) -> tuple[Drawn, dict, np.ndarray, dict]:
     """Samples of held-out poses, the rows of the table, the poses found in the samples, and what
     the samples depend on."""
-    ldm, step = open_ldm(args)
+    ldm, payload = open_ldm(args)
+    names = checkpoint.label_names(payload, args.ckpt)
     sample.ask_model(args, ldm)
     make_out(args.out, args.data, args.val)
     if out:
         detections.earlier_images(out)                      # before the work: are they ours?
-    train, held_out = data.open_data(args.data, args.size, args.val, trim_bars=args.trim_bars)
+    train, held_out = data.open_data(args.data, args.size, args.val, True, args.trim_bars,
+                                     args.labels, names)
     held_out = data.spread(held_out, args.limit)
     how = sample.settings_of(args)
     about = {"checkpoint": checkpoint.hash_of(ldm.unet.state_dict()), "data": args.data,
              "val": args.val, "size": args.size, "pictures": len(held_out), **how,
              "seed": args.seed,
-             "title": f"{len(held_out)} held-out poses of {args.data}, {args.ckpt} step {step}, "
-             f"{sample.SAMPLERS[args.sampler]} {args.steps} steps, eta {args.eta:g}, "
-             f"guidance {args.guidance:g}"}
+             "title": f"{len(held_out)} held-out poses of {args.data}, {args.ckpt} step "
+             f"{payload['step']}, {sample.SAMPLERS[args.sampler]} {args.steps} steps, "
+             f"eta {args.eta:g}, guidance {args.guidance:g}"}
     drawn = draw_held_out(ldm, held_out, args.seed, **how)
     if out:
         detections.write_images(out, drawn.asked, np.concatenate([drawn.samples, drawn.real]),
@@ -253,6 +262,8 @@ def draw_and_read(args: argparse.Namespace,
         print(f"wrote {out}/{detections.IMAGES}/ and {detections.POSES}")
     detector = find_detector(args.data, train, str(ldm.mean.device))
     rows, read = assess(detector, drawn, decoded=reconstruct(ldm.vq, drawn.real))
+    if names:
+        about["labels"] = by_label(detector, drawn, names, read)
     return drawn, rows, read, about
 
 
@@ -278,14 +289,16 @@ def draw_held_out(
     **how: object,                              # of sample.settings, which has the defaults
 ) -> Drawn:
     """A sample for the pose of each held-out image, the i-th with seed `seed` + i."""
+    ids = torch.from_numpy(held_out.label_ids())
     with progress(held_out, "reading images") as bar:
-        pairs = [(data.to_uint8(x), pose) for x, pose, _ in bar]
-    if sum(len(x) for x, _ in pairs) < 2:
+        found = [(data.to_uint8(x), pose, ids[i]) for x, pose, i in bar]
+    if sum(len(x) for x, _, _ in found) < 2:
         raise ValueError("shuffling poses needs at least 2 held-out images; add images")
-    real, poses = np.concatenate([x for x, _ in pairs]), torch.cat([pose for _, pose in pairs])
-    samples = sample.draw_images(ldm, poses, [seed + i for i in range(len(poses))],
-                                 held_out.size, interval=interval, **sample.settings(ldm, **how))
-    return Drawn(poses.double().numpy(), np.stack(samples), real)
+    real, poses, labels = (np.concatenate(part) for part in zip(*found, strict=True))
+    samples = sample.draw_images(ldm, torch.from_numpy(poses), [seed + i for i in range(len(real))],
+                                 held_out.size, interval=interval, labels=torch.from_numpy(labels),
+                                 **sample.settings(ldm, **how))
+    return Drawn(poses.astype(np.float64), np.stack(samples), real, labels)
 
 
 BUNDLED = Path(__file__).parent / "assets/pose-reader.pt"   # for 64 pixels, in half precision
@@ -301,6 +314,9 @@ def find_detector(spec: str, train: data.ImageDataset, device: str = "cpu",
     side = keypoint_detector.detector_side(train.size)
     about = {"version": keypoint_detector.VERSION, "pictures": train.fingerprint(), "side": side,
              "steps": steps}
+    names, ids = list(train.label_names), torch.from_numpy(train.label_ids())
+    if names:
+        about |= {"labels": names, "label_ids": checkpoint.hash_of({"ids": ids})}
     name = re.sub(r"\W", "-", Path(spec).stem)
     path = Path("runs") / f"{name}-pose-reader-{side}-{about['pictures'][:8]}.pt"
     known = [("saved", path, about)]
@@ -311,14 +327,15 @@ def find_detector(spec: str, train: data.ImageDataset, device: str = "cpu",
         found = checkpoint.read(file) if file.exists() else {}
         if found.get("about") == wanted:
             print(f"Using the {which} keypoint detector {file}.")
-            detector = checkpoint.build(lambda: KeypointDetector(side), found["reader"], str(file))
+            detector = checkpoint.build(partial(KeypointDetector, side, num_classes=len(names)),
+                                        found["reader"], str(file))
             return detector.eval().requires_grad_(False).to(device)
     batches = data.batches(train, keypoint_detector.BATCH, 0, 0, steps, data.find_workers(device),
                            augment=True, zoom=(1.0, 1.0), device=device)
     amp = "bf16" if checkpoint.has_bf16(device) else "off"
     detector = keypoint_detector.train_detector(
-        ((x, poses) for x, poses, _ in batches), steps, side, device,
-        partial(checkpoint.autocast, amp, device))
+        ((x, poses, ids[i]) for x, poses, i in batches), steps, side, device,
+        partial(checkpoint.autocast, amp, device), len(names))
     path.parent.mkdir(exist_ok=True)
     checkpoint.save(path, {"about": about, "reader": detector.state_dict()})
     print(f"Saved the keypoint detector to {path}.")
@@ -338,7 +355,8 @@ def overfit(args: argparse.Namespace) -> None:
     size, device = config["size"], ldm.mean.device
     make_out(str(out), config["data"], config["val"])
     train, held_out = data.open_data(config["data"], size, config["val"], False,
-                                     config.get("trim_bars", False))
+                                     config.get("trim_bars", False),
+                                     config.get("labels") or "off")
     if config.get("data_hash") not in (None, data.data_hash(train, config["val"] and held_out)):
         raise ValueError(f"the images of {config['data']} are not those that {run} was trained on; "
                          "restore them to tell what was memorised")
@@ -349,12 +367,15 @@ def overfit(args: argparse.Namespace) -> None:
             return ldm.vq.encode(x.to(device)).float()
 
     cache = LatentCache(run, f"{config['vq_hash']} {config['amp']}", train, encode, BATCH, device)
-    pairs = list(data.in_order(held_out, BATCH, args.limit))
-    theirs = torch.cat([pose for _, pose in pairs])
-    poses = {"training poses": cache.rows(2 * data.evenly(len(cache) // 2, args.n))[1],
-             "held-out poses": theirs[data.evenly(len(theirs), args.n)]}
-    latents = {HELD_OUT: torch.cat([(encode(x) - ldm.mean) / ldm.std for x, _ in pairs])}
-    latents |= {name: draw_latents(ldm, poses[name], size, args) for name in poses}
+    held_out = data.spread(held_out, args.limit)
+    ids, found = torch.from_numpy(held_out.label_ids()), list(data.numbered(held_out, BATCH))
+    theirs, their_labels = (torch.cat([pose for _, pose, _ in found]),
+                            torch.cat([ids[i] for _, _, i in found]))
+    rows_shown, shown = 2 * data.evenly(len(cache) // 2, args.n), data.evenly(len(theirs), args.n)
+    poses = {"training poses": cache.rows(rows_shown)[1], "held-out poses": theirs[shown]}
+    labels = {"training poses": cache.labels[rows_shown], "held-out poses": their_labels[shown]}
+    latents = {HELD_OUT: torch.cat([(encode(x) - ldm.mean) / ldm.std for x, _, _ in found])}
+    latents |= {name: draw_latents(ldm, poses[name], labels[name], size, args) for name in poses}
     trained = partial(training_latents, ldm, cache)
     near = nearest(latents, trained, len(cache))
     found = verdict(rows, {name: part.distances.tolist() for name, part in near.items()})
@@ -366,7 +387,8 @@ def overfit(args: argparse.Namespace) -> None:
                for name in poses}
     write_report(out / "overfit.json", args, {"run": str(run), **found, "samples": samples,
                                               **sample.settings_of(args), "seed": args.seed})
-    strip = film(run, torch.stack([poses[name][0] for name in poses]), size, args)
+    first = [torch.stack([each[name][0] for name in poses]) for each in (poses, labels)]
+    strip = film(run, *first, size, args)
     overfit_figure(out / "overfit.png", partial(sample.decode, ldm), trained, rows, found, near,
                    poses, strip)
     print(f"wrote {out}/overfit.json and overfit.png")
@@ -387,23 +409,26 @@ def training_latents(ldm: LDM, cache: LatentCache, rows: np.ndarray) -> Tensor:
     return (cache.rows(rows)[0].to(ldm.mean.device) - ldm.mean) / ldm.std
 
 
-def draw_latents(ldm: LDM, poses: Tensor, size: int, args: argparse.Namespace) -> Tensor:
-    """A sample z [N, C, h, w] of each pose [N, 17, 3], the i-th with seed --seed + i."""
+def draw_latents(ldm: LDM, poses: Tensor, labels: Tensor, size: int,
+                 args: argparse.Namespace) -> Tensor:
+    """A sample z [N, C, h, w] of each pose [N, 17, 3] and label [N], the i-th with seed --seed + i.
+    """
     seeds = [args.seed + i for i in range(len(poses))]
-    last, = sample.denoise(ldm, poses, seeds, size, **sample.settings_of(args))
+    last, = sample.denoise(ldm, poses, seeds, size, labels=labels, **sample.settings_of(args))
     return last.x.to(ldm.mean.device)
 
 
-def film(run: Path, poses: Tensor, size: int,
+def film(run: Path, poses: Tensor, labels: Tensor, size: int,
          args: argparse.Namespace) -> dict[int, list[np.ndarray]]:
-    """By step, a sample of each pose [N, 17, 3] with the checkpoints of a run folder."""
+    """By step, a sample of each pose [N, 17, 3] and label [N] with the checkpoints of a run folder.
+    """
     kept = sorted(run.glob("step-*.pt"))
     paths = [kept[i] for i in data.evenly(len(kept), FILM)]
     paths += [path for path in (run / "best.pt", run / "last.pt") if path.exists()]
     out = {}
     for path in tqdm(paths, "one seed over the checkpoints", unit="checkpoint", dynamic_ncols=True):
         ldm, payload = checkpoint.load_ldm(path, args.device)
-        out[payload["step"]] = sample.decode(ldm, draw_latents(ldm, poses, size, args))
+        out[payload["step"]] = sample.decode(ldm, draw_latents(ldm, poses, labels, size, args))
     return dict(sorted(out.items()))
 
 
@@ -411,7 +436,8 @@ def film(run: Path, poses: Tensor, size: int,
 
 def ask_configs(args: argparse.Namespace, configs: list[dict], multiple: int) -> None:
     """Sets --data, --val and --size, where they are not given, to those of the first training
-    configuration that has them. ValueError for a size that is no multiple of `multiple`."""
+    configuration that has them, and args.labels and args.trim_bars by it. ValueError for a size
+    that is no multiple of `multiple`."""
     args.trim_bars = any(config.get("trim_bars") for config in configs)     # as they were trained
     known = next((config for config in configs if config.get("data")), None)
     if not args.data:
@@ -419,6 +445,8 @@ def ask_configs(args: argparse.Namespace, configs: list[dict], multiple: int) ->
             raise ValueError("the checkpoint does not say what it was trained on; name it with "
                              "--data")
         args.data, args.val = known["data"], args.val or known.get("val")
+    args.trained_on = known is not None and args.data == known["data"]
+    args.labels = (known.get("labels") or "off") if args.trained_on else None   # a column label
     sizes = [args.size, *(config.get("size") for config in configs), DEFAULT_SIZE]
     args.size = next(filter(None, sizes))
     if args.size % multiple:

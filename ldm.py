@@ -1,17 +1,18 @@
 """The model of stage 2: a frozen autoencoder, latent statistics, pose conditioning and the UNet.
 
-Images [B, 3, H, W] <-> latents z [B, C, h, w]; noisy latents, timesteps and poses [B, 17, 3] ->
-what the UNet predicts. Training, sampling and measuring all use this module.
+Images [B, 3, H, W] <-> latents z [B, C, h, w]; noisy latents, timesteps, poses [B, 17, 3] and
+labels [B] -> what the UNet predicts. Training, sampling and measuring all use this module.
 """
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keypoints import ConditionConfig, PoseCondition
-from unet import UNet, UNetConfig
+from unet import NO_LABEL, UNet, UNetConfig
 from vq import VQModel
 
 # Sampling defaults by what the network predicts: guidance w, eta, steps of DPM-Solver++. A young
@@ -45,10 +46,14 @@ class LDM(nn.Module):
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 
-    def forward(self, x: Tensor, t: Tensor, pose: Tensor, drop: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, pose: Tensor, drop: Tensor | None = None,
+                label: Tensor | None = None) -> Tensor:
         """The prediction (eps or v) for noisy latents x [B, C, h, w] at t [B] under poses
-        [B, 17, 3]; where `drop` [B] is true, under the null condition."""
-        return self.unet(x.to(self.dtype), t, *self._condition(pose, x.shape[2:], drop))
+        [B, 17, 3] and labels [B], or NO_LABEL; where `drop` [B] is true, under the null condition:
+        neither pose nor label."""
+        if label is not None and drop is not None:
+            label = label.masked_fill(drop, NO_LABEL)
+        return self.unet(x.to(self.dtype), t, *self._condition(pose, x.shape[2:], drop), label)
 
     def _condition(self, pose: Tensor, size: tuple[int, int],
                    drop: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -57,9 +62,10 @@ class LDM(nn.Module):
         return context if context is None else context.to(self.dtype), maps
 
     @torch.no_grad()
-    def prepared(self, pose: Tensor, size: tuple[int, int]) -> tuple[Callable[..., Tensor], Tensor]:
-        """(model, rows): a model with precomputed conditioning for poses [B, 17, 3]; call it with
-        rows [B], indices into these poses, in place of poses.
+    def prepared(self, pose: Tensor, size: tuple[int, int],
+                 label: Tensor | None = None) -> tuple[Callable[..., Tensor], Tensor]:
+        """(model, rows): a model with precomputed conditioning for poses [B, 17, 3] and labels [B];
+        call it with rows [B], indices into these poses, in place of poses.
 
         Equal to the LDM for latents of `size` = (h, w), but maps, tokens, keys and values are
         computed once here, not in every step of a sampler.
@@ -68,11 +74,13 @@ class LDM(nn.Module):
         poses = torch.cat([pose[:1], pose])                         # row 0 is the null condition
         context, maps = self._condition(poses, size, drop=row == 0)
         keys_values = self.unet.keys_values(context)
+        labels = None if label is None else F.pad(label, (1, 0), value=NO_LABEL)
 
         def model(x: Tensor, t: Tensor, row_of: Tensor, drop: Tensor) -> Tensor:
             at = (row_of + 1) * ~drop                                   # [B] rows
             return self.unet(x.to(self.dtype), t, [(k[at], v[at]) for k, v in keys_values],
-                             None if maps is None else maps[at])
+                             None if maps is None else maps[at],
+                             None if labels is None else labels[at])
 
         return model, row[:-1]
 

@@ -3,7 +3,9 @@
     python sample.py examples/poses/*.json
     python sample.py mine.json --ckpt runs/mine/last.pt -n 4 --steps 100 --guidance 3
     python sample.py mine.json --typical 0.5                halfway toward the training poses
+    python sample.py mine.json --retarget                   with the training poses' proportions
     python sample.py --common 9                             the nine most common training poses
+    python sample.py mine.json --label Knight --label Mage  of a model with labels; or --label all
     python sample.py wide.json --canvas 1920x1080 --person 2 --fit crop
     python sample.py mine.json --ckpt model.ckpt --preset danbooru --steps 500 --eta 0
 
@@ -39,10 +41,11 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -70,6 +73,7 @@ from diffusion import (
 from extras.density import PoseDensity, note_unusual
 from extras.motion import Plan, morph, read_motion, sheet_of
 from extras.output import film_of, grid_of, outputs, save_latents, save_separate
+from extras.proportions import retarget
 from formats import compvis
 from formats.pose_files import FORMATS, MIN_CONFIDENCE, fitted, load_poses, name_of
 from ldm import LDM
@@ -140,6 +144,7 @@ def sample(
     spacing: str,
     interval: tuple[int, int] | None = None,    # timesteps with guidance; None: all
     rescale: float = 0.0,                       # 0 to 1, see `guided`
+    labels: Tensor | None = None,               # [B] numbers of labels; None: without
     noise: Tensor | None = None,                # [1, C, h, w] replaces the noise of the seeds
     given: Tensor | None = None,                # [1, C, h, w] an image's latent, for skip and known
     skip: int = 0,                              # noisy steps left out: starts at `given` plus noise
@@ -157,7 +162,8 @@ def sample(
         t = visited(ldm, sampler, steps, spacing)[-1 - skip]
         x_T = diffusion.q_sample(given, torch.tensor([t]), x_T)
 
-    model, rows = ldm.prepared(poses.to(device), shape[1:])
+    labels = None if labels is None else labels.to(device)
+    model, rows = ldm.prepared(poses.to(device), shape[1:], labels)
     eps_fn = guided(diffusion.eps_model(model), rows, guidance, interval, rescale)
     if known is not None:
         eps_fn = inpaint(diffusion, eps_fn, given, known)
@@ -171,7 +177,7 @@ def sample(
 
 @torch.no_grad()
 def denoise(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int, film: int = 1,
-            **how: object) -> list[Step]:
+            labels: Tensor | None = None, **how: object) -> list[Step]:
     """Runs `sample` in batches with a progress bar; `how` are its other arguments.
 
     Returns the last step, or `film` steps from the first to the last. Each has the latents of all
@@ -186,7 +192,9 @@ def denoise(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int, film: int = 1
         for b in range(0, len(poses), BATCH):
             part = slice(b, b + BATCH)
             batches.append([])
-            for k, step in enumerate(sample(ldm, poses[part], seeds[part], size, **how)):
+            asked = None if labels is None else labels[part]
+            steps = sample(ldm, poses[part], seeds[part], size, labels=asked, **how)
+            for k, step in enumerate(steps):
                 if k in kept:
                     batches[-1].append(step._replace(x=step.x.cpu(), x0=step.x0.cpu()))
                 bar.update()
@@ -210,12 +218,14 @@ def draw_images(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int,
 
 # ------------------------------------------------------------------------------------- what to draw
 
-def plan_of(args: argparse.Namespace, payload: dict) -> Plan:
-    """The poses to draw, from files or from the checkpoint, and the seeds of their images."""
+def plan_of(args: argparse.Namespace, payload: dict, labels: Collection[int] = ()) -> Plan:
+    """The poses to draw, from files or from the checkpoint, and the seeds of their images. `labels`
+    are those asked for, whose proportions --retarget takes."""
     trained = checkpoint.training_poses(payload, args.ckpt)
-    if trained is None and (args.common or args.typical):
-        raise ValueError(f"--common and --typical need training poses, which {args.ckpt} does not "
-                         f"have; train stage 2 with: {checkpoint.HOW_TO_MAKE['ldm']}")
+    if trained is None and (args.common or args.typical or args.retarget):
+        raise ValueError("--common, --typical and --retarget need training poses, which "
+                         f"{args.ckpt} does not have; train stage 2 with: "
+                         f"{checkpoint.HOW_TO_MAKE['ldm']}")
     density = None if trained is None else PoseDensity(trained)
     frames = args.frames or DEFAULT_FRAMES
     how = {"format": args.format, "person": args.person, "canvas": args.canvas,
@@ -225,17 +235,41 @@ def plan_of(args: argparse.Namespace, payload: dict) -> Plan:
         names = [f"common {i + 1}" for i in range(args.common)]
     elif args.motion:
         poses, names = read_motion(args.poses, args.fit, args.frames, **how)
+    elif not args.poses:                    # --label alone
+        poses, names = [data.NO_POSE], ["no pose"]
     else:
         per_file = DEFAULT_FRAMES if args.morph else frames
         poses, names = read_poses(args.poses, args.fit, per_file, **how)
     poses = np.stack(poses)                 # float64: the seed's cell ids are floors of these
-    if density and not args.common:
-        poses, given = density.typical(poses, args.typical), poses
+    if density and args.poses:
+        other = retarget(poses, checkpoint.training_poses(payload, args.ckpt, labels))
+        given = other if args.retarget else poses
+        poses = density.typical(given, args.typical)
         if not args.motion:                 # a motion has too many
-            note_unusual(names, density.unusual(given), density.unusual(poses), args.typical)
+            note_unusual(names, density.unusual(given), density.unusual(poses), args.typical,
+                         density.unusual(other))
     if args.morph:
         return morph(poses, names, frames, args.seed, args.n)
     return Plan(poses, names, [args.seed + i for i in range(args.n)] * len(poses), args.n)
+
+
+def labels_of(args: argparse.Namespace, ldm: LDM, payload: dict) -> dict[str, int]:
+    """The labels that --label asks for, by name; ValueError for one that the model lacks."""
+    known = checkpoint.label_names(payload, args.ckpt)
+    if args.label and not known:
+        raise ValueError(f"--label is {args.label[0]}, but {args.ckpt} was trained without labels; "
+                         "leave --label out, or train with --labels")
+    if not args.poses and not args.common and not ldm.supports_guidance:
+        raise ValueError(f"{args.ckpt} was trained without dropping poses, so it cannot draw by "
+                         "label alone; give a pose, such as --common 1")
+    asked = [normalize("NFC", name) for name in args.label or ()]
+    if "all" in asked and "all" not in known:
+        asked = known
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"--label is {name!r}; {args.ckpt} knows "
+                             f"{', '.join(map(repr, known))}, and all for each of them")
+    return {name: known.index(name) for name in asked}
 
 
 class Given(NamedTuple):
@@ -275,11 +309,12 @@ def read_given(args: argparse.Namespace, ldm: LDM, size: int) -> Given | None:
     return Given(z, decode(ldm, z)[0], hole)
 
 
-def start_from(given: Given, args: argparse.Namespace, ldm: LDM, pose: Tensor) -> dict[str, object]:
+def start_from(given: Given, args: argparse.Namespace, ldm: LDM, pose: Tensor,
+               labels: Tensor | None = None) -> dict[str, object]:
     """The arguments of `sample` that make it start from `given`.
 
     --noise-from inverts without a pose. A model trained without dropout cannot, so it inverts with
-    `pose` [1, 17, 3].
+    `pose` [1, 17, 3] and the first of `labels`.
     """
     if args.init:       # a share of T, so that it adds the same noise with every spacing
         timesteps = visited(ldm, args.sampler, args.steps, args.spacing)
@@ -290,7 +325,8 @@ def start_from(given: Given, args: argparse.Namespace, ldm: LDM, pose: Tensor) -
         known = F.max_pool2d(hole, ldm.vq.config.factor) == 0               # [1, 1, h, w]
         return {"given": given.z, "known": known.to(given.z.device), "rounds": args.rounds}
     diffusion, w = Diffusion(**ldm.schedule), 0.0 if ldm.supports_guidance else 1.0
-    eps_fn = guided(diffusion.eps_model(ldm), pose.to(given.z.device), w)
+    model = partial(ldm, label=None if labels is None else labels[:1].to(given.z.device))
+    eps_fn = guided(diffusion.eps_model(model), pose.to(given.z.device), w)
     steps = invert(diffusion, eps_fn, given.z, args.steps, args.spacing)
     total = len(visited(ldm, "ddim", args.steps, args.spacing))
     *_, last = tqdm(steps, desc="inverting", unit="step", total=total)
@@ -332,6 +368,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--typical", type=number(float, 0, 1), default=0.0, metavar="A",
         help="move each pose toward the training poses near it: 0 not at all, 1 to their middle")
 
+    group.add_argument("--retarget", action="store_true",
+        help="give each pose the proportions of the training poses, or of those with the labels; "
+        "limbs keep their directions")
+    group.add_argument("--label", action="append", metavar="NAME",
+        help="what to draw, where the model has labels; repeat it for several, or all; pose files "
+        "may then be left out")
+
     add = parser.add_argument_group("model").add_argument
     add("--ckpt", metavar="FILE",
         help=f"of stage 2 (default {DEFAULT_CKPT}, or the bundled toy model if that is missing)")
@@ -344,7 +387,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("sampling").add_argument
     add("-n", type=number(int, 1),
-        help="images per pose (default 2; 1 with --motion, --morph and --noise-from)")
+        help="images per pose and label (default 2; 1 with --motion, --morph, --noise-from and "
+        "several labels)")
     add("--seed", type=number(int, 0), default=0, help="of a pose's first image (default 0)")
     add("--sampler", choices=SAMPLERS, help=f"default {DEFAULT_SAMPLER}; ddim for a published "
         "checkpoint, and always with --inpaint and --noise-from")
@@ -393,7 +437,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save-latents", metavar="FILE", help="also write latents, poses and seeds as an .npz")
 
     args = parser.parse_intermixed_args(argv)
-    if bool(args.poses) == bool(args.common):
+    if args.poses and args.common or not (args.poses or args.common or args.label):
         parser.error("give either pose files or --common N, such as --common 9")
     if bool(args.inpaint) != bool(args.mask):
         parser.error("--inpaint IMAGE and --mask IMAGE go together; white in the mask is redrawn")
@@ -402,7 +446,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if Path(args.out).suffix.lower() not in SUFFIXES:
         parser.error(f"--out is {args.out}; the name must end in {', '.join(SUFFIXES)}")
     if args.n is None:
-        args.n = 1 if args.motion or args.morph or args.noise_from else 2
+        several = args.label and (len(args.label) > 1 or args.label == ["all"])
+        args.n = 1 if args.motion or args.morph or args.noise_from or several else 2
     if args.inpaint or args.noise_from:         # rounds and inversion exist for ddim only
         args.sampler = "ddim"
     if args.noise_from:                         # inversion is exact only without new noise
@@ -455,18 +500,23 @@ def run(args: argparse.Namespace, command: str) -> str:
                          "out, or guide more, such as --guidance 3")
     sheet, animation = outputs(args)
     size = payload["config"]["size"]
-    plan, given = plan_of(args, payload), read_given(args, ldm, size)
+    asked = labels_of(args, ldm, payload)
+    plan, given = plan_of(args, payload, asked.values()), read_given(args, ldm, size)
+    plan = plan.for_labels(list(asked)) if asked else plan
     options = settings_of(args) | {"interval": args.interval, "rescale": args.rescale}
     rest = {"seed": args.seed, "ckpt": args.ckpt, "amp": args.amp, "torch": torch.__version__}
+    rest |= {"labels": list(asked)} if asked else {}
     words = {"command": command, "settings": json.dumps(options | rest),
              "checkpoint": checkpoint.hash_of(ldm.state_dict())}        # before --amp rounds it
     ldm.unet.to(checkpoint.AMP[args.amp])
 
     began = time.monotonic()
     poses = torch.from_numpy(plan.poses).repeat_interleave(plan.n, dim=0)               # [B, 17, 3]
-    start = start_from(given, args, ldm, poses[:1]) if given else {}
+    labels = [asked[name] for name in plan.labels] * len(plan.poses)
+    labels = torch.tensor(labels) if labels else None                                   # [B]
+    start = start_from(given, args, ldm, poses[:1], labels) if given else {}
     film = FILM if args.film else 1
-    steps = denoise(ldm, poses, plan.seeds, size, film, **options, **start)
+    steps = denoise(ldm, poses, plan.seeds, size, film, labels, **options, **start)
     images = decode(ldm, steps[-1].x)
     if args.inpaint:        # the decoder mixes cells, so the kept pixels are pasted back
         images = [np.where(given.hole[..., None], image, given.image) for image in images]

@@ -67,7 +67,7 @@ from metrics.condition import condition_each, condition_means, loss_each
 from metrics.images import box_baseline, reconstruction
 from metrics.keypoint_detector import FEATURE_WIDTHS, DetectorDistance, KeypointDetector
 from metrics.overfit import ROW_OF, OverfitMonitor, overfitting, standard_error
-from unet import UNetConfig
+from unet import NO_LABEL, UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
 FEATURES = Path(__file__).parent / "assets/features.pt"     # of DetectorDistance
@@ -198,8 +198,10 @@ class Config:
     data: str
     val: str | None
     trim_bars: bool
+    labels: str | None                  # where labels come from, see data.open_data
     out: str
     vq: str | None                      # stage 2: the checkpoint of stage 1
+    init: str | None                    # a checkpoint to start from
     seed: int
     device: str
     amp: str                            # bf16, fp16 or off
@@ -221,7 +223,8 @@ class Config:
     normalise: bool
     lpips: tuple[str, ...]              # stage 1: files with the weights of LPIPS
     images: int | None = None           # found by the run itself: how many it trains on
-    data_hash: str | None = None        # of all images and poses
+    data_hash: str | None = None        # of all images, poses and labels
+    label_names: tuple[str, ...] = ()   # stage 2: by number, as in the checkpoint
     vq_hash: str | None = None          # stage 2: of the weights in `vq`
 
 
@@ -243,11 +246,15 @@ def make_config(args: argparse.Namespace) -> Config:
         cond = replace(cond, conditioning=tuple(args.condition.split("+")))
     device = checkpoint.find_device(args.device)
     data.check_out(out, args.data, args.val)
+    if args.init:
+        if Path(args.init).resolve().parent == Path(out).resolve():
+            raise ValueError(f"--init is {args.init}, in the run folder itself; give another --out")
+        recipe = replace(recipe, quantize_start=0.0)        # its codes are those of its encoder
     return Config(
         stage=args.stage, preset=args.preset, data=args.data, val=args.val,
-        trim_bars=args.trim_bars, out=out,
-        vq=(args.vq or STAGE_1) if ldm else None, seed=args.seed, device=device,
-        amp=find_amp(args.amp, device), compile=args.compile,
+        trim_bars=args.trim_bars, labels=args.labels, out=out,
+        vq=(args.vq or args.init or STAGE_1) if ldm else None, init=args.init, seed=args.seed,
+        device=device, amp=find_amp(args.amp, device), compile=args.compile,
         workers=data.find_workers(device) if args.workers is None else args.workers,
         micro_batch=args.micro_batch, checkpointing=args.checkpointing, size=preset.size,
         minutes=args.minutes, steps=args.steps or (None if args.minutes else recipe.steps),
@@ -335,7 +342,7 @@ def ldm_optimizer(ldm: LDM, r: Recipe) -> torch.optim.Optimizer:
     params = {name: p for name, p in ldm.named_parameters() if p.requires_grad}
     if not r.muon:
         return adamw(list(params.values()), r)
-    ends = "unet.input_blocks.0.", "unet.out."
+    ends = "unet.input_blocks.0.", "unet.out.", "unet.label_emb."
     matrices = {name for name, p in params.items() if p.ndim > 1 and not name.startswith(ends)}
     others = [p for name, p in params.items() if name not in matrices]
     return Muon([params[name] for name in params if name in matrices], adamw(others, r), r.muon)
@@ -415,6 +422,12 @@ def steps_bar(run: RunDir, steps: int) -> tqdm:
                 leave=not run.dry)
 
 
+def tell_start(path: str, step: int, new: list[str]) -> None:
+    """One line about --init: what of the networks starts anew."""
+    print0(f"Starting from {checkpoint.dated(path, step)}; "
+           + (f"fresh: {data.shorten(new)}." if new else "all weights fit."))
+
+
 # ------------------------------------------------------------------------------ stage 1
 
 def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDataset,
@@ -428,6 +441,12 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer, scaler = adamw(params, r), make_scaler(c)
     optimizers, saved = [optimizer], {"optimizer": optimizer, "scaler": scaler}
+    data_init_codes = r.data_init_codes
+    if c.init and not run.resumed and not run.dry:
+        init = checkpoint.load_vq(c.init, say=print0)
+        new = checkpoint.take(model, init["vq"], c.init)
+        data_init_codes &= any(name.startswith("quantize.") for name in new)
+        tell_start(c.init, init["step"], new)
     if disc is not None:
         disc_optimizer = adamw(list(disc.parameters()), r)
         optimizers.append(disc_optimizer)
@@ -454,7 +473,7 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
             set_lr(lr_at(step, c), *optimizers)
             x, _, _ = next(batches)                                         # [B, 3, H, W]
             quantize = step >= quantize_start
-            if step == quantize_start and r.data_init_codes:
+            if step == quantize_start and data_init_codes:
                 codebook.init_codes(gathered(encode_all(model, x, c)))
             disc_factor = objective.disc_factor(step, c.steps)
             numbers, made = {}, []
@@ -627,9 +646,17 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
         mean, std = cache.mean, cache.std
     if run.resumed:         # images may have been repaired since; the latent space stays the same
         mean, std = run.resumed["mean"], run.resumed["std"]
+    init = None
+    if c.init and not run.resumed and not run.dry:
+        init = checkpoint.load(c.init, "ldm", preset=c.preset)
+        if checkpoint.hash_of(init["vq"]) == c.vq_hash:         # the same latent space
+            mean, std = init["mean"], init["std"]
     torch.manual_seed(c.seed)
     ldm = prepare(LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule,
                       supports_guidance=r.p_drop > 0), c)
+    if init:
+        tell_start(c.init, init["step"], start_from(ldm, init, c))
+        init = None                                         # gigabytes for a large model
     average = copy.deepcopy(ldm).eval().requires_grad_(False)
     average.vq = vq                                         # frozen: one copy is enough
     params = [p for p in ldm.parameters() if p.requires_grad]
@@ -644,7 +671,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     ldm.unet.checkpointing = c.checkpointing
     if c.compile:
         ldm.unet.compile()
-    net, poses = parallel(ldm), poses_kept(cache)
+    net, kept = parallel(ldm), poses_kept(cache)
     mean, std = ldm.mean, ldm.std                           # on the device
     B, mine = r.batch_size, data.share(r.batch_size, rank(), world())
     bad_steps = torch.zeros((), device=device)
@@ -655,17 +682,20 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
             seed_everything(c.seed, step)
             set_lr(lr_at(step, c), optimizer)
             # h of the autoencoder, not normalised; of images as they are and mirrored.
-            h, pose = latent_batch(cache, B, c.seed, step, rank(), world())
-            z, pose = (h.to(device) - mean) / std, pose.to(device)      # [B, C, h, w], [B, 17, 3]
+            h, pose, label = latent_batch(cache, B, c.seed, step, rank(), world())
+            z = (h.to(device) - mean) / std                                 # [B, C, h, w]
+            pose, label = pose.to(device), label.to(device)                 # [B, 17, 3], [B]
             # Drawn for all ranks, so that no rank repeats another's noise.
             t = diffusion.draw_timesteps(B, r.lambda_spread, device)[mine]
             noise = torch.randn(B, *z.shape[1:], device=device)[mine]
             drop = (torch.rand(B, device=device) < r.p_drop)[mine]
+            if c.label_names:
+                pose, label = drop_one(pose, label, torch.rand(B, device=device)[mine], r.p_drop)
             numbers = {}
             for part, share in micro_batches(len(z), in_network(c), net):
                 with autocast(c):
-                    loss = diffusion.loss(net, z[part], pose[part], t=t[part], noise=noise[part],
-                                          drop=drop[part]).mean()
+                    loss = diffusion.loss(partial(net, label=label[part]), z[part], pose[part],
+                                          t=t[part], noise=noise[part], drop=drop[part]).mean()
                 scaler.scale(loss * share).backward()
                 accumulate(numbers, share, loss=loss)
             scaler.unscale_(optimizer)
@@ -684,7 +714,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
                 score = None
                 if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: no eval
                     score, alarm = held_out.evaluate(run, bar, step, ldm)
-                payload = checkpoint.ldm_payload(average) | {"poses": poses}
+                payload = checkpoint.ldm_payload(average) | kept
                 run.save(step, payload | {"train": state_of(saved)}, score)
             if c.patience and run.eval_due(step):
                 stop = stop or any_rank(alarm is not None, device)
@@ -694,6 +724,30 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     return step + 1
 
 
+def start_from(ldm: LDM, init: dict, c: Config) -> list[str]:
+    """Takes what fits of a stage-2 payload, labels by their names; returns what stays new."""
+    state = {f"{part}.{name}": tensor for part in ("unet", "cond")
+             for name, tensor in init[part].items()}
+    known, rows = checkpoint.label_names(init, c.init), state.pop("unet.label_emb.weight", None)
+    new = []
+    if c.label_names:
+        emb = ldm.unet.label_emb.weight.detach().clone()
+        for i, name in enumerate(c.label_names):
+            if name in known and rows.shape[1] == emb.shape[1]:
+                emb[i] = rows[known.index(name)]
+            else:
+                new.append(f"label {name}")
+        state["unet.label_emb.weight"] = emb
+    networks = nn.ModuleDict({"unet": ldm.unet, "cond": ldm.cond})
+    return checkpoint.take(networks, state, c.init) + new
+
+
+def drop_one(pose: Tensor, label: Tensor, u: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Poses [B, 17, 3] and labels [B] by u [B] in 0..1: a share p of the samples loses its pose, as
+    many others their label. A picture may then be asked for by either alone."""
+    return pose * (u >= p)[:, None, None], label.masked_fill(u > 1 - p, NO_LABEL)
+
+
 class HeldOut:
     """What an evaluation of stage 2 looks at: held-out latents, as many training latents, and poses
     for a preview."""
@@ -701,19 +755,24 @@ class HeldOut:
     def __init__(self, c: Config, average: LDM, diffusion: Diffusion, cache: LatentCache,
                  val: data.ImageDataset):
         self.c, self.average, self.diffusion = c, average, diffusion
+        val = data.spread(val, c.recipe.eval_images)
+        ids = torch.from_numpy(val.label_ids())
         with torch.no_grad(), autocast(c):
-            pairs = [(average.encode(x.to(c.device)), pose) for x, pose in
-                     data.in_order(val, in_network(c), c.recipe.eval_images)]
-        if sum(len(z) for z, _ in pairs) < 2:
+            found = [(average.encode(x.to(c.device)), pose, ids[i]) for x, pose, i in
+                     data.numbered(val, in_network(c))]
+        if sum(len(z) for z, _, _ in found) < 2:
             raise ValueError(f"{c.data} leaves fewer than 2 usable images to validate on: add "
                              "images, or give a set of its own with --val")
-        self.z, self.pose = (torch.cat(each).to(c.device) for each in zip(*pairs, strict=True))
+        self.z, self.pose, self.label = (torch.cat(each).to(c.device)
+                                         for each in zip(*found, strict=True))
         rows = 2 * data.evenly(len(cache) // 2, len(self.z))        # even: not mirrored
         h, pose = cache.rows(rows)
         self.z_train = (h.to(c.device) - average.mean) / average.std
-        self.pose_train = pose.to(c.device)
+        self.pose_train, self.label_train = pose.to(c.device), cache.labels[rows].to(c.device)
         self.monitor = OverfitMonitor(diffusion, self.z, self.z_train)
-        self.preview = next(data.in_order(val, PREVIEWS, PREVIEWS))
+        val = data.spread(val, PREVIEWS)
+        x, pose, i = next(data.numbered(val, PREVIEWS))
+        self.preview = x, pose, torch.from_numpy(val.label_ids())[i]
 
     def evaluate(self, run: RunDir, bar: tqdm, step: int, ldm: LDM) -> tuple[float, str | None]:
         """Losses on fixed noise: log, preview, curves. Returns best.pt's score, and a warning where
@@ -727,11 +786,12 @@ class HeldOut:
         losses = partial(loss_each, diffusion=self.diffusion, batch_size=in_network(c),
                          autocast=partial(autocast, c))
         each = condition_each(self.average, self.diffusion, self.z, self.pose, in_network(c),
-                              ldm.supports_guidance, partial(autocast, c))
-        seen = losses(self.average, z=self.z_train, poses=self.pose_train)
+                              ldm.supports_guidance, partial(autocast, c), self.label)
+        theirs = {"z": self.z_train, "poses": self.pose_train, "labels": self.label_train}
+        seen = losses(self.average, **theirs)
         ldm.unet.eval()
-        raw = losses(ldm, z=self.z, poses=self.pose)
-        raw_seen = losses(ldm, z=self.z_train, poses=self.pose_train)
+        raw = losses(ldm, z=self.z, poses=self.pose, labels=self.label)
+        raw_seen = losses(ldm, **theirs)
         ldm.unet.train()
         result = condition_means(each) | {
             "shuffled_se": standard_error(each["shuffled"] - each["right"]),
@@ -762,32 +822,38 @@ LDM_PANELS: plots.Panels = {
 
 
 @torch.no_grad()
-def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor, Tensor], c: Config,
+def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor, ...], c: Config,
                 result: dict) -> None:
     """A grid: for held-out poses the real image's reconstruction | the skeleton | a sample."""
-    x, pose = (t.to(c.device) for t in batch)
+    x, pose, label = (t.to(c.device) for t in batch)
     with autocast(c):
         z = ldm.encode(x)
         x_hat = ldm.decode(z).float()
         x_T, noise_fn = per_image_noise(list(range(len(x))), z.shape[1:])
-        eps_fn = guided(diffusion.eps_model(ldm), pose, ldm.guidance)
+        model, rows = ldm.prepared(pose, z.shape[2:], label)
+        eps_fn = guided(diffusion.eps_model(model), rows, ldm.guidance)
         *_, last = dpm_solver(diffusion, eps_fn, x_T.to(c.device), PREVIEW_STEPS, ldm.eta, noise_fn)
         sample = ldm.decode(last.x).float()
     rows = [[data.to_uint8(image) for image in x_hat], [draw(p.cpu(), c.size) for p in pose],
             [data.to_uint8(image) for image in sample]]
-    plots.save_grid(path, rows, labels=[
+    names = [c.label_names[i] if i >= 0 else "" for i in label] if c.label_names else []
+    plots.save_grid(path, rows, names, labels=[
         "reconstruction of the real image", "pose asked for",
         f"sample, DPM-Solver++ {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"],
         title=f"{path.stem}: held-out loss {result['right']:.4f}, shuffled / right "
               f"{result['ratio']:.3f}")
 
 
-def poses_kept(cache: LatentCache) -> Tensor:
-    """Poses of training images with a visible joint, float16 [N, 17, 3]: all, or POSES_KEPT spread
-    evenly."""
+def poses_kept(cache: LatentCache) -> dict[str, Tensor]:
+    """For a checkpoint: "poses" of training images with a visible joint, float16 [N, 17, 3], all or
+    POSES_KEPT spread evenly, and where there are labels their "pose_labels" [N]."""
     poses = cache.poses[:len(cache):2]                      # the odd rows are their mirror images
     seen = np.flatnonzero((poses[..., 2] > 0).any(axis=1))
-    return torch.from_numpy(poses[seen[data.evenly(len(seen), POSES_KEPT)]]).half()
+    seen = seen[data.evenly(len(seen), POSES_KEPT)]
+    kept = {"poses": torch.from_numpy(poses[seen]).half()}
+    if (cache.labels != NO_LABEL).any():
+        kept["pose_labels"] = cache.labels[2 * seen]
+    return kept
 
 
 def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
@@ -809,11 +875,19 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         used = f", latents of {checkpoint.dated(c.vq, stage_1['step'])}"
         vq = prepare(checkpoint.build_vq(stage_1, c.vq), c)
         check_latents(c, vq.config, stage_1["config"]["size"])
+        if c.init:              # its weights predict by its schedule
+            c = replace(c, schedule=checkpoint.load(c.init, "ldm", preset=c.preset)["schedule"])
         c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]),
                     unet_config=unet_for(vq.config, c.cond_config, c.unet_config))
     train, val = data.open_data(c.data, c.size, c.val,
-                                c.stage == "vq" and c.workers == 0, c.trim_bars)
-    c = replace(c, images=len(train), data_hash=data.data_hash(train, c.val and val))
+                                c.stage == "vq" and c.workers == 0, c.trim_bars, c.labels,
+                                poseless=c.stage == "vq")
+    c = replace(c, images=len(train), data_hash=data.data_hash(train, c.val and val),
+                labels=train.label_by)
+    if c.stage == "ldm" and train.label_names:
+        print0(f"{data.describe_labels(train)}.")
+        c = replace(c, label_names=tuple(train.label_names), unet_config=replace(
+            c.unet_config, num_classes=len(train.label_names)))
     run = RunDir(c.out, c.stage, fresh)
     if run.resumed:
         c = resumed_config(c, run.resumed["config"], accept_data)
@@ -1007,12 +1081,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="1: the autoencoder, 2: the diffusion model (--dry-run takes both)")
     add("--preset", choices=PRESETS, default="toy",
         help="networks, image size and recipe (default %(default)s)")
-    add("--data", default="figures",
-        help="figures[:N], a folder with images/ and keypoints/, a list file, or COCO")
+    add("--data", default="figures", help="figures[:N], a folder with images/ and keypoints/, a "
+        "list file, or COCO; for stage 1 also any folder of images")
     add("--val", help="held-out images, in the same forms (default: a tenth of --data, by groups)")
     add("--trim-bars", action="store_true", help="cut letterbox bars off while images are read")
+    add("--labels", metavar="COLUMN|folders|off", help="what is on an image: a column of "
+        "metadata.csv (default: label, where it is there), or its sub-folder of images/")
     add("--out", help="run folder (default runs/vq or runs/ldm)")
-    add("--vq", help=f"stage 2: the checkpoint of stage 1 (default {STAGE_1})")
+    add("--vq", help=f"stage 2: the checkpoint of stage 1 (default: that in --init, or {STAGE_1})")
+    add("--init", metavar="CKPT", help="start from the weights of this checkpoint, where they fit; "
+        "stage 1 also takes a published CompVis autoencoder")
     add("--condition", choices=("maps", "tokens", "tokens+maps"),
         help="stage 2: how the pose enters; tokens by cross-attention (default: the preset's)")
     add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")

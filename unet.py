@@ -8,6 +8,7 @@ and one is in the middle: self-attention, then cross-attention to the pose.
 The pose enters in two ways: as `context` [B, N, D], tokens for cross-attention, and as `concat`
 [B, K, h, w], maps concatenated to the noisy latent. Keys and values of the tokens depend neither
 on x_t nor on t, so a sampler computes them once for all its steps with `UNet.keys_values`.
+A label [B], the number of a class, adds a learned vector to the timestep embedding.
 
 This is the network of latent diffusion (arXiv:2112.10752, appendix E.2). Submodules have the names
 of CompVis `openaimodel.UNetModel`, so published state dicts load with strict=True.
@@ -31,6 +32,8 @@ KeysValues = list[tuple[Tensor, Tensor]]
 NORM_GROUPS = 32        # Wu & He, arXiv:1803.08494, and every model of this family since
 MAX_PERIOD = 10_000     # slowest wave of the timestep embedding, arXiv:1706.03762 section 3.5
 HALF = torch.bfloat16, torch.float16
+NO_LABEL = -1           # adds nothing to the timestep embedding: the null label
+LABEL_STD = 0.1         # of a new label's vector; that of a new network's timestep embedding
 MANY_KEYS = 1024        # with so many keys bf16 attention on a CPU is faster than float32
 
 
@@ -48,6 +51,7 @@ class UNetConfig:
     context_dim: int | None = 17                        # D; None: no cross-attention
     transformer_depth: int = 1                          # blocks in one SpatialTransformer
     dropout: float = 0.0                                # in the residual blocks
+    num_classes: int = 0                                # labels; 0: without
 
     def __post_init__(self) -> None:
         # JSON has no tuples; a config that was saved must equal the one that is loaded.
@@ -248,7 +252,7 @@ class Stage(nn.Sequential):
 
 
 class UNet(nn.Module):
-    """prediction = UNet(config)(x, t, context, concat).
+    """prediction = UNet(config)(x, t, context, concat, label).
 
     Call .to(memory_format=torch.channels_last) once for speed. With `checkpointing` (gradient
     checkpointing, arXiv:1604.06174) training stores only the inputs of each Stage and recomputes
@@ -269,6 +273,10 @@ class UNet(nn.Module):
                                       config.transformer_depth)
 
         self.time_embed = nn.Sequential(nn.Linear(M, E), nn.SiLU(), nn.Linear(E, E))
+        self.label_emb = None
+        if config.num_classes:
+            self.label_emb = nn.Embedding(config.num_classes, E)
+            nn.init.normal_(self.label_emb.weight, std=LABEL_STD)
 
         C = M
         self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(config.in_channels, M, 3, padding=1))])
@@ -315,9 +323,10 @@ class UNet(nn.Module):
         return [block.attn2.keys_values(context) for block in self.transformers]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | KeysValues | None = None,
-                concat: Tensor | None = None) -> Tensor:
+                concat: Tensor | None = None, label: Tensor | None = None) -> Tensor:
         """x [B, C, h, w], t [B] integers, context [B, N, D] or its `keys_values`, concat
-        [B, K, h, w] -> [B, out_channels, h, w]; h and w must halve evenly at every level."""
+        [B, K, h, w], label [B] integers or NO_LABEL (None: NO_LABEL for all) -> [B, out_channels,
+        h, w]; h and w must halve evenly at every level."""
         pose = context if isinstance(context, list) else self.keys_values(context)
         if concat is not None:
             x = torch.cat([x, concat.to(x.dtype)], dim=1)               # [B, in_channels, h, w]
@@ -326,6 +335,9 @@ class UNet(nn.Module):
         h = x.contiguous(memory_format=torch.channels_last)
         emb = timestep_embedding(t, self.config.model_channels)         # [B, M]
         emb = self.time_embed(emb.to(x.dtype))                          # [B, E]
+        if self.label_emb is not None and label is not None:
+            of_label = self.label_emb(label.clamp(min=0)) * (label > NO_LABEL)[:, None]
+            emb = emb + of_label.to(emb.dtype)
         skips = []
         for block in self.input_blocks:
             h = self._run(block, h, emb, pose)

@@ -452,6 +452,7 @@ def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: 
                    "not_square": int(oblong.sum())},
         "short_side": short_side, "groups": len(set(groups)), "held_out_of": held_out_of,
         "metadata": train.grouping.metadata if isinstance(train, PoseFolder) else "",
+        "labels": data.describe_labels(train),
         "cut_off": cut_off(checked.rows[sound][oblong]), **about,
         "suspects": [{"kind": s.kind, "file": s.file, "why": s.why, "score": round(s.score, 4)}
                      for s in suspects],
@@ -483,6 +484,8 @@ def describe(report: dict) -> Iterator[str]:
                f"{percent(told['held_out'], n)} held out{of}")
         if report["metadata"]:
             yield f"metadata    {report['metadata']}"
+        if report["labels"]:
+            yield f"labels      {report['labels']}"
         people = {"torsos_lying": "lie", "torsos_head_down": "are head down",
                   "facing_the_viewer": "face the viewer"}
         yield "people      " + ", ".join(f"{report[key]:.1%} {what}" for key, what in people.items()

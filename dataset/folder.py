@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
@@ -26,6 +27,7 @@ SHORT_FILE = 300                                # bytes; a json file with a pers
 # Columns of metadata.csv; the first that is there counts.
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_name", "path", "name")
 GROUP_COLUMNS = ("group", "animation", "clip", "video")
+LABEL_COLUMN = "label"                          # read without being asked for
 
 
 class Labelled(NamedTuple):
@@ -264,8 +266,7 @@ def find_groups(root: Path, names: list[str]) -> Groups:
     stems = [PurePosixPath(name.rpartition("images/")[2]).with_suffix("").as_posix()
              for name in names]
     groups = [re.sub(r"[-_ ./]*\d+$", "", stem) or stem for stem in stems]
-    path = next((path for path in (root / "metadata.csv", root / "images/metadata.csv")
-                 if path.is_file()), None)
+    path = find_table(root)
     if path is None:
         return Groups(groups)
     columns, rows = read_table(path)
@@ -279,6 +280,12 @@ def find_groups(root: Path, names: list[str]) -> Groups:
         groups[i] = rows[row][group] or groups[i]
     return Groups(groups, f"{len(told)} of {len(rows)} rows of metadata.csv match an image, "
                           f"{len(names) - len(told)} of {len(names)} images have no row")
+
+
+def find_table(root: Path) -> Path | None:
+    """The metadata.csv of a dataset."""
+    return next((path for path in (root / "metadata.csv", root / "images/metadata.csv")
+                 if path.is_file()), None)
 
 
 def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -323,3 +330,40 @@ def ends_of(name: str) -> list[str]:
     parts = [part for part in (stem if suffix in SUFFIXES else name).split("/")
              if part not in ("", ".")]
     return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+# --------------------------------------------------------------------------------------- labels
+
+class Labels(NamedTuple):
+    """What --labels says is on each image."""
+    by: str | None                  # "folders" or a column of metadata.csv; None: no labels
+    names: list[str]                # of the label of image i; "" without one
+
+
+def find_labels(root: Path, names: list[str], by: str | None) -> Labels:
+    """The label of each image, by --labels: "folders", a column, "off", or None for the column
+    label where there is one. DataError where what was asked for labels no image."""
+    found, why, column = {}, "", (by or LABEL_COLUMN).strip().lower()
+    if by == "folders":
+        parts = [name.rpartition("images/")[2].split("/") for name in names]
+        found = {i: first for i, (first, *rest) in enumerate(parts) if rest}
+        why = f"all {len(names)} images lie directly in it, not in sub-folders of images/"
+    elif by != "off":
+        path = find_table(root)
+        columns, rows = read_table(path) if path else ([], [])
+        file = next((known for known in FILE_COLUMNS if known in columns), None)
+        if column in columns and file:
+            told = match_rows([row[file] for row in rows], names)
+            found = {i: rows[row][column] for i, row in told.items() if rows[row][column]}
+            why = (f"{len(told)} of {len(rows)} rows of metadata.csv match one of {len(names)} "
+                   f"images, and none of them has a {column}")
+        elif by or column in columns:
+            why = (f"metadata.csv needs the columns file and {column}; it has "
+                   f"{', '.join(columns) or 'none'}" if path else "there is no metadata.csv")
+    if why and not found:
+        if by:
+            raise DataError(f"{root}: --labels {by} labels no image: {why}; name another column, "
+                            "or folders, or leave --labels out")
+        print(f"warning: {root}: no image gets a label: {why}", file=sys.stderr)
+    return Labels(column if found else None,
+                  [normalize("NFC", found.get(i, "")) for i in range(len(names))])

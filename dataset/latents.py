@@ -32,7 +32,8 @@ class LatentCache:
 
     `latents` float16 [2N, C, h, w] and `poses` float32 [2N, 17, 3] are files, mapped and not
     loaded. Broken images have no rows. The files are named after `key` and the dataset's
-    fingerprint, so another model or other images have other files.
+    fingerprint, so another model or other images have other files. `labels` [2N] are in no file:
+    they may change without any image.
 
     While they are written, the json beside them ends in .tmp and counts the batches on disk. After
     a kill, filling resumes there and ends with the same bytes. Only one process may fill a cache.
@@ -68,6 +69,13 @@ class LatentCache:
         shapes = (self.n, C, h, w), (self.n, *data.NO_POSE.shape)
         self.latents = np.asarray(np.memmap(self.files[0], "f2", "r", shape=shapes[0]))
         self.poses = np.asarray(np.memmap(self.files[1], "f4", "r", shape=shapes[1]))
+        self.labels = torch.full((self.n,), data.NO_LABEL)
+        if ds.label_names:
+            sound = [i for i in range(len(ds)) if ds.name(i) not in about["broken"]]
+            if 2 * len(sound) != self.n:
+                raise data.DataError(f"{self.json}: {self.n:,} rows for {len(sound):,} images; "
+                                     "delete it, then rerun the same command")
+            self.labels = torch.from_numpy(ds.label_ids()[sound].repeat(2))
         mean, squares = (np.array(about[k]) / (self.n * h * w) for k in ("sum", "squares"))
         std = np.sqrt(np.maximum(squares - mean ** 2, 1e-12))       # of a dead channel not 0
         self.mean = torch.tensor(mean, dtype=torch.float32).view(C, 1, 1)
@@ -155,13 +163,13 @@ def write_record(path: Path, about: dict, *files) -> None:
 
 def latent_batch(
     cache: LatentCache, batch_size: int, seed: int, k: int, rank: int = 0, world: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents [B, C, h, w] and poses [B, 17, 3] of step k, a function of (seed, k).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents [B, C, h, w], poses [B, 17, 3] and labels [B] of step k, a function of (seed, k).
 
     Every image comes once an epoch: half of the time row 2i, the plain image, else row 2i + 1, its
     mirror image. `rank` of `world` processes gets its share of the batch.
     """
     images = data.step_indices(len(cache) // 2, batch_size, seed, k)
     mirror = np.random.default_rng((data.MIRROR_STREAM, seed, k)).integers(0, 2, batch_size)
-    rows = 2 * images + mirror
-    return cache.rows(rows[data.share(batch_size, rank, world)])
+    rows = (2 * images + mirror)[data.share(batch_size, rank, world)]
+    return *cache.rows(rows), cache.labels[rows]

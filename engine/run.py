@@ -40,7 +40,7 @@ def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, obje
     """The first place where two plain configs differ, and both values: ("recipe.lr", a, b). A field
     that `old` lacks is newer than the run, and was off; a field that only `old` has is ignored."""
     for key, now in new.items():
-        was = old.get(key, False)
+        was = old.get(key, type(now)())
         if key in ignored or was == now:
             continue
         if not (isinstance(was, dict) and isinstance(now, dict)):

@@ -24,14 +24,18 @@ SHIFTS = 5                      # steps of mean shift; measured: more change not
 TINY = 1e-9                     # avoids dividing by 0
 ROWS = 64                       # poses compared at a time, to fit into a core's cache
 UNUSUAL = 0.8                   # a pose rarer than this share of the training poses gets a note
+HELPS = 0.1                     # --retarget is suggested where it lowers that share by this
 
 
-def note_unusual(names: list[str], given: np.ndarray, moved: np.ndarray, typical: float) -> None:
-    """Prints a line for each unusual pose: its `unusual` [P] as given, and moved by --typical."""
-    for name, before, after in zip(names, given, moved, strict=True):
+def note_unusual(names: list[str], given: np.ndarray, moved: np.ndarray, typical: float,
+                 retargeted: np.ndarray) -> None:
+    """Prints a line for each unusual pose: its `unusual` [P] as given, moved by --typical, and what
+    --retarget would make of it."""
+    for name, before, after, other in zip(names, given, moved, retargeted, strict=True):
         if before > UNUSUAL:
             advice = (f"{percent(after)} with --typical {typical:g}" if typical else
-                      "--typical 0.5 moves it halfway toward them")
+                      f"{percent(other)} with --retarget, which gives it their proportions"
+                      if other <= before - HELPS else "--typical 0.5 moves it halfway toward them")
             print(f"{name}: unusual pose: rarer than {percent(before)} of the training poses; "
                   + advice)
 

@@ -23,6 +23,18 @@ class Plan(NamedTuple):
     names: list[str]                # [P]
     seeds: list[Seed]               # [P n]
     n: int
+    labels: list[str] = []          # [n] of each image of a pose; [] without labels
+
+    def for_labels(self, labels: list[str]) -> Plan:
+        """The same images once for each of these labels, side by side."""
+        rows = [self.seeds[i:i + self.n] for i in range(0, len(self.seeds), self.n)]
+        return self._replace(seeds=[seed for row in rows for seed in row * len(labels)],
+                             n=self.n * len(labels),
+                             labels=[label for label in labels for _ in range(self.n)])
+
+    def called(self, i: int, what: object) -> str:
+        """`what` after the label of the i-th image of a pose, where it has one."""
+        return f"{self.labels[i]}, {what}" if self.labels else str(what)
 
     def rows(self, images: list[np.ndarray]) -> list[list[np.ndarray]]:
         """A row for each pose: its skeleton and its samples, all uint8 [S, S, 3]."""
@@ -158,6 +170,6 @@ def sheet_of(plan: Plan, images: list[np.ndarray], given: np.ndarray | None) -> 
     for first in range(0, len(frames), SHEET_ACROSS):
         *lines, names = zip(*frames[first:first + SHEET_ACROSS], strict=True)
         rows += [list(line) for line in lines]
-        labels += ["pose", *(f"sample {i + 1}" for i in range(plan.n))]
+        labels += ["pose", *(plan.called(i, f"sample {i + 1}") for i in range(plan.n))]
         captions += [[] for _ in range(plan.n)] + [list(names)]
     return {"rows": rows, "labels": labels, "captions": captions}

@@ -17,7 +17,8 @@ from keypoints import draw
 
 def grid_of(plan: Plan, images: list[np.ndarray], given: np.ndarray | None) -> dict[str, list]:
     """A row for each pose: skeleton, given image, samples. Arguments of plots.save_grid."""
-    rows, columns = plan.rows(images), ["pose", *(f"seed {seed}" for seed in plan.seeds[:plan.n])]
+    seeds = [plan.called(i, f"seed {seed}") for i, seed in enumerate(plan.seeds[:plan.n])]
+    rows, columns = plan.rows(images), ["pose", *seeds]
     if given is not None:
         rows = [[skeleton, given, *samples] for skeleton, *samples in rows]
         columns.insert(1, "given")
@@ -33,7 +34,8 @@ def film_of(plan: Plan, steps: list[Step], decode: Callable[[Tensor], list[np.nd
         p = i // plan.n
         rows += [[draw(plan.poses[p], len(x[0][i])), *(images[i] for images in x)],
                  [given, *(images[i] for images in x0)]]
-        labels += [f"{plan.names[p]}, seed {seed}: x_t", "x0 predicted"]
+        labels += [f"{plan.names[p]}, {plan.called(i % plan.n, f'seed {seed}')}: x_t",
+                   "x0 predicted"]
     columns = ["pose", *(f"step {step.i + 1}, t = {step.t}" for step in steps)]
     return {"rows": rows, "labels": labels, "columns": columns}
 
@@ -61,7 +63,7 @@ def outputs(args: argparse.Namespace) -> tuple[Path, Path | None]:
 def save_separate(folder: str, plan: Plan, images: list[np.ndarray], words: dict[str, str]) -> None:
     """Each image as a PNG of its own, without labels."""
     for i, (image, seed) in enumerate(zip(images, plan.seeds, strict=True)):
-        name = re.sub(r"[^\w.-]+", "-", plan.names[i // plan.n])[:80]
+        name = re.sub(r"[^\w.-]+", "-", plan.called(i % plan.n, plan.names[i // plan.n]))[:80]
         path = Path(folder) / f"{i + 1:04d}-{name}.png"
         plots.save_image(path, image, words | {"seed": str(seed)})
 
@@ -69,10 +71,12 @@ def save_separate(folder: str, plan: Plan, images: list[np.ndarray], words: dict
 def save_latents(path: str, z: Tensor, plan: Plan) -> None:
     """An .npz of plain arrays: latents float32 [B, C, h, w], poses [B, 17, 3] and seeds [B].
 
-    The noise lies at share [B] of the way to that of seeds_toward [B], which only a morph has.
+    The noise lies at share [B] of the way to that of seeds_toward [B], which only a morph has. With
+    --label also the labels [B].
     """
     pairs = [seed if isinstance(seed, tuple) else (seed, seed, 0.0) for seed in plan.seeds]
     a, b, share = (np.array(column) for column in zip(*pairs, strict=True))
+    labels = {"labels": np.array(plan.labels * len(plan.poses))} if plan.labels else {}
     with open(path, "wb") as file:                          # savez would add .npz to a name
         np.savez(file, latents=z.numpy(), poses=plan.poses.repeat(plan.n, axis=0), seeds=a,
-                 seeds_toward=b, share=share)
+                 seeds_toward=b, share=share, **labels)

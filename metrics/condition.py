@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,17 +39,21 @@ def fixed_noise(diffusion: Diffusion, z: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def loss_each(model: Callable[..., Tensor], diffusion: Diffusion, z: Tensor, poses: Tensor,
               batch_size: int = 64, null: bool = False,
-              autocast: Callable[[], AbstractContextManager] = nullcontext) -> Tensor:
-    """The eps loss [N], float64 on the CPU, of each latent z with its pose; `null` drops all poses.
+              autocast: Callable[[], AbstractContextManager] = nullcontext,
+              labels: Tensor | None = None) -> Tensor:
+    """The eps loss [N], float64 on the CPU, of each latent z with its pose, and its label [N] where
+    there are labels; `null` drops them all.
 
     Latent i always gets the timestep and noise of `fixed_noise`, so that steps and runs compare.
     The loss is in eps whatever `model` predicts: predicting eps = 0 always has loss 1.
     """
     t, noise = fixed_noise(diffusion, z)
-    losses, eps_model = [], diffusion.eps_model(model)
+    losses = []
     for i in range(0, len(z), batch_size):
         s = slice(i, i + batch_size)
         drop = torch.full((len(z[s]),), null, device=z.device)
+        eps_model = diffusion.eps_model(
+            model if labels is None else partial(model, label=labels[s]))
         with autocast():
             eps = eps_model(diffusion.q_sample(z[s], t[s], noise[s]), t[s], poses[s], drop)
         losses.append((eps.float() - noise[s]).square().flatten(1).mean(1))
@@ -60,6 +65,7 @@ def condition_each(
     batch_size: int = 64,
     null: bool = True,              # False: leave "null" out, for models trained without dropout
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    labels: Tensor | None = None,   # [N], never shuffled
 ) -> dict[str, Tensor]:
     """`loss_each` [N] with the "right" poses, "shuffled" ones of other latents, "null" for none."""
     if len(z) < 2:
@@ -68,7 +74,7 @@ def condition_each(
     conditions = {"right": (poses, False), "shuffled": (wrong, False)}
     if null:
         conditions["null"] = poses, True
-    return {name: loss_each(model, diffusion, z, pose, batch_size, dropped, autocast)
+    return {name: loss_each(model, diffusion, z, pose, batch_size, dropped, autocast, labels)
             for name, (pose, dropped) in conditions.items()}
 
 

@@ -53,10 +53,11 @@ class KeypointDetector(nn.Module):
     """Images [B, 3, H, W] in [-1, 1] -> logits of a map per joint [B, J, n, n], features [B, D].
 
     One hourglass (arXiv:1603.06937): down to 1/16 of `side` and up again with skip connections.
-    n is half of `side`; the features, D = 192, are the mean over the lowest level.
+    n is half of `side`; the features, D = 192, are the mean over the lowest level. With labels
+    `classify` makes logits [B, num_classes] of them.
     """
 
-    def __init__(self, side: int, widths: tuple[int, ...] = WIDTHS):
+    def __init__(self, side: int, widths: tuple[int, ...] = WIDTHS, num_classes: int = 0):
         super().__init__()
         self.side, first = side, widths[0]
         levels = list(zip(widths, widths[1:], strict=False))
@@ -67,6 +68,7 @@ class KeypointDetector(nn.Module):
         self.narrow = nn.ModuleList([nn.Conv2d(b, a, 1) for a, b in levels])
         self.up = nn.ModuleList([DetectorBlock(a, a) for a, _ in levels])
         self.head = nn.Conv2d(first, len(JOINTS), 1)
+        self.classify = nn.Linear(widths[-1], num_classes) if num_classes else None
         self.to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,6 +154,12 @@ def detector_loss(logits: Tensor, poses: Tensor) -> Tensor:
     return (loss * counted).sum() / counted.sum().clamp(min=1)
 
 
+def label_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of logits [B, num_classes] to the labels [B] of the images that have one."""
+    loss = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    return loss / (labels >= 0).sum().clamp(min=1)
+
+
 def degraded(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Images [B, 3, S, S], the first `share` of them blurred, with noise and blotches of colour.
 
@@ -172,28 +180,32 @@ def degraded(x: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 
 def train_detector(
-    batches: Iterable[tuple[Tensor, Tensor]],       # images [B, 3, S, S], poses [B, J, 3]
+    batches: Iterable[tuple[Tensor, ...]],          # images [B, 3, S, S], poses [B, J, 3]; with
+                                                    # num_classes also labels [B], -1 for none
     steps: int,                                     # how many batches come
     side: int,
     device: str | torch.device = "cpu",
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    num_classes: int = 0,
 ) -> KeypointDetector:
     """A detector, in eval mode; STEPS batches of figures take 3 minutes on two cores."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        detector = KeypointDetector(side)
+        detector = KeypointDetector(side, num_classes=num_classes)
     detector = detector.to(device)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=LR, betas=(0.9, 0.99), fused=True)
     generator, (first, last) = torch.Generator().manual_seed(0), DEGRADED
     what = "training the keypoint detector"
     with tqdm(batches, what, steps, unit="step", dynamic_ncols=True, mininterval=1) as bar:
-        for step, (x, poses) in enumerate(bar):
+        for step, (x, poses, *labels) in enumerate(bar):
             cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             optimizer.param_groups[0]["lr"] = LR * min((step + 1) / WARMUP, cosine)
             with autocast():
                 share = first + (last - first) * step / steps
-                logits, _ = detector(degraded(x, share, generator))
+                logits, features = detector(degraded(x, share, generator))
             loss = detector_loss(logits, poses)
+            if num_classes:
+                loss = loss + label_loss(detector.classify(features), labels[0].to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -4,6 +4,7 @@ Letters: N poses, J = 17 joints, S side in pixels.
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +88,7 @@ class Drawn:
     asked: np.ndarray               # [N, J, 3]
     samples: np.ndarray             # uint8 [N, S, S, 3]
     real: np.ndarray                # uint8 [N, S, S, 3]
+    labels: np.ndarray | None = None        # [N] the labels asked for, -1 for none
 
 
 def judge(asked: np.ndarray, read: dict[str, np.ndarray]) -> dict[str, dict]:
@@ -111,4 +113,31 @@ def assess(reader: KeypointDetector, drawn: Drawn,
     rows = judge(drawn.asked, {name: poses for name, (poses, _) in found.items()})
     for name in kinds.keys() - {"real"}:
         rows[name]["frechet"] = frechet(found["real"][1], found[name][1])
+    if drawn.labels is not None and reader.classify is not None:
+        for name in kinds:
+            rows[name]["label"] = label_accuracy(reader, found[name][1], drawn.labels)
+        wrong = drawn.labels[derangement(len(drawn.labels), SHUFFLE_SEED)]
+        rows["shuffled"]["label"] = label_accuracy(reader, found["samples"][1], wrong)
     return rows, found["samples"][0]
+
+
+@torch.no_grad()
+def label_accuracy(reader: KeypointDetector, features: torch.Tensor, labels: np.ndarray) -> float:
+    """The share of images with features [N, D] whose label [N] the detector finds; NaN for none."""
+    read = reader.classify(features.to(reader.classify.weight.device)).argmax(1).cpu().numpy()
+    return float((read == labels)[labels >= 0].mean()) if (labels >= 0).any() else math.nan
+
+
+def by_label(reader: KeypointDetector, drawn: Drawn, names: list[str],
+             read: np.ndarray) -> dict[str, dict]:
+    """Rows of a table: PCK and label accuracy of the samples of each label that was asked for.
+
+    `read` [N, J, 3] are the poses found in the samples.
+    """
+    rows, (_, features) = {}, read_all(reader, drawn.samples)
+    for label in np.unique(drawn.labels[drawn.labels >= 0]):
+        of = drawn.labels == label
+        rows[names[label]] = {"images": int(of.sum()),
+                              "pck@0.1": fidelity(read[of], drawn.asked[of])["pck@0.1"],
+                              "label": label_accuracy(reader, features[of], drawn.labels[of])}
+    return rows

@@ -107,7 +107,7 @@ def test_an_absurd_pose_is_unusual_and_a_planted_one_is_not(capsys):
     counted = [(density.own < d).mean() for d in density.distance(HELD_OUT)]
     np.testing.assert_allclose(density.unusual(HELD_OUT), counted)
     given, after = np.array([0.3, 0.979]), np.array([0.2, 0.4])
-    extras.density.note_unusual(["usual", "rare"], given, after, 0.5)
+    extras.density.note_unusual(["usual", "rare"], given, after, 0.5, given)
     assert capsys.readouterr().out == (
         "rare: unusual pose: rarer than 97 % of the training poses; 40 % with --typical 0.5\n")
 

@@ -249,7 +249,7 @@ def test_latents_that_overflow_are_refused(tmp_path):
 
 def test_latent_batches_take_each_image_once_an_epoch_and_mirror_half(tmp_path):
     cache = LatentCache(tmp_path, "a", Numbered(40), lambda x: x)
-    which = [torch.cat([((z[:, 0, 0, 0] + 1) * 127.5).round().long() for z, _ in
+    which = [torch.cat([((z[:, 0, 0, 0] + 1) * 127.5).round().long() for z, _, _ in
                         (latent_batch(cache, 8, seed, k) for k in range(50))])
              for seed in (0, 0, 1)]
     assert torch.equal(which[0], which[1]) and not torch.equal(which[0], which[2])

@@ -377,7 +377,7 @@ def test_overfit_says_and_draws_what_it_found(trained, tmp_path, monkeypatch, ca
 
 def test_overfit_finds_a_planted_copy_and_its_mirror_image(trained, tmp_path, monkeypatch):
     """Samples are replaced by training latents, as from a network that has memorised them."""
-    def copying(ldm, poses, size, args):
+    def copying(ldm, poses, labels, size, args):
         cache, = (Path(args.run).glob("latents-*.h.f16"))
         h = np.fromfile(cache, np.float16).reshape(-1, 3, 8, 8).astype(np.float32)
         return ((torch.from_numpy(h[[5, 8]]) - ldm.mean) / ldm.std) + 0.001

@@ -21,7 +21,7 @@ ROOMS = {
     "dataset": {"figures", "latents", "check", "folder", "bars"},
     "formats": {"pose_files", "compvis", "lpips", "detections"},
     "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "pose"},
-    "extras": {"density", "motion", "output"},
+    "extras": {"density", "motion", "output", "proportions"},
 }
 # What a file, or each file of a room, may import of ours; a room stands for all that is in it.
 MAY_IMPORT = {

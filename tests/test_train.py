@@ -713,12 +713,13 @@ def test_a_checkpoint_carries_training_poses_spread_over_all(trained, monkeypatc
         assert payload["poses"].dtype == torch.float16
         np.testing.assert_allclose(checkpoint.training_poses(payload, path), wanted, atol=1 / 2048)
     poses = np.ones((30, 17, 3), np.float32)
-    cache = type("Cache", (), {"poses": poses, "__len__": lambda self: 26})()   # 4 rows not filled
+    cache = type("Cache", (), {"poses": poses, "labels": torch.full((30,), -1),
+                               "__len__": lambda self: 26})()                   # 4 rows not filled
     cache.poses[:, 0, 0] = np.arange(30)
     cache.poses[4, :, 2] = 0                                    # image 2 has no visible joint
-    assert train.poses_kept(cache)[:, 0, 0].tolist() == [0, 2, *range(6, 26, 2)]
+    assert train.poses_kept(cache)["poses"][:, 0, 0].tolist() == [0, 2, *range(6, 26, 2)]
     monkeypatch.setattr(train, "POSES_KEPT", 4)
-    assert train.poses_kept(cache)[:, 0, 0].tolist() == [0, 10, 16, 24]
+    assert train.poses_kept(cache)["poses"][:, 0, 0].tolist() == [0, 10, 16, 24]
 
 
 def test_an_unusual_pose_gets_a_note(trained, tmp_path, capsys, monkeypatch):
