@@ -28,7 +28,7 @@ def test_the_files_are_small_and_hold_no_training_state():
 
 
 def test_bare_sample_py_draws_all_example_poses_without_any_training(tmp_path, monkeypatch, capsys):
-    """All 16 images at once, in 20 passes through the network."""
+    """All 16 images at once, in 6 passes through the network."""
     passes, forward = [], UNet.forward
     monkeypatch.setattr(UNet, "forward",
                         lambda unet, x, *args: passes.append(len(x)) or forward(unet, x, *args))
@@ -37,20 +37,20 @@ def test_bare_sample_py_draws_all_example_poses_without_any_training(tmp_path, m
     printed = capsys.readouterr().out
     assert "bundled toy model" in printed and "toy.pt" in printed and "16 images" in printed
     assert Image.open("samples.png").width > 3 * 64
-    assert passes == [2 * 16] * 20                          # guidance: each image with and without its pose
+    assert passes == [2 * 16] * 6                           # guidance: each image with and without its pose
 
 
 @pytest.mark.slow
 def test_it_draws_the_pose_asked_for():
-    """PCK@0.1 of 64 held-out poses, at least 0.8 of what the detector finds in the real images.
+    """PCK@0.1 of 64 held-out poses, at least 0.9 of what the detector finds in the real images.
 
-    Measured: 0.857 of it; shuffled 0.10. Another 64 poses change that by 0.02.
+    Measured: 0.97 of it; shuffled 0.09 (256 poses).
     """
     ldm, _ = checkpoint.load_ldm(MODEL)
     detector = evaluate.find_detector("figures", Figures(data.FIGURES_TRAIN, 64, seed=0))
     rows, _ = metrics.pose.assess(detector, evaluate.draw_held_out(ldm, Figures(64, 64, seed=1)))
     assert rows["real"]["pck@0.1"] > evaluate.GOOD_DETECTOR
-    assert rows["samples"]["pck@0.1"] >= 0.8 * rows["real"]["pck@0.1"]
+    assert rows["samples"]["pck@0.1"] >= 0.9 * rows["real"]["pck@0.1"]
     assert rows["shuffled"]["pck@0.1"] < 0.25
 
 
