@@ -150,9 +150,9 @@ PRESETS = {
         64, VQConfig(ch=16, ch_mult=(1, 2, 4), embed_dim=4, z_channels=4, n_embed=4096,
                      resolution=64, shortcut=True, **NORM_FREE),
         _unet(64, (1, 2, 2), (2, 4), 4, blocks=1), ConditionConfig(MAPS, 64, hidden=True),
-        vq=Recipe(8, 1e-3, steps=400, lr_final=0.03, quantize_start=0.15, eval_images=128,
+        vq=Recipe(8, 1e-3, steps=500, lr_final=0.03, quantize_start=0.15, eval_images=128,
                   loss=VQLossConfig(detector=0.2)),
-        ldm=Recipe(32, 5e-4, steps=360, lr_final=0.05, muon=2.5, lambda_spread=1.4,
+        ldm=Recipe(32, 5e-4, steps=900, lr_final=0.05, muon=2.5, lambda_spread=1.4,
                    eval_images=96),
         schedule=SCHEDULE | {"prediction": "v"}),
     # An hour and four hours on two cores. lr 1e-3 diverges at 128 pixels.
