@@ -158,14 +158,14 @@ PRESETS = {
     # An hour and four hours on two cores. lr 1e-3 diverges at 128 pixels.
     "small": Preset(
         128, VQConfig(ch=32, n_embed=4096, resolution=128, **NORM_FREE),
-        _unet(64, (1, 2, 3, 4), (4, 8), 4), ConditionConfig(MAPS, 64),
+        _unet(64, (1, 2, 3, 4), (4, 8), 4), ConditionConfig(MAPS, 64, hidden=True),
         vq=Recipe(4, 5e-4, steps=7000, lr_final=0.03, quantize_start=0.15, warmup=100),
         ldm=Recipe(16, 4e-4, steps=18_000, lr_final=0.05, warmup=100)),
     # The networks of the original blog post, but codes from encoder outputs that follow a moving
     # average (the best of six ways, benchmarks/RESULTS.md), pose maps, normalised latents.
     "base": Preset(
         256, VQConfig(ema_codebook=True), _unet(160, (1, 2, 3, 4), (2, 4, 8), 8),
-        ConditionConfig(MAPS, 256), vq=BIG_VQ, ldm=BIG_LDM),
+        ConditionConfig(MAPS, 256, hidden=True), vq=BIG_VQ, ldm=BIG_LDM),
     # The blog post's own recipe: taming's objective and codebook init, batch 32 at 2e-6 a sample,
     # one token of raw ids, no condition dropout, latents as they are. Mirrored images, clipped
     # gradients and beta on the right term are ours.
@@ -181,11 +181,13 @@ PRESETS = {
     "f8": Preset(
         256, VQConfig(ch_mult=(1, 2, 3, 3), z_channels=4, embed_dim=4, n_embed=16384,
                       attn_resolutions=(32,), ema_codebook=True),
-        _unet(160, (1, 2, 3, 4), (1, 2, 4), 8), ConditionConfig(MAPS, 256), vq=BIG_VQ, ldm=BIG_LDM),
+        _unet(160, (1, 2, 3, 4), (1, 2, 4), 8), ConditionConfig(MAPS, 256, hidden=True),
+        vq=BIG_VQ, ldm=BIG_LDM),
     "f16": Preset(
         256, VQConfig(ch_mult=(1, 1, 2, 3, 3), z_channels=8, embed_dim=8, n_embed=16384,
                       attn_resolutions=(16,), ema_codebook=True),
-        _unet(160, (1, 2, 4), (1, 2, 4), 8), ConditionConfig(MAPS, 256), vq=BIG_VQ, ldm=BIG_LDM),
+        _unet(160, (1, 2, 4), (1, 2, 4), 8), ConditionConfig(MAPS, 256, hidden=True),
+        vq=BIG_VQ, ldm=BIG_LDM),
 }
 # fmt: on
 
