@@ -323,13 +323,13 @@ def test_a_device_that_is_not_there_is_one_sentence(name):
 @pytest.mark.parametrize("where, value, words", [
     ("vq_config.colour", "red", "vq_config that this version does not know"),
     ("vq_config.ch", 0, "does not fit its configuration"),
-    ("vq_config.n_embed", 100, "quantize.embedding.weight: file (2048, 3), model (100, 3)"),
+    ("vq_config.n_embed", 100, "quantize.embedding.weight: file (4096, 4), model (100, 4)"),
     ("vq_config.ch", 2 ** 20, "does not fit its configuration"),                # terabytes
     ("unet_config.num_res_blocks", 10 ** 9, "deeper than the weights"),
     ("unet_config.transformer_depth", 10 ** 9, "deeper than the weights"),
     ("vq.quant_conv.bias", torch.ones(1).expand(10 ** 9), "does not hold as many numbers"),
-    ("vq.quant_conv.bias", torch.full((3,), torch.nan), "vq.quant_conv.bias that are not finite"),
-    ("std", torch.full((3, 1, 1), torch.inf), "std that are not finite"),
+    ("vq.quant_conv.bias", torch.full((4,), torch.nan), "vq.quant_conv.bias that are not finite"),
+    ("std", torch.full((4, 1, 1), torch.inf), "std that are not finite"),
     ("schedule", None, "lacks schedule"), ("format", 2, "has format 2"),
     ("stage", "vq", "of stage vq, but stage ldm")])
 def test_a_damaged_or_hostile_file_of_ours_is_one_sentence(tmp_path, where, value, words):
