@@ -427,7 +427,7 @@ def split(ds: ImageDataset) -> tuple[Part, Part]:
     if n < FEWEST_IMAGES:
         raise DataError(f"{n} images are too few to train on some and hold out {HELD_OUT_LEAST}; "
                         f"give at least {FEWEST_IMAGES}, or others with --val")
-    held, torn = [], {}                         # torn: groups that are not kept together
+    held = []
     labels = gathered_by(ds.label_ids().tolist(), range(n))
     for some in labels.values():
         least = HELD_OUT_LEAST if len(labels) == 1 else 0
@@ -435,7 +435,6 @@ def split(ds: ImageDataset) -> tuple[Part, Part]:
         whole = whole_groups(members, wanted, max(wanted, HELD_OUT_MOST * len(some)))
         if len(whole) < max(least, wanted / 2) and wanted >= 1:
             whole = one_by_one(ds, members, wanted)
-            torn |= members
         held += whole
     if len(labels) > 1 and len(held) < max(HELD_OUT_LEAST, HELD_OUT * n / 2):
         # Most labels have less than ten images: any images, but of no label the first.
@@ -447,16 +446,14 @@ def split(ds: ImageDataset) -> tuple[Part, Part]:
         raise DataError(f"{len(labels)} labels of one image each, which is trained on, leave fewer "
                         f"than {HELD_OUT_LEAST} images to hold out; give others with --val, or "
                         "--labels off")
-    if torn:
+    members, left_out = gathered_by(groups, range(n)), gathered_by(groups, sorted(held))
+    if torn := [group for group in left_out if len(left_out[group]) < len(members[group])]:
         print(f"warning: the groups are too large to hold out whole ones ({shorten(torn)}), so "
               "the split is by image, and neighbouring frames of a clip leak; name smaller "
               "groups in metadata.csv, or give other images with --val", file=sys.stderr)
-    else:
-        members, left_out = gathered_by(groups, range(n)), gathered_by(groups, sorted(held))
-        left_out = [group for group in left_out if left_out[group] == members[group]]
-        if len(members) < FEW_GROUPS and left_out and any(len(m) > 1 for m in members.values()):
-            print(f"warning: all images of {shorten(left_out)} are held out, none is trained on; "
-                  "if you need them, give other images with --val", file=sys.stderr)
+    elif len(members) < FEW_GROUPS and any(len(m) > 1 for m in members.values()):
+        print(f"warning: all images of {shorten(left_out)} are held out, none is trained on; if "
+              "you need them, give other images with --val", file=sys.stderr)
     return Part(ds, sorted(set(range(n)) - set(held))), Part(ds, sorted(held))
 
 

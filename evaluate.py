@@ -37,6 +37,7 @@ import data
 import formats.lpips
 import sample
 from checkpoint import number
+from dataset import folder
 from dataset.figures import Figures
 from dataset.latents import LatentCache
 from diffusion import MOST_SEEDS, Diffusion
@@ -356,7 +357,7 @@ def overfit(args: argparse.Namespace) -> None:
     make_out(str(out), config["data"], config["val"])
     train, held_out = data.open_data(config["data"], size, config["val"], False,
                                      config.get("trim_bars", False),
-                                     config.get("labels") or "off")
+                                     labels_of(config))
     if config.get("data_hash") not in (None, data.data_hash(train, config["val"] and held_out)):
         raise ValueError(f"the images of {config['data']} are not those that {run} was trained on; "
                          "restore them to tell what was memorised")
@@ -434,6 +435,12 @@ def film(run: Path, poses: Tensor, labels: Tensor, size: int,
 
 # ---------------------------------------------------------------------------------- what they share
 
+def labels_of(config: dict) -> str | None:
+    """--labels as the run of this config had it."""
+    by = config.get("labels") or "off"
+    return None if by == folder.LABEL_COLUMN else by            # it is read by itself
+
+
 def ask_configs(args: argparse.Namespace, configs: list[dict], multiple: int) -> None:
     """Sets --data, --val and --size, where they are not given, to those of the first training
     configuration that has them, and args.labels and args.trim_bars by it. ValueError for a size
@@ -446,7 +453,7 @@ def ask_configs(args: argparse.Namespace, configs: list[dict], multiple: int) ->
                              "--data")
         args.data, args.val = known["data"], args.val or known.get("val")
     args.trained_on = known is not None and args.data == known["data"]
-    args.labels = (known.get("labels") or "off") if args.trained_on else None   # a column label
+    args.labels = labels_of(known) if args.trained_on else None
     sizes = [args.size, *(config.get("size") for config in configs), DEFAULT_SIZE]
     args.size = next(filter(None, sizes))
     if args.size % multiple:

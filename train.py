@@ -933,12 +933,16 @@ def open_latents(c: Config, folder: Path, vq: VQModel, train: data.ImageDataset)
 def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
     """c with the length of the run that it resumes; ValueError where it is another run."""
     free = MAY_DIFFER | (OF_DATA if accept_data else set())
+    if c.cond_config:               # runs from before there were hidden joints go on without them
+        hidden = old["cond_config"].get("hidden", False)
+        c = replace(c, cond_config=replace(c.cond_config, hidden=hidden))
     if found := first_difference(old, plain(c), free):
         name, was, now = found
         if name == "vq_hash":
             raise ValueError(f"{c.out} holds a run in the latents of another autoencoder than "
                              f"{c.vq} is now; give another --out, or --fresh")
         advice = ("--accept-data to resume with the images as they are now" if name in OF_DATA else
+                  f"--labels {was or 'off'} to resume it" if name == "labels" else
                   "the old command to resume it")
         raise ValueError(f"{c.out} holds a run with {name} = {was}, but this command has {name} = "
                          f"{now}; give {advice}, or another --out, or --fresh")

@@ -44,7 +44,7 @@ def main() -> None:
     density = PoseDensity(checkpoint.training_poses(payload, args.ckpt))
     poses = torch.cat([pose for _, pose in data.in_order(held_out, 64, args.pictures)])
     poses = poses.double().numpy()
-    noise = np.random.default_rng(0).normal(0, args.noise, poses.shape) * poses[..., 2:]
+    noise = np.random.default_rng(0).normal(0, args.noise, poses.shape) * (poses[..., 2:] > 0)
     rows = {}
     for kind, given in (("held out", poses), (f"noise {args.noise:g}", poses + [1, 1, 0] * noise)):
         for amount in args.amounts:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import data
 import keypoints
 
-CACHE_VERSION = 2               # raise it when the files change, so that old caches are not opened
+CACHE_VERSION = 3               # raise it when files or poses change: old caches then stay closed
 RECORD_EVERY = 32               # batches between two records: a kill costs no more
 FLOAT16_MAX = 65504.0
 

@@ -635,15 +635,16 @@ def _known(people: list[Person], min_confidence: float = MIN_CONFIDENCE) -> list
     """The people with joints (x, y, visible), a missing one (0, 0, 0).
 
     Confidence alone decides: a missing joint may be (0, 0), (0, -3) or any filler. A joint is
-    hidden where the file has three levels, 0, 1 and 2 as COCO, or our own 0, HIDDEN and 1.
+    hidden where the file has COCO's levels 0, 1 and 2, or our own 0, HIDDEN and 1.
     """
     levels = {c for person in people for c in np.unique(person.joints[:, 2]).tolist()}
     top = max(levels, default=0)
-    hidden = top / 2 if top in (1, 2) and levels <= {0, top / 2, top} else None
+    hidden = (HIDDEN if levels <= {0, HIDDEN, 1} else 1 if top == 2 and levels <= {0, 1, 2} else
+              None)
     known = []
     for person in people:
         xy, c = person.joints[:, :2], person.joints[:, 2:]
-        there = (c > 0) & (c >= min_confidence)
+        there = (c > 0) & ((c >= min_confidence) | (c == hidden))
         visible = there * np.where(c == hidden, HIDDEN, 1)
         known.append(person._replace(joints=np.hstack([np.where(there, xy, 0), visible])))
     return known

@@ -122,6 +122,7 @@ def test_a_run_begun_before_there_were_labels_and_init_goes_on(trained, tmp_path
     for name in ("labels", "label_names", "init"):
         del payload["config"][name]
     del payload["unet_config"]["num_classes"], payload["config"]["unet_config"]["num_classes"]
+    del payload["cond_config"]["hidden"], payload["config"]["cond_config"]["hidden"]
     checkpoint.save(path, payload)
     assert train.main(flags) == 0
     same(*(checkpoint.load(root / "last.pt", "ldm")["unet"] for root in
