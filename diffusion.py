@@ -92,14 +92,19 @@ class Diffusion:
         self.posterior_variance = self.betas * noise_var_prev / noise_var
         # log(0) is -inf, so t = 0 uses the value of t = 1; the last step adds no noise.
         self.posterior_log_variance = self.posterior_variance[[1, *range(1, timesteps)]].log()
+        self.rising_lambda = torch.from_numpy(log_snr(self.alphas_bar.numpy())).flip(0)
         self._moved: dict[tuple[str, torch.device], Tensor] = {}
+
+    def _table(self, name: str, device: torch.device) -> Tensor:
+        """Table `name` [T] in float32 on a device."""
+        key = (name, device)
+        if key not in self._moved:          # copied once per device, not in every step
+            self._moved[key] = getattr(self, name).to(torch.float32).to(device)
+        return self._moved[key]
 
     def _at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
         """Table `name` at t, float32 [B, 1, ...] ready to broadcast over `like` [B, ...]."""
-        key = (name, like.device)
-        if key not in self._moved:          # copied once per device, not in every step
-            self._moved[key] = getattr(self, name).to(torch.float32).to(like.device)
-        return self._moved[key][t.to(like.device)].view(-1, *[1] * (like.ndim - 1))
+        return self._table(name, like.device)[t.to(like.device)].view(-1, *[1] * (like.ndim - 1))
 
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """DDPM (4): x_t, float32, of x0 [B, ...] at t [B] with the given noise."""
@@ -127,10 +132,9 @@ class Diffusion:
         """Random timesteps [n] for training: uniform, or such that lambda is N(0, spread^2)."""
         if not spread:
             return torch.randint(self.timesteps, (n,), device=device)
-        lambda_ = torch.from_numpy(log_snr(self.alphas_bar.numpy())).float().to(device)     # falls
         drawn = spread * torch.randn(n, device=device)
-        return (self.timesteps - torch.searchsorted(lambda_.flip(0), drawn)).clamp(
-            0, self.timesteps - 1)
+        at = torch.searchsorted(self._table("rising_lambda", drawn.device), drawn)
+        return (self.timesteps - at).clamp(0, self.timesteps - 1)
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the network learns to predict, float32 [B, ...]: eps or v."""

@@ -242,7 +242,9 @@ def plan_of(args: argparse.Namespace, payload: dict, labels: Collection[int] = (
         poses, names = read_poses(args.poses, args.fit, per_file, **how)
     poses = np.stack(poses)                 # float64: the seed's cell ids are floors of these
     if density and args.poses:
-        other = retarget(poses, checkpoint.training_poses(payload, args.ckpt, labels))
+        other = poses
+        if args.retarget or not args.motion:    # for 100 frames this takes a second
+            other = retarget(poses, checkpoint.training_poses(payload, args.ckpt, labels))
         given = other if args.retarget else poses
         poses = density.typical(given, args.typical)
         if not args.motion:                 # a motion has too many

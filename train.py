@@ -425,7 +425,7 @@ def steps_bar(run: RunDir, steps: int) -> tqdm:
 
 
 def tell_start(path: str, step: int, new: list[str]) -> None:
-    """One line about --init: what of the networks starts anew."""
+    """One line about --init: which tensors start fresh."""
     print0(f"Starting from {checkpoint.dated(path, step)}; "
            + (f"fresh: {data.shorten(new)}." if new else "all weights fit."))
 
@@ -745,8 +745,8 @@ def start_from(ldm: LDM, init: dict, c: Config) -> list[str]:
 
 
 def drop_one(pose: Tensor, label: Tensor, u: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Poses [B, 17, 3] and labels [B] by u [B] in 0..1: a share p of the samples loses its pose, as
-    many others their label. A picture may then be asked for by either alone."""
+    """Poses [B, 17, 3] and labels [B] by u [B] in 0..1: a share p of the samples loses the
+    pose, another share p the label. Sampling may then use either alone."""
     return pose * (u >= p)[:, None, None], label.masked_fill(u > 1 - p, NO_LABEL)
 
 
@@ -877,8 +877,6 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         used = f", latents of {checkpoint.dated(c.vq, stage_1['step'])}"
         vq = prepare(checkpoint.build_vq(stage_1, c.vq), c)
         check_latents(c, vq.config, stage_1["config"]["size"])
-        if c.init:              # its weights predict by its schedule
-            c = replace(c, schedule=checkpoint.load(c.init, "ldm", preset=c.preset)["schedule"])
         c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]),
                     unet_config=unet_for(vq.config, c.cond_config, c.unet_config))
     train, val = data.open_data(c.data, c.size, c.val,
@@ -893,6 +891,8 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
     run = RunDir(c.out, c.stage, fresh)
     if run.resumed:
         c = resumed_config(c, run.resumed["config"], accept_data)
+    elif c.init and c.stage == "ldm":           # its weights predict by its schedule
+        c = replace(c, schedule=checkpoint.load(c.init, "ldm", preset=c.preset)["schedule"])
     if is_complete(c, run, run.start):
         return True
     announce(c, run, len(val), used)
@@ -936,6 +936,8 @@ def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
     if c.cond_config:               # runs from before there were hidden joints go on without them
         hidden = old["cond_config"].get("hidden", False)
         c = replace(c, cond_config=replace(c.cond_config, hidden=hidden))
+    if c.stage == "ldm" and c.init:             # the run has taken it from there
+        c = replace(c, schedule=old["schedule"])
     if found := first_difference(old, plain(c), free):
         name, was, now = found
         if name == "vq_hash":
