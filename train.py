@@ -935,7 +935,7 @@ def open_latents(c: Config, folder: Path, vq: VQModel, train: data.ImageDataset)
 def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
     """c with the length of the run that it resumes; ValueError where it is another run."""
     free = MAY_DIFFER | (OF_DATA if accept_data else set())
-    if c.cond_config and "hidden" not in old["cond_config"]:    # from before there were hidden joints
+    if c.cond_config and "hidden" not in old["cond_config"]:    # a run from before hidden joints
         c = replace(c, cond_config=replace(c.cond_config, hidden=False))
     if c.stage == "ldm" and c.init:             # the run has taken it from there
         c = replace(c, schedule=old["schedule"])

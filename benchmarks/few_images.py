@@ -4,12 +4,12 @@
 
 COCO.json lies in a folder beside images/ and a metadata.csv with the columns `--by` and animation.
 Every fourth animation is held out of everything. Trains the toy preset on the images without the
-new character (the base); then, for 20, 60 and 200 of hers, stage 2 from the base for 10 minutes, and both stages
-from nothing for up to 8 times as long, ended early where the held-out loss rises. Lengths are in
-steps, at the speed of two quiet cores (RESULTS.md). Draws the held-out poses of the new character
-with the best model of each run. A detector taught on all characters judges: PCK@0.1, Frechet
-distance, label accuracy. `evaluate.py overfit` counts copies. Writes DIR/few_images.json; rerun the
-same command to resume.
+new character (the base); then, for 20, 60 and 200 of hers, stage 2 from the base for 10 minutes,
+and both stages from nothing for up to 8 times as long, ended early where the held-out loss rises.
+Lengths are in steps, at the speed of two quiet cores (RESULTS.md). Draws the held-out poses of the
+new character with the best model of each run. A detector taught on all characters judges: PCK@0.1,
+Frechet distance, label accuracy. `evaluate.py overfit` counts copies. Writes DIR/few_images.json;
+rerun the same command to resume.
 """
 from __future__ import annotations
 
@@ -140,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
                 run("evaluate.py", "overfit", "--run", out)
             report[out.name] = found = measure(out, val, judge, args)
             drawn, real = found["rows"]["samples"], found["rows"]["real"]
-            print(f"{out.name}: PCK@0.1 {drawn['pck@0.1']:.3f} of {real['pck@0.1']:.3f}, Frechet {drawn['frechet']:.3f}, label {drawn['label']:.3f}; best step "
+            print(f"{out.name}: PCK@0.1 {drawn['pck@0.1']:.3f} of {real['pck@0.1']:.3f}, "
+                  f"Frechet {drawn['frechet']:.3f}, label {drawn['label']:.3f}; best step "
                   f"{found['best']} of {found['steps']}, risen {found['risen']}, copies "
                   f"{found['copies']}", flush=True)
             (args.out / "few_images.json").write_text(json.dumps(report, indent=1))
