@@ -1,4 +1,4 @@
-"""The project as a whole: who imports whom, and every command of the README."""
+"""The project as a whole: who imports whom, and every command and link of the documentation."""
 import ast
 import re
 import shlex
@@ -93,28 +93,28 @@ def test_nobody_imports_train():
     assert not [name for name, path in modules().items() if "train" in set.union(*imports(path))]
 
 
-def blocks(section: str | None = None) -> list[str]:
-    """The bash blocks of the README, or of one of its sections."""
-    text = (ROOT / "README.md").read_text()
-    if section:
-        text = re.search(rf"^## {section}$(.*?)(?=^## |\Z)", text, re.S | re.M)[1]
+PAGES = [ROOT / "README.md", ROOT / "assets/README.md", *(ROOT / "docs").glob("*.md")]
+
+
+def blocks(text: str) -> list[str]:
+    """The bash blocks of a page."""
     return re.findall(r"^```bash\n(.*?)^```", text, re.S | re.M)
 
 
 def commands() -> list[str]:
-    lines = "\n".join(blocks()).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines
-            if re.match(r"(\S*python\S* |torchrun \S+ \S+ )?"
-                        r"(train|sample|evaluate|data|checkpoint)\.py ", line)]
+    lines = "\n".join(block for page in PAGES for block in blocks(page.read_text()))
+    return sorted({line.split("#")[0].strip() for line in lines.replace("\\\n", " ").splitlines()
+                   if re.match(r"(\S*python\S* |torchrun \S+ \S+ )?"
+                               r"(train|sample|evaluate|data|checkpoint)\.py ", line)})
 
 
-def test_the_readme_has_commands_of_every_kind():
+def test_the_documentation_has_commands_of_every_kind():
     assert {re.search(r"(\w+)\.py", line)[1] for line in commands()} == {
         "train", "sample", "evaluate", "data", "checkpoint"}
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_readme_command_parses(line):
+def test_every_command_of_the_documentation_parses(line):
     words = shlex.split(line)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     module = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate,
@@ -127,13 +127,26 @@ def test_every_readme_command_parses(line):
             assert list(ROOT.glob(word)), word
 
 
-def test_the_links_of_the_readme_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)", page.read_text(), re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_links_of_a_page_lead_somewhere(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text):
+        if not target.startswith("https://"):
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
 
 
 def test_start_has_the_two_commands_and_ci_runs_the_second():
-    start = blocks("Start")
+    readme = (ROOT / "README.md").read_text()
+    start = blocks(re.search(r"^## Start$(.*?)(?=^## |\Z)", readme, re.S | re.M)[1])
     assert len(start) == 2 and all("pip install -r requirements.txt" in block for block in start)
     assert "train.py --stage vq" in start[0] and "sample.py" in start[0] and "pytest" in start[1]
     script = (ROOT / ".ci/run").read_text().split("[ -n")[0] + 'printf "%s\\n" "$command"'
