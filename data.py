@@ -697,7 +697,7 @@ def describe_labels(ds: ImageDataset) -> str:
     counts = Counter(ds.label_ids().tolist())
     without = counts.pop(NO_LABEL, 0)
     names = [f"{ds.label_names[i]} {n}" for i, n in counts.most_common()]
-    return (f"labels by {ds.label_by}: {shorten(names, 5)}; {without} of {len(ds)} images have "
+    return (f"by {ds.label_by}: {shorten(names, 5)}; {without} of {len(ds)} images have "
             "none")
 
 
