@@ -355,7 +355,7 @@ def overfit(args: argparse.Namespace) -> None:
     make_out(str(out), config["data"], config["val"])
     train, held_out = data.open_data(config["data"], size, config["val"], False,
                                      config.get("trim_bars", False),
-                                     labels_of(config))
+                                     labels_flag(config))
     if config.get("data_hash") not in (None, data.data_hash(train, config["val"] and held_out)):
         raise ValueError(f"the images of {config['data']} are not those that {run} was trained on; "
                          "restore them to tell what was memorised")
@@ -432,7 +432,7 @@ def film(run: Path, poses: Tensor, labels: Tensor, size: int,
 
 # ---------------------------------------------------------------------------------- what they share
 
-def labels_of(config: dict) -> str | None:
+def labels_flag(config: dict) -> str | None:
     """--labels as the run of this config had it."""
     by = config.get("labels") or "off"
     return None if by == folder.LABEL_COLUMN else by            # it is read by itself
@@ -450,7 +450,7 @@ def ask_configs(args: argparse.Namespace, configs: list[dict], multiple: int) ->
                              "--data")
         args.data, args.val = known["data"], args.val or known.get("val")
     args.trained_on = known is not None and args.data == known["data"]
-    args.labels = labels_of(known) if args.trained_on else None
+    args.labels = labels_flag(known) if args.trained_on else None
     sizes = [args.size, *(config.get("size") for config in configs), DEFAULT_SIZE]
     args.size = next(filter(None, sizes))
     if args.size % multiple:

@@ -885,7 +885,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
     c = replace(c, images=len(train), data_hash=data.data_hash(train, c.val and val),
                 labels=train.label_by)
     if c.stage == "ldm" and train.label_names:
-        print0(f"{data.describe_labels(train)}.")
+        print0(f"Labels {data.describe_labels(train)}.")
         c = replace(c, label_names=tuple(train.label_names), unet_config=replace(
             c.unet_config, num_classes=len(train.label_names)))
     run = RunDir(c.out, c.stage, fresh)

@@ -33,7 +33,7 @@ from metrics.overfit import best_step, evaluations, streaks  # noqa: E402
 from metrics.pose import assess  # noqa: E402
 
 FEW, SIZE = (20, 60, 200), 64
-BASE = 3000, 4000                       # steps of both stages
+BASE = 3000, 2500                       # steps of both stages
 TUNED = 1300                            # steps of stage 2: 10 minutes
 FROM_NOTHING = 4000, 8700               # steps of both stages: 12 and 68 minutes
 
