@@ -1,0 +1,91 @@
+"""The tables that README.md and benchmarks/RESULTS.md take from runs.
+
+    python benchmarks/tables.py             writes the tables into the pages
+    python benchmarks/tables.py --check     exit status 1 if a page differs from the runs
+
+A page has a table between <!-- table: NAME --> and <!-- end -->. The numbers are those of the files
+in benchmarks/results/, which evaluate.py and the benchmarks write.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+PAGES = ROOT / "README.md", ROOT / "assets/README.md", ROOT / "benchmarks/RESULTS.md"
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(columns: list[str], rows: list[list[object]]) -> str:
+    def line(cells: list[object]) -> str:
+        return "| " + " | ".join(map(str, cells)) + " |"
+    return "\n".join([line(columns), line(["---"] * len(columns)), *map(line, rows)])
+
+
+def pose_row(name: str, row: dict, ceiling: float) -> list[str]:
+    """A row of `evaluate.py pose`."""
+    cells = [f"{row['pck@0.1']:.3f}, {row['pck@0.1'] / ceiling:.2f}", f"{row['pck@0.2']:.3f}",
+             f"{row['oks']:.3f}"]
+    return [name, *cells, *(f"{row[key]:.3f}" if key in row else "" for key in ("frechet", "label"))]
+
+
+def pose(name: str) -> str:
+    """The table of one pose.json."""
+    report = read(name)
+    rows, ceiling = report["rows"], report["rows"]["real"]["pck@0.1"]
+    return markdown(["", "PCK@0.1, of the ceiling", "PCK@0.2", "OKS", "Fréchet", "label as asked"],
+                    [pose_row(what, rows[key], ceiling) for key, what in (
+                        ("samples", "samples"), ("decoded", "real images through stage 1"),
+                        ("real", "real images: the ceiling"),
+                        ("shuffled", "samples under other poses: the floor"))])
+
+
+def few_images() -> str:
+    """The table of few_images.json."""
+    rows = []
+    for name, found in read("few_images").items():
+        start, n, seed = re.fullmatch(r"(\w+)-(\d+)-seed(\d+)", name).groups()
+        row, of = found["rows"]["samples"], found["rows"]["real"]["pck@0.1"]
+        copied = found["copies"]["held-out poses"]
+        rows.append([{"base": "a model of the others", "nothing": "nothing"}[start], n, seed,
+                     f"{found['best']} of {found['steps']}", found["risen"] or "not",
+                     f"{row['pck@0.1']:.3f}, {row['pck@0.1'] / of:.2f}", f"{row['frechet']:.3f}",
+                     f"{row['label']:.3f}", f"{copied['copies']} of {copied['of']}"])
+    return markdown(["start", "images", "seed", "best step", "loss risen at step",
+                     "PCK@0.1, of the ceiling", "Fréchet", "label", "copies"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "characters": lambda: pose("characters"), "toy": lambda: pose("toy"), "few images": few_images}
+
+
+def filled(text: str) -> str:
+    """A page with its tables as the runs give them."""
+    return re.sub(r"(<!-- table: ([\w ]+) -->\n).*?(<!-- end -->)",
+                  lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", text, flags=re.S)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args, wrong = parser.parse_args(argv), 0
+    for page in PAGES:
+        old = page.read_text()
+        new = filled(old)
+        wrong += new != old
+        if not args.check:
+            page.write_text(new)
+    return int(args.check and wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
