@@ -32,9 +32,9 @@ def markdown(columns: list[str], rows: list[list[object]]) -> str:
 
 def pose_row(name: str, row: dict, ceiling: float) -> list[str]:
     """A row of `evaluate.py pose`."""
-    cells = [f"{row['pck@0.1']:.3f}, {row['pck@0.1'] / ceiling:.2f}", f"{row['pck@0.2']:.3f}",
-             f"{row['oks']:.3f}"]
-    return [name, *cells, *(f"{row[key]:.3f}" if key in row else "" for key in ("frechet", "label"))]
+    others = (f"{row[key]:.3f}" if key in row else ""
+              for key in ("pck@0.2", "oks", "frechet", "label"))
+    return [name, f"{row['pck@0.1']:.3f}, {row['pck@0.1'] / ceiling:.2f}", *others]
 
 
 def pose(name: str) -> str:
