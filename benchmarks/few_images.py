@@ -7,7 +7,7 @@ Every fourth animation is held out of everything. Trains the toy preset on the i
 new character (the base). Then, for 20, 60 and 200 of hers, stage 2 in up to 10 minutes: from the
 base on her images alone, the same at a fifth of the learning rate, from the base on her images
 among all others; and both stages from nothing in up to 8 times as long. Each run ends once the
-held-out loss rises, and its best model counts. Lengths are in steps, at the speed of two quiet cores
+held-out loss rises; its best model counts. Lengths are in steps, at the speed of two quiet cores
 (RESULTS.md). Draws the held-out poses of the new character. A detector taught on all characters
 judges: PCK@0.1, Frechet distance, label accuracy. `evaluate.py overfit` counts copies. Writes
 DIR/few_images.json; rerun the same command to resume.
