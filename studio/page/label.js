@@ -1,0 +1,222 @@
+// Label: the strip of images, what is shown of one, saving, and proposals.
+import { $, ask, attempt, make, say } from "./app.js";
+import { Editor, emptyPose, isEmpty, mirrored } from "./skeleton.js";
+
+const FILTERS = { todo: "To do", proposed: "Proposed", corrected: "Corrected", done: "Done",
+                  suspects: "Suspects", all: "All" };
+const LEAST = 20, GROWTH = 1.5;     // images done, before the first and before another round
+
+export async function startLabel(about) {
+  const { folder, labels, images } = await ask("images");
+  const items = images.map(([name, state, confidence], i) => ({ i, name, state, confidence }));
+  const loaded = new Map();         // of images that were opened: their pose, version and history
+  let suspects = {}, order = [], current = -1, next = LEAST, training = false;
+  const editor = new Editor($("image"), about, () => change(), $("hint"));
+
+  // ---------------------------------------------------------------------------------- the strip
+
+  // Image to do: every prefix is spread evenly over the folder, so the first 20 differ most.
+  const bits = Math.max(1, (items.length - 1).toString(2).length);
+  for (const item of items) {
+    item.spread = parseInt([...item.i.toString(2).padStart(bits, "0")].reverse().join(""), 2);
+    item.button = make("button", { role: "option", title: item.name, tabIndex: -1,
+                                   onclick: () => attempt(() => open(item.i)) },
+      make("img", { loading: "lazy", alt: "", src: `api/thumb/${item.i}` }));
+    item.text = item.button.appendChild(make("span"));
+  }
+
+  const has = (item, filter) => filter === "all" || item.state === filter
+    || (filter === "suspects" && item.i in suspects);
+
+  function label(item) {
+    item.button.dataset.state = item.state;
+    item.text.textContent = item.state === "proposed"
+      ? `${(100 * item.confidence).toFixed(0)} %` : item.name.split("/").pop();
+  }
+
+  // Fills the strip; counts stand in the filter.
+  function list() {
+    const filter = $("filter").value || Object.keys(FILTERS).find(
+      (name) => items.some((item) => has(item, name)));
+    $("filter").replaceChildren(...Object.entries(FILTERS).map(([value, text]) => make("option", {
+      value, selected: value === filter,
+      textContent: `${text} ${items.filter((item) => has(item, value)).length}` })));
+    order = items.filter((item) => has(item, filter));
+    if (filter === "todo") order.sort((a, b) => a.spread - b.spread);
+    if (filter === "proposed") order.sort((a, b) => a.confidence - b.confidence);
+    items.forEach(label);
+    $("strip").replaceChildren(...order.map((item) => item.button));
+  }
+
+  // ---------------------------------------------------------------------------------- an image
+
+  async function open(i, again = false) {
+    current = i;
+    const item = items[i];
+    if (again || !loaded.has(i)) {
+      const image = new Image();
+      image.src = `api/image/${i}`;
+      const [found] = await Promise.all([ask(`pose/${i}`), image.decode().catch(() => {})]);
+      loaded.set(i, { ...found, image, history: { past: [], future: [] } });
+      item.state = found.state;
+      if (found.problem) say(found.problem, true);
+      else if (!again) say("");
+    }
+    if (current !== i) return;                  // another one was chosen meanwhile
+    const { pose, image, size, history } = loaded.get(i);
+    editor.open(pose, image, ...size, history);
+    for (const other of items) other.button.setAttribute("aria-selected", other.i === i);
+    item.button.scrollIntoView({ block: "nearest", inline: "nearest" });
+    $("name").textContent = item.name;
+    describe(item);
+    if (item.state === "todo" && isEmpty(pose)) editor.key({ key: "p" });
+    for (const far of [...loaded.keys()].slice(0, -30)) {       // pixels of a few images only
+      if (far !== i) loaded.get(far).image = loaded.get(far).image && null;
+    }
+  }
+
+  function describe(item) {
+    label(item);
+    const [w, h] = loaded.get(item.i).size;
+    $("about").textContent = `${w} × ${h} pixels. ` + { todo: "To do.", done: "Done.",
+      proposed: `Proposed, confidence ${(100 * item.confidence).toFixed(0)} %.`,
+      corrected: "Changed, not done yet." }[item.state] + (suspects[item.i] ?
+      ` The dataset check says: ${suspects[item.i]}` : "");
+  }
+
+  // After a change by hand: unfinished work is "corrected", an image done stays done.
+  function change(state) {
+    const item = items[current], told = loaded.get(current);
+    told.pose = editor.pose;
+    item.state = state || (item.state === "done" ? "done" : "corrected");
+    describe(item);
+    return save(item);
+  }
+
+  // One save at a time for each image; what changes meanwhile is saved after it.
+  async function save(item) {
+    const told = loaded.get(item.i);
+    told.unsaved = true;
+    if (told.saving) return told.saving;
+    told.saving = (async () => {
+      while (told.unsaved) {
+        told.unsaved = false;
+        try {
+          const { version } = await ask(`pose/${item.i}`, {
+            pose: told.pose, state: item.state, version: told.version });
+          told.version = version;
+          if ($("message").className) say("");
+        } catch (error) {
+          told.failed = true;
+          say(`Not saved: ${error.message}`, true);
+          throw error;
+        }
+        told.failed = false;
+      }
+    })().finally(() => { told.saving = null; });
+    return told.saving.catch(() => {});
+  }
+  addEventListener("beforeunload", (event) => {
+    if ([...loaded.values()].some((told) => told.failed || told.saving)) event.preventDefault();
+  });
+
+  function step(by) {
+    const at = order.findIndex((item) => item.i === current);
+    const to = order[Math.min(Math.max(at + by, 0), order.length - 1)];
+    if (to) attempt(() => open(to.i));
+  }
+
+  // Enter: this one is done; then the next one of the same filter.
+  async function done() {
+    const at = order.findIndex((item) => item.i === current), item = items[current];
+    previous = current;
+    await change("done");
+    if (loaded.get(item.i).failed) return;
+    list();
+    const to = order[has(item, $("filter").value) ? at + 1 : Math.max(at, 0)] ?? order[0];
+    if (to) await open(to.i);
+    else say("All of them are done; choose another group above the strip");
+    const count = items.filter((other) => other.state === "done").length;
+    if ($("auto").checked && count >= next && !training) propose();
+  }
+  let previous = -1;
+
+  async function copyBefore() {
+    const from = previous >= 0 && previous !== current ? previous : current - 1;
+    if (from < 0) return;
+    const { pose } = loaded.get(from) ?? await ask(`pose/${from}`);
+    editor.change(pose.map((joint) => [...joint]));
+    editor.place(-1);
+  }
+
+  function key(event) {
+    if (event.ctrlKey || event.metaKey || current < 0) return false;
+    const { key } = event, letter = key.toLowerCase();
+    if (key === "Enter") attempt(done);
+    else if (key === "PageDown" || key === "PageUp") step(key === "PageDown" ? 1 : -1);
+    else if (letter === "m") editor.change(mirrored(editor.pose, about.mirror, true));
+    else if (letter === "f") attempt(copyBefore);
+    else if (letter === "r") attempt(() => open(current, true));
+    else return false;
+    return true;
+  }
+  for (const button of $("tools").children) {
+    button.onclick = () => {
+      const event = { key: button.dataset.key, ctrlKey: !!button.dataset.ctrl };
+      if (!editor.key(event)) key(event);
+      $("image").focus();
+    };
+  }
+  $("filter").onchange = () => attempt(async () => {
+    if ($("filter").value === "suspects") {
+      say("Checking the images that are done …");
+      ({ suspects } = await ask("suspects"));
+      say("");
+    }
+    list();
+    if (order.length) await open(order[0].i);
+    $("image").focus();
+  });
+
+  // ---------------------------------------------------------------------------------- proposals
+
+  const propose = () => attempt(async () => {
+    await ask("propose", { stop: training });
+    watch();
+  });
+  $("propose").onclick = propose;
+
+  // Shows the progress until the training ends; then proposals are in the files.
+  async function watch() {
+    const now = await ask("progress");
+    const ended = training && !now.training;
+    training = now.training;
+    $("bar").hidden = !training;
+    $("bar").value = now.share ?? 0;
+    $("propose").textContent = training ? "Stop" : "Propose";
+    $("progress").textContent = now.text || `From ${LEAST} images done on, a detector learns from `
+      + "them and proposes the joints of the others.";
+    if (now.done) next = Math.ceil(now.done * GROWTH);
+    if (ended) await reload();
+    if (training) setTimeout(() => attempt(watch), 500);
+  }
+
+  // Takes over the states from the server, but for images with work that is not saved.
+  async function reload() {
+    for (const [i, [, state, confidence]] of (await ask("images")).images.entries()) {
+      if (loaded.get(i)?.saving) continue;
+      Object.assign(items[i], { state, confidence });
+      if (state === "proposed") loaded.delete(i);
+    }
+    if (!order.some((item) => item.state === "corrected") && items.some((item) => item.state
+        === "proposed") && $("filter").value === "todo") $("filter").value = "proposed";
+    list();
+    if (!loaded.has(current)) await open(current);
+  }
+
+  list();
+  await watch();
+  if (order.length) await attempt(() => open(order[0].i));
+  return { editor, key, where: `${folder} · labels in ${labels}`,
+           pose: () => ({ pose: editor.copy(), width: editor.width, height: editor.height }) };
+}
