@@ -11,6 +11,7 @@ from engine import startup  # before all others: it checks the versions
 # isort: split
 import argparse
 import sys
+import threading
 import webbrowser
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ from engine.process import locked
 from extras.proportions import PARENTS
 from studio.draw import Draw
 from studio.label import Label
-from studio.server import Studio
+from studio.server import Call, Studio
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,6 +41,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def calls_of(label: Label | None, draw: Draw | None) -> dict[str, Call]:
+    """The calls of the modes that there are, and what the page has to know of a skeleton."""
+    about = {"label": bool(label), "draw": bool(draw), "joints": keypoints.JOINTS,
+             "limbs": keypoints.LIMBS, "mirror": keypoints.MIRROR, "parents": PARENTS,
+             "colors": keypoints.COLORS.tolist()}
+    return {"GET about": lambda *_: about, **(label.calls() if label else {}),
+            **(draw.calls() if draw else {})}
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
@@ -50,16 +60,12 @@ def main(argv: list[str] | None = None) -> int:
                                            "stop it with Ctrl-C"))
                 stack.callback(label.end)
             draw = Draw(args.ckpt, args.device) if args.ckpt else None
-            about = {"label": bool(label), "draw": bool(draw), "joints": keypoints.JOINTS,
-                     "limbs": keypoints.LIMBS, "mirror": keypoints.MIRROR, "parents": PARENTS,
-                     "colors": keypoints.COLORS.tolist()}
-            calls = {"GET about": lambda *_: about}
-            for part in filter(None, (label, draw)):
-                calls |= part.calls()
-            server = stack.enter_context(Studio(calls, args.port))
+            if draw:
+                stack.callback(draw.end)
+            server = stack.enter_context(Studio(calls_of(label, draw), args.port))
             print(f"{server.url}\nOpen this page in a browser; Ctrl-C ends it.", flush=True)
             if not args.no_browser:
-                webbrowser.open(server.url)
+                threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
             server.serve_forever()
     except (ValueError, OSError) as error:
         print(f"studio: {error}", file=sys.stderr)

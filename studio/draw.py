@@ -55,6 +55,12 @@ class Draw:
         return {"GET checkpoint": self.about, "GET poses": self.poses, "POST read": self.read,
                 "POST unusual": self.unusual, "POST draw": self.draw}
 
+    def end(self) -> None:
+        """Ends the sampling after its current step."""
+        self.newest += 1
+        if self.drawing.acquire(timeout=10):
+            self.drawing.release()
+
     def load(self, k: int) -> Model:
         """The k-th checkpoint; the last one used stays in memory."""
         with self.loading:

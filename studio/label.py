@@ -13,6 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ from formats import pose_files
 from studio import propose
 from studio.server import Call, Refused
 
-STATES = "todo", "proposed", "corrected", "done"
+UNTOUCHED = "todo", "proposed"              # the states in which a new proposal may replace a label
+STATES = *UNTOUCHED, "corrected", "done"
 SHOWN, THUMB = 2048, 112        # most pixels per side of an image on the page, and of a thumbnail
 LOSSLESS = 1024                 # up to this side images are sent as PNG: pixel art has no blur
 DECODERS = 2                    # images decoded at once, so that large scans do not add up
@@ -101,7 +103,11 @@ class Label:
 
     def pose(self, i: int, _: object = None) -> dict:
         """The label of image i, and why it cannot be read, if so."""
-        size, problem = data.upright_size(self.path(i)), ""
+        image, problem = self.path(i), ""
+        try:
+            size = data.upright_size(image)
+        except data.DataError as error:                 # the page says it and goes on
+            size, problem = (1, 1), str(error)
         with self.saving:
             version, pose = self.version(i), data.NO_POSE
             label = str(self.own[i]) if version else self.told[i]
@@ -125,7 +131,8 @@ class Label:
         if state not in STATES:
             raise Refused(400, f"the state is {state!r}; allowed are {', '.join(STATES)}")
         with self.saving:
-            if version != self.version(i):
+            # What a person does always replaces a proposal, also a new one.
+            if version != self.version(i) and self.read_state(i)[0] not in UNTOUCHED:
                 raise Refused(409, f"{self.own[i].name} was changed elsewhere since this page "
                                    "loaded it; press R to load it again")
             self.write(i, pose, state, 1.0)
@@ -137,7 +144,7 @@ class Label:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists() and not folder.STATE.match(file.read_bytes()[:100]):
             kept = self.place / "replaced" / file.name
-            kept.parent.mkdir(exist_ok=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, kept)
         rows = [f'"{name}": {json.dumps(row)}' for name, row in
                 zip(keypoints.JOINTS, pose.tolist(), strict=True)]
@@ -203,12 +210,8 @@ class Label:
         """Learns from the images done, then writes a proposal for each of the others that nobody
         has touched. Returns a sentence."""
         images, poses, file = [], [], self.place / "detector.pt"
-        for i in done:
-            try:
-                pose = np.array(self.pose(i)["pose"])
-                image, size = propose.read_square(self.images[i])
-            except (data.DataError, OSError):           # it vanished, or is broken
-                continue
+        for i, image, size in self.squares(done):
+            pose = np.array(self.pose(i)["pose"])
             if pose[:, 2].any():
                 images.append(image)
                 poses.append(propose.square_of(pose, size))
@@ -221,22 +224,26 @@ class Label:
                 propose.save(file, now)
                 saved = time.monotonic()
         propose.save(file, now)
-        wanted = [i for i, (state, _) in enumerate(self.states) if state in ("todo", "proposed")]
-        for k, i in enumerate(wanted):
+        wanted = [i for i, (state, _) in enumerate(self.states) if state in UNTOUCHED]
+        for k in range(0, len(wanted), propose.BATCH):
             if self.stop.is_set():
                 return f"stopped at {self.progress['share']:.0%}; Propose goes on from there"
             self.progress |= {"text": f"proposing for {len(wanted)} images",
                               "share": k / len(wanted)}
-            try:
-                image, size = propose.read_square(self.images[i])
-            except data.DataError:
-                continue
-            found = propose.propose(now.detector, image)
-            with self.saving:
-                if self.read_state(i)[0] in ("todo", "proposed"):
-                    self.write(i, propose.from_square(found.pose, size), "proposed",
-                               found.confidence)
+            read = list(self.squares(wanted[k:k + propose.BATCH]))
+            found = propose.propose(now.detector, np.stack([image for _, image, _ in read]))
+            for (i, _, size), (pose, confidence) in zip(read, found, strict=True):
+                with self.saving:
+                    if self.read_state(i)[0] in UNTOUCHED:
+                        pose = propose.from_square(pose, size)
+                        self.write(i, pose, "proposed", confidence)
         return f"{checkpoint.plural(len(wanted), 'proposal')}, the least certain first"
+
+    def squares(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray, tuple[int, int]]]:
+        """(i, image, size) as propose.read_square, without images that are gone or broken."""
+        for i in numbers:
+            with suppress(data.DataError):
+                yield i, *propose.read_square(self.images[i])
 
 
 def checked(pose: object) -> np.ndarray:

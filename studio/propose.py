@@ -27,7 +27,7 @@ from metrics.keypoint_detector import WINDOW, KeypointDetector, detector_loss, p
 
 LEAST = 20                      # images done, before there is anything to learn from
 SIDE = 96                       # S
-BATCH, FIRST, MORE = 32, 600, 300       # steps of the first round, and of each one after it
+BATCH, FIRST, MORE = 32, 400, 200       # steps of the first round, and of each one after it
 LR, WARMUP = 2e-3, 30
 TURN, SCALE, SHIFT = 0.3, 0.2, 0.06     # standard deviations: radians, log of the size, images
 COLOUR = 0.25                   # of gain and offset of each colour, for images in [-1, 1]
@@ -55,7 +55,7 @@ def read_square(path: str) -> tuple[np.ndarray, tuple[int, int]]:
     """An image file padded to uint8 [S, S, 3], and its own (width, height). DataError as
     data.read_image."""
     image = data.read_image(path, at_least=SIDE)
-    return np.asarray(ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.BICUBIC)), image.size
+    return np.array(ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.BICUBIC)), image.size
 
 
 def from_square(pose: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -90,7 +90,9 @@ def augmented(x: Tensor, poses: Tensor, rng: torch.Generator) -> tuple[Tensor, T
 def begin(path: Path) -> Round:
     """The round that was saved to `path`, or the first one, from the detector of figures."""
     saved = checkpoint.read(path) if path.exists() else None
-    detector = KeypointDetector(SIDE, num_classes=len(JOINTS) * len(STATES))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        detector = KeypointDetector(SIDE, num_classes=len(JOINTS) * len(STATES))
     weights = saved["detector"] if saved else checkpoint.read(FIGURES)["reader"]
     checkpoint.take(detector, weights, path)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=LR, betas=(0.9, 0.99))
@@ -132,25 +134,27 @@ def learn(now: Round, images: np.ndarray, poses: np.ndarray,
 
 
 @torch.no_grad()
-def propose(detector: KeypointDetector, image: np.ndarray) -> Proposal:
-    """The joints in an image uint8 [S, S, 3], in units of the square.
+def propose(detector: KeypointDetector, images: np.ndarray) -> list[Proposal]:
+    """The joints in images uint8 [B, S, S, 3], in units of the square.
 
-    The confidence is the share of a joint's map, softmaxed, that lies within WINDOW cells of its
-    place; of the image, the mean over the half of its joints that are least certain.
+    The confidence of a joint is the share of its map, softmaxed, within WINDOW cells of its place;
+    that of an image is the mean over the half of its joints that are least certain.
     """
     detector.eval()
-    x = data.to_tensor(image)[None]
-    logits, features = detector(torch.cat([x, x.flip(-1)]))
-    logits = (logits[:1] + logits[1:, MIRROR].flip(-1)) / 2                         # [1, J, n, n]
-    states = detector.classify(features).view(2, len(JOINTS), len(STATES)).softmax(-1)
-    visible = np.array(STATES)[(states[0] + states[1, MIRROR]).argmax(-1).numpy()]
-    xy, n = peaks(logits)[0], logits.shape[-1]
-    near = ((torch.arange(n) + 0.5) / n - xy[..., None]).abs() <= (WINDOW + 0.5) / n  # [J, 2, n]
-    p = logits[0].flatten(1).softmax(-1).view(-1, n, n)
-    sure = (p * near[:, 1, :, None] * near[:, 0, None, :]).sum((1, 2)).sort().values
-    pose = np.column_stack([xy.double().numpy(), visible])
-    pose[visible == 0] = 0
-    return Proposal(pose, float(sure[:len(JOINTS) // 2].mean()))
+    x = data.to_tensor(images)
+    logits, features = zip(detector(x), detector(x.flip(-1)), strict=True)
+    logits = (logits[0] + logits[1][:, MIRROR].flip(-1)) / 2                        # [B, J, n, n]
+    chosen = [detector.classify(part).view(len(x), len(JOINTS), -1).softmax(-1)
+              for part in features]
+    visible = np.array(STATES)[(chosen[0] + chosen[1][:, MIRROR]).argmax(-1).numpy()]
+    xy, n = peaks(logits), logits.shape[-1]
+    near = ((torch.arange(n) + 0.5) / n - xy[..., None]).abs() <= (WINDOW + 0.5) / n  # [B, J, 2, n]
+    p = logits.flatten(2).softmax(-1).unflatten(2, (n, n))
+    p = (p * near[:, :, 1, :, None] * near[:, :, 0, None, :]).sum((2, 3)).sort(-1).values
+    sure = p[:, :len(JOINTS) // 2].mean(-1).tolist()
+    poses = np.concatenate([xy.double().numpy(), visible[..., None]], -1)
+    poses[visible == 0] = 0
+    return [Proposal(pose, confidence) for pose, confidence in zip(poses, sure, strict=True)]
 
 
 def square_of(pose: np.ndarray, size: tuple[int, int]) -> np.ndarray:

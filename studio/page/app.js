@@ -6,7 +6,7 @@ export const $ = (id) => document.getElementById(id);
 
 export function say(text, error = false) {
   $("message").textContent = text;
-  $("message").className = error ? "error" : "";
+  $("message").className = error && text ? "error" : "";
 }
 
 // A call of the server: GET without a body, else POST. Throws an Error with the server's sentence.

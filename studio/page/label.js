@@ -9,8 +9,8 @@ const LEAST = 20, GROWTH = 1.5;     // images done, before the first and before 
 export async function startLabel(about) {
   const { folder, labels, images } = await ask("images");
   const items = images.map(([name, state, confidence], i) => ({ i, name, state, confidence }));
-  const loaded = new Map();         // of images that were opened: their pose, version and history
-  let suspects = {}, order = [], current = -1, next = LEAST, training = false;
+  const loaded = new Map();         // by image: pose, version and history, once it was opened
+  let suspects = {}, order = [], current = -1, wanted = -1, next = LEAST, training = false;
   const editor = new Editor($("image"), about, () => change(), $("hint"));
 
   // ---------------------------------------------------------------------------------- the strip
@@ -36,8 +36,8 @@ export async function startLabel(about) {
 
   // Fills the strip; counts stand in the filter.
   function list() {
-    const filter = $("filter").value || Object.keys(FILTERS).find(
-      (name) => items.some((item) => has(item, name)));
+    const names = [$("filter").value, "proposed", ...Object.keys(FILTERS)];
+    const filter = names.find((name) => name && items.some((item) => has(item, name)));
     $("filter").replaceChildren(...Object.entries(FILTERS).map(([value, text]) => make("option", {
       value, selected: value === filter,
       textContent: `${text} ${items.filter((item) => has(item, value)).length}` })));
@@ -51,28 +51,26 @@ export async function startLabel(about) {
   // ---------------------------------------------------------------------------------- an image
 
   async function open(i, again = false) {
-    current = i;
-    const item = items[i];
+    const item = items[i], image = new Image();
+    wanted = i;
+    image.src = `api/image/${i}`;
+    const shown = image.decode().catch(() => {});
     if (again || !loaded.has(i)) {
-      const image = new Image();
-      image.src = `api/image/${i}`;
-      const [found] = await Promise.all([ask(`pose/${i}`), image.decode().catch(() => {})]);
-      loaded.set(i, { ...found, image, history: { past: [], future: [] } });
+      const found = await ask(`pose/${i}`);
+      loaded.set(i, { ...found, history: { past: [], future: [] } });
       item.state = found.state;
-      if (found.problem) say(found.problem, true);
-      else if (!again) say("");
     }
-    if (current !== i) return;                  // another one was chosen meanwhile
-    const { pose, image, size, history } = loaded.get(i);
+    await shown;
+    if (wanted !== i) return;                   // another one was chosen meanwhile
+    current = i;
+    const { pose, size, history, problem } = loaded.get(i);
+    say(problem || (image.naturalWidth ? "" : "this image cannot be read"), true);
     editor.open(pose, image, ...size, history);
     for (const other of items) other.button.setAttribute("aria-selected", other.i === i);
     item.button.scrollIntoView({ block: "nearest", inline: "nearest" });
     $("name").textContent = item.name;
     describe(item);
     if (item.state === "todo" && isEmpty(pose)) editor.key({ key: "p" });
-    for (const far of [...loaded.keys()].slice(0, -30)) {       // pixels of a few images only
-      if (far !== i) loaded.get(far).image = loaded.get(far).image && null;
-    }
   }
 
   function describe(item) {
@@ -171,7 +169,7 @@ export async function startLabel(about) {
     if ($("filter").value === "suspects") {
       say("Checking the images that are done …");
       ({ suspects } = await ask("suspects"));
-      say("");
+      say(Object.keys(suspects).length ? "" : "The dataset check found nothing to look at");
     }
     list();
     if (order.length) await open(order[0].i);
@@ -208,8 +206,7 @@ export async function startLabel(about) {
       Object.assign(items[i], { state, confidence });
       if (state === "proposed") loaded.delete(i);
     }
-    if (!order.some((item) => item.state === "corrected") && items.some((item) => item.state
-        === "proposed") && $("filter").value === "todo") $("filter").value = "proposed";
+    if ($("filter").value === "todo") $("filter").value = "proposed";
     list();
     if (!loaded.has(current)) await open(current);
   }

@@ -127,6 +127,7 @@ export class Editor {
     if (!this.history[from].length) return;
     this.history[to].push(this.pose);
     this.pose = this.history[from].pop();
+    if (this.placing >= 0) this.placeNext(-1);
     this.draw();
     this.changed();
   }
@@ -214,7 +215,7 @@ export class Editor {
     this.draw();
   }
 
-  // Asks for the next missing joint after j.
+  // Asks for the next missing joint after j; of all, for -1.
   placeNext(j) {
     this.place(ORDER.slice(ORDER.indexOf(j) + 1).find((k) => !this.pose[k][2]) ?? -1);
   }
@@ -246,7 +247,8 @@ export class Editor {
       if (this.placing >= 0) this.placeNext(this.placing);
       else if (j >= 0) this.set(j, [0, 0, 0]);
     } else if (letter === "p") {
-      this.place(this.placing >= 0 ? -1 : ORDER.find((k) => !this.pose[k][2]) ?? -1);
+      if (this.placing >= 0) this.place(-1);
+      else this.placeNext(-1);
     } else if (key === "Escape") {
       if (this.placing < 0 && j < 0) this.canvas.blur();
       this.selected = -1;
@@ -265,7 +267,7 @@ export class Editor {
     const box = [view.x, view.y, this.width * view.scale, this.height * view.scale];
     context.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
     context.clearRect(0, 0, canvas.clientWidth, canvas.clientHeight);
-    if (this.image) {
+    if (this.image?.naturalWidth) {
       context.imageSmoothingEnabled = view.scale * this.width / this.image.naturalWidth < 3;
       context.drawImage(this.image, ...box);
     }
