@@ -53,10 +53,11 @@ class Label:
         self.stop, self.thread, self.progress = threading.Event(), None, {"text": ""}
 
     def calls(self) -> dict[str, Call]:
-        return {"GET images": self.list, "GET image": self.image, "GET thumb": self.thumb,
-                "GET pose": self.pose, "POST pose": self.save, "GET suspects": self.suspects,
-                "GET progress": lambda *_: self.progress | {"training": self.is_training()},
-                "POST propose": self.propose}
+        return {"GET images": self.list, "GET pose": self.pose, "POST pose": self.save,
+                "GET image": lambda i, _: self.encoded(i, SHOWN),
+                "GET thumb": lambda i, _: self.encoded(i, THUMB),
+                "GET suspects": self.suspects, "POST propose": self.propose,
+                "GET progress": lambda *_: self.progress | {"training": self.is_training()}}
 
     # ------------------------------------------------------------------------------------- images
 
@@ -70,19 +71,13 @@ class Label:
             raise Refused(404, f"there is no image {i}; reload the page")
         return self.images[i]
 
-    def image(self, i: int, _: object) -> tuple[str, bytes]:
-        return self.encoded(i, SHOWN, {})
-
-    def thumb(self, i: int, _: object) -> tuple[str, bytes]:
-        return self.encoded(i, THUMB, {"quality": 80})
-
-    def encoded(self, i: int, most: int, how: dict) -> tuple[str, bytes]:
+    def encoded(self, i: int, most: int) -> tuple[str, bytes]:
         """Image i upright and reduced to `most` pixels a side, as PNG or JPEG."""
         with self.decoding:
             image = data.read_image(self.path(i), at_least=most)
             image.thumbnail((most, most), Image.Resampling.BICUBIC, reducing_gap=3)
             kind = "png" if THUMB < max(image.size) <= LOSSLESS else "jpeg"
-            image.save(file := io.BytesIO(), kind, **how)
+            image.save(file := io.BytesIO(), kind, quality=85)
         return f"image/{kind}", file.getvalue()
 
     # ------------------------------------------------------------------------------------- labels

@@ -197,9 +197,15 @@ def test_a_change_elsewhere_is_told_and_r_loads_it(chromium, mine):
         assert np.array_equal(saved(root, 0)[1], poses[0])
         page.press("r")
         page.until(lambda: page.text("#about").endswith("Done."))
-        page.press(Keys.TAB, Keys.ARROW_LEFT)
-        page.until(lambda: saved(root, 0)[1][0, 0] != poses[0, 0, 0])
-        assert saved(root, 0)[0] == "done"
+        shoulder, elbow, wrist = poses[0, [5, 7, 9], :2]
+        page.drag(elbow, 2 * shoulder - elbow + (0.01, 0), Keys.SHIFT)      # half a turn
+        page.until(lambda: not np.array_equal(saved(root, 0)[1], poses[0]))
+        state, pose = saved(root, 0)
+        assert state == "done" and np.abs(pose[7, :2] - (2 * shoulder - elbow)).max() < 0.02
+        for a, b in ((5, 7), (7, 9)):                                       # its limbs are as long
+            before, after = (np.linalg.norm(p[a, :2] - p[b, :2]) for p in (poses[0], pose))
+            assert abs(before - after) < 1e-5
+        assert np.array_equal(np.delete(pose, (7, 9), 0), np.delete(poses[0], (7, 9), 0))
 
 
 def test_propose_accept_and_restart(chromium, mine, monkeypatch):

@@ -76,7 +76,9 @@ export async function startLabel(about) {
   function describe(item) {
     label(item);
     const [w, h] = loaded.get(item.i).size;
-    $("about").textContent = `${w} × ${h} pixels. ` + { todo: "To do.", done: "Done.",
+    const nobody = isEmpty(loaded.get(item.i).pose);
+    $("about").textContent = `${w} × ${h} pixels. ` + { todo: "To do.",
+      done: nobody ? "Done: nobody is in it." : "Done.",
       proposed: `Proposed, confidence ${(100 * item.confidence).toFixed(0)} %.`,
       corrected: "Changed, not done yet." }[item.state] + (suspects[item.i] ?
       ` The dataset check says: ${suspects[item.i]}` : "");
