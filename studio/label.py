@@ -25,7 +25,7 @@ import keypoints
 from dataset import check, folder
 from formats import pose_files
 from studio import propose
-from studio.server import Call, Refused
+from studio.server import Call, Refused, sentence
 
 UNTOUCHED = "todo", "proposed"              # the states in which a new proposal may replace a label
 STATES = *UNTOUCHED, "corrected", "done"
@@ -40,8 +40,8 @@ class Label:
     """ValueError for a folder without images or with labels that cannot be read."""
 
     def __init__(self, root: Path):
-        self.images = folder.find_images(folder.images_of(root))
         found = {os.path.normpath(one.path): one for one in folder.find(root, poseless=True)[1]}
+        self.images = folder.find_images(folder.images_of(root))
         told = [found.get(os.path.normpath(image)) for image in self.images]
         self.told = [one.label if one else None for one in told]    # what other tools say
         places = [folder.base_of(image) or (str(root), os.path.splitext(
@@ -150,9 +150,6 @@ class Label:
             out.write(b"[]\n" if nobody else text.encode())
         self.states[i] = state, confidence
 
-    def done(self) -> Iterator[int]:
-        return (i for i, (state, _) in enumerate(self.states) if state == "done")
-
     def suspects(self, *_: object) -> dict:
         """{number: sentence} of what the dataset check finds in the images that are done."""
         try:
@@ -176,7 +173,7 @@ class Label:
         if body.get("stop"):
             self.end()
         elif not self.is_training():
-            done = [i for i in self.done()]
+            done = [i for i, (state, _) in enumerate(self.states) if state == "done"]
             if len(done) < propose.LEAST:
                 raise Refused(400, f"{checkpoint.plural(len(done), 'image')} done; the detector "
                               f"learns from {propose.LEAST}, so label "
@@ -198,7 +195,7 @@ class Label:
         try:
             text = self.learn_and_propose(done)
         except Exception as error:                      # of a thread: the page has to say it
-            text = f"proposing failed: {error}"
+            text = f"proposing failed: {sentence(error)}"
         self.progress |= {"text": text, "share": 1, "seconds": round(time.monotonic() - began, 1)}
 
     def learn_and_propose(self, done: list[int]) -> str:
@@ -211,8 +208,8 @@ class Label:
                 images.append(image)
                 poses.append(propose.square_of(pose, size))
         now, saved = propose.begin(file), time.monotonic()
-        rounds = propose.learn(now, np.stack(images), np.stack(poses), self.stop.is_set)
-        for now in rounds:
+        steps = propose.learn(now, np.stack(images), np.stack(poses), self.stop.is_set)
+        for now in steps:
             self.progress |= {"text": f"learning from {len(images)} images",
                               "share": now.step / now.stop}
             if time.monotonic() - saved > SAVE_EVERY:
@@ -226,6 +223,8 @@ class Label:
             self.progress |= {"text": f"proposing for {len(wanted)} images",
                               "share": k / len(wanted)}
             read = list(self.squares(wanted[k:k + propose.BATCH]))
+            if not read:
+                continue
             found = propose.propose(now.detector, np.stack([image for _, image, _ in read]))
             for (i, _, size), (pose, confidence) in zip(read, found, strict=True):
                 with self.saving:

@@ -115,7 +115,7 @@ class Handler(BaseHTTPRequestHandler):
         content = self.rfile.read(length)
         if self.headers.get("Content-Type") != "application/json":
             return content
-        parsed = json.loads(content)
+        parsed = json.loads(content or b"{}")
         if not isinstance(parsed, dict):
             raise Refused(400, "an object is needed")
         return parsed

@@ -3,7 +3,7 @@ import json
 import shutil
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from studio.server import Studio
 
 webdriver = pytest.importorskip(
     "selenium.webdriver", reason="selenium is missing; install it with: pip install selenium")
+from selenium.common.exceptions import WebDriverException  # noqa: E402
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 
@@ -59,8 +60,9 @@ class Page:
 
     def until(self, happened):
         for _ in range(400):
-            if found := happened():
-                return found
+            with suppress(WebDriverException):          # an element that is not there yet
+                if found := happened():
+                    return found
             time.sleep(0.05)
         raise AssertionError(f"in vain; the page says: {self.text('#message')}")
 

@@ -59,19 +59,18 @@ attempt(async () => {
     modes[name].editor.canvas.focus();
     $("where").textContent = modes[name].where;
   };
-  for (const [name, start] of [["label", startLabel], ["draw", startDraw]]) {
-    if (!about[name]) continue;
-    $(name).hidden = false;
-    modes[name] = await start(about, () => modes, show);
-    $(`to-${name}`).hidden = false;
-    $(`to-${name}`).onclick = () => show(name);
-  }
   // A key goes to the mode that is shown, unless a field or a focused button takes it.
   addEventListener("keydown", (event) => {
     if (event.altKey || event.target.closest("input:not([type=checkbox]), select")) return;
     if (event.key === "Enter" && event.target.closest("button, a, summary")) return;
-    const mode = Object.entries(modes).find(([name]) => !$(name).hidden)[1];
-    if (mode.editor.key(event) || mode.key(event)) event.preventDefault();
+    const mode = Object.entries(modes).find(([name]) => !$(name).hidden)?.[1];
+    if (mode && (mode.editor.key(event) || mode.key(event))) event.preventDefault();
   });
-  show(Object.keys(modes)[0]);
+  for (const [name, start] of [["label", startLabel], ["draw", startDraw]]) {
+    if (!about[name]) continue;
+    modes[name] = await start(about, () => modes, show);
+    $(`to-${name}`).hidden = false;
+    $(`to-${name}`).onclick = () => show(name);
+    if (Object.keys(modes).length === 1) show(name);
+  }
 });

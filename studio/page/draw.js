@@ -103,7 +103,7 @@ export async function startDraw(about, modes, show) {
       { style: "background: none" }, make("img", { src: url, alt: `Picture ${i + 1}` }),
       make("div", {}, make("a", { href: url, textContent: "Save", title: "with its command",
                                   download: `seed-${command.match(/--seed (\d+)/)[1]}.png` }),
-        make("button", { textContent: "Copy command", title: command,
+        make("button", { textContent: "Command", title: `Copy: ${command}`,
                          onclick: () => attempt(() => copy(command)) })))));
   }
 

@@ -4,6 +4,7 @@ import { Editor, emptyPose, isEmpty, mirrored } from "./skeleton.js";
 
 const FILTERS = { todo: "To do", proposed: "Proposed", corrected: "Corrected", done: "Done",
                   suspects: "Suspects", all: "All" };
+const CHUNK = 100;                  // images by which the strip grows
 const LEAST = 20, GROWTH = 1.5;     // images done, before the first and before another round
 
 export async function startLabel(about) {
@@ -19,20 +20,34 @@ export async function startLabel(about) {
   const bits = Math.max(1, (items.length - 1).toString(2).length);
   for (const item of items) {
     item.spread = parseInt([...item.i.toString(2).padStart(bits, "0")].reverse().join(""), 2);
-    item.button = make("button", { role: "option", title: item.name, tabIndex: -1,
-                                   onclick: () => attempt(() => open(item.i)) },
-      make("img", { loading: "lazy", alt: "", src: `api/thumb/${item.i}` }));
-    item.text = item.button.appendChild(make("span"));
   }
 
   const has = (item, filter) => filter === "all" || item.state === filter
     || (filter === "suspects" && item.i in suspects);
 
-  function label(item) {
+  // The button of an image in the strip, as its state is now.
+  function entry(item) {
+    item.button ??= make("button", { role: "option", title: item.name, tabIndex: -1,
+                                     onclick: () => attempt(() => open(item.i)) },
+      make("img", { loading: "lazy", alt: "", src: `api/thumb/${item.i}` }), make("span"));
     item.button.dataset.state = item.state;
-    item.text.textContent = item.state === "proposed"
+    item.button.lastChild.textContent = item.state === "proposed"
       ? `${(100 * item.confidence).toFixed(0)} %` : item.name.split("/").pop();
+    item.button.setAttribute("aria-selected", item.i === current);
+    return item.button;
   }
+
+  // Lengthens the strip, so that thousands of images cost nothing before they are scrolled to.
+  const more = (count = CHUNK) => {
+    const from = $("strip").childElementCount;
+    $("strip").append(...order.slice(from, from + count).map(entry));
+  };
+  $("strip").onscroll = () => {
+    const { scrollTop, scrollLeft, scrollHeight, scrollWidth, clientHeight, clientWidth }
+      = $("strip");
+    if (scrollHeight - scrollTop < 3 * clientHeight || (scrollWidth > clientWidth
+        && scrollWidth - scrollLeft < 3 * clientWidth)) more();
+  };
 
   // Fills the strip; counts stand in the filter.
   function list() {
@@ -44,8 +59,9 @@ export async function startLabel(about) {
     order = items.filter((item) => has(item, filter));
     if (filter === "todo") order.sort((a, b) => a.spread - b.spread);
     if (filter === "proposed") order.sort((a, b) => a.confidence - b.confidence);
-    items.forEach(label);
-    $("strip").replaceChildren(...order.map((item) => item.button));
+    const shown = $("strip").childElementCount;
+    $("strip").replaceChildren();
+    more(Math.max(shown, CHUNK));
   }
 
   // ---------------------------------------------------------------------------------- an image
@@ -62,19 +78,21 @@ export async function startLabel(about) {
     }
     await shown;
     if (wanted !== i) return;                   // another one was chosen meanwhile
+    const before = current;
     current = i;
     const { pose, size, history, problem } = loaded.get(i);
     say(problem || (image.naturalWidth ? "" : "this image cannot be read"), true);
     editor.open(pose, image, ...size, history);
-    for (const other of items) other.button.setAttribute("aria-selected", other.i === i);
-    item.button.scrollIntoView({ block: "nearest", inline: "nearest" });
+    if (items[before]?.button) entry(items[before]);
+    more(order.indexOf(item) + CHUNK - $("strip").childElementCount);
+    entry(item).scrollIntoView({ block: "nearest", inline: "nearest" });
     $("name").textContent = item.name;
     describe(item);
     if (item.state === "todo" && isEmpty(pose)) editor.key({ key: "p" });
   }
 
   function describe(item) {
-    label(item);
+    entry(item);
     const [w, h] = loaded.get(item.i).size;
     const nobody = isEmpty(loaded.get(item.i).pose);
     $("about").textContent = `${w} × ${h} pixels. ` + { todo: "To do.",
@@ -168,13 +186,14 @@ export async function startLabel(about) {
     };
   }
   $("filter").onchange = () => attempt(async () => {
-    if ($("filter").value === "suspects") {
+    const checking = $("filter").value === "suspects";
+    if (checking) {
       say("Checking the images that are done …");
       ({ suspects } = await ask("suspects"));
-      say(Object.keys(suspects).length ? "" : "The dataset check found nothing to look at");
     }
     list();
     if (order.length) await open(order[0].i);
+    if (checking && !Object.keys(suspects).length) say("The dataset check found no suspects");
     $("image").focus();
   });
 
