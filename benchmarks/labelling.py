@@ -6,7 +6,8 @@
 
 Copies the images into OUT/mine, without labels, and starts the server of `python -m studio` on it.
 The first 20 labels are those the page asks for first, spread over the folder; then rounds: the
-detector learns, proposes, and the least certain images get their labels. After each round: PCK@0.1
+detector learns, proposes, and the images that the page then shows first, the least certain, get
+their labels. After each round: PCK@0.1
 of the proposals that are left, over all labelled joints; the share of images in which every joint
 is right, so that Enter accepts them; the mean number of joints to drag in the others; seconds and
 CPU seconds of learning, then of proposing. Writes OUT/labelling.json.
@@ -49,12 +50,6 @@ def right(found: np.ndarray, poses: np.ndarray,
     high = np.where(there[..., None], xy, -np.inf).max(1)
     limit = 0.1 * np.linalg.norm(high - low, axis=1)
     return (np.linalg.norm(found - xy, axis=-1) <= limit[:, None]) & there, there
-
-
-def spread(n: int) -> list[int]:
-    """The order in which the page shows images to do: every prefix is spread over all."""
-    bits = max(1, (n - 1).bit_length())
-    return sorted(range(n), key=lambda i: int(f"{i:0{bits}b}"[::-1], 2))
 
 
 def read_drawings(folder: Path) -> list[tuple[str, np.ndarray]]:
@@ -103,12 +98,18 @@ def main(argv: list[str] | None = None) -> None:
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
-    todo, report = spread(len(ds)), []
+    def by_rank() -> list[int]:
+        """The images that are not done, in the page's order."""
+        found = [(rank, i) for i, (_, state, _, rank) in enumerate(ask("images")["images"])
+                 if state != "done"]
+        return [i for _, i in sorted(found)]
+
+    todo, report = by_rank(), []
     for wanted in (n for n in ROUNDS if n < len(ds)):
         for i in todo[:wanted - (len(ds) - len(todo))]:
             ask(f"pose/{i}", {"pose": poses[i].tolist(), "state": "done",
                               "version": ask(f"pose/{i}")["version"]})
-        todo = [i for i, (_, state, _) in enumerate(ask("images")["images"]) if state != "done"]
+        todo = by_rank()
         clock = [(time.monotonic(), time.process_time())]
         ask("propose", {"first": True})
         while (now := ask("progress"))["training"]:
@@ -136,8 +137,7 @@ def main(argv: list[str] | None = None) -> None:
             row["drawings"] = ok[there].mean()
         print(json.dumps(row, default=float), flush=True)
         report.append(row)
-        sure = {i: confidence for i, (_, _, confidence) in enumerate(ask("images")["images"])}
-        todo.sort(key=sure.get)
+        todo = by_rank()
     (args.out / "labelling.json").write_text(json.dumps(report, indent=1, default=float))
 
 

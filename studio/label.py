@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +34,7 @@ STATES = *UNTOUCHED, "corrected", "done"
 SHOWN, THUMB = 2048, 112        # most pixels per side of an image on the page, and of a thumbnail
 LOSSLESS = 1024                 # up to this side images are sent as PNG: pixel art has no blur
 DECODERS = 2                    # images decoded at once, so that large scans do not add up
+BLOCKS = 50                     # of proposals, neighbours in the folder
 SAVE_EVERY = 20                 # seconds, in training
 FAR = 2.0                       # images; joints may be this far outside
 
@@ -62,9 +65,27 @@ class Label:
     # ------------------------------------------------------------------------------------- images
 
     def list(self, *_: object) -> dict:
+        """Each image as [name, state, confidence, rank]; see `ranks`."""
         return {"folder": str(self.root), "labels": str(self.own[0].parent),
-                "images": [[os.path.relpath(image, self.root), *state]
-                           for image, state in zip(self.images, self.states, strict=True)]}
+                "images": [[os.path.relpath(image, self.root), *state, rank] for image, state, rank
+                           in zip(self.images, self.states, self.ranks(), strict=True)]}
+
+    def ranks(self) -> list[int]:
+        """The order in which a person should label. To do: every prefix is spread evenly over the
+        folder, so that the first ones differ most. Proposed: the least certain first, but of
+        neighbours in the folder, which look alike, one at a time."""
+        bits = max(1, (len(self.images) - 1).bit_length())
+        ranks = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(len(self.images))]
+        proposed = [i for i, (state, _) in enumerate(self.states) if state == "proposed"]
+        block = math.ceil(len(proposed) / BLOCKS)
+        block_of = {i: k // block for k, i in enumerate(proposed)}
+        turns, turn_of = Counter(), {}
+        for i in sorted(proposed, key=lambda i: self.states[i][1]):
+            turn_of[i] = turns[block_of[i]]
+            turns[block_of[i]] += 1
+        for k, i in enumerate(sorted(turn_of, key=turn_of.get)):       # stable: by confidence
+            ranks[i] = k
+        return ranks
 
     def path(self, i: int) -> str:
         if i >= len(self.images):
@@ -217,6 +238,7 @@ class Label:
                 saved = time.monotonic()
         propose.save(file, now)
         wanted = [i for i, (state, _) in enumerate(self.states) if state in UNTOUCHED]
+        made = 0
         for k in range(0, len(wanted), propose.BATCH):
             if self.stop.is_set():
                 return f"stopped at {self.progress['share']:.0%}; Propose goes on from there"
@@ -231,7 +253,8 @@ class Label:
                     if self.read_state(i)[0] in UNTOUCHED:
                         pose = propose.from_square(pose, size)
                         self.write(i, pose, "proposed", confidence)
-        return f"{checkpoint.plural(len(wanted), 'proposal')}, the least certain first"
+                        made += 1
+        return f"{checkpoint.plural(made, 'proposal')}, the least certain first"
 
     def squares(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray, tuple[int, int]]]:
         """(i, image, size) as propose.read_square, without images that are gone or broken."""

@@ -27,7 +27,7 @@ from metrics.keypoint_detector import WINDOW, KeypointDetector, detector_loss, p
 
 LEAST = 20                      # images done, before there is anything to learn from
 SIDE = 96                       # S
-BATCH, FIRST, MORE = 32, 400, 200       # steps of the first round, and of each one after it
+BATCH, FIRST, MORE = 32, 500, 300       # steps of the first round, and of each one after it
 LR, WARMUP = 2e-3, 30
 TURN, SCALE, SHIFT = 0.3, 0.2, 0.06     # standard deviations: radians, log of the size, images
 COLOUR = 0.25                   # of gain and offset of each colour, for images in [-1, 1]

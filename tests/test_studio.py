@@ -109,6 +109,8 @@ def test_only_the_page_itself_may_ask(mine):
                               ("Origin", f"https://127.0.0.1:{port + 1}")):
             assert refusal(ask, "api/images", headers={header: value})[0] == 403
             assert refusal(ask, "api/pose/0", {}, headers={header: value})[0] == 403
+        rebound = {"Host": f"evil.example:{port}", "Origin": f"http://127.0.0.1:{port}"}
+        assert refusal(ask, "api/images", headers=rebound)[0] == 403
         assert ask.server.server_address[0] == "127.0.0.1"
 
 
@@ -130,7 +132,7 @@ def test_a_label_is_saved_with_hidden_and_missing_joints_and_counts_once_it_is_d
     label, pose = Label(root), poses[2].copy()
     pose[3:6, 2], pose[9] = keypoints.HIDDEN, 0
     with served(label) as ask:
-        assert [state for _, state, _ in ask("api/images")["images"]] == ["todo"] * 6
+        assert [state for _, state, _, _ in ask("api/images")["images"]] == ["todo"] * 6
         accept(ask, 2, pose, "corrected")
         label.place.mkdir()                             # as the lock makes it
         with pytest.raises(data.DataError, match="no image with a pose"):
@@ -167,7 +169,7 @@ def test_labels_of_other_tools_are_read_and_kept(tmp_path):
     other = tmp_path / "set/keypoints/人物 03.json"
     other.write_text(openpose := json.dumps({"people": [{"pose_keypoints_2d": [10, 20, 1] * 18}]}))
     with served(Label(tmp_path / "set")) as ask:
-        assert [state for _, state, _ in ask("api/images")["images"]] == ["done"] * 4
+        assert [state for _, state, _, _ in ask("api/images")["images"]] == ["done"] * 4
         assert np.allclose(ask("api/pose/1")["pose"], poses[1])
         assert np.allclose(ask("api/pose/3")["pose"], [10 / 48, 20 / 48, 1])
         assert os.listdir(tmp_path / "set/keypoints") == [other.name]       # nothing was written
@@ -185,7 +187,7 @@ def test_labels_of_yolo_are_read_beside_new_ones(tmp_path):
     row = " ".join(f"{x} {y} {2 * visible:g}" for x, y, visible in poses[0])
     (tmp_path / "set/labels/人物 00.txt").write_text(f"0 0.5 0.5 1 1 {row}")
     with served(Label(tmp_path / "set")) as ask:
-        assert [state for _, state, _ in ask("api/images")["images"]] == ["done", "todo", "todo"]
+        assert [state for _, state, _, _ in ask("api/images")["images"]] == ["done", "todo", "todo"]
         accept(ask, 2, poses[2])
     ds = PoseFolder(tmp_path / "set", 16)
     assert np.allclose([ds.pose(0), ds.pose(1)], poses[[0, 2]])
@@ -284,6 +286,20 @@ def test_augmentation_moves_the_joints_with_the_pixels():
     assert np.allclose(back, wide)
 
 
+def test_what_is_asked_first_is_spread_over_the_folder(tmp_path):
+    label = Label.__new__(Label)
+    label.images, label.states = [""] * 200, [("todo", 0.0)] * 200
+    first = np.argsort(label.ranks())[:20]
+    assert np.diff(np.sort(first)).max() <= 16          # of 200; a random 20 leave larger gaps
+    sure = np.linspace(0.2, 1, 200).round(3)            # the least certain are all in one place
+    label.states = [("proposed", c) for c in sure]
+    first = np.argsort(label.ranks())
+    assert first[0] == 0 and (first[:50] == np.arange(0, 200, 4)).all()
+    assert (first[50:100] == np.arange(1, 200, 4)).all()
+    label.states = [("done", 1.0)] * 170 + [("proposed", 1 - c) for c in sure[:30]]
+    assert list(np.argsort(np.array(label.ranks())[170:])) == list(range(29, -1, -1))
+
+
 def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     monkeypatch.setattr(propose, "FIRST", 4)
     monkeypatch.setattr(propose, "BATCH", 4)
@@ -308,9 +324,15 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
 def test_proposals_are_marked_and_no_training_data_until_accepted(tmp_path, monkeypatch):
     monkeypatch.setattr(propose, "FIRST", 2)
     monkeypatch.setattr(propose, "BATCH", 4)
-    root, poses = tmp_path / "mine", figures(tmp_path / "mine", propose.LEAST + 4)
-    label = Label(root)
+    root, poses = tmp_path / "mine", figures(tmp_path / "mine", propose.LEAST + 5)
+    label, really = Label(root), propose.propose
     label.place.mkdir()
+
+    def meanwhile(*args):                               # a person works on one of them
+        label.save(24, {"pose": poses[24].tolist(), "state": "corrected", "version": ""})
+        return really(*args)
+
+    monkeypatch.setattr(propose, "propose", meanwhile)
 
     def wait(ask):
         for _ in range(600):
@@ -326,9 +348,10 @@ def test_proposals_are_marked_and_no_training_data_until_accepted(tmp_path, monk
         accept(ask, propose.LEAST, poses[propose.LEAST], "corrected")
         ask("api/propose", {})
         assert wait(ask)["text"] == "3 proposals, the least certain first"
-        states = [state for _, state, _ in ask("api/images")["images"]]
-        assert states == ["done"] * 20 + ["corrected"] + ["proposed"] * 3
-        assert np.array_equal(ask("api/pose/20")["pose"], poses[20])    # no one's work is replaced
+        states = [state for _, state, _, _ in ask("api/images")["images"]]
+        assert states == ["done"] * 20 + ["corrected"] + ["proposed"] * 3 + ["corrected"]
+        for i in (20, 24):                              # no one's work is replaced
+            assert np.array_equal(ask(f"api/pose/{i}")["pose"], poses[i])
         told = ask("api/pose/21")
         text = (root / "keypoints/人物 21.json").read_text()
         assert text.startswith('{"state": "proposed", "confidence": 0.')

@@ -9,18 +9,13 @@ const LEAST = 20, GROWTH = 1.5;     // images done, before the first and before 
 
 export async function startLabel(about) {
   const { folder, labels, images } = await ask("images");
-  const items = images.map(([name, state, confidence], i) => ({ i, name, state, confidence }));
+  const items = images.map(([name, state, confidence, rank], i) => (
+    { i, name, state, confidence, rank }));
   const loaded = new Map();         // by image: pose, version and history, once it was opened
   let suspects = {}, order = [], current = -1, wanted = -1, next = LEAST, training = false;
   const editor = new Editor($("image"), about, () => change(), $("hint"));
 
   // ---------------------------------------------------------------------------------- the strip
-
-  // Image to do: every prefix is spread evenly over the folder, so the first 20 differ most.
-  const bits = Math.max(1, (items.length - 1).toString(2).length);
-  for (const item of items) {
-    item.spread = parseInt([...item.i.toString(2).padStart(bits, "0")].reverse().join(""), 2);
-  }
 
   const has = (item, filter) => filter === "all" || item.state === filter
     || (filter === "suspects" && item.i in suspects);
@@ -57,8 +52,7 @@ export async function startLabel(about) {
       value, selected: value === filter,
       textContent: `${text} ${items.filter((item) => has(item, value)).length}` })));
     order = items.filter((item) => has(item, filter));
-    if (filter === "todo") order.sort((a, b) => a.spread - b.spread);
-    if (filter === "proposed") order.sort((a, b) => a.confidence - b.confidence);
+    if (filter === "todo" || filter === "proposed") order.sort((a, b) => a.rank - b.rank);
     const shown = $("strip").childElementCount;
     $("strip").replaceChildren();
     more(Math.max(shown, CHUNK));
@@ -222,9 +216,9 @@ export async function startLabel(about) {
 
   // Takes over the states from the server, but for images with work that is not saved.
   async function reload() {
-    for (const [i, [, state, confidence]] of (await ask("images")).images.entries()) {
+    for (const [i, [, state, confidence, rank]] of (await ask("images")).images.entries()) {
       if (loaded.get(i)?.saving) continue;
-      Object.assign(items[i], { state, confidence });
+      Object.assign(items[i], { state, confidence, rank });
       if (state === "proposed") loaded.delete(i);
     }
     if ($("filter").value === "todo") $("filter").value = "proposed";
