@@ -7,7 +7,7 @@ const LIVE_STEPS = 4;
 
 export async function startDraw(about, modes, show) {
   const form = $("settings").elements;
-  let drawing = null, live = null, wanted = false, timer = 0, pictures = [];
+  let drawing = null, live = null, timer = 0;
   const editor = new Editor($("canvas"), about, () => changed());
   editor.moved = () => changed();
 
@@ -98,7 +98,6 @@ export async function startDraw(about, modes, show) {
   });
 
   function showPictures(found) {
-    pictures = found;
     $("pictures").replaceChildren(...found.map(([url, command], i) => make("figure",
       { style: "background: none" }, make("img", { src: url, alt: `Picture ${i + 1}` }),
       make("div", {}, make("a", { href: url, textContent: "Save", title: "with its command",

@@ -1,6 +1,6 @@
 // Label: the strip of images, what is shown of one, saving, and proposals.
 import { $, ask, attempt, make, say } from "./app.js";
-import { Editor, emptyPose, isEmpty, mirrored } from "./skeleton.js";
+import { Editor, isEmpty, mirrored } from "./skeleton.js";
 
 const FILTERS = { todo: "To do", proposed: "Proposed", corrected: "Corrected", done: "Done",
                   suspects: "Suspects", all: "All" };
@@ -195,7 +195,8 @@ export async function startLabel(about) {
 
   const propose = () => attempt(async () => {
     await ask("propose", { stop: training });
-    watch();
+    training = true;                            // it may be over before it is seen
+    await watch();
   });
   $("propose").onclick = propose;
 

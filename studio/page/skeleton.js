@@ -7,7 +7,7 @@ const GROUND = "#181a22";
 // The head first, then each limb outward: the next joint is near the last one.
 const ORDER = [0, 1, 2, 3, 4, 5, 7, 9, 6, 8, 10, 11, 13, 15, 12, 14, 16];
 
-export const emptyPose = () => Array.from({ length: 17 }, () => [0, 0, 0]);
+const emptyPose = () => Array.from({ length: 17 }, () => [0, 0, 0]);
 export const isEmpty = (pose) => pose.every((joint) => !joint[2]);
 const rounded = (value) => Math.round(value * 1e6) / 1e6;
 
