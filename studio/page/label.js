@@ -52,7 +52,7 @@ export async function startLabel(about) {
       value, selected: value === filter,
       textContent: `${text} ${items.filter((item) => has(item, value)).length}` })));
     order = items.filter((item) => has(item, filter));
-    if (filter === "todo" || filter === "proposed") order.sort((a, b) => b.rank - a.rank);
+    if (filter === "todo" || filter === "proposed") order.sort((a, b) => a.rank - b.rank);
     const shown = $("strip").childElementCount;
     $("strip").replaceChildren();
     more(Math.max(shown, CHUNK));
