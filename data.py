@@ -19,9 +19,8 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,9 +29,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import keypoints
-
-if TYPE_CHECKING:
-    from dataset import folder
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".gif",
             ".tif", ".tiff"}
@@ -272,7 +268,9 @@ class PoseFolder(ImageDataset):
             raise DataError(f"{root}: no image{'' if poseless else ' with a pose'} in it")
         self.most_broken = limit * total
         note_broken(self, {})
-        self.label_by, self.label_of = folder.find_labels(self.root, self.names, labels)
+        table = folder.read_table(self.root, self.names)
+        self.group_of, self.metadata = folder.find_groups(self.names, table)
+        self.label_by, self.label_of = folder.find_labels(self.root, self.names, table, labels)
         self.label_names = sorted(set(self.label_of) - {""})
 
     def __len__(self) -> int:
@@ -308,14 +306,8 @@ class PoseFolder(ImageDataset):
             return cut_bars(*self.whole(i))
         return self.whole(i, at_least=2 * self.size)
 
-    @cached_property
-    def grouping(self) -> "folder.Groups":
-        """The clip of each image, and what metadata.csv had to do with it."""
-        from dataset import folder
-        return folder.find_groups(self.root, self.names)
-
     def groups(self) -> list[str]:
-        return self.grouping.names
+        return self.group_of
 
     def label_ids(self) -> np.ndarray:
         number = {name: i for i, name in enumerate(self.label_names)}
@@ -623,23 +615,15 @@ def spread(ds: ImageDataset, limit: int) -> ImageDataset:
     return ds if limit >= len(ds) else Part(ds, evenly(len(ds), limit).tolist())
 
 
-def numbered(
+def in_order(
     ds: ImageDataset, batch_size: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Batches (images [B, 3, S, S] in [-1, 1], poses [B, 17, 3], indices [B]) of ds in order,
+    """Batches (images [B, 3, S, S] in [-1, 1], poses [B, 17, 3], labels [B]) of ds in order,
     without the broken ones."""
-    steps = range(-(-len(ds) // batch_size))
+    steps, labels = range(-(-len(ds) // batch_size)), torch.from_numpy(ds.label_ids())
     for images, poses, indices in load(Steps(ds, batch_size), steps, 0, "cpu"):
         if len(images):
-            yield to_tensor(images), poses, indices
-
-
-def in_order(
-    ds: ImageDataset, batch_size: int, limit: int,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The images and poses of `numbered`, of at most `limit` images spread evenly over ds."""
-    for images, poses, _ in numbered(spread(ds, limit), batch_size):
-        yield images, poses
+            yield to_tensor(images), poses, labels[indices]
 
 
 # ------------------------------------------------------------------------------- what --data means
@@ -713,8 +697,8 @@ def describe_labels(ds: ImageDataset) -> str:
     counts = Counter(ds.label_ids().tolist())
     without = counts.pop(NO_LABEL, 0)
     names = [f"{ds.label_names[i]} {n}" for i, n in counts.most_common()]
-    return (f"{len(names)} labels by {ds.label_by}: {shorten(names, 5)}; {without} of {len(ds)} "
-            "images have none")
+    return (f"by {ds.label_by}: {shorten(names, 5)}; {without} of {len(ds)} images have "
+            "none")
 
 
 def check_out(out: str | Path, *specs: str | None) -> None:

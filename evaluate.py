@@ -171,9 +171,8 @@ def condition(args: argparse.Namespace) -> None:
     _, held_out = data.open_data(args.data, args.size, args.val, False, args.trim_bars, args.labels,
                                  checkpoint.label_names(payload, args.ckpt))
     held_out = data.spread(held_out, args.limit)
-    ids = torch.from_numpy(held_out.label_ids())
     with torch.no_grad(), progress(held_out, "encoding") as bar:
-        found = [(ldm.encode(x.to(device)), pose, ids[i]) for x, pose, i in bar]
+        found = [(ldm.encode(x.to(device)), pose, label) for x, pose, label in bar]
     z, poses, labels = (torch.cat(part).to(device) for part in zip(*found, strict=True))
     losses = condition_losses(ldm, Diffusion(**ldm.schedule), z, poses, BATCH,
                               null=ldm.supports_guidance, labels=labels)
@@ -290,9 +289,8 @@ def draw_held_out(
     **how: object,                              # of sample.settings, which has the defaults
 ) -> Drawn:
     """A sample for the pose of each held-out image, the i-th with seed `seed` + i."""
-    ids = torch.from_numpy(held_out.label_ids())
     with progress(held_out, "reading images") as bar:
-        found = [(data.to_uint8(x), pose, ids[i]) for x, pose, i in bar]
+        found = [(data.to_uint8(x), pose, label) for x, pose, label in bar]
     if sum(len(x) for x, _, _ in found) < 2:
         raise ValueError("shuffling poses needs at least 2 held-out images; add images")
     real, poses, labels = (np.concatenate(part) for part in zip(*found, strict=True))
@@ -357,7 +355,7 @@ def overfit(args: argparse.Namespace) -> None:
     make_out(str(out), config["data"], config["val"])
     train, held_out = data.open_data(config["data"], size, config["val"], False,
                                      config.get("trim_bars", False),
-                                     labels_of(config))
+                                     labels_flag(config))
     if config.get("data_hash") not in (None, data.data_hash(train, config["val"] and held_out)):
         raise ValueError(f"the images of {config['data']} are not those that {run} was trained on; "
                          "restore them to tell what was memorised")
@@ -369,13 +367,12 @@ def overfit(args: argparse.Namespace) -> None:
 
     cache = LatentCache(run, f"{config['vq_hash']} {config['amp']}", train, encode, BATCH, device)
     held_out = data.spread(held_out, args.limit)
-    ids, found = torch.from_numpy(held_out.label_ids()), list(data.numbered(held_out, BATCH))
-    theirs, their_labels = (torch.cat([pose for _, pose, _ in found]),
-                            torch.cat([ids[i] for _, _, i in found]))
+    images, *found = zip(*data.in_order(held_out, BATCH), strict=True)
+    theirs, their_labels = map(torch.cat, found)
     rows_shown, shown = 2 * data.evenly(len(cache) // 2, args.n), data.evenly(len(theirs), args.n)
     poses = {"training poses": cache.rows(rows_shown)[1], "held-out poses": theirs[shown]}
     labels = {"training poses": cache.labels[rows_shown], "held-out poses": their_labels[shown]}
-    latents = {HELD_OUT: torch.cat([(encode(x) - ldm.mean) / ldm.std for x, _, _ in found])}
+    latents = {HELD_OUT: torch.cat([(encode(x) - ldm.mean) / ldm.std for x in images])}
     latents |= {name: draw_latents(ldm, poses[name], labels[name], size, args) for name in poses}
     trained = partial(training_latents, ldm, cache)
     near = nearest(latents, trained, len(cache))
@@ -435,7 +432,7 @@ def film(run: Path, poses: Tensor, labels: Tensor, size: int,
 
 # ---------------------------------------------------------------------------------- what they share
 
-def labels_of(config: dict) -> str | None:
+def labels_flag(config: dict) -> str | None:
     """--labels as the run of this config had it."""
     by = config.get("labels") or "off"
     return None if by == folder.LABEL_COLUMN else by            # it is read by itself
@@ -453,7 +450,7 @@ def ask_configs(args: argparse.Namespace, configs: list[dict], multiple: int) ->
                              "--data")
         args.data, args.val = known["data"], args.val or known.get("val")
     args.trained_on = known is not None and args.data == known["data"]
-    args.labels = labels_of(known) if args.trained_on else None
+    args.labels = labels_flag(known) if args.trained_on else None
     sizes = [args.size, *(config.get("size") for config in configs), DEFAULT_SIZE]
     args.size = next(filter(None, sizes))
     if args.size % multiple:
@@ -468,8 +465,8 @@ def make_out(out: str | None, *roots: str | None) -> None:
 
 
 def progress(ds: data.ImageDataset, what: str) -> tqdm:
-    """The batches of data.numbered with a bar; use it in `with`, so that an error ends the bar."""
-    return tqdm(data.numbered(ds, BATCH), total=math.ceil(len(ds) / BATCH), desc=what, unit="batch",
+    """The batches of data.in_order with a bar; use it in `with`, so that an error ends the bar."""
+    return tqdm(data.in_order(ds, BATCH), total=math.ceil(len(ds) / BATCH), desc=what, unit="batch",
                 dynamic_ncols=True)
 
 

@@ -563,7 +563,8 @@ def evaluate_vq(run: RunDir, bar: tqdm, step: int, c: Config, model: VQModel,
     """Reconstruction of held-out images: log, preview, curves. Returns the score: the PSNR."""
     began = time.monotonic()
     bar.set_description(f"{run.title}, evaluating")
-    batches = (x for x, _ in data.in_order(val, in_network(c), c.recipe.eval_images))
+    val = data.spread(val, c.recipe.eval_images)
+    batches = (x for x, *_ in data.in_order(val, in_network(c)))
     result = reconstruction(model, batches, c.device, partial(autocast, c))
     said = (f"held-out PSNR {result['psnr']:.2f} dB (averaging over boxes: "
             f"{result['psnr_box']:.2f}); codes used {result['codes_used']:.1%} of "
@@ -604,7 +605,7 @@ SHARED_PANELS: plots.Panels = {
 @torch.no_grad()
 def preview_vq(path: Path, model: VQModel, val: data.ImageDataset, c: Config, result: dict) -> None:
     """A grid of original | box | reconstruction | error for the first held-out images."""
-    x = next(data.in_order(val, PREVIEWS, PREVIEWS))[0].to(c.device)
+    x = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))[0].to(c.device)
     model.eval()
     with autocast(c):
         x_hat = model(x)[0].float().clamp(-1, 1)
@@ -760,10 +761,9 @@ class HeldOut:
                  val: data.ImageDataset):
         self.c, self.average, self.diffusion = c, average, diffusion
         val = data.spread(val, c.recipe.eval_images)
-        ids = torch.from_numpy(val.label_ids())
         with torch.no_grad(), autocast(c):
-            found = [(average.encode(x.to(c.device)), pose, ids[i]) for x, pose, i in
-                     data.numbered(val, in_network(c))]
+            found = [(average.encode(x.to(c.device)), pose, label) for x, pose, label in
+                     data.in_order(val, in_network(c))]
         if sum(len(z) for z, _, _ in found) < 2:
             raise ValueError(f"{c.data} leaves fewer than 2 usable images to validate on: add "
                              "images, or give a set of its own with --val")
@@ -774,9 +774,7 @@ class HeldOut:
         self.z_train = (h.to(c.device) - average.mean) / average.std
         self.pose_train, self.label_train = pose.to(c.device), cache.labels[rows].to(c.device)
         self.monitor = OverfitMonitor(diffusion, self.z, self.z_train)
-        val = data.spread(val, PREVIEWS)
-        x, pose, i = next(data.numbered(val, PREVIEWS))
-        self.preview = x, pose, torch.from_numpy(val.label_ids())[i]
+        self.preview = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))
 
     def evaluate(self, run: RunDir, bar: tqdm, step: int, ldm: LDM) -> tuple[float, str | None]:
         """Losses on fixed noise: log, preview, curves. Returns best.pt's score, and a warning where
@@ -887,7 +885,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
     c = replace(c, images=len(train), data_hash=data.data_hash(train, c.val and val),
                 labels=train.label_by)
     if c.stage == "ldm" and train.label_names:
-        print0(f"{data.describe_labels(train)}.")
+        print0(f"Labels {data.describe_labels(train)}.")
         c = replace(c, label_names=tuple(train.label_names), unet_config=replace(
             c.unet_config, num_classes=len(train.label_names)))
     run = RunDir(c.out, c.stage, fresh)
@@ -935,7 +933,7 @@ def open_latents(c: Config, folder: Path, vq: VQModel, train: data.ImageDataset)
 def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
     """c with the length of the run that it resumes; ValueError where it is another run."""
     free = MAY_DIFFER | (OF_DATA if accept_data else set())
-    if c.cond_config and "hidden" not in old["cond_config"]:    # from before there were hidden joints
+    if c.cond_config and "hidden" not in old["cond_config"]:    # a run from before hidden joints
         c = replace(c, cond_config=replace(c.cond_config, hidden=False))
     if c.stage == "ldm" and c.init:             # the run has taken it from there
         c = replace(c, schedule=old["schedule"])

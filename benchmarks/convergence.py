@@ -60,7 +60,8 @@ def main() -> None:
     ldm, payload = checkpoint.load_ldm(args.ckpt)
     c = payload["config"]
     train_part, held_out = data.open_data(c["data"], c["size"], c["val"])
-    poses = torch.cat([pose for _, pose in data.in_order(held_out, 64, args.pictures)])
+    poses = torch.cat([
+        pose for _, pose, _ in data.in_order(data.spread(held_out, args.pictures), 64)])
     poses, side = poses[:DISTANCE_PICTURES], c["size"] // ldm.vq.config.factor
 
     def trained_eps() -> EpsFn:
@@ -129,7 +130,7 @@ def quality(ldm: LDM, reader: nn.Module, held_out: data.ImageDataset, n: int, S:
             sampler: str, spacing: str, eta: float) -> dict:
     """Pose fidelity and Frechet distance of n held-out poses, each from the same x_T whatever the
     sampler."""
-    images, poses = zip(*data.in_order(held_out, 64, n), strict=True)
+    images, poses, _ = zip(*data.in_order(data.spread(held_out, n), 64), strict=True)
     poses, real = torch.cat(poses), np.concatenate([data.to_uint8(x) for x in images])
     samples = sample.draw_images(ldm, poses, list(range(len(poses))), held_out.size,
                                    sampler=sampler, steps=S, eta=eta, guidance=ldm.guidance,

@@ -42,7 +42,8 @@ def main() -> None:
     train_part, held_out = data.open_data(c["data"], c["size"], c["val"])
     reader = evaluate.find_detector(c["data"], train_part)
     density = PoseDensity(checkpoint.training_poses(payload, args.ckpt))
-    poses = torch.cat([pose for _, pose in data.in_order(held_out, 64, args.pictures)])
+    poses = torch.cat([
+        pose for _, pose, _ in data.in_order(data.spread(held_out, args.pictures), 64)])
     poses = poses.double().numpy()
     noise = np.random.default_rng(0).normal(0, args.noise, poses.shape) * (poses[..., 2:] > 0)
     rows = {}

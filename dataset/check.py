@@ -451,7 +451,7 @@ def make_report(root: str, checked: Checked, suspects: list[Suspect], verdicts: 
                    "held_out": int((checked.held & sound).sum()),
                    "not_square": int(oblong.sum())},
         "short_side": short_side, "groups": len(set(groups)), "held_out_of": held_out_of,
-        "metadata": train.grouping.metadata if isinstance(train, PoseFolder) else "",
+        "metadata": train.metadata if isinstance(train, PoseFolder) else "",
         "labels": data.describe_labels(train),
         "cut_off": cut_off(checked.rows[sound][oblong]), **about,
         "suspects": [{"kind": s.kind, "file": s.file, "why": s.why, "score": round(s.score, 4)}

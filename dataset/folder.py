@@ -292,43 +292,21 @@ def merge(parts: list[tuple[Path, list[Labelled]]]) -> list[Labelled]:
     return [images[path] for path in sorted(images)]
 
 
-# --------------------------------------------------------------------------------------- groups
+# ----------------------------------------------------------------- metadata.csv: groups and labels
 
-class Groups(NamedTuple):
-    """The clip of each image, and what metadata.csv had to do with it."""
-    names: list[str]                # of the clip of image i
-    metadata: str = ""              # one sentence; "" without a metadata.csv
-
-
-def find_groups(root: Path, names: list[str]) -> Groups:
-    """The clip of each image: metadata.csv's, else the name without its frame number."""
-    stems = [PurePosixPath(name.rpartition("images/")[2]).with_suffix("").as_posix()
-             for name in names]
-    groups = [re.sub(r"[-_ ./]*\d+$", "", stem) or stem for stem in stems]
-    path = find_table(root)
-    if path is None:
-        return Groups(groups)
-    columns, rows = read_table(path)
-    file, group = (next((c for c in known if c in columns), None)
-                   for known in (FILE_COLUMNS, GROUP_COLUMNS))
-    if not file or not group:
-        return Groups(groups, f"metadata.csv is not used: it has the columns {', '.join(columns)}; "
-                              f"it needs a column file and one of {', '.join(GROUP_COLUMNS)}")
-    told = match_rows([row[file] for row in rows], names)
-    for i, row in told.items():
-        groups[i] = rows[row][group] or groups[i]
-    return Groups(groups, f"{len(told)} of {len(rows)} rows of metadata.csv match an image, "
-                          f"{len(names) - len(told)} of {len(names)} images have no row")
+class Table(NamedTuple):
+    """metadata.csv: what it says of image i, a value for each column."""
+    columns: list[str]
+    rows: dict[int, dict[str, str]]         # of the images that have a row
+    matched: str                            # one sentence with counts
 
 
-def find_table(root: Path) -> Path | None:
-    """The metadata.csv of a dataset."""
-    return next((path for path in (root / "metadata.csv", root / "images/metadata.csv")
+def read_table(root: Path, names: list[str]) -> Table | None:
+    """The metadata.csv of a dataset, whose columns commas, semicolons or tabs separate."""
+    path = next((path for path in (root / "metadata.csv", root / "images/metadata.csv")
                  if path.is_file()), None)
-
-
-def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """(columns, rows) of a csv file that commas, semicolons or tabs separate."""
+    if path is None:
+        return None
     raw = path.read_bytes()
     try:
         text = raw.decode(json.detect_encoding(raw))
@@ -342,7 +320,15 @@ def read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         raise DataError(f"{path}: not a csv table ({error}); fix it or take it out") from error
     columns = [column.strip().lower() for column in columns]
     blank = dict.fromkeys(columns, "")
-    return columns, [blank | dict(zip(columns, map(str.strip, row), strict=False)) for row in rows]
+    rows = [blank | dict(zip(columns, map(str.strip, row), strict=False)) for row in rows]
+    file = next((column for column in FILE_COLUMNS if column in columns), None)
+    if file is None:
+        return Table(columns, {}, f"metadata.csv is not used: it has the columns "
+                                  f"{', '.join(columns)}, and none of {', '.join(FILE_COLUMNS)}")
+    of = match_rows([row[file] for row in rows], names)
+    return Table(columns, {i: rows[row] for i, row in of.items()},
+                 f"{len(of)} of {len(rows)} rows of metadata.csv match an image, "
+                 f"{len(names) - len(of)} of {len(names)} images have no row")
 
 
 def match_rows(rows: list[str], names: list[str]) -> dict[int, int]:
@@ -371,38 +357,43 @@ def ends_of(name: str) -> list[str]:
     return ["/".join(parts[i:]) for i in range(len(parts))]
 
 
-# --------------------------------------------------------------------------------------- labels
+def find_groups(names: list[str], table: Table | None) -> tuple[list[str], str]:
+    """The clip of each image: the table's, else the name without its frame number; and what the
+    table had to do with it, "" without one."""
+    stems = [PurePosixPath(name.rpartition("images/")[2]).with_suffix("").as_posix()
+             for name in names]
+    groups = [re.sub(r"[-_ ./]*\d+$", "", stem) or stem for stem in stems]
+    if table is None:
+        return groups, ""
+    column = next((column for column in GROUP_COLUMNS if column in table.columns), None)
+    if table.rows and not column:
+        return groups, (f"{table.matched}; it has no column for groups, "
+                        f"{' or '.join(GROUP_COLUMNS)}")
+    for i, row in table.rows.items():
+        groups[i] = row[column] or groups[i]
+    return groups, table.matched
 
-class Labels(NamedTuple):
-    """What --labels says is on each image."""
-    by: str | None                  # "folders" or a column of metadata.csv; None: no labels
-    names: list[str]                # of the label of image i; "" without one
 
-
-def find_labels(root: Path, names: list[str], by: str | None) -> Labels:
-    """The label of each image, by --labels: "folders", a column, "off", or None for the column
-    label where there is one. DataError where what was asked for labels no image."""
-    found, why, column = {}, "", (by or LABEL_COLUMN).strip().lower()
+def find_labels(root: Path, names: list[str], table: Table | None,
+                by: str | None) -> tuple[str | None, list[str]]:
+    """(what labels the images, the label of each or "") by --labels: "folders", a column, "off", or
+    None for the column label where there is one. DataError where what was asked for labels no
+    image."""
+    column, found, why = (by or LABEL_COLUMN).strip().lower(), {}, ""
     if by == "folders":
         parts = [name.rpartition("images/")[2].split("/") for name in names]
         found = {i: first for i, (first, *rest) in enumerate(parts) if rest}
         why = f"all {len(names)} images lie directly in it, not in sub-folders of images/"
-    elif by != "off":
-        path = find_table(root)
-        columns, rows = read_table(path) if path else ([], [])
-        file = next((known for known in FILE_COLUMNS if known in columns), None)
-        if column in columns and file:
-            told = match_rows([row[file] for row in rows], names)
-            found = {i: rows[row][column] for i, row in told.items() if rows[row][column]}
-            why = (f"{len(told)} of {len(rows)} rows of metadata.csv match one of {len(names)} "
-                   f"images, and none of them has a {column}")
-        elif by or column in columns:
-            why = (f"metadata.csv needs the columns file and {column}; it has "
-                   f"{', '.join(columns) or 'none'}" if path else "there is no metadata.csv")
+    elif by != "off" and table and column in table.columns:
+        found = {i: row[column] for i, row in table.rows.items() if row[column]}
+        why = f"{table.matched}, and no row that matches has a {column}"
+    elif by not in (None, "off"):
+        why = (f"metadata.csv has the columns {', '.join(table.columns)}" if table else
+               "there is no metadata.csv")
     if why and not found:
         if by:
             raise DataError(f"{root}: --labels {by} labels no image: {why}; name another column, "
                             "or folders, or leave --labels out")
         print(f"warning: {root}: no image gets a label: {why}", file=sys.stderr)
-    return Labels(column if found else None,
-                  [normalize("NFC", found.get(i, "")) for i in range(len(names))])
+    return (column if found else None,
+            [normalize("NFC", found.get(i, "")) for i in range(len(names))])

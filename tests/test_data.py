@@ -15,7 +15,7 @@ import keypoints
 import plots
 from data import DataError, InMemory, Part, PoseFolder, batches, crop_resize, split
 from dataset.figures import Figures
-from dataset.folder import find_groups, has_keypoints
+from dataset.folder import find_groups, has_keypoints, read_table
 
 
 def some_pose(seed: int) -> np.ndarray:
@@ -628,17 +628,20 @@ def test_rows_of_metadata_match_whatever_wrote_them(tmp_path, row, header, codin
         cells = [cell[::-1] for cell in cells]
     lines = [columns, *(row.format(*cell) for cell in cells), ""]
     (tmp_path / "metadata.csv").write_text("\r\n".join(lines), coding)
-    found = find_groups(tmp_path, names)
-    assert found.names == ["caf\u00e9", "two", "b/x"] and found.metadata.startswith("2 of 2 rows")
+    groups, metadata = find_groups(names, read_table(tmp_path, names))
+    assert groups == ["caf\u00e9", "two", "b/x"] and metadata.startswith("2 of 2 rows")
 
 
 def test_rows_of_metadata_that_match_two_images_or_none_are_told(tmp_path):
     (tmp_path / "metadata.csv").write_text("file,group\nx1.png,one\ny7.png,two\nz.png,three\n")
-    found = find_groups(tmp_path, ["images/a/x1.png", "images/b/x1.png", "images/b/y7.png"])
-    assert found.names == ["a/x", "b/x", "two"]
-    assert found.metadata == "1 of 3 rows of metadata.csv match an image, 2 of 3 images have no row"
-    (tmp_path / "metadata.csv").write_text("file,kind\nx1.png,one\n")
-    assert "has the columns file, kind" in find_groups(tmp_path, ["images/x1.png"]).metadata
+    names = ["images/a/x1.png", "images/b/x1.png", "images/b/y7.png"]
+    groups, metadata = find_groups(names, read_table(tmp_path, names))
+    assert groups == ["a/x", "b/x", "two"]
+    assert metadata == "1 of 3 rows of metadata.csv match an image, 2 of 3 images have no row"
+    (tmp_path / "metadata.csv").write_text("file,kind\ny7.png,one\n")
+    assert "no column for groups" in find_groups(names, read_table(tmp_path, names))[1]
+    (tmp_path / "metadata.csv").write_text("who,group\nx1.png,one\n")
+    assert "has the columns who, group" in find_groups(names, read_table(tmp_path, names))[1]
 
 
 def test_one_clip_alone_splits_by_image_with_a_warning(tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_labels_are_read_from_a_column_or_from_folders(tmp_path, capsys):
     ds = PoseFolder(root, 12)
     assert ds.label_by == "label" and ds.label_names == sorted([COMMA, JAPANESE])
     assert ds.label_ids()[:6].tolist() == [0, NO_LABEL, 1, NO_LABEL, 0, NO_LABEL]
-    assert data.describe_labels(ds) == (f"2 labels by label: {COMMA} 5, {JAPANESE} 5; 10 of 20 "
+    assert data.describe_labels(ds) == (f"by label: {COMMA} 5, {JAPANESE} 5; 10 of 20 "
                                         "images have none")
     assert not PoseFolder(root, 12, labels="off").label_names
     table(root, {"clip0_003.png": "Knight"}, "Character")
@@ -127,8 +127,8 @@ def test_labels_are_read_from_a_column_or_from_folders(tmp_path, capsys):
 def test_labels_that_match_nothing_are_told_with_counts(tmp_path, capsys):
     root = table(folder(tmp_path, 6), {"x.png": "a", "y.png": "b"})
     assert not PoseFolder(root, 12).label_names
-    assert "0 of 2 rows of metadata.csv match one of 6 images" in capsys.readouterr().err
-    for by, words in (("label", "0 of 2 rows"), ("kind", "it has file, label"),
+    assert "0 of 2 rows of metadata.csv match an image" in capsys.readouterr().err
+    for by, words in (("label", "0 of 2 rows"), ("kind", "has the columns file, label"),
                       ("folders", "all 6 images lie directly in it")):
         with pytest.raises(DataError, match=words):
             PoseFolder(root, 12, labels=by)

@@ -279,7 +279,7 @@ def test_a_run_measures_raw_and_averaged_weights_on_training_and_held_out_latent
     ldm, _ = checkpoint.load_ldm(trained / "ldm/last.pt")
     ours, held_out = data.open_data("figures:12", 32)
     for ds, name in (held_out, "right"), (ours, "train"):
-        (x, pose), = data.in_order(ds, 12, 12)
+        (x, pose, _), = data.in_order(data.spread(ds, 12), 12)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             losses = condition.loss_each(ldm, Diffusion(**ldm.schedule), ldm.encode(x), pose)
         assert rows[-1][f"val_{name}"] == pytest.approx(losses.mean().item(), rel=2e-2)

@@ -56,7 +56,7 @@ def test_it_draws_the_pose_asked_for():
 
 def test_its_autoencoder_keeps_held_out_figures():
     vq = checkpoint.build_vq(checkpoint.load_vq(MODEL), "assets/toy.pt")
-    (x, _), = data.in_order(Figures(64, 64, seed=1), 64, 64)
+    (x, *_), = data.in_order(Figures(64, 64, seed=1), 64)
     with torch.no_grad():
         x_hat = vq(x)[0]
     boxes = metrics.images.box_baseline(x, 4)
