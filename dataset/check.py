@@ -468,7 +468,7 @@ def describe(report: dict) -> Iterator[str]:
         return f"{count} ({count / max(of, 1):.1%})"
 
     yield (f"images      {told['found']} with a pose, {n} sound, {told['broken']} broken, "
-           f"{told['without_a_person']} more without a person")
+           f"{told['without_a_person']} more without a person or not labelled yet")
     if n:
         yield (f"short side  {short['min']} min, {short['median']} median, {short['max']} max "
                f"pixels; {told['not_square']} not square")

@@ -24,6 +24,9 @@ from formats import pose_files
 
 PARTS = "train", "valid", "val", "test"         # folders of Roboflow's exports
 SHORT_FILE = 300                                # bytes; a json file with a person is longer
+STUDIO = ".studio"                              # beside keypoints/, where studio/ was used
+# What studio/ writes first into a keypoint file; of other tools' files every one is done.
+STATE = re.compile(rb'\{"state": "(\w+)", "confidence": ([\d.]+),')
 # Columns of metadata.csv; the first that is there counts.
 FILE_COLUMNS = ("file", "file_name", "filename", "image", "image_name", "path", "name")
 GROUP_COLUMNS = ("group", "animation", "clip", "video")
@@ -48,7 +51,7 @@ def find(root: Path, poseless: bool) -> tuple[Path, list[Labelled]]:
     if root.is_file():
         return root.parent, list(pair(read_list(root)))
     if (root / "keypoints").is_dir():
-        return root, list(pair(find_images(root / "images")))
+        return root, completed(list(pair(find_images(images_of(root)))), root)
     if coco := find_coco(root):
         parts = [read_coco(*each) for each in coco]
         return parts[0] if len(parts) == 1 else (root, merge(parts))
@@ -62,6 +65,22 @@ def find(root: Path, poseless: bool) -> tuple[Path, list[Labelled]]:
     raise DataError(f"{root}: not a dataset; put images into {root}/images and their poses into "
                     f"{root}/keypoints (or YOLO's into {root}/labels), or into {root} one COCO "
                     "json that has images and annotations")
+
+
+def images_of(root: Path) -> Path:
+    """The folder of a dataset's images: images/ in it, or itself."""
+    return root / "images" if (root / "images").is_dir() else root
+
+
+def completed(found: list[Labelled], root: Path) -> list[Labelled]:
+    """The images of keypoints/; those without a file there get their label of a COCO json, as where
+    studio/ has changed some labels of a COCO dataset."""
+    if all(one.label is not None or os.path.isfile(keypoint_file(one.path) or "") for one in found):
+        return found
+    told = {os.path.normpath(one.path): one
+            for coco in find_coco(root) for one in read_coco(*coco)[1]}
+    return [one if one.label is not None or os.path.isfile(keypoint_file(one.path) or "") else
+            told.get(os.path.normpath(one.path), one) for one in found]
 
 
 # --------------------------------------------------------------------------------- names of files
@@ -139,28 +158,39 @@ def pair(images: list[str]) -> Iterator[Labelled]:
                            "file")
         elif os.path.isfile(label):
             yield Labelled(image, None if has_nobody(label) else label)
-        elif label.endswith(".txt"):                # YOLO writes no file where nobody is
-            yield Labelled(image, None)
+        elif label.endswith(".txt") or os.path.isdir(os.path.join(base_of(image)[0], STUDIO)):
+            yield Labelled(image, None)             # YOLO writes no file where nobody is; to do
         else:
             yield Labelled(image, None, f"its keypoints {label} are missing")
 
 
-def keypoint_file(image: str) -> str | None:
-    """Of a/images/b/c.png a/keypoints/b/c.json, by the last folder called images; where it does not
-    exist, OpenPose's c_keypoints.json; YOLO's a/labels/b/c.txt, where a/keypoints does not."""
+def base_of(image: str) -> tuple[str, str] | None:
+    """(a, b/c) of a/images/b/c.png, by the last folder called images; also of a/b/c.png, where a
+    has keypoints/, the nearest such folder. None for an image that neither is true of."""
     *folders, name = Path(image).parts
-    if "images" not in folders:
+    for i in range(len(folders), -1, -1):
+        rest = os.path.join(*folders[i:], os.path.splitext(name)[0])
+        if i and folders[i - 1] == "images":
+            return os.path.join("", *folders[:i - 1]), rest
+        if os.path.isdir(os.path.join("", *folders[:i], "keypoints")):
+            return os.path.join("", *folders[:i]), rest
+    return None
+
+
+def keypoint_file(image: str) -> str | None:
+    """Of a/images/b/c.png a/keypoints/b/c.json; where it does not exist, OpenPose's
+    c_keypoints.json, then YOLO's a/labels/b/c.txt, if there is a/labels. See base_of."""
+    found = base_of(image)
+    if found is None:
         return None
-    i, stem = len(folders) - 1 - folders[::-1].index("images"), os.path.splitext(name)[0]
-    root = os.path.join("", *folders[:i])
-    yolo = (os.path.isdir(os.path.join(root, "labels"))
-            and not os.path.isdir(os.path.join(root, "keypoints")))
-    start = os.path.join(root, "labels" if yolo else "keypoints", *folders[i + 1:], stem)
-    if yolo:
-        return on_disk("", start + ".txt")
-    plain = on_disk("", start + ".json")
-    openpose = plain if os.path.isfile(plain) else on_disk("", start + "_keypoints.json")
-    return openpose if os.path.isfile(openpose) else plain
+    base, rest = found
+    plain = on_disk("", os.path.join(base, "keypoints", rest + ".json"))
+    openpose = plain if os.path.isfile(plain) else on_disk(
+        "", os.path.join(base, "keypoints", rest + "_keypoints.json"))
+    if os.path.isfile(openpose):
+        return openpose
+    yolo = os.path.isdir(os.path.join(base, "labels"))
+    return on_disk("", os.path.join(base, "labels", rest + ".txt")) if yolo else plain
 
 
 def has_labels_beside(root: Path) -> bool:
@@ -169,10 +199,19 @@ def has_labels_beside(root: Path) -> bool:
     return label is not None and os.path.isdir(os.path.dirname(label))
 
 
+def state_of(label: str) -> tuple[str, float]:
+    """The state of a keypoint file and the confidence of a proposal: "proposed" by a detector, or
+    "corrected" or "todo", which nobody has accepted yet; else ("done", 1)."""
+    with open(label, "rb") as file:
+        found = STATE.match(file.read(100))
+    return (found[1].decode(), float(found[2])) if found else ("done", 1.0)
+
+
 def has_nobody(label: str) -> bool:
-    """Whether a keypoint file says that nobody is in its image. Long json files are not opened."""
+    """Whether a keypoint file says that nobody is in its image, or is not accepted yet. Long json
+    files are not parsed."""
     if label.endswith(".json") and os.path.getsize(label) > SHORT_FILE:
-        return False
+        return state_of(label)[0] != "done"
     try:
         pose_files.load_poses(label, canvas=(1, 1))
     except pose_files.NobodyFound:

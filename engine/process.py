@@ -15,9 +15,10 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """`folder`, created if needed, for this process alone; ValueError names the process that is
-    training into it.
+def locked(folder: Path, used: str = "is being trained into", advice: str = "wait for it or stop "
+           "it, or give another --out") -> Iterator[None]:
+    """`folder`, created if needed, for this process alone; ValueError names the process that has
+    it, and says how it is `used` and the `advice`.
 
     The kernel's lock counts, not the file: it ends with its process, so a kill -9 leaves nothing to
     clean up. The file stays: if it were removed, one process could lock it and the next a new file
@@ -28,8 +29,8 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+", encoding="utf-8")
     except OSError as e:
-        raise ValueError(f"--out {folder} cannot be written ({e.strerror}); choose another "
-                         "folder") from None
+        raise ValueError(f"{folder} cannot be written ({e.strerror}); choose another folder"
+                         ) from None
     with file:
         try:
             import fcntl
@@ -37,8 +38,7 @@ def locked(folder: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             file.seek(0)
             owner = file.read() or "another process"
-            raise ValueError(f"{folder} is being trained into by {owner}; wait for it or stop it, "
-                             "or give another --out") from None
+            raise ValueError(f"{folder} {used} by {owner}; {advice}") from None
         except (ImportError, OSError):
             pass
         with suppress(OSError):                         # a full disk; the folder is locked anyway

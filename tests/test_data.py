@@ -512,7 +512,7 @@ def test_errors_name_the_file(tmp_path):
         PoseFolder(tmp_path / "nowhere", 8)
     with pytest.raises(DataError, match="not a dataset; put images"):
         PoseFolder(tmp_path, 8)
-    with pytest.raises(DataError, match="set/images: no images in it"):
+    with pytest.raises(DataError, match="set: no images in it"):
         PoseFolder(tmp_path / "set", 8)
     (tmp_path / "set/images").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "set/images/lonely.png")

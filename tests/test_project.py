@@ -22,6 +22,7 @@ ROOMS = {
     "formats": {"pose_files", "compvis", "lpips", "detections"},
     "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "pose"},
     "extras": {"density", "motion", "output", "proportions"},
+    "studio": {"__main__", "server", "label", "propose", "draw"},
 }
 # What a file, or each file of a room, may import of ours; a room stands for all that is in it.
 MAY_IMPORT = {
@@ -33,12 +34,14 @@ MAY_IMPORT = {
     "train": (*LEAVES, "ldm", "data", "checkpoint", "dataset.latents", "engine",
               "metrics", "plots"),
     "sample": ("engine.startup", *LEAVES, "ldm", "data", "checkpoint", "formats", "extras", "plots"),
-    "evaluate": (*LEAVES, *ROOMS, "ldm", "data", "checkpoint", "sample", "plots"),
+    "evaluate": (*LEAVES, *(room for room in ROOMS if room != "studio"), "ldm", "data", "checkpoint", "sample", "plots"),
     "engine": ("checkpoint", "engine"),
     "dataset": ("keypoints", "data", "dataset", "formats", "plots"),
     "formats": ("keypoints", "unet", "vq", "checkpoint", "formats"),
     "metrics": ("keypoints", "metrics"),
     "extras": ("keypoints", "diffusion", "data", "formats", "extras", "plots"),
+    "studio": (*LEAVES, "ldm", "data", "sample", "checkpoint", "dataset", "formats", "metrics",
+               "extras", "engine", "studio"),           # nobody imports studio
 }
 # The same within functions, for what only some who use a file ever need.
 LAZILY = {"data": ("dataset", "formats"), "checkpoint": ("formats",), "train": ("formats",)}

@@ -1,6 +1,8 @@
-"""The bundled model, as a user meets it: a change that spoils loading, sampling or the pose fails here."""
+"""The bundled models, as a user meets them: a change that spoils loading, sampling or the pose fails here."""
+import colorsys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,16 +17,18 @@ from dataset.figures import Figures
 from unet import UNet
 
 ROOT = Path(__file__).parent.parent
-MODEL = ROOT / "assets/toy.pt"
+MODEL, CHARACTERS = ROOT / "assets/toy.pt", ROOT / "assets/characters.pt"
 POSES = sorted(map(str, (ROOT / "examples/poses").glob("*.json")))
 
 
 def test_the_files_are_small_and_hold_no_training_state():
-    assert MODEL.stat().st_size <= 16_000_000 and evaluate.BUNDLED.stat().st_size <= 5_000_000
-    payload = torch.load(MODEL, weights_only=True)
-    assert "train" not in payload and payload["config"]["preset"] == "toy"
-    for part in ("vq", "unet", "cond"):
-        assert all(tensor.dtype != torch.float32 for tensor in payload[part].values())
+    assert evaluate.BUNDLED.stat().st_size <= 5_000_000
+    for path, preset, most in (MODEL, "toy", 16_000_000), (CHARACTERS, "small", 24_000_000):
+        assert path.stat().st_size <= most
+        payload = torch.load(path, weights_only=True)
+        assert "train" not in payload and payload["config"]["preset"] == preset
+        for part in ("vq", "unet", "cond"):
+            assert all(tensor.dtype != torch.float32 for tensor in payload[part].values())
 
 
 def test_bare_sample_py_draws_all_example_poses_without_any_training(tmp_path, monkeypatch, capsys):
@@ -38,6 +42,24 @@ def test_bare_sample_py_draws_all_example_poses_without_any_training(tmp_path, m
     assert "bundled toy model" in printed and "toy.pt" in printed and "16 images" in printed
     assert Image.open("samples.png").width > 3 * 64
     assert passes == [2 * 16] * 6                           # guidance: each image with and without its pose
+
+
+def hue(image: Image.Image) -> float:
+    """The hue in degrees of the mean colour of what is not background, a corner's colour."""
+    pixels = np.asarray(image.convert("RGB"), dtype=float) / 255
+    person = pixels[np.abs(pixels - pixels[0, 0]).max(-1) > 0.1]
+    return 360 * colorsys.rgb_to_hsv(*person.mean(0))[0]
+
+
+def test_each_character_is_drawn_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = [POSES[0], "--ckpt", str(CHARACTERS), "--label", "all", "--retarget", "--separate", "each"]
+    assert sample.main([*command, "--device", "cpu"]) == 0, capsys.readouterr().err
+    hues = {path.stem: hue(Image.open(path)) for path in Path("each").glob("*.png")}
+    assert len(hues) == 5
+    for name, low, high in (("Mage", 200, 300), ("Rogue_Hooded", 90, 170), ("Knight", 150, 250)):
+        (of,) = (degrees for stem, degrees in hues.items() if f"-{name}-" in stem)
+        assert low < of < high, hues
 
 
 @pytest.mark.slow
