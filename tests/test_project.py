@@ -3,6 +3,7 @@ import ast
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -145,6 +146,19 @@ def test_the_links_of_a_page_lead_somewhere(page):
             file = page.parent / path if path else page
             assert file.exists(), target
             assert not anchor or anchor in anchors(file), target
+
+
+def test_the_tables_of_the_pages_are_those_of_the_runs():
+    tables = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "--check"], check=False)
+    assert tables.returncode == 0, "run python benchmarks/tables.py"
+
+
+def test_the_book_has_the_lines_that_the_readme_says():
+    told = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert len(told) == 8
+    for name, lines in told:
+        there = len((ROOT / name).read_text().splitlines())
+        assert abs(there - int(lines)) <= 0.1 * there, f"{name} has {there} lines"
 
 
 def test_start_has_the_two_commands_and_ci_runs_the_second():
