@@ -538,7 +538,7 @@ def test_the_perceptual_and_the_adversarial_loss_are_trained_on_and_logged(tmp_p
     (["--minutes", "1"], ["--steps and --minutes"]), (["--data", "nowhere"], ["nowhere"]),
     (["--data", "figures:many"], ["figures:many"]), (["--lr", "nan"], ["--lr", "nan"]),
     (["--val", "somewhere"], ["somewhere"]), (["--amp", "fp16"], ["fp16", "bf16"]),
-    (["--out", f"{__file__}/run"], ["test_train.py/run", "--out"]),
+    (["--out", f"{__file__}/run"], ["test_train.py/run", "choose another folder"]),
     pytest.param(["--device", "cuda"], ["cuda", "cpu"],
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
 ])
