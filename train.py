@@ -161,7 +161,7 @@ PRESETS = {
                       resolution=128, shortcut=True, **NORM_FREE),
         _unet(64, (1, 2, 2, 2), (4, 8), 4, blocks=1), ConditionConfig(MAPS, 64, hidden=True),
         vq=Recipe(4, 5e-4, steps=5000, lr_final=0.03, quantize_start=0.15, warmup=100),
-        ldm=Recipe(32, 5e-4, steps=12_000, lr_final=0.05, muon=2.5, lambda_spread=1.4),
+        ldm=Recipe(32, 5e-4, steps=8000, lr_final=0.05, muon=2.5, lambda_spread=1.4),
         schedule=SCHEDULE | {"prediction": "v"}),
     # The networks of the original blog post, but codes from encoder outputs that follow a moving
     # average (the best of six ways, benchmarks/RESULTS.md), pose maps, normalised latents.
