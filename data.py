@@ -697,8 +697,7 @@ def describe_labels(ds: ImageDataset) -> str:
     counts = Counter(ds.label_ids().tolist())
     without = counts.pop(NO_LABEL, 0)
     names = [f"{ds.label_names[i]} {n}" for i, n in counts.most_common()]
-    return (f"by {ds.label_by}: {shorten(names, 5)}; {without} of {len(ds)} images have "
-            "none")
+    return f"by {ds.label_by}: {shorten(names, 5)}; {without} of {len(ds)} images have none"
 
 
 def check_out(out: str | Path, *specs: str | None) -> None:

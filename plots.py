@@ -165,16 +165,21 @@ def enlarged(image: np.ndarray, scale: int) -> np.ndarray:
 
 def save_image(path: str | Path, image: Image.Image | np.ndarray,
                words: dict[str, str] | None = None) -> None:
-    """Writes an image; a PNG carries `words` (keyword -> text), other formats carry none.
+    """Writes an image; a PNG carries `words` (keyword -> text), other formats carry none."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, pnginfo=png_words(words or {}))        # other formats ignore it
+
+
+def png_words(words: dict[str, str]) -> PngInfo:
+    """What a PNG carries: keyword -> text.
 
     tEXt, not the compressed kind: PIL refuses to read back more than a mebibyte of that.
     """
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     info = PngInfo()
-    for keyword, text in (words or {}).items():
+    for keyword, text in words.items():
         info.add_text(keyword, text.encode(errors="backslashreplace").decode())
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, pnginfo=info)                          # other formats ignore it
+    return info
 
 
 def save_animation(path: str | Path, frames: list[np.ndarray], fps: float) -> None:

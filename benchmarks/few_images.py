@@ -124,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     train("vq", base, base_val, base_vq, "--steps", BASE[0])
     train("ldm", base, base_val, base_ldm, "--vq", base_vq / "last.pt", "--steps",
           BASE[1])
-    report = {}
+    told = args.out / "few_images.json"
+    report = json.loads(told.read_text()) if told.exists() else {}      # other seeds stay
     for start in ("base", "base-slow", "base-among", "nothing"):
         for n in FEW:
             at = np.linspace(0, len(new) - 1, n).round().astype(int)
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
                   f"Frechet {drawn['frechet']:.3f}, label {drawn['label']:.3f}; best step "
                   f"{found['best']} of {found['steps']}, risen {found['risen']}, copies "
                   f"{found['copies']}", flush=True)
-            (args.out / "few_images.json").write_text(json.dumps(report, indent=1))
+            told.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@
 Copies the images into OUT/mine, without labels, and starts the server of `python -m studio` on it.
 The first 20 labels are those the page asks for first, spread over the folder; then rounds: the
 detector learns, proposes, and the images that the page then shows first, the least certain, get
-their labels. After each round: PCK@0.1
-of the proposals that are left, over all labelled joints; the share of images in which every joint
-is right, so that Enter accepts them; the mean number of joints to drag in the others; seconds and
-CPU seconds of learning, then of proposing. Writes OUT/labelling.json.
+their labels. After each round: PCK@0.1 of the proposals that are left, over all labelled joints;
+the share of images in which every joint is right, so that Enter accepts them; the mean number of
+joints to drag in the others; seconds and CPU seconds of learning, then of proposing. Writes
+OUT/labelling.json.
 """
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 from keypoints import JOINTS  # noqa: E402
 from metrics.keypoint_detector import KeypointDetector  # noqa: E402
+from metrics.pose import within  # noqa: E402
 from studio import propose  # noqa: E402
 from studio.label import Label  # noqa: E402
 from studio.server import Studio  # noqa: E402
@@ -44,12 +45,8 @@ def right(found: np.ndarray, poses: np.ndarray,
           aspect: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """bool [N, 17]: joints within a tenth of the person's diagonal, and which joints there are.
     `aspect` [N, 2] are the sides of the images."""
-    there = poses[..., 2] > 0
-    xy, found = poses[..., :2] * aspect[:, None], found[..., :2] * aspect[:, None]
-    low = np.where(there[..., None], xy, np.inf).min(1)
-    high = np.where(there[..., None], xy, -np.inf).max(1)
-    limit = 0.1 * np.linalg.norm(high - low, axis=1)
-    return (np.linalg.norm(found - xy, axis=-1) <= limit[:, None]) & there, there
+    there, sides = poses[..., 2] > 0, np.insert(aspect, 2, 1, axis=1)[:, None]
+    return within(found * sides, poses * sides) & there, there
 
 
 def read_drawings(folder: Path) -> list[tuple[str, np.ndarray]]:
@@ -111,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
                               "version": ask(f"pose/{i}")["version"]})
         todo = by_rank()
         clock = [(time.monotonic(), time.process_time())]
-        ask("propose", {"first": True})
+        ask("propose", {"stop": False})
         while (now := ask("progress"))["training"]:
             if now["text"].startswith("proposing") and len(clock) == 1:
                 clock.append((time.monotonic(), time.process_time()))

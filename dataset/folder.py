@@ -75,12 +75,12 @@ def images_of(root: Path) -> Path:
 def completed(found: list[Labelled], root: Path) -> list[Labelled]:
     """The images of keypoints/; those without a file there get their label of a COCO json, as where
     studio/ has changed some labels of a COCO dataset."""
-    if all(one.label is not None or os.path.isfile(keypoint_file(one.path) or "") for one in found):
-        return found
-    told = {os.path.normpath(one.path): one
-            for coco in find_coco(root) for one in read_coco(*coco)[1]}
-    return [one if one.label is not None or os.path.isfile(keypoint_file(one.path) or "") else
-            told.get(os.path.normpath(one.path), one) for one in found]
+    without = {i for i, one in enumerate(found) if one.label is None
+               and not os.path.isfile(keypoint_file(one.path) or "")}
+    told = {os.path.normpath(one.path): one for coco in (find_coco(root) if without else ())
+            for one in read_coco(*coco)[1]}
+    return [told.get(os.path.normpath(one.path), one) if i in without else one
+            for i, one in enumerate(found)]
 
 
 # --------------------------------------------------------------------------------- names of files
@@ -367,8 +367,8 @@ def find_groups(names: list[str], table: Table | None) -> tuple[list[str], str]:
         return groups, ""
     column = next((column for column in GROUP_COLUMNS if column in table.columns), None)
     if table.rows and not column:
-        return groups, (f"{table.matched}; it has no column for groups, "
-                        f"{' or '.join(GROUP_COLUMNS)}")
+        return groups, (f"{table.matched}; it has no column for groups "
+                        f"({', '.join(GROUP_COLUMNS)})")
     for i, row in table.rows.items():
         groups[i] = row[column] or groups[i]
     return groups, table.matched

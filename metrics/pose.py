@@ -36,12 +36,18 @@ def pck(predicted: np.ndarray, true: np.ndarray, fraction: float = 0.1,
     gives NaN; a person of a single joint has no size and does not count. After Yang and Ramanan
     (2013).
     """
-    diagonal = np.array([np.hypot(*_box(pose)) for pose in true])[:, None]
-    distance = np.linalg.norm(predicted[..., :2] - true[..., :2], axis=-1)              # [N, J]
-    right = (distance <= fraction * diagonal) & (predicted[..., 2] > 0)
-    counted = (true[..., 2] > 0 if counted is None else counted) & (diagonal > 0)
+    counted = true[..., 2] > 0 if counted is None else counted
+    counted = counted & np.array([any(_box(pose)) for pose in true])[:, None]
+    right = within(predicted, true, fraction)
     with np.errstate(invalid="ignore"):
         return (right & counted).sum(0) / np.where(counted.sum(0), counted.sum(0), np.nan)
+
+
+def within(predicted: np.ndarray, true: np.ndarray, fraction: float = 0.1) -> np.ndarray:
+    """bool [N, J]: the joints that `pck` calls correct, whether they count or not."""
+    diagonal = np.array([np.hypot(*_box(pose)) for pose in true])[:, None]
+    distance = np.linalg.norm(predicted[..., :2] - true[..., :2], axis=-1)              # [N, J]
+    return (distance <= fraction * diagonal) & (predicted[..., 2] > 0)
 
 
 def oks(predicted: np.ndarray, true: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:

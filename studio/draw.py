@@ -1,4 +1,4 @@
-"""Sampling for the page: a pose in, steps and pictures out, and where poses come from."""
+"""Sampling for the page: a pose in, steps and images out, and where poses come from."""
 from __future__ import annotations
 
 import base64
@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 import checkpoint
 import keypoints
+import plots
 import sample
 from extras.density import PoseDensity
 from formats import pose_files
@@ -27,7 +27,7 @@ from studio.server import Call, Refused
 
 EXAMPLES = Path(__file__).parent.parent / "examples/poses"
 COMMON = 8                      # typical training poses that the page offers
-MOST = 16                       # pictures at once
+MOST = 16                       # images at once
 UNKNOWN = 1000                  # pixels, for a file in pixels that does not say the image's size
 LIMITS = {"n": (int, 1, MOST), "seed": (int, 0, 2 ** 31), "steps": (int, 1, 1000),
           "guidance": (float, 0, 20)}
@@ -36,7 +36,7 @@ LIMITS = {"n": (int, 1, MOST), "seed": (int, 0, 2 ** 31), "steps": (int, 1, 1000
 class Model(NamedTuple):
     number: int                 # of the file
     ldm: LDM
-    size: int                   # pixels a side of the pictures
+    size: int                   # pixels a side of the images
     labels: list[str]
     density: PoseDensity | None
     hash: str
@@ -76,7 +76,7 @@ class Draw:
             return self.model
 
     def about(self, k: int, _: object) -> dict:
-        """The labels, picture size and default settings of a checkpoint."""
+        """The labels, image size and default settings of a checkpoint."""
         model = self.load(k)
         how = sample.settings(model.ldm)
         return {"files": self.files, "labels": model.labels, "size": model.size,
@@ -187,8 +187,5 @@ def in_middle(pose: np.ndarray) -> np.ndarray:
 
 def as_png(image: np.ndarray, words: dict[str, str]) -> str:
     """A data URL of an image uint8 [S, S, 3] with these words in it."""
-    info = PngInfo()
-    for keyword, text in words.items():
-        info.add_itxt(keyword, text)
-    Image.fromarray(image).save(file := io.BytesIO(), "png", pnginfo=info)
+    Image.fromarray(image).save(file := io.BytesIO(), "png", pnginfo=plots.png_words(words))
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

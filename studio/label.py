@@ -227,7 +227,7 @@ class Label:
             pose = np.array(self.pose(i)["pose"])
             if pose[:, 2].any():
                 images.append(image)
-                poses.append(propose.square_of(pose, size))
+                poses.append(keypoints.fit(pose, size, "letterbox"))
         now, saved = propose.begin(file), time.monotonic()
         steps = propose.learn(now, np.stack(images), np.stack(poses), self.stop.is_set)
         for now in steps:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import checkpoint
 import data
-from keypoints import HIDDEN, JOINTS, MIRROR, fit
+from keypoints import HIDDEN, JOINTS, MIRROR
 from metrics.keypoint_detector import WINDOW, KeypointDetector, detector_loss, peaks
 
 LEAST = 20                      # images done, before there is anything to learn from
@@ -141,10 +141,8 @@ def propose(detector: KeypointDetector, images: np.ndarray) -> list[Proposal]:
     that of an image is the mean over the half of its joints that are least certain.
     """
     detector.eval()
-    x = data.to_tensor(images)
-    logits, features = zip(detector(x), detector(x.flip(-1)), strict=True)
-    logits = (logits[0] + logits[1][:, MIRROR].flip(-1)) / 2                        # [B, J, n, n]
-    chosen = [detector.classify(part).view(len(x), len(JOINTS), -1).softmax(-1)
+    logits, *features = detector.averaged(data.to_tensor(images))                   # [B, J, n, n]
+    chosen = [detector.classify(part).view(len(part), len(JOINTS), -1).softmax(-1)
               for part in features]
     visible = np.array(STATES)[(chosen[0] + chosen[1][:, MIRROR]).argmax(-1).numpy()]
     xy, n = peaks(logits), logits.shape[-1]
@@ -155,8 +153,3 @@ def propose(detector: KeypointDetector, images: np.ndarray) -> list[Proposal]:
     poses = np.concatenate([xy.double().numpy(), visible[..., None]], -1)
     poses[visible == 0] = 0
     return [Proposal(pose, confidence) for pose, confidence in zip(poses, sure, strict=True)]
-
-
-def square_of(pose: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The pose [J, 3] of a whole image in units of the square."""
-    return fit(pose, size, "letterbox")

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "metrics": ("keypoints", "metrics"),
     "extras": ("keypoints", "diffusion", "data", "formats", "extras", "plots"),
     "studio": (*LEAVES, "ldm", "data", "sample", "checkpoint", "dataset", "formats", "metrics",
-               "extras", "engine", "studio"),           # nobody imports studio
+               "extras", "engine", "plots", "studio"),           # nobody imports studio
 }
 # The same within functions, for what only some who use a file ever need.
 LAZILY = {"data": ("dataset", "formats"), "checkpoint": ("formats",), "train": ("formats",)}

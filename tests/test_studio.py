@@ -282,7 +282,7 @@ def test_augmentation_moves_the_joints_with_the_pixels():
         assert (centre - joint[:2]).abs().max() < 0.012
     wide = np.random.default_rng(0).random((17, 3)).round(1)
     wide[:, 2] = 1
-    back = propose.from_square(propose.square_of(wide, (300, 200)), (300, 200))
+    back = propose.from_square(keypoints.fit(wide, (300, 200), "letterbox"), (300, 200))
     assert np.allclose(back, wide)
 
 

@@ -87,7 +87,7 @@ export async function startDraw(about, modes, show) {
     }
   });
 
-  // One small picture for the pose as it is now; the request before it is cancelled.
+  // One image for the pose as it is now; the request before it is cancelled.
   const drawLive = () => attempt(async () => {
     if (drawing) return;
     live?.abort();
@@ -99,7 +99,7 @@ export async function startDraw(about, modes, show) {
 
   function showPictures(found) {
     $("pictures").replaceChildren(...found.map(([url, command], i) => make("figure",
-      { style: "background: none" }, make("img", { src: url, alt: `Picture ${i + 1}` }),
+      { style: "background: none" }, make("img", { src: url, alt: `Image ${i + 1}` }),
       make("div", {}, make("a", { href: url, textContent: "Save", title: "with its command",
                                   download: `seed-${command.match(/--seed (\d+)/)[1]}.png` }),
         make("button", { textContent: "Command", title: `Copy: ${command}`,
@@ -158,11 +158,11 @@ export async function startDraw(about, modes, show) {
     $("poses").replaceChildren();
     if (about.label) $("poses").append(make("button", { textContent: "the image in Label",
                                                         onclick: fromImage }));
-    offer((await ask(`poses/${k}`)).poses);
-    return told;
+    const { poses } = await ask(`poses/${k}`);
+    offer(poses);
+    return { files: told.files, poses };
   }
-  const { files } = await load();
-  const { poses } = await ask("poses/0");
+  const { files, poses } = await load();
   editor.open(poses.find(([name]) => name === "waving")?.[1] ?? poses[0][1], null, 1000, 1000);
   changed();
   return { editor, key, where: files.join(", ") };

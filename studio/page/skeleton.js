@@ -184,7 +184,7 @@ export class Editor {
   }
 
   // Turns joint j, and all that hangs on it, about its parent toward a place, so that every limb
-  // keeps its length on the picture. Shoulders and hips take the whole body along.
+  // keeps its length on the image. Shoulders and hips take the whole body along.
   swing(j, x, y) {
     const pose = this.pose, { parents } = this.about;
     const size = [this.width, this.height], px = (p) => [p[0] * size[0], p[1] * size[1]];
