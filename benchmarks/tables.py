@@ -52,15 +52,20 @@ def few_images() -> str:
     """The table of few_images.json."""
     rows = []
     for name, found in read("few_images").items():
-        start, n, seed = re.fullmatch(r"(\w+)-(\d+)-seed(\d+)", name).groups()
+        start, n, seed = re.fullmatch(r"([\w-]+)-(\d+)-seed(\d+)", name).groups()
         row, of = found["rows"]["samples"], found["rows"]["real"]["pck@0.1"]
         copied = found["copies"]["held-out poses"]
-        rows.append([{"base": "a model of the others", "nothing": "nothing"}[start], n, seed,
+        rows.append([STARTS[start], n, seed,
                      f"{found['best']} of {found['steps']}", found["risen"] or "not",
                      f"{row['pck@0.1']:.3f}, {row['pck@0.1'] / of:.2f}", f"{row['frechet']:.3f}",
                      f"{row['label']:.3f}", f"{copied['copies']} of {copied['of']}"])
     return markdown(["start", "images", "seed", "best step", "loss risen at step",
-                     "PCK@0.1, of the ceiling", "Fréchet", "label", "copies"], rows)
+                     "PCK@0.1, of the ceiling", "Fréchet", "label",
+                     "copies in new poses, last model"], rows)
+
+
+STARTS = {"base": "the others", "base-slow": "the others, lr 1e-4",
+          "base-among": "the others, and trained among them", "nothing": "nothing"}
 
 
 TABLES: dict[str, Callable[[], str]] = {
