@@ -57,6 +57,9 @@ UNITS = {100: "percent", 1000: "thousandths"}       # that labels have instead o
 CENTRE_LINES = {f"{name}s": [keypoints.JOINTS.index(f"{name}_{side}") for side in ("left", "right")]
                 for name in ("eye", "ear", "shoulder", "hip")}
 SHOWN = 12                      # suspects in the overview
+MEMORISED = 100, 400            # passes over the images after which the held-out loss rises: 96 to
+                                # 160 in fine-tuning, 400 from nothing (benchmarks/RESULTS.md)
+BATCH = 32                      # images in a step of stage 2, of all presets
 KINDS = {                       # of suspects, the worst first
     "broken": "cannot be used",
     "orphan": "keypoint files without an image, or images that no COCO json names",
@@ -482,6 +485,9 @@ def describe(report: dict) -> Iterator[str]:
         of = f", of {data.shorten(report['held_out_of'])}" if report["held_out_of"] else ""
         yield (f"groups      {report['groups']}; {n - told['held_out']} images to train on, "
                f"{percent(told['held_out'], n)} held out{of}")
+        soon, late = (passes * (n - told["held_out"]) // BATCH for passes in MEMORISED)
+        yield (f"overfitting an estimate: stage 2 begins to memorise these images between step "
+               f"{soon:,} (with --init) and {late:,} (without)")
         if report["metadata"]:
             yield f"metadata    {report['metadata']}"
         if report["labels"]:
