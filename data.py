@@ -44,7 +44,7 @@ FIGURES_TRAIN, FIGURES_VAL = 2_000, 512     # procedural figures, where --data g
 FIGURES_VERSION = 1             # raise it when a figure's pixels change, so that caches are renewed
 REMEMBER_BYTES = 2 << 30        # RAM for decoded images
 ORDER_STREAM, AUGMENT_STREAM, MIRROR_STREAM = 1, 2, 3       # first word of a seed: streams differ
-WORKER_DIED = ("a process that loads images died, most often for lack of memory or of /dev/shm; "
+WORKER_DIED = ("a process that loads images died, usually because memory or /dev/shm ran out; "
                "rerun the same command with fewer --workers, or 0, to resume")
 
 
@@ -68,20 +68,20 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[Image.Image]:
-    """An image file, of which PIL has read the header. DataError for what cannot be read, in the
-    block too; also for more pixels than PIL's limit, a decompression bomb."""
+    """An image file whose header PIL has read. DataError if the header or, in the block, the pixels
+    cannot be read, or if there are more pixels than PIL's limit (a decompression bomb)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=FORMATS) as image:
                 yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller or "
-                        "take it out") from None
+        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; resize or "
+                        "remove it") from None
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
     except Exception as error:      # PIL's decoders raise a dozen unrelated types on damaged files
-        raise DataError(f"{path}: not a readable image ({error}); replace it or take it out"
+        raise DataError(f"{path}: not a readable image ({error}); replace or remove it"
                         ) from error
 
 
@@ -92,9 +92,9 @@ def read_image(path: str | Path, at_least: int | None = None, ground: str = "whi
     DataError for a file that cannot be read whole, so no truncated image is used in training.
     """
     with opened(path) as image:
-        # draft() decodes at 1/2, 1/4 or 1/8. Where this does not divide a side, the content ends
-        # within the last pixel; unless it is stretched over it, joints would be off by up to half a
-        # pixel.
+        # draft() decodes at 1/2, 1/4 or 1/8. Where this does not divide a side, the image ends
+        # inside the last pixel. It is stretched to the full size, or joints would be off by up to
+        # half a pixel.
         _, extent = (at_least and image.draft(None, (at_least, at_least))) or (None, None)
         image.load()
         if extent and extent[2:] != image.size:
@@ -186,8 +186,8 @@ def place_square(
 # -------------------------------------------------------------------------------------- datasets
 
 class ImageDataset(Dataset):
-    """What a loader needs of a dataset. A subclass has `size`, len and source(i); the other
-    defaults are right for images that are drawn, not read."""
+    """The interface of a dataset. A subclass has `size`, len and source(i); the other defaults are
+    right for generated images."""
     size: int                       # side of the square that ds[i] is
     seed: int = 0
     broken: dict[str, str] = {}     # file known to be unusable -> why, a sentence with a file in it
@@ -201,7 +201,7 @@ class ImageDataset(Dataset):
         raise NotImplementedError
 
     def name(self, i: int) -> str:
-        """The file of image i; the word figure and its number where there is none."""
+        """The file of image i, or "figure i" for a generated image."""
         return f"figure {i}"
 
     def groups(self) -> list[str]:
@@ -231,8 +231,8 @@ class PoseFolder(ImageDataset):
       coco/), or one json: the largest person is taken, `skipped` names the images without one;
     - with `poseless`, also any folder of images; those without keypoints have NO_POSE.
 
-    No image is opened before it is asked for, but for its size where a COCO json has none; ds[i]
-    then raises DataError if it is damaged.
+    Images are opened on access only, except to read a size that a COCO json lacks; ds[i] raises
+    DataError if the image is damaged.
     """
 
     def __init__(
@@ -429,14 +429,14 @@ def split(ds: ImageDataset) -> tuple[Part, Part]:
             whole = one_by_one(ds, members, wanted)
         held += whole
     if len(labels) > 1 and len(held) < max(HELD_OUT_LEAST, HELD_OUT * n / 2):
-        # Most labels have less than ten images: any images, but of no label the first.
+        # Most labels have less than ten images: hold out single ones, never a label's first.
         ids = ds.label_ids()
         order = sorted(range(n), key=lambda i: hash_of_name(Path(ds.name(i)).stem))
         spare = [i for k, i in enumerate(order) if ids[i] in ids[order[:k]]]
         held = spare[:max(HELD_OUT_LEAST, int(HELD_OUT * n))]
     if len(labels) > 1 and len(held) < HELD_OUT_LEAST:
-        raise DataError(f"{len(labels)} labels of one image each, which is trained on, leave fewer "
-                        f"than {HELD_OUT_LEAST} images to hold out; give others with --val, or "
+        raise DataError(f"each of {len(labels)} labels has one image, which training needs, so "
+                        f"fewer than {HELD_OUT_LEAST} can be held out; give others with --val, or "
                         "--labels off")
     members, left_out = gathered_by(groups, range(n)), gathered_by(groups, sorted(held))
     if torn := [group for group in left_out if len(left_out[group]) < len(members[group])]:
@@ -652,7 +652,7 @@ def open_all(
     from dataset.figures import Figures
     count = spec.partition(":")[2] or str(FIGURES_TRAIN)
     if not count.isdecimal() or int(count) < 1:
-        raise DataError(f"{spec}: after figures: comes a number of images, such as figures:10000")
+        raise DataError(f"{spec}: figures: needs a number of images, such as figures:10000")
     return Figures(int(count), size, seed)
 
 
@@ -677,7 +677,7 @@ def open_data(
         val = val or f"figures:{min(len(train), FIGURES_VAL)}"
         held_out = open_all(val, size, poseless and is_plain(val), trim_bars, seed=1,
                             labels=labels if is_folder(val) else None)
-        held_out.label_names = train.label_names            # others are as good as none
+        held_out.label_names = train.label_names            # unknown labels count as none
     return (InMemory(train) if remember else train), held_out
 
 

@@ -42,6 +42,9 @@ class LDM(nn.Module):
             raise ValueError(f"the UNet has (in_channels, out_channels, context_dim) = {found}; "
                              f"autoencoder and pose conditioning need {wanted}")
         self.vq, self.schedule, self.supports_guidance = vq, schedule, supports_guidance
+        # Defaults of sampling; without dropped poses no guidance and no noise, as in the reference.
+        w, eta, self.steps = SAMPLING.get(schedule.get("prediction"), SAMPLING["eps"])
+        self.guidance, self.eta = (w, eta) if supports_guidance else (1.0, 0.0)
         self.unet, self.cond = UNet(unet_config), PoseCondition(cond_config)
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
@@ -88,25 +91,6 @@ class LDM(nn.Module):
     def dtype(self) -> torch.dtype:
         """What the UNet computes in."""
         return next(self.unet.parameters()).dtype
-
-    @property
-    def guidance(self) -> float:
-        """The default guidance; 1 for a model trained without dropping poses."""
-        return self.defaults[0] if self.supports_guidance else 1.0
-
-    @property
-    def eta(self) -> float:
-        """The default eta; 0 for a model trained without dropping poses, as in the reference."""
-        return self.defaults[1] if self.supports_guidance else 0.0
-
-    @property
-    def steps(self) -> int:
-        """The default number of steps of DPM-Solver++."""
-        return self.defaults[2]
-
-    @property
-    def defaults(self) -> tuple[float, float, int]:
-        return SAMPLING[self.schedule.get("prediction", "eps")]
 
     def encode(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] -> z [B, C, h, w]."""

@@ -33,8 +33,8 @@ NORM_GROUPS = 32        # Wu & He, arXiv:1803.08494, and every model of this fam
 MAX_PERIOD = 10_000     # slowest wave of the timestep embedding, arXiv:1706.03762 section 3.5
 HALF = torch.bfloat16, torch.float16
 NO_LABEL = -1           # adds nothing to the timestep embedding: the null label
-LABEL_STD = 0.1         # of a new label's vector; that of a new network's timestep embedding
-MANY_KEYS = 1024        # with so many keys bf16 attention on a CPU is faster than float32
+LABEL_STD = 0.1         # std of a new label's vector, that of an untrained timestep embedding
+MANY_KEYS = 1024        # from so many keys on, bf16 attention on a CPU beats float32
 
 
 @dataclass(frozen=True)

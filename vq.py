@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 # B batch, C channels, H, W image, h, w = H/f, W/f latent, K codes, N = B h w vectors
 
 NORM_EPS = 1e-6                             # of the reference's GroupNorms
-SHORTCUT_SCALE = 2.0                        # of the pooled image: the latent's std is about 1
+SHORTCUT_SCALE = 2.0                        # of the pooled image, for a latent with std 1
 DISTANCES_AT_ONCE = 2 ** 24                 # entries of the distance matrix in memory: 64 MiB
-USAGE_DECAY = 0.98                          # of the moving count of each code's use: 50 steps
+USAGE_DECAY = 0.98                          # decay of each code's usage count, over about 50 steps
 DEAD_BELOW = 0.1                            # a code used less than this share of the mean is dead
 BETA = 0.25                                 # weight of the commitment loss
 
@@ -55,7 +55,7 @@ class VQConfig:
         for name in ("ch_mult", "attn_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         sizes = [self.resolution // 2 ** i for i in range(len(self.ch_mult))]
-        if not set(self.attn_resolutions) <= set(sizes):            # else silently no attention
+        if not set(self.attn_resolutions) <= set(sizes):            # else no attention at all
             raise ValueError(f"VQConfig attn_resolutions is {self.attn_resolutions}; the levels "
                              f"have the sizes {sizes}")
         if self.shortcut and not self.in_channels == self.out_ch <= self.embed_dim:
@@ -71,7 +71,7 @@ class VQConfig:
 # ------------------------------------------------------------------------------ building blocks
 
 def run(module: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
-    """module(x); with gradient checkpointing its inside is computed again in the backward pass."""
+    """module(x); with gradient checkpointing the backward pass recomputes its activations."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(module, x, use_reentrant=False)
     return module(x)
@@ -254,8 +254,8 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.ema = ema
         self.embedding = nn.Embedding(n_embed, embed_dim)
-        # The reference's start: nearly all of these codes are never the nearest to anything.
-        # Training therefore calls `init_codes`, except in preset danbooru.
+        # The reference's init, with which nearly all codes are never used. Training therefore
+        # calls `init_codes`, except in preset danbooru.
         nn.init.uniform_(self.embedding.weight, -1 / n_embed, 1 / n_embed)
         self.embedding.weight.requires_grad_(not ema)
         # Moving count of uses; 1 is the mean. Training state: train.py saves it.
@@ -326,7 +326,7 @@ class VectorQuantizer(nn.Module):
         order = (torch.rand(len(flat), device=h.device) + broken).argsort()     # broken ones last
         flat = flat.nan_to_num(0.0, 0.0, 0.0)
         picked = flat[order.repeat(-(-n // len(flat)))[:n]]
-        if n > len(flat):                       # equal codes would stay equal for ever
+        if n > len(flat):                       # identical codes would never separate
             picked = picked + 0.01 * flat.std() * torch.randn_like(picked)
         return picked
 

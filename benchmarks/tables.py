@@ -64,7 +64,8 @@ def few_images() -> str:
                      "copies in new poses, last model"], rows)
 
 
-STARTS = {"base": "the others", "base-slow": "the others, lr 1e-4",
+STARTS = {"base": "the others", "base-both": "the others, both stages",
+          "base-slow": "the others, lr 1e-4",
           "base-among": "the others, and trained among them", "nothing": "nothing"}
 
 

@@ -317,7 +317,7 @@ def read_table(root: Path, names: list[str]) -> Table | None:
         separator = max(",;\t", key=lines[0].count) if lines else ","
         columns, *rows = list(csv.reader(lines, delimiter=separator)) or [[]]
     except csv.Error as error:
-        raise DataError(f"{path}: not a csv table ({error}); fix it or take it out") from error
+        raise DataError(f"{path}: not a csv table ({error}); fix or remove it") from error
     columns = [column.strip().lower() for column in columns]
     blank = dict.fromkeys(columns, "")
     rows = [blank | dict(zip(columns, map(str.strip, row), strict=False)) for row in rows]
