@@ -172,35 +172,22 @@ class Diffusion:
 
 # ------------------------------------------------------------------------------ guidance
 
-def guided(
-    eps_model: Model,
-    cond: Tensor,                               # [B, ...]
-    w: float,
-    interval: tuple[int, int] | None = None,    # guidance only at timesteps lo <= t <= hi
-    rescale: float = 0.0,                       # 0 to 1: pulls std of eps to the conditional one
-) -> EpsFn:
-    """Classifier-free guidance: eps = eps_null + w (eps_cond - eps_null).
+def guided(eps_model: Model, cond: Tensor, w: float) -> EpsFn:
+    """Classifier-free guidance under cond [B, ...]: eps = eps_null + w (eps_cond - eps_null).
 
-    w = 1 and w = 0 cost one evaluation of B samples, any other w one of 2 B. `interval` is that of
-    arXiv:2404.07724; outside it w is 1, and all samples must be at the same t. `rescale` is the phi
-    of arXiv:2305.08891 section 3.4: a large w increases the std of eps and oversaturates the image.
+    w = 1 and w = 0 cost one evaluation of B samples, any other w one of 2 B.
     """
 
     def eps_fn(x: Tensor, t: Tensor) -> Tensor:
         keep = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)                   # [B]
-        if w == 1 or interval is not None and not interval[0] <= int(t[0]) <= interval[1]:
+        if w == 1:
             return eps_model(x, t, cond, keep)
         if w == 0:
             return eps_model(x, t, cond, ~keep)
         both = eps_model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, cond]),
                          torch.cat([~keep, keep]))
         eps_null, eps_cond = both.float().chunk(2)                                      # [B, ...]
-        eps = eps_null + w * (eps_cond - eps_null)
-        if rescale:
-            dims = tuple(range(1, x.ndim))
-            std = eps.std(dims, keepdim=True).clamp(min=1e-12)      # a new network predicts eps = 0
-            eps = eps * (1 + rescale * (eps_cond.std(dims, keepdim=True) / std - 1))
-        return eps
+        return eps_null + w * (eps_cond - eps_null)
 
     return eps_fn
 
@@ -320,6 +307,8 @@ def timesteps_of(alphas_bar: np.ndarray, steps: int, spacing: str = "even") -> n
         timesteps = np.interp(-wanted, -lambda_, np.arange(T)).round().astype(np.int64)
         i = np.arange(steps)        # near t = 0 several round to one timestep: make them differ
         return np.minimum(np.maximum.accumulate(timesteps - i) + i, T - steps + i)
+    if spacing != "uniform":
+        raise ValueError(f"spacing is {spacing!r}; it must be 'even', 'lambda' or 'uniform'")
     timesteps = np.arange(0, T, T // steps) + 1
     if timesteps[-1] > T - 1:
         raise ValueError(f"steps is {steps}; 'uniform' spacing then needs timestep {timesteps[-1]} "

@@ -5,12 +5,7 @@
     python evaluate.py pose --ckpt runs/ldm/last.pt --out DIR         do samples show their pose?
     python evaluate.py overfit --run runs/ldm                         underfit, good or memorising?
 
-recon compares any number of autoencoders, ours or published, on the same images: L1, PSNR, SSIM,
-LPIPS and rFID, the codes in use, and with --against the codes that other images use. condition
-prints the eps loss with the right pose, a shuffled pose and none. pose samples held-out poses and
-finds the joints in the samples, with a small detector trained on the same data or with any other.
-overfit reads the log of a stage-2 run, finds the training images nearest to its samples, and draws
-one seed with each checkpoint that was kept.
+docs/evaluation.md explains what each one prints and draws.
 """
 from __future__ import annotations
 
@@ -24,6 +19,7 @@ import math
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -285,8 +281,7 @@ def draw_held_out(
     ldm: LDM,
     held_out: data.ImageDataset,
     seed: int = 0,
-    interval: tuple[int, int] | None = None,    # timesteps with guidance; None: all
-    **how: object,                              # of sample.settings, which has the defaults
+    **how: object,                  # of sample.settings, which has the defaults
 ) -> Drawn:
     """A sample for the pose of each held-out image, the i-th with seed `seed` + i."""
     with progress(held_out, "reading images") as bar:
@@ -295,7 +290,7 @@ def draw_held_out(
         raise ValueError("shuffling poses needs at least 2 held-out images; add images")
     real, poses, labels = (np.concatenate(part) for part in zip(*found, strict=True))
     samples = sample.draw_images(ldm, torch.from_numpy(poses), [seed + i for i in range(len(real))],
-                                 held_out.size, interval=interval, labels=torch.from_numpy(labels),
+                                 held_out.size, labels=torch.from_numpy(labels),
                                  **sample.settings(ldm, **how))
     return Drawn(poses.astype(np.float64), np.stack(samples), real, labels)
 
@@ -503,60 +498,69 @@ def limit(text: str) -> int:
     return sys.maxsize if text == "all" else number(int, 2)(text)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    usage = "evaluate.py {recon,condition,pose,overfit} [--flags; COMMAND --help explains them]"
-    parser = argparse.ArgumentParser(description=__doc__, usage=usage,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    recon = commands.add_parser("recon", help="compare autoencoders")
-    condition = commands.add_parser("condition", help="measure the eps loss by kind of pose")
-    pose = commands.add_parser("pose", help="measure whether samples show the pose asked for")
-    overfit = commands.add_parser("overfit", help="tell if a run is underfit, good or memorising")
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], None], str]] = {
+    "recon": (recon, "compare autoencoders: L1, PSNR, SSIM, LPIPS, rFID and codes in use"),
+    "condition": (condition, "the eps loss with the right pose, a shuffled pose and none"),
+    "pose": (pose, "sample held-out poses and find the joints in the samples"),
+    "overfit": (overfit, "tell whether a run of stage 2 is underfit, good or memorising")}
 
-    add = recon.add_argument
-    add("--vq", nargs="+", default=["runs/vq/last.pt"], metavar="FILE",
-        help="checkpoints of either stage, ours or CompVis' (default runs/vq/last.pt)")
-    add("--against", metavar="DATA", help="other images: which codes do they use that --data does "
-        "not, and the reverse?")
-    add("--lpips-weights", nargs="+", metavar="FILE", help="VGG16 and linear weights; adds LPIPS")
-    add("--rfid", action="store_true", help="adds rFID; needs pip install pytorch-fid, and "
-        "downloads Inception's weights once")
-    add("--out", metavar="DIR", help="for recon.json and recon.png")
-    for sub in (condition, pose):
-        sub.add_argument("--ckpt", default="runs/ldm/last.pt", metavar="FILE",
-                         help="default %(default)s")
-        sub.add_argument("--preset", metavar="NAME", help="of a published CompVis checkpoint: "
-                         f"{', '.join(compvis.PUBLISHED)}; ours need none")
-    for sub in (recon, condition, pose):
-        add = sub.add_argument
-        add("--data", help="as for train.py; its held-out part is used (default: as in training)")
-        add("--val", help="held-out images, as for train.py (default: a tenth of the groups)")
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"evaluate.py {{{','.join(COMMANDS)}}} [--flags; COMMAND --help explains them]")
+    commands = parser.add_subparsers(dest="command", required=True)
+    recon, condition, pose, overfit = subs = [
+        commands.add_parser(name, help=does, usage=f"evaluate.py {name} [--flags]",
+                            description=does[0].upper() + does[1:] + ".")
+        for name, (_, does) in COMMANDS.items()]
+    what, output, images = ([sub.add_argument_group(title).add_argument for sub in subs]
+                            for title in ("what is measured", "output", "images"))
+
+    what[0]("--vq", nargs="+", default=["runs/vq/last.pt"], metavar="FILE",
+            help="checkpoints of either stage, ours or CompVis' (default runs/vq/last.pt)")
+    what[0]("--lpips-weights", nargs="+", metavar="FILE",
+            help="also LPIPS, with these weights of VGG16 and lin layers")
+    what[0]("--rfid", action="store_true",
+            help="also rFID; needs pytorch-fid, downloads Inception's weights once")
+    for add in what[1:3]:
+        add("--ckpt", default="runs/ldm/last.pt", metavar="FILE", help="default %(default)s")
+        add("--preset", metavar="NAME",
+            help=f"of a published checkpoint: {', '.join(compvis.PUBLISHED)}")
+    for add in what[:3]:
+        add("--no-ema", action="store_true", help="raw weights instead of their EMA")
+    what[2]("--detected", metavar="PATH",
+            help="joints that another detector found in the images of an earlier --out")
+    what[3]("--run", default="runs/ldm", metavar="DIR", help="of stage 2 (default %(default)s)")
+    for add in what:
+        add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    for add, files in zip(output, ("recon.json and recon.png", None, "pose.json, pose.png and "
+                                   "images/", "overfit.json and overfit.png (default: --run)"),
+                          strict=True):
+        if files:
+            add("--out", metavar="DIR", help=f"folder for {files}")
+
+    for add in images[:3]:
+        add("--data", metavar="DATA",
+            help="as for train.py; its held-out part is used (default: as in training)")
+        add("--val", metavar="DATA", help="held-out images, as for train.py")
         add("--size", type=number(int, 16, 4096), metavar="PIXELS",
             help=f"image side (default: the checkpoint's, else {DEFAULT_SIZE})")
-        add("--no-ema", action="store_true", help="raw weights instead of their EMA")
-    add = pose.add_argument
-    add("--out", metavar="DIR", help="for pose.json, pose.png, and all images with the poses asked "
-        "for, to run another detector on")
-    add("--detected", metavar="PATH", help="what another detector found in the images of an "
-        "earlier --out: a pose file of all, or a folder with a file per image")
-    add = overfit.add_argument
-    add("--run", default="runs/ldm", metavar="DIR", help="of stage 2 (default %(default)s)")
-    add("--out", metavar="DIR", help="for overfit.json and overfit.png (default: --run)")
-    add("-n", type=number(int, 1, 4096), default=16,
-        help="samples of training poses, and as many of held-out ones (default %(default)s)")
+    images[0]("--against", metavar="DATA", help="other images: which codes do only they use?")
+    for add, most in zip(images, (512, 512, 256, 512), strict=True):
+        add("--limit", type=limit, default=most, metavar="N",
+            help="held-out images, spread evenly, or all (default %(default)s)")
+    images[3]("-n", type=number(int, 1, 4096), default=16, metavar="N",
+              help="samples of training poses, and as many of held-out ones (default 16)")
+
     for sub in (pose, overfit):
-        add = sub.add_argument
-        add("--sampler", choices=("ddim", "dpm_solver"), help="default as in sample.py")
-        add("--steps", type=number(int, 1, 10_000), help="default as in sample.py")
-        add("--eta", type=number(float, 0, 1), help="default as in sample.py")
-        add("--guidance", type=number(float, -100, 100), help="default as in sample.py")
+        add = sub.add_argument_group("sampling (defaults as in sample.py)").add_argument
+        add("--sampler", choices=("ddim", "dpm_solver"), help="what solves the reverse process")
+        add("--steps", type=number(int, 1, 10_000), metavar="N", help="of the sampler")
+        add("--eta", type=number(float, 0, 1), help="new noise in each step, 0 to 1")
+        add("--guidance", type=number(float, -100, 100), metavar="W", help="1 is as trained")
         add("--seed", type=number(int, 0, MOST_SEEDS // 2), default=0,
-            help="the i-th sample has seed --seed + i")
-        sub.set_defaults(spacing=None)                          # the sampler's own, or the model's
-    for sub in (recon, condition, pose, overfit):
-        sub.add_argument("--limit", type=limit, default=256 if sub is pose else 512, metavar="N",
-                         help="held-out images, spread evenly, or all (default %(default)s)")
-        sub.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+            help="the i-th sample has seed --seed + i (default 0)")
     args = parser.parse_args(argv)
     if args.command == "pose" and args.detected and not args.out:
         pose.error("--detected needs --out, the folder of the images that the detector saw")
@@ -567,8 +571,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        commands = {"recon": recon, "condition": condition, "pose": pose, "overfit": overfit}
-        commands[args.command](args)
+        COMMANDS[args.command][0](args)
     except (ValueError, OSError) as e:
         print(f"evaluate.py: {e}", file=sys.stderr)
         return 2

@@ -62,13 +62,13 @@ from diffusion import (
     Seed,
     Step,
     ddim,
-    ddim_table,
     ddpm,
     dpm_solver,
     guided,
     inpaint,
     invert,
     per_image_noise,
+    timesteps_of,
 )
 from extras.density import PoseDensity, note_unusual
 from extras.motion import Plan, morph, read_motion, sheet_of
@@ -76,7 +76,7 @@ from extras.output import film_of, grid_of, outputs, save_latents, save_separate
 from extras.proportions import retarget
 from formats import compvis
 from formats.pose_files import FORMATS, MIN_CONFIDENCE, fitted, load_poses, name_of
-from ldm import LDM
+from ldm import LDM, SAMPLING
 
 BATCH = 16                      # images in the network at once
 SAMPLERS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver++(2M)", "ddpm": "DDPM"}
@@ -84,6 +84,9 @@ DEFAULT_SAMPLER, DDIM_STEPS = "dpm_solver", 50
 DEFAULT_FRAMES = 8              # of a file with many images, and of --morph
 DEFAULT_CKPT = "runs/ldm/last.pt"
 BUNDLED_CKPT = Path(__file__).parent / "assets/toy.pt"          # used while DEFAULT_CKPT is missing
+# Rounds of RePaint. Measured on a Gaussian: with 1 the new region ignores half of what the rest
+# implies.
+REPAINT = 3
 FILM = 8                        # steps that --film shows
 OUTLINE = (255, 0, 160)         # colour of the line around the inpainted region
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
@@ -110,26 +113,31 @@ def read_poses(paths: Iterable[str], fit_how: str = "letterbox", frames: int = D
 
 
 def settings(ldm: LDM, sampler: str | None = None, steps: int | None = None,
-             eta: float | None = None, guidance: float | None = None,
-             spacing: str | None = None) -> dict[str, object]:
+             eta: float | None = None, guidance: float | None = None) -> dict[str, object]:
     """These arguments of `sample`, with the model's defaults in place of None."""
     sampler = sampler or (DEFAULT_SAMPLER if ldm.spacing == "even" else "ddim")
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}; it must be one of {', '.join(SAMPLERS)}")
     its_steps = {"dpm_solver": ldm.steps, "ddim": DDIM_STEPS, "ddpm": None}     # None: all
     return {
         "sampler": sampler,
         "steps": its_steps[sampler] if steps is None else steps,
         "eta": ldm.eta if eta is None else eta,
         "guidance": ldm.guidance if guidance is None else guidance,
-        "spacing": spacing or ("lambda" if sampler == "dpm_solver" else ldm.spacing),
     }
 
 
-def visited(ldm: LDM, sampler: str, steps: int, spacing: str) -> np.ndarray:
+def spacing_of(ldm: LDM, sampler: str) -> str:
+    """How a sampler spreads its timesteps, see `timesteps_of`: each where it was measured best."""
+    return "lambda" if sampler == "dpm_solver" else ldm.spacing
+
+
+def visited(ldm: LDM, sampler: str, steps: int) -> np.ndarray:
     """The timesteps that a sampler visits, ascending: `steps`, or more with "uniform" spacing."""
     diffusion = Diffusion(**ldm.schedule)
     if sampler == "ddpm":
         return np.arange(diffusion.timesteps)
-    return ddim_table(diffusion, steps, 0, spacing)[0]
+    return timesteps_of(diffusion.alphas_bar.numpy(), steps, spacing_of(ldm, sampler))
 
 
 def sample(
@@ -137,19 +145,16 @@ def sample(
     poses: Tensor,                              # [B, 17, 3]
     seeds: list[Seed],                          # [B]
     size: int,                                  # S
-    sampler: str,                               # this and the next four: see `settings`
+    sampler: str,                               # this and the next three: see `settings`
     steps: int,
     eta: float,
     guidance: float,
-    spacing: str,
-    interval: tuple[int, int] | None = None,    # timesteps with guidance; None: all
-    rescale: float = 0.0,                       # 0 to 1, see `guided`
     labels: Tensor | None = None,               # [B] numbers of labels; None: without
     noise: Tensor | None = None,                # [1, C, h, w] replaces the noise of the seeds
     given: Tensor | None = None,                # [1, C, h, w] an image's latent, for skip and known
     skip: int = 0,                              # noisy steps left out: starts at `given` plus noise
     known: Tensor | None = None,                # bool [1, 1, h, w]: where `given` is kept
-    rounds: int = 1,                            # RePaint's, only with ddim
+    rounds: int = 1,                            # of each step with `known`, see REPAINT
 ) -> Iterator[Step]:
     """Denoises one latent for each pose and yields every step; the last step's x is the sample."""
     diffusion = Diffusion(**ldm.schedule)
@@ -159,20 +164,19 @@ def sample(
     x_T, noise_fn = per_image_noise(seeds, shape)                           # [B, C, h, w]
     x_T = x_T.to(device) if noise is None else noise.expand_as(x_T)
     if skip:
-        t = visited(ldm, sampler, steps, spacing)[-1 - skip]
+        t = visited(ldm, sampler, steps)[-1 - skip]
         x_T = diffusion.q_sample(given, torch.tensor([t]), x_T)
 
     labels = None if labels is None else labels.to(device)
     model, rows = ldm.prepared(poses.to(device), shape[1:], labels)
-    eps_fn = guided(diffusion.eps_model(model), rows, guidance, interval, rescale)
+    eps_fn = guided(diffusion.eps_model(model), rows, guidance)
     if known is not None:
         eps_fn = inpaint(diffusion, eps_fn, given, known)
 
     if sampler == "ddpm":
         return ddpm(diffusion, eps_fn, x_T, noise_fn, skip)
-    if sampler == "dpm_solver":
-        return dpm_solver(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip)
-    return ddim(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, rounds)
+    jumps = {"ddim": partial(ddim, rounds=rounds), "dpm_solver": dpm_solver}[sampler]
+    return jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing_of(ldm, sampler), skip)
 
 
 @torch.no_grad()
@@ -183,7 +187,7 @@ def denoise(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int, film: int = 1
     Returns the last step, or `film` steps from the first to the last. Each has the latents of all
     images [B, C, h, w], on the CPU.
     """
-    total = len(visited(ldm, how["sampler"], how["steps"], how["spacing"])) - how.get("skip", 0)
+    total = len(visited(ldm, how["sampler"], how["steps"])) - how.get("skip", 0)
     total *= how.get("rounds", 1)
     kept = {total - 1} if film == 1 else set(data.evenly(total, film).tolist())
     batches = []
@@ -319,18 +323,18 @@ def start_from(given: Given, args: argparse.Namespace, ldm: LDM, pose: Tensor,
     `pose` [1, 17, 3] and the first of `labels`.
     """
     if args.init:       # a share of T, so that it adds the same noise with every spacing
-        timesteps = visited(ldm, args.sampler, args.steps, args.spacing)
+        timesteps = visited(ldm, args.sampler, args.steps)
         skip = int((timesteps >= args.strength * ldm.schedule["timesteps"]).sum())
         return {"given": given.z, "skip": min(skip, len(timesteps) - 1)}
     if args.inpaint:    # a cell of the latent is redrawn if any of its pixels is in the hole
         hole = torch.from_numpy(given.hole)[None, None].float()             # [1, 1, S, S]
         known = F.max_pool2d(hole, ldm.vq.config.factor) == 0               # [1, 1, h, w]
-        return {"given": given.z, "known": known.to(given.z.device), "rounds": args.rounds}
+        return {"given": given.z, "known": known.to(given.z.device), "rounds": REPAINT}
     diffusion, w = Diffusion(**ldm.schedule), 0.0 if ldm.supports_guidance else 1.0
     model = partial(ldm, label=None if labels is None else labels[:1].to(given.z.device))
     eps_fn = guided(diffusion.eps_model(model), pose.to(given.z.device), w)
-    steps = invert(diffusion, eps_fn, given.z, args.steps, args.spacing)
-    total = len(visited(ldm, "ddim", args.steps, args.spacing))
+    steps = invert(diffusion, eps_fn, given.z, args.steps, spacing_of(ldm, "ddim"))
+    total = len(visited(ldm, "ddim", args.steps))
     *_, last = tqdm(steps, desc="inverting", unit="step", total=total)
     return {"noise": last.x}
 
@@ -351,100 +355,83 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         usage="sample.py {POSE.json ... | --common N} [--flags; --help explains them]")
     group = parser.add_argument_group("poses")
     add = group.add_argument
-    add("poses", nargs="*", metavar="POSE", help="pose files")
+    add("poses", nargs="*", metavar="POSE", help="pose files of any tool, see docs/pose-formats.md")
     add("--format", choices=FORMATS, metavar="NAME",
-        help=f"of the pose files, if detection fails: {', '.join(FORMATS)}")
+        help="of the pose files, where detection fails; docs/pose-formats.md has the names")
     add("--person", type=number(int, 1), metavar="K",
-        help="the K-th person with a joint in each image, from 1 (default: the largest person)")
+        help="the K-th person of each image (default: the largest)")
     add("--frames", type=number(int, 1), metavar="N",
-        help=f"at most N poses of each file, evenly spread (default {DEFAULT_FRAMES}, or all with "
-             "--motion); with --morph N frames in all")
-    add("--canvas", type=canvas, metavar="WxH", help="image size, if a pose file does not have it")
+        help=f"poses of a file, or frames of a series (default {DEFAULT_FRAMES}; --motion: all)")
+    add("--canvas", type=canvas, metavar="WxH", help="image size, where a pose file lacks it")
     add("--min-confidence", type=number(float, 0), default=MIN_CONFIDENCE, metavar="C",
-        help="a joint with less confidence counts as missing (default %(default)s)")
+        help="joints below it count as missing (default %(default)s)")
     add("--fit", choices=("letterbox", "crop"), default="letterbox",
-        help="for a pose from an image that is not square: add bars (default) or crop")
+        help="how a pose becomes square: with bars (default) or cropped")
     add = group.add_mutually_exclusive_group().add_argument
     add("--common", type=number(int, 1), metavar="N",
-        help="instead of pose files: the N most common kinds of training pose")
+        help="no pose files: the N most common training poses")
     add("--typical", type=number(float, 0, 1), default=0.0, metavar="A",
-        help="move each pose toward the training poses near it: 0 not at all, 1 to their middle")
-
-    group.add_argument("--retarget", action="store_true",
-        help="give each pose the proportions of the training poses, or of those with the labels; "
-        "limbs keep their directions")
-    group.add_argument("--label", action="append", metavar="NAME",
-        help="what to draw, where the model has labels; repeat it for several, or all; pose files "
-        "may then be left out")
+        help="move poses toward the training poses: 0 not at all, 1 to their middle")
+    add = group.add_argument
+    add("--retarget", action="store_true",
+        help="give poses the limb lengths of the training poses, or of the label's")
+    add("--label", action="append", metavar="NAME",
+        help="what to draw, repeated or all; needs no pose file")
 
     add = parser.add_argument_group("model").add_argument
-    add("--ckpt", metavar="FILE",
-        help=f"of stage 2 (default {DEFAULT_CKPT}, or the bundled toy model if that is missing)")
+    add("--ckpt", metavar="FILE", help=f"default {DEFAULT_CKPT}, else the bundled toy model")
     add("--preset", metavar="NAME",
-        help=f"of a published CompVis checkpoint: {', '.join(compvis.PUBLISHED)}")
-    add("--no-ema", action="store_true", help="the raw weights instead of their moving average")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+        help=f"of a published checkpoint: {', '.join(compvis.PUBLISHED)}")
+    add("--no-ema", action="store_true", help="raw weights instead of their EMA")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", choices=checkpoint.AMP, default="off",
-        help="precision of the UNet; half precision is faster where the hardware supports it")
+        help="precision of the UNet; bf16 is faster where the hardware has it")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("-n", type=number(int, 1),
-        help="images per pose and label (default 2; 1 with --motion, --morph, --noise-from and "
-        "several labels)")
+    add("-n", type=number(int, 1), metavar="N",
+        help="images per pose and label (default 2; 1 in a series or of several labels)")
     add("--seed", type=number(int, 0), default=0, help="of a pose's first image (default 0)")
-    add("--sampler", choices=SAMPLERS, help=f"default {DEFAULT_SAMPLER}; ddim for a published "
-        "checkpoint, and always with --inpaint and --noise-from")
-    add("--steps", type=number(int, 1), help="default: few with dpm_solver, by what the model "
-        f"predicts; {DDIM_STEPS} with ddim")
+    add("--sampler", choices=SAMPLERS,
+        help=f"default {DEFAULT_SAMPLER}; ddim with --inpaint, --noise-from and published models")
+    add("--steps", type=number(int, 1), metavar="N",
+        help=f"default {SAMPLING['v'][2]} for a v model, {SAMPLING['eps'][2]} for an eps model, "
+        f"{DDIM_STEPS} with ddim")
     add("--eta", type=number(float, 0, 1),
-        help="noise that each step adds, 0 to 1 (default: by what the model predicts)")
-    add("--spacing", choices=("even", "lambda", "uniform"), help="of the timesteps: even in t "
-        "(default), in log SNR (with dpm_solver), or the reference's (for a published checkpoint)")
+        help="new noise in each step, 0 to 1 (default: by what the model predicts)")
     add("--guidance", type=number(float, -100, 100), metavar="W",
-        help="1: as trained, 0: without the pose, above 1: more of the pose (default: by what the "
-             "model predicts; 1 for a model trained without dropping poses)")
-    add("--interval", type=number(int, 0), nargs=2, metavar=("LO", "HI"),
-        help="guidance only at the timesteps LO to HI; 0 is the cleanest (default all)")
-    add("--rescale", type=number(float, 0, 1), default=0.0, metavar="PHI",
-        help="reduce the glare of a large guidance: 0 not at all (default), 1 fully")
+        help="1: as trained, more: more of pose and label (default: by what the model predicts)")
 
     group = parser.add_argument_group("start from an image (its central square)")
     add = group.add_mutually_exclusive_group().add_argument
     add("--init", metavar="IMAGE", help="add noise to this image and denoise it in the pose")
     add("--inpaint", metavar="IMAGE", help="redraw a region of this image and keep the rest")
-    add("--noise-from", metavar="IMAGE", help="start from the noise of this image, found by DDIM "
-        "inversion: its colours in another pose; --guidance 0 reproduces the image")
+    add("--noise-from", metavar="IMAGE",
+        help="start from the noise that DDIM inversion finds for this image")
     add = group.add_argument
     add("--strength", type=number(float, 0, 1), default=0.6, metavar="S",
-        help="noise for --init: 0 hardly changes the image, 1 ignores it (default %(default)s)")
+        help="noise for --init: 0 keeps the image, 1 ignores it (default %(default)s)")
     add("--mask", metavar="IMAGE", help="for --inpaint, of the same size: white is redrawn")
-    # Measured on a Gaussian: with 1 round the new region ignores half of what the rest implies.
-    add("--rounds", type=number(int, 1), default=3, metavar="R", help="how often --inpaint repeats "
-        "each step: with more the region fits better to the rest (default %(default)s)")
 
     group = parser.add_argument_group("series")
     add = group.add_mutually_exclusive_group().add_argument
-    add("--morph", action="store_true",
-        help="from each pose to the next, and from one seed's noise to the next; also a .gif")
-    add("--motion", action="store_true", help="the poses are frames, drawn with one seed; a folder "
-        "has one file per frame; also a .gif (or .webp: --out NAME.webp)")
+    add("--morph", action="store_true", help="from each pose and seed to the next; also a .gif")
+    add("--motion", action="store_true",
+        help="the poses, or the files of a folder, are frames; also a .gif or .webp")
     add("--film", action="store_true", help=f"show {FILM} of the steps: x_t and the predicted x0")
-    group.add_argument("--fps", type=number(float, 1, 50), default=12.0,
-                       help="frames per second of --morph and --motion (default %(default)g)")
+    group.add_argument("--fps", type=number(float, 1, 50), default=12.0, metavar="N",
+                       help="frames a second of the .gif (default %(default)g)")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="FILE", default="samples.png",
         help="sheet of all images (default %(default)s)")
-    add("--separate", metavar="DIR", help="also write each image as a PNG of its own")
-    add("--save-latents", metavar="FILE", help="also write latents, poses and seeds as an .npz")
+    add("--separate", metavar="DIR", help="also each image as a PNG of its own")
+    add("--save-latents", metavar="FILE", help="also latents, poses and seeds as an .npz")
 
     args = parser.parse_intermixed_args(argv)
     if args.poses and args.common or not (args.poses or args.common or args.label):
         parser.error("give either pose files or --common N, such as --common 9")
     if bool(args.inpaint) != bool(args.mask):
         parser.error("--inpaint IMAGE and --mask IMAGE go together; white in the mask is redrawn")
-    if args.interval and args.interval[0] > args.interval[1]:
-        parser.error("--interval LO HI: LO must not be above HI")
     if Path(args.out).suffix.lower() not in SUFFIXES:
         parser.error(f"--out is {args.out}; the name must end in {', '.join(SUFFIXES)}")
     if args.n is None:
@@ -461,8 +448,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, object]:
-    """The sampler, steps, eta, guidance and spacing of a command."""
-    return {key: getattr(args, key) for key in ("sampler", "steps", "eta", "guidance", "spacing")}
+    """The sampler, steps, eta and guidance of a command."""
+    return {key: getattr(args, key) for key in ("sampler", "steps", "eta", "guidance")}
 
 
 def ask_model(args: argparse.Namespace, ldm: LDM) -> None:
@@ -497,15 +484,12 @@ def run(args: argparse.Namespace, command: str) -> str:
     """Loads, plans, draws and writes; returns the line to print at the end."""
     ldm, payload = load(args)
     ask_model(args, ldm)
-    if args.guidance == 1 and (args.interval or args.rescale):
-        raise ValueError("--interval and --rescale change nothing when --guidance is 1; leave them "
-                         "out, or guide more, such as --guidance 3")
     sheet, animation = outputs(args)
     size = payload["config"]["size"]
     asked = labels_of(args, ldm, payload)
     plan, given = plan_of(args, payload, asked.values()), read_given(args, ldm, size)
     plan = plan.for_labels(list(asked)) if asked else plan
-    options = settings_of(args) | {"interval": args.interval, "rescale": args.rescale}
+    options = settings_of(args)
     rest = {"seed": args.seed, "ckpt": args.ckpt, "amp": args.amp, "torch": torch.__version__}
     rest |= {"labels": list(asked)} if asked else {}
     words = {"command": command, "settings": json.dumps(options | rest),

@@ -1085,58 +1085,60 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     positive, whole = number(float, 1e-9), number(int, 1)
     add = parser.add_argument_group("what is trained").add_argument
     add("--stage", choices=("vq", "ldm"),
-        help="1: the autoencoder, 2: the diffusion model (--dry-run takes both)")
+        help="vq: the autoencoder; ldm: the diffusion model; --dry-run takes both")
     add("--preset", choices=PRESETS, default="toy",
         help="networks, image size and recipe (default %(default)s)")
-    add("--data", default="figures", help="figures[:N], a folder with images/ and keypoints/, a "
-        "list file, or COCO; for stage 1 also any folder of images")
-    add("--val", help="held-out images, in the same forms (default: a tenth of --data, by groups)")
-    add("--trim-bars", action="store_true", help="cut letterbox bars off while images are read")
-    add("--labels", metavar="COLUMN|folders|off", help="what is on an image: a column of "
-        "metadata.csv (default: label, where it is there), or its sub-folder of images/")
-    add("--out", help="run folder (default runs/vq or runs/ldm)")
-    add("--vq", help=f"stage 2: the checkpoint of stage 1 (default: that in --init, or {STAGE_1})")
-    add("--init", metavar="CKPT", help="start from the weights of this checkpoint, where they fit; "
-        "stage 1 also takes a published CompVis autoencoder")
     add("--condition", choices=("maps", "tokens", "tokens+maps"),
-        help="stage 2: how the pose enters; tokens by cross-attention (default: the preset's)")
+        help="stage 2: how the pose enters the network (default: the preset's)")
+    add("--vq", metavar="CKPT", help=f"stage 2: stage 1's checkpoint (default {STAGE_1})")
+    add("--init", metavar="CKPT", help="start from its weights, where they fit")
     add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")
+    add("--dry-run", action="store_true",
+        help="print recipe and parameter counts, on a GPU also memory and time")
+
+    add = parser.add_argument_group("dataset").add_argument
+    add("--data", default="figures", metavar="DATA",
+        help="a folder with images/ and keypoints/, a list, COCO, or (default) figures[:N]")
+    add("--val", metavar="DATA", help="held-out images (default: a tenth of --data, by groups)")
+    add("--labels", metavar="BY",
+        help="a column of metadata.csv (default: label, if there is one), folders, or off")
+    add("--trim-bars", action="store_true", help="cut letterbox bars off")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", metavar="DIR", help="run folder (default runs/vq or runs/ldm)")
     add("--fresh", action="store_true", help="start over instead of resuming")
     add("--accept-data", action="store_true", help="resume although the images have changed")
-    add("--dry-run", action="store_true",
-        help="print recipe and parameter counts, on a GPU also memory and time; train nothing")
-    add = parser.add_argument_group("how long").add_argument
-    add("--steps", type=whole, help="length of the run in steps (default: the preset's)")
-    add("--minutes", type=positive, help="length of the run in minutes, instead of --steps")
+    add("--steps", type=whole, metavar="N", help="length of the run (default: the preset's)")
+    add("--minutes", type=positive, metavar="M", help="length of the run, instead of --steps")
     add("--eval-every", type=whole, metavar="STEPS",
-        help="steps between evaluations (default: as often as 5 %% of the time pays for)")
+        help="evaluate so often (default: as 5 %% of the time pays for)")
     add("--keep-every", type=whole, metavar="STEPS",
-        help="keep a model every so many steps, as step-*.pt (default: the last and the best)")
+        help="keep a model so often, as step-*.pt (default: only best.pt and last.pt)")
     add("--patience", type=whole, metavar="K",
-        help="stage 2: end the run once the validation loss has risen for K evaluations in a row, "
-        f"in any bin of timesteps (default: warn after {ROW_OF} and go on)")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--batch-size", type=whole, help="images in a step (default: the preset's)")
+        help=f"stage 2: stop after K evaluations of overfitting (default: warn after {ROW_OF})")
+
+    add = parser.add_argument_group("optimisation (defaults: the preset's)").add_argument
+    add("--batch-size", type=whole, metavar="N", help="images in a step")
     add("--lr", type=positive, help="the learning rate used, whatever the batch size")
-    add("--perceptual", type=off_or_weight, metavar="off|WEIGHT",
-        help="stage 1: weight of LPIPS (default: the preset's)")
+    add("--perceptual", type=off_or_weight, metavar="WEIGHT", help="stage 1: of LPIPS, or off")
     add("--lpips-weights", nargs="+", metavar="FILE",
-        help="stage 1: torchvision's VGG16 and the lin weights of LPIPS, or one file with both, "
-        "such as a taming .ckpt")
+        help="stage 1: VGG16 and the lin weights of LPIPS, in one or two files")
     add("--download-lpips", action="store_true",
-        help="stage 1: fetch those weights (528 MB) once, checked by hash")
-    add("--disc-weight", type=off_or_weight, metavar="off|WEIGHT",
-        help="stage 1: weight of the adversarial loss")
+        help="stage 1: fetch those weights once (528 MB, checked by hash)")
+    add("--disc-weight", type=off_or_weight, metavar="WEIGHT",
+        help="stage 1: of the adversarial loss, or off")
     add("--disc-start", type=number(float, 0), metavar="STEP",
-        help="stage 1: step at which the discriminator starts; below 1: share of the run")
+        help="stage 1: when the discriminator starts; below 1: share of the run")
+
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto", help="mixed precision")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto",
+        help="mixed precision (default: bf16 where the hardware has it)")
     add("--compile", action="store_true", help="torch.compile the networks")
-    add("--workers", type=number(int, 0), help="processes that load images (default: 0 on a CPU)")
+    add("--workers", type=number(int, 0), metavar="N",
+        help="processes that load images (default: 0 on a CPU)")
     add("--micro-batch", type=whole, metavar="N",
-        help="images in a network at once; the gradients of a batch's parts add up to those of the "
-        "batch (default: the whole batch)")
+        help="images in the network at once; their gradients add up to the batch's")
     add("--checkpointing", action="store_true",
         help="gradient checkpointing: less memory, a third more arithmetic")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""How much guidance? PCK, OKS and Frechet distance of samples over w, with and without interval.
+"""How much guidance? PCK, OKS and Frechet distance of samples over w.
 
     python benchmarks/guidance.py --ckpt runs/ldm/last.pt --pictures 256
 
@@ -23,8 +23,6 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="runs/ldm/last.pt")
     parser.add_argument("--weights", type=float, nargs="+", default=[1, 1.5, 2, 3, 4, 5, 6])
-    parser.add_argument("--interval", type=int, nargs=2, default=[200, 800],
-                        help="timesteps with guidance")
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--steps", type=int, default=50)
     args = parser.parse_args()
@@ -35,13 +33,11 @@ def main() -> None:
     reader = evaluate.find_detector(c["data"], train_part)
     rows: dict[str, dict] = {}
     for w in args.weights:
-        for interval in (None, tuple(args.interval)) if w != 1 else (None,):
-            name = f"w {w:g}" + (f", t {interval[0]} to {interval[1]}" if interval else "")
-            drawn = evaluate.draw_held_out(ldm, held_out, interval=interval, sampler="ddim",
-                                           steps=args.steps, guidance=w)
-            found, _ = metrics.pose.assess(reader, drawn)
-            rows[name] = found["samples"]
-            print(name, {key: round(rows[name][key], 3) for key in evaluate.FIDELITY}, flush=True)
+        drawn = evaluate.draw_held_out(ldm, held_out, sampler="ddim", steps=args.steps, guidance=w)
+        found, _ = metrics.pose.assess(reader, drawn)
+        rows[f"w {w:g}"] = row = found["samples"]
+        print(f"w {w:g}", {key: round(row[key], 3) for key in row if key in evaluate.FIDELITY},
+              flush=True)
     print(f"{evaluate.table(rows, evaluate.FIDELITY)}\n"
           f"ceiling: PCK@0.1 {found['real']['pck@0.1']:.3f}")
 

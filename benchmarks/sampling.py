@@ -60,8 +60,8 @@ def compare(work: str, turns: int) -> None:
         sizes = [sum(p.numel() for p in model.parameters()) for model in (ldm.unet, unet)]
         assert sizes[0] == sizes[1], f"ours has {sizes[0]} parameters, diffusers' {sizes[1]}"
         ldm.unet.to(dtype)
-        for sampler, spacing in (("dpm_solver", "lambda"), ("ddim", "even")):
-            cases[f"ours, {sampler}, {name}"] = ours(ldm, poses, c.size, sampler, spacing, steps)
+        for sampler in ("dpm_solver", "ddim"):
+            cases[f"ours, {sampler}, {name}"] = ours(ldm, poses, c.size, sampler, steps)
             cases[f"diffusers, {sampler}, {name}"] = theirs(unet, ldm, poses, sampler, steps, dtype)
     times = medians(cases, turns)
     print(f"\n{work}: {steps} guided steps, batch {images}, latents {latent} a side\n"
@@ -76,11 +76,10 @@ def random_ldm(c: train.Config) -> LDM:
     return ldm.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def ours(ldm: LDM, poses: Tensor, side: int, sampler: str, spacing: str,
-         steps: int) -> Callable[[], object]:
+def ours(ldm: LDM, poses: Tensor, side: int, sampler: str, steps: int) -> Callable[[], object]:
     def draw() -> None:
         for _ in sample.sample(ldm, poses, list(range(len(poses))), side, sampler=sampler,
-                               steps=steps, eta=0.0, guidance=GUIDANCE, spacing=spacing):
+                               steps=steps, eta=0.0, guidance=GUIDANCE):
             pass
 
     return draw

@@ -52,7 +52,7 @@ def main() -> None:
             asked = density.typical(given, amount)
             images = sample.draw_images(
                 ldm, torch.from_numpy(asked), list(range(len(asked))), c["size"], sampler="ddim",
-                steps=args.steps, eta=ldm.eta, guidance=ldm.guidance, spacing="even")
+                steps=args.steps, eta=ldm.eta, guidance=ldm.guidance)
             read, _ = read_all(reader, np.stack(images))
             found = fidelity(read, asked)
             rows[f"{kind}, typical {amount:g}"] = {

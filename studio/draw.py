@@ -138,7 +138,7 @@ class Draw:
                                  f"{', '.join(model.labels) or 'none'}")
             guidance = guidance if model.ldm.supports_guidance else 1.0
             how = sample.settings(model.ldm, steps=steps, guidance=guidance)
-            total = len(sample.visited(model.ldm, how["sampler"], steps, how["spacing"]))
+            total = len(sample.visited(model.ldm, how["sampler"], steps))
             labels = torch.tensor([model.labels.index(label)] * n) if label else None
             poses = torch.from_numpy(pose)[None].repeat(n, 1, 1)
             seeds = [seed + j for j in range(n)]

@@ -131,6 +131,21 @@ def test_every_command_of_the_documentation_parses(line):
             assert list(ROOT.glob(word)), word
 
 
+@pytest.mark.parametrize("command", [
+    "train", "sample", "data", *(f"evaluate {name}" for name in evaluate.COMMANDS)])
+def test_every_flag_has_a_help_of_one_line(command, capsys, monkeypatch):
+    script, *more = command.split()
+    module = {"train": train, "sample": sample, "data": dataset.check, "evaluate": evaluate}[script]
+    monkeypatch.setenv("COLUMNS", "112")
+    with pytest.raises(SystemExit):
+        module.parse_args([*more, "--help"])
+    flags = re.split(r"\n  (?=\S)", capsys.readouterr().out.split("\noptions:\n")[1])
+    for flag in flags:
+        said = re.split(r"\n\n", flag)[0]
+        name, _, text = re.sub(r"\n {20,}", "  ", said, count=1).strip().partition("  ")
+        assert text.strip() and "\n" not in text.strip(), flag
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page."""
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
