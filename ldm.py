@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from keypoints import ConditionConfig, PoseCondition
@@ -56,36 +55,17 @@ class LDM(nn.Module):
         neither pose nor label."""
         if label is not None and drop is not None:
             label = label.masked_fill(drop, NO_LABEL)
-        return self.unet(x.to(self.dtype), t, *self._condition(pose, x.shape[2:], drop), label)
+        context, maps = self.cond(pose, x.shape[2:], drop)              # [B, N, D], [B, K, h, w]
+        context = context if context is None else context.to(self.dtype)
+        return self.unet(x.to(self.dtype), t, context, maps, label)
 
-    def _condition(self, pose: Tensor, size: tuple[int, int],
-                   drop: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Tokens [B, N, D] and maps [B, K, h, w], as the UNet takes them."""
-        context, maps = self.cond(pose, size, drop)
-        return context if context is None else context.to(self.dtype), maps
+    def of_rows(self, pose: Tensor, label: Tensor | None) -> tuple[Callable[..., Tensor], Tensor]:
+        """(model, rows) for diffusion.guided, whose condition is one tensor: rows [B] of poses
+        [B, 17, 3] and labels [B] in place of both."""
+        def model(x: Tensor, t: Tensor, row: Tensor, drop: Tensor) -> Tensor:
+            return self(x, t, pose[row], drop, None if label is None else label[row])
 
-    @torch.no_grad()
-    def prepared(self, pose: Tensor, size: tuple[int, int],
-                 label: Tensor | None = None) -> tuple[Callable[..., Tensor], Tensor]:
-        """(model, rows): a model with precomputed conditioning for poses [B, 17, 3] and labels [B];
-        call it with rows [B], indices into these poses, in place of poses.
-
-        Equal to the LDM for latents of `size` = (h, w), but maps, tokens, keys and values are
-        computed once here, not in every step of a sampler.
-        """
-        row = torch.arange(len(pose) + 1, device=pose.device)
-        poses = torch.cat([pose[:1], pose])                         # row 0 is the null condition
-        context, maps = self._condition(poses, size, drop=row == 0)
-        keys_values = self.unet.keys_values(context)
-        labels = None if label is None else F.pad(label, (1, 0), value=NO_LABEL)
-
-        def model(x: Tensor, t: Tensor, row_of: Tensor, drop: Tensor) -> Tensor:
-            at = (row_of + 1) * ~drop                                   # [B] rows
-            return self.unet(x.to(self.dtype), t, [(k[at], v[at]) for k, v in keys_values],
-                             None if maps is None else maps[at],
-                             None if labels is None else labels[at])
-
-        return model, row[:-1]
+        return model, torch.arange(len(pose), device=pose.device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -168,7 +168,7 @@ def sample(
         x_T = diffusion.q_sample(given, torch.tensor([t]), x_T)
 
     labels = None if labels is None else labels.to(device)
-    model, rows = ldm.prepared(poses.to(device), shape[1:], labels)
+    model, rows = ldm.of_rows(poses.to(device), labels)
     eps_fn = guided(diffusion.eps_model(model), rows, guidance)
     if known is not None:
         eps_fn = inpaint(diffusion, eps_fn, given, known)

@@ -232,8 +232,8 @@ class Config:
     vq_hash: str | None = None          # stage 2: of the weights in `vq`
 
 
-# What may differ from the run that is resumed. Of stage 1 the hash of its weights counts, not the
-# path. With --accept-data the images may differ too.
+# What may differ from the run that is resumed. For stage 1 the hash of the weights is compared, not
+# the path. With --accept-data the images may differ too.
 MAY_DIFFER = {"minutes", "steps", "eval_every", "workers", "device", "compile", "out", "vq",
               "lpips", "keep_every", "micro_batch", "checkpointing", "patience"}
 OF_DATA = {"data", "val", "images", "data_hash"}
@@ -253,7 +253,7 @@ def make_config(args: argparse.Namespace) -> Config:
     if args.init:
         if Path(args.init).resolve().parent == Path(out).resolve():
             raise ValueError(f"--init is {args.init}, in the run folder itself; give another --out")
-        recipe = replace(recipe, quantize_start=0.0)        # its codes are those of its encoder
+        recipe = replace(recipe, quantize_start=0.0)        # its codebook already fits its encoder
     return Config(
         stage=args.stage, preset=args.preset, data=args.data, val=args.val,
         trim_bars=args.trim_bars, labels=args.labels, out=out,
@@ -279,7 +279,7 @@ def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
     """The objective of stage 1: the preset's, changed by the flags."""
     if args.disc_weight and not loss.disc_weight:
         loss = replace(VQGAN, perceptual=loss.perceptual, detector=loss.detector)
-    if data.is_folder(args.data):       # the detector knows figures: on renders it gains nothing
+    if data.is_folder(args.data):       # the detector has learned figures only
         loss = replace(loss, detector=0.0)
     loss = replace(loss, **given(perceptual=args.perceptual, disc_weight=args.disc_weight,
                                  disc_start=args.disc_start))
@@ -765,8 +765,8 @@ class HeldOut:
             found = [(average.encode(x.to(c.device)), pose, label) for x, pose, label in
                      data.in_order(val, in_network(c))]
         if sum(len(z) for z, _, _ in found) < 2:
-            raise ValueError(f"{c.data} leaves fewer than 2 usable images to validate on: add "
-                             "images, or give a set of its own with --val")
+            raise ValueError(f"{c.data} leaves fewer than 2 usable images to validate on; add "
+                             "images, or give validation images with --val")
         self.z, self.pose, self.label = (torch.cat(each).to(c.device)
                                          for each in zip(*found, strict=True))
         rows = 2 * data.evenly(len(cache) // 2, len(self.z))        # even: not mirrored
@@ -832,7 +832,7 @@ def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor,
         z = ldm.encode(x)
         x_hat = ldm.decode(z).float()
         x_T, noise_fn = per_image_noise(list(range(len(x))), z.shape[1:])
-        model, rows = ldm.prepared(pose, z.shape[2:], label)
+        model, rows = ldm.of_rows(pose, label)
         eps_fn = guided(diffusion.eps_model(model), rows, ldm.guidance)
         *_, last = dpm_solver(diffusion, eps_fn, x_T.to(c.device), PREVIEW_STEPS, ldm.eta, noise_fn)
         sample = ldm.decode(last.x).float()
@@ -940,8 +940,8 @@ def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
     if found := first_difference(old, plain(c), free):
         name, was, now = found
         if name == "vq_hash":
-            raise ValueError(f"{c.out} holds a run in the latents of another autoencoder than "
-                             f"{c.vq} is now; give another --out, or --fresh")
+            raise ValueError(f"{c.out} holds a run that used another autoencoder than "
+                             f"{c.vq}; give another --out, or --fresh")
         advice = ("--accept-data to resume with the images as they are now" if name in OF_DATA else
                   f"--labels {was or 'off'} to resume it" if name == "labels" else
                   "the old command to resume it")
@@ -982,7 +982,7 @@ def fix_length(c: Config, spent: float, step_s: float, eval_s: float) -> Config:
         if c.eval_every:
             with_evals = step_s + eval_s / c.eval_every
         steps = max(1, int((60 * c.minutes - spent - eval_s) / with_evals))
-        print0(f"{plural(c.minutes, 'minute')}, of which {spent:.0f} s went into preparation: "
+        print0(f"{plural(c.minutes, 'minute')} minus {spent:.0f} s of preparation allow "
                f"{plural(steps, 'step')} of {step_s:.2g} s, evaluations of {eval_s:.2g} s")
         if steps < FEW_STEPS:
             print0(f"{plural(steps, 'step')} are too few to train a useful model; give more "

@@ -6,9 +6,8 @@ downsampling factors in `attention_resolutions` a SpatialTransformer follows eac
 and one is in the middle: self-attention, then cross-attention to the pose.
 
 The pose enters in two ways: as `context` [B, N, D], tokens for cross-attention, and as `concat`
-[B, K, h, w], maps concatenated to the noisy latent. Keys and values of the tokens depend neither
-on x_t nor on t, so a sampler computes them once for all its steps with `UNet.keys_values`.
-A label [B], the number of a class, adds a learned vector to the timestep embedding.
+[B, K, h, w], maps concatenated to the noisy latent. A label [B], the number of a class, adds a
+learned vector to the timestep embedding.
 
 This is the network of latent diffusion (arXiv:2112.10752, appendix E.2). Submodules have the names
 of CompVis `openaimodel.UNetModel`, so published state dicts load with strict=True.
@@ -25,9 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-# (k, v), each [B, n, N, d], of every cross-attention, in the order of the U
-KeysValues = list[tuple[Tensor, Tensor]]
 
 NORM_GROUPS = 32        # Wu & He, arXiv:1803.08494, and every model of this family since
 MAX_PERIOD = 10_000     # slowest wave of the timestep embedding, arXiv:1706.03762 section 3.5
@@ -155,12 +151,9 @@ class Attention(nn.Module):
     def heads(self, y: Tensor) -> Tensor:
         return y.unflatten(2, (self.num_heads, -1)).transpose(1, 2)     # [B, L, C] -> [B, n, L, d]
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context [B, N, D] -> k and v, [B, n, N, d] each."""
-        return self.heads(self.to_k(context)), self.heads(self.to_v(context))
-
-    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        y = attend(self.heads(self.to_q(x)), k, v)                      # [B, n, L, d]
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)  # [B, L or N, C]
+        y = attend(self.heads(q), self.heads(k), self.heads(v))         # [B, n, L, d]
         return self.to_out(y.transpose(1, 2).flatten(2))                # [B, L, C]
 
 
@@ -201,13 +194,12 @@ class TransformerBlock(nn.Module):
         self.norm2 = None if context_dim is None else nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
         self.norm3 = nn.LayerNorm(channels)
-        self.number = 0                                 # its index in KeysValues; the UNet sets it
 
-    def forward(self, x: Tensor, pose: KeysValues) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         y = self.norm1(x)
-        x = x + self.attn1(y, *self.attn1.keys_values(y))
+        x = x + self.attn1(y, y)
         if self.attn2 is not None:
-            x = x + self.attn2(self.norm2(x), *pose[self.number])
+            x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
@@ -222,12 +214,12 @@ class SpatialTransformer(nn.Module):
             TransformerBlock(channels, context_dim, num_heads) for _ in range(depth))
         self.proj_out = zero(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, pose: KeysValues) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         y = self.proj_in(self.norm(x))                                  # [B, C, h, w]
         # For a channels_last tensor both permutes are views without a copy.
         y = y.permute(0, 2, 3, 1).flatten(1, 2)                         # [B, L, C]
         for block in self.transformer_blocks:
-            y = block(y, pose)
+            y = block(y, context)
         y = y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)             # [B, C, h, w]
         return x + self.proj_out(y)
 
@@ -235,9 +227,9 @@ class SpatialTransformer(nn.Module):
 # ------------------------------------------------------------------------------ the U
 
 class Stage(nn.Sequential):
-    """One step of the U: ResBlocks get the timestep, SpatialTransformers the pose."""
+    """One step of the U: ResBlocks get the timestep, SpatialTransformers the context."""
 
-    def forward(self, x: Tensor, emb: Tensor, pose: KeysValues,
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor | None,
                 skip: Tensor | None = None) -> Tensor:
         if skip is not None:        # here, so gradient checkpointing does not store the result
             x = torch.cat([x, skip], dim=1)
@@ -245,7 +237,7 @@ class Stage(nn.Sequential):
             if isinstance(layer, ResBlock):
                 x = layer(x, emb)
             elif isinstance(layer, SpatialTransformer):
-                x = layer(x, pose)
+                x = layer(x, context)
             else:
                 x = layer(x)
         return x
@@ -310,24 +302,12 @@ class UNet(nn.Module):
 
         self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, C), nn.SiLU(),
                                  zero(nn.Conv2d(C, config.out_channels, 3, padding=1)))
-        # In the order of forward. A plain list, so that no block is registered twice.
-        self.transformers = [m for m in self.modules() if isinstance(m, TransformerBlock)]
-        for number, block in enumerate(self.transformers):
-            block.number = number
 
-    def keys_values(self, context: Tensor | None) -> KeysValues:
-        """Keys and values of context [B, N, D] for every cross-attention; `forward` accepts them
-        instead of the context. Empty for a UNet without cross-attention."""
-        if context is None:
-            return []
-        return [block.attn2.keys_values(context) for block in self.transformers]
-
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | KeysValues | None = None,
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None,
                 concat: Tensor | None = None, label: Tensor | None = None) -> Tensor:
-        """x [B, C, h, w], t [B] integers, context [B, N, D] or its `keys_values`, concat
-        [B, K, h, w], label [B] integers or NO_LABEL (None: NO_LABEL for all) -> [B, out_channels,
-        h, w]; h and w must halve evenly at every level."""
-        pose = context if isinstance(context, list) else self.keys_values(context)
+        """x [B, C, h, w], t [B] integers, context [B, N, D], concat [B, K, h, w], label [B]
+        integers or NO_LABEL (None: NO_LABEL for all) -> [B, out_channels, h, w]; h and w must halve
+        evenly at every level."""
         if concat is not None:
             x = torch.cat([x, concat.to(x.dtype)], dim=1)               # [B, in_channels, h, w]
         # From here on everything is channels_last: without it bf16 convolutions on a CPU are up to
@@ -340,14 +320,14 @@ class UNet(nn.Module):
             emb = emb + of_label.to(emb.dtype)
         skips = []
         for block in self.input_blocks:
-            h = self._run(block, h, emb, pose)
+            h = self._run(block, h, emb, context)
             skips.append(h)
-        h = self._run(self.middle_block, h, emb, pose)
+        h = self._run(self.middle_block, h, emb, context)
         for block in self.output_blocks:
-            h = self._run(block, h, emb, pose, skips.pop())
+            h = self._run(block, h, emb, context, skips.pop())
         return self.out(h)
 
-    def _run(self, stage: Stage, *args: Tensor | KeysValues) -> Tensor:
+    def _run(self, stage: Stage, *args: Tensor | None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(stage, *args, use_reentrant=False)
         return stage(*args)

@@ -64,8 +64,7 @@ def main() -> None:
     poses, side = poses[:DISTANCE_PICTURES], c["size"] // ldm.vq.config.factor
 
     def trained_eps() -> EpsFn:
-        model, rows = ldm.prepared(poses, (side, side))
-        return guided(Diffusion(**ldm.schedule).eps_model(model), rows, ldm.guidance)
+        return guided(Diffusion(**ldm.schedule).eps_model(ldm), poses, ldm.guidance)
 
     networks = {"the trained model": (trained_eps,
                                       (len(poses), ldm.vq.config.embed_dim, side, side)),
@@ -111,10 +110,9 @@ def random_eps() -> EpsFn:
         if not parameter.any() and parameter.ndim > 1:      # a layer of zeros hides those before it
             torch.nn.init.kaiming_uniform_(parameter, a=5 ** 0.5)
     unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-    keys_values = unet.keys_values(context)
 
     def network(x: Tensor, t: Tensor) -> Tensor:
-        return unet(x, t, keys_values)
+        return unet(x, t, context)
 
     size = network(torch.randn(1, 3, 32, 32), torch.tensor([500])).std()
 

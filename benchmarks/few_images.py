@@ -10,7 +10,8 @@ base on her images alone; both stages from the base; stage 2 at a fifth of the l
 long. Each run ends once the held-out loss rises, and its best model counts. Lengths are in steps,
 at the speed of two quiet cores (RESULTS.md). Draws the held-out poses of the new character. A
 detector taught on all characters judges: PCK@0.1, Frechet distance, label accuracy. `evaluate.py
-overfit` counts copies. Writes DIR/few_images.json; rerun the same command to resume.
+overfit` counts copies. Writes DIR/few_images.json and, of some runs, few_images.png. Rerun the same
+command to resume.
 """
 from __future__ import annotations
 
@@ -27,9 +28,12 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import tables  # noqa: E402
+
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import plots  # noqa: E402
 from metrics.overfit import best_step, evaluations, streaks  # noqa: E402
 from metrics.pose import assess  # noqa: E402
 
@@ -38,6 +42,9 @@ BASE = 3000, 2500                       # steps of both stages
 TUNED = 1300, 25                        # steps of stage 2: 10 minutes; between evaluations
 FROM_NOTHING = 4000, 8700               # steps of both stages: 12 and 68 minutes
 SLOW = 1e-4                             # learning rate; the preset has 5e-4
+SHOWN = (("base", 20), ("base-both", 20), ("base-both", 60), ("base-both", 200), ("nothing", 20),
+         ("nothing", 200))              # in the picture
+COLUMNS = 8
 TUNED_VQ = 500, 2e-4                    # steps of stage 1, a minute, and learning rate (1e-3)
 
 
@@ -93,6 +100,23 @@ def first_rise(log: list[dict]) -> int | None:
     """The step at which the held-out loss has surely risen, in any bin of timesteps."""
     found = evaluations(log)
     return next((row["step"] + 1 for i, row in enumerate(found) if streaks(found[:i + 1])), None)
+
+
+def picture(args: argparse.Namespace) -> None:
+    """Some held-out poses as the best model of each run draws them, beside the real images."""
+    rows, labels = [], []
+    for start, n in SHOWN:
+        folder = args.out / f"{start}-{n}-seed{args.seed}"
+        payload = checkpoint.load(folder / "best.pt", "ldm")
+        ldm = checkpoint.build_ldm(payload, str(folder))
+        held_out = str(args.out / "new-val/poses.json")
+        _, val = data.open_data(held_out, SIZE, held_out, labels=args.by,
+                                label_names=checkpoint.label_names(payload, str(folder)))
+        drawn = evaluate.draw_held_out(ldm, data.spread(val, COLUMNS), args.seed)
+        rows.append(list(drawn.samples))
+        labels.append(f"{tables.STARTS[start]}, {n} images")
+    plots.save_grid(args.out / "few_images.png", [list(drawn.real), *rows],
+                    labels=["real image", *labels], scale=1)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,6 +190,7 @@ def main(argv: list[str] | None = None) -> None:
                   f"{found['best']} of {found['steps']}, risen {found['risen']}, copies "
                   f"{found['copies']}", flush=True)
             told.write_text(json.dumps(report, indent=1))
+    picture(args)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def loss_of(work: str, library: str, model: nn.Module, x: Tensor, **rest: Tensor
     return F.mse_loss(eps_of(library, model, x, **rest).float(), x)
 
 
-def eps_of(library: str, model: nn.Module, x: Tensor, t: Tensor, context: Tensor | list) -> Tensor:
+def eps_of(library: str, model: nn.Module, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
     if library == "ours":
         return model(x, t, context)
     return model(x, t, context, return_dict=False)[0]
@@ -169,13 +169,9 @@ def training_step(work: str, library: str, model: nn.Module, opt: torch.optim.Op
 
 def sampling_step(work: str, library: str, model: nn.Module, opt: torch.optim.Optimizer, dtype: str,
                   data: dict[str, Tensor], device: str) -> Callable[[], object]:
-    """Ours computes keys and values of the context before the first step, as a sampler does."""
-    with torch.no_grad(), autocast(dtype, device):
-        context = model.keys_values(data["context"]) if library == "ours" else data["context"]
-
     def step() -> None:
         with torch.no_grad(), autocast(dtype, device):
-            eps_of(library, model, data["x"], data["t"], context)
+            eps_of(library, model, data["x"], data["t"], data["context"])
 
     return step
 

@@ -64,9 +64,9 @@ def few_images() -> str:
                      "copies in new poses, last model"], rows)
 
 
-STARTS = {"base": "the others", "base-both": "the others, both stages",
-          "base-slow": "the others, lr 1e-4",
-          "base-among": "the others, and trained among them", "nothing": "nothing"}
+STARTS = {"base": "base, stage 2", "base-both": "base, both stages",
+          "base-slow": "base, stage 2, lr 1e-4", "base-among": "base, stage 2, among the others",
+          "nothing": "nothing"}
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -434,13 +434,13 @@ CONDITIONINGS = [("maps",), ("tokens",), ("tokens", "maps"), ("seed",)]
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_a_prepared_model_is_the_model(conditioning):
+def test_a_model_of_rows_is_the_model(conditioning):
     ldm, poses, x = random_ldm(*conditioning), random_poses(3), torch.randn(3, 3, 8, 8)
-    prepared = ldm.prepared(poses, (8, 8))
+    of_rows = ldm.of_rows(poses, None)
     for w, t in ((0, 900), (1, 100), (3, 900)):
         ts = torch.full((3,), t)
         wanted = guided(ldm, poses, w)(x, ts)
-        assert relative_error(guided(*prepared, w)(x, ts), wanted) < 1e-5
+        assert relative_error(guided(*of_rows, w)(x, ts), wanted) < 1e-5
         if w:                                               # the pose counts
             other = guided(ldm, poses[[1, 2, 0]], w)(x, ts)
             assert relative_error(other, wanted) > 1e-3
@@ -452,24 +452,9 @@ def test_a_network_in_half_precision_draws_nearly_the_same_from_float32_latents(
     x, ts = torch.randn(2, 3, 8, 8), torch.full((2,), 300)
     wanted = guided(ldm, poses, 3)(x, ts)
     ldm.unet.to(torch.bfloat16)
-    for cond in ((ldm, poses), ldm.prepared(poses, (8, 8))):
-        eps_fn = guided(*cond, 3)                           # guidance triples the rounding
-        assert 1e-4 < relative_error(eps_fn(x, ts), wanted) < 6e-2
+    eps_fn = guided(ldm, poses, 3)                          # guidance triples the rounding
+    assert 1e-4 < relative_error(eps_fn(x, ts), wanted) < 6e-2
     assert last(ddim(Diffusion(), eps_fn, x, 2)).dtype == torch.float32
-
-
-@pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_the_pose_is_computed_once_an_image_and_not_once_a_step(conditioning):
-    ldm, calls = copy.deepcopy(random_ldm(*conditioning)), {"cond": 0, "keys": 0, "unet": 0}
-
-    def count(module, name):
-        module.register_forward_hook(lambda *ignored: calls.update({name: calls[name] + 1}))
-    count(ldm.cond, "cond"), count(ldm.unet, "unet")
-    keys = [module for name, module in ldm.unet.named_modules() if name.endswith("attn2.to_k")]
-    for module in keys:
-        count(module, "keys")
-    last(sample.sample(ldm, random_poses(2), [0, 1], 32, **sample.settings(ldm, steps=2)))
-    assert calls == {"cond": 1, "keys": len(keys), "unet": 2}
 
 
 # float32: the same sums in another order. bf16 keeps 8 bits, and a random network amplifies.

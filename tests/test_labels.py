@@ -88,7 +88,7 @@ def test_the_null_condition_drops_pose_and_label_and_a_sampler_sees_the_same_mod
     wake(ldm.unet)
     x, t, pose = torch.randn(4, 3, 8, 8), torch.full((4,), 300), torch.rand(4, 17, 3).round()
     label, drop = torch.tensor([0, 1, 2, NO_LABEL]), torch.tensor([True, False, False, False])
-    model, rows = ldm.prepared(pose, (8, 8), label)
+    model, rows = ldm.of_rows(pose, label)
     out = ldm(x, t, pose, drop, label)
     assert torch.allclose(model(x, t, rows, drop), out, atol=1e-5)
     null = ldm(x, t, torch.rand_like(pose), torch.ones(4, dtype=torch.bool), label.flip(0))

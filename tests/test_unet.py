@@ -1,5 +1,4 @@
 """unet.py against the reference's parameters and outputs, and against definitions."""
-import copy
 import json
 from dataclasses import replace
 
@@ -72,7 +71,7 @@ def test_a_new_network_predicts_zero_and_its_branches_are_closed():
     assert model(x, t, context).abs().max() == 0
     block = model.middle_block
     h, emb = torch.randn(2, 64, 4, 4), torch.randn(2, 128)
-    assert torch.equal(block(h, emb, model.keys_values(context)), h)
+    assert torch.equal(block(h, emb, context), h)
 
 
 def test_timestep_embedding_is_cosines_then_sines():
@@ -94,7 +93,7 @@ def test_attention_equals_its_definition():
         weights = (q[..., of] @ k[..., of].mT / 8**0.5).softmax(-1)
         heads.append(weights @ v[..., of])
     wanted = layer.to_out[0](torch.cat(heads, -1))
-    torch.testing.assert_close(layer(x, *layer.keys_values(context)), wanted)
+    torch.testing.assert_close(layer(x, context), wanted)
 
 
 @pytest.mark.parametrize("keys", [1, 17, 1024])
@@ -147,34 +146,13 @@ def test_a_single_token_gives_every_pixel_the_same_vector():
     assert gradient.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("depth", [1, 2])
-def test_keys_and_values_made_once_serve_every_step(dtype, depth, monkeypatch):
-    """The same bits at any x and t, and no to_k or to_v of a cross-attention runs again."""
-    original, (x, t, context) = small(replace(SMALL, transformer_depth=depth)), inputs()
-    model = copy.deepcopy(original)                      # as moving averages are made
-    for parameter in original.parameters():
-        nn.init.zeros_(parameter)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        steps = [(x, t), (x + 1, t // 2), (-x, t // 3)]
-        wanted = [model(*step, context) for step in steps]
-        pose = model.keys_values(context)
-        for name, module in model.named_modules():
-            if name.endswith(("attn2.to_k", "attn2.to_v")):
-                monkeypatch.setattr(module, "forward", lambda y: pytest.fail("computed again"))
-        assert len(pose) == 4 * depth
-        for step, eps in zip(steps, wanted, strict=True):
-            assert torch.equal(model(*step, pose), eps)
-
-
 def test_without_context_dim_there_is_no_cross_attention():
     model, (x, t, _) = small(replace(SMALL, context_dim=None)), inputs()
     names = model.state_dict().keys()
     assert any("attn1" in name for name in names)
     assert not any("attn2" in name or "norm2" in name for name in names)
     with torch.no_grad():
-        assert model.keys_values(None) == [] and model(x, t).std() > 0
-        assert torch.equal(model(x, t, []), model(x, t))
+        assert model(x, t).std() > 0
 
 
 # ---- maps and the timestep
