@@ -50,17 +50,20 @@ def pose(name: str) -> str:
 
 def few_images() -> str:
     """The table of few_images.json."""
-    rows = []
-    for name, found in read("few_images").items():
-        start, n, seed = re.fullmatch(r"([\w-]+)-(\d+)-seed(\d+)", name).groups()
+    rows, order = [], list(STARTS)
+    runs = {re.fullmatch(r"([\w-]+)-(\d+)-seed(\d+)", name).groups(): found
+            for name, found in read("few_images").items()}
+    for start, n, seed in sorted(runs, key=lambda run: (order.index(run[0]), *map(int, run[1:]))):
+        found = runs[start, n, seed]
         row, of = found["rows"]["samples"], found["rows"]["real"]["pck@0.1"]
         copied = found["copies"]["held-out poses"]
         rows.append([STARTS[start], n, seed,
                      f"{found['best']} of {found['steps']}", found["risen"] or "not",
-                     f"{row['pck@0.1']:.3f}, {row['pck@0.1'] / of:.2f}", f"{row['frechet']:.3f}",
-                     f"{row['label']:.3f}", f"{copied['copies']} of {copied['of']}"])
+                     f"{row['pck@0.1']:.3f}, {row['pck@0.1'] / of:.2f}", f"{row['frechet']:.2f}",
+                     f"{found['rows']['decoded']['frechet']:.2f}", f"{row['label']:.3f}",
+                     f"{copied['copies']} of {copied['of']}"])
     return markdown(["start", "images", "seed", "best step", "loss risen at step",
-                     "PCK@0.1, of the ceiling", "Fréchet", "label",
+                     "PCK@0.1, of the ceiling", "Fréchet", "of stage 1 alone", "label",
                      "copies in new poses, last model"], rows)
 
 
