@@ -12,8 +12,6 @@ import math
 import os
 import shutil
 import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -75,14 +73,12 @@ class Label:
         bits = max(1, (len(self.images) - 1).bit_length())
         ranks = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(len(self.images))]
         proposed = [i for i, (state, _) in enumerate(self.states) if state == "proposed"]
-        block = math.ceil(len(proposed) / BLOCKS)
-        block_of = {i: k // block for k, i in enumerate(proposed)}
-        turns, turn_of = Counter(), {}
-        for i in sorted(proposed, key=lambda i: self.states[i][1]):
-            turn_of[i] = turns[block_of[i]]
-            turns[block_of[i]] += 1
-        for k, i in enumerate(sorted(turn_of, key=turn_of.get)):       # stable: by confidence
-            ranks[i] = k
+        size, turns = max(1, math.ceil(len(proposed) / BLOCKS)), {}
+        for k in range(0, len(proposed), size):
+            block = sorted(proposed[k:k + size], key=lambda i: self.states[i][1])
+            turns |= {i: (turn, self.states[i][1]) for turn, i in enumerate(block)}
+        for rank, i in enumerate(sorted(turns, key=turns.get)):
+            ranks[i] = rank
         return ranks
 
     def path(self, i: int) -> str:
@@ -205,12 +201,11 @@ class Label:
             self.thread.join(10)
 
     def work(self, done: list[int]) -> None:
-        began = time.monotonic()
         try:
             text = self.learn_and_propose(done)
         except Exception as error:                      # of a thread: the page has to say it
             text = f"proposing failed: {sentence(error)}"
-        self.progress |= {"text": text, "seconds": round(time.monotonic() - began, 1)}
+        self.progress |= {"text": text}
 
     def learn_and_propose(self, done: list[int]) -> str:
         """Learns from the images done, then writes a proposal for each of the others that nobody

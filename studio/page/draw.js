@@ -91,7 +91,7 @@ export async function startDraw(about, modes, show) {
       make("div", {},
         make("a", { href: url, textContent: "Save", title: "with its command",
                     download: `seed-${command.match(/--seed (\d+)/)[1]}.png` }),
-        make("button", { textContent: "Command", title: `Copy: ${command}`,
+        make("button", { textContent: "Copy", title: `Copy: ${command}`,
                          onclick: () => attempt(() => copy(command)) })))));
   }
 
