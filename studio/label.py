@@ -62,7 +62,7 @@ class Label:
 
     def list(self, *_: object) -> dict:
         """Each image as [name, state, confidence, rank]; see `ranks`."""
-        return {"labels": str(self.own[0].parent),
+        return {"folder": str(self.root), "labels": str(self.own[0].parent),
                 "images": [[os.path.relpath(image, self.root), *state, rank] for image, state, rank
                            in zip(self.images, self.states, self.ranks(), strict=True)]}
 

@@ -179,6 +179,17 @@ def test_labels_of_other_tools_are_read_and_kept(tmp_path):
     assert coco.read_text() == json.dumps(doc)
 
 
+def test_labels_of_yolo_are_read_beside_new_ones(tmp_path):
+    poses = figures(tmp_path / "set/images", 3)
+    (tmp_path / "set/labels").mkdir()
+    row = " ".join(f"{x} {y} {2 * visible:g}" for x, y, visible in poses[0])
+    (tmp_path / "set/labels/人物 00.txt").write_text(f"0 0.5 0.5 1 1 {row}")
+    with served(Label(tmp_path / "set")) as ask:
+        accept(ask, 2, poses[2])
+    ds = PoseFolder(tmp_path / "set", 16)
+    assert np.allclose([ds.pose(0), ds.pose(1)], poses[[0, 2]])
+
+
 def test_two_tabs_do_not_overwrite_each_other(mine):
     with served(Label(mine[0])) as ask:
         first, second = ask("api/pose/0"), ask("api/pose/0")

@@ -7,7 +7,7 @@ const FILTERS = { todo: "To do", proposed: "Proposed", corrected: "Corrected", d
 const LEAST = 20, GROWTH = 1.5;     // images done, before the first and before another round
 
 export async function startLabel(about) {
-  const { labels, images } = await ask("images");
+  const { folder, labels, images } = await ask("images");
   const items = images.map(([name, state, confidence, rank], i) => (
     { i, name, state, confidence, rank }));
   const loaded = new Map();         // by image: what "pose" answered, once it was opened
@@ -58,9 +58,9 @@ export async function startLabel(about) {
     }
     await shown;
     if (wanted !== i) return;                   // another one was chosen meanwhile
-    const before = items[current], { pose, size, history, problem } = loaded.get(i);
-    current = i;
-    if (before) entry(before);
+    const { pose, size, history, problem } = loaded.get(i);
+    if (current !== i) [previous, current] = [current, i];
+    if (previous >= 0) entry(items[previous]);
     say(problem || (image.naturalWidth ? "" : "this image cannot be read"), true);
     editor.open(pose, image, ...size, history);
     $("name").textContent = item.name;
@@ -113,20 +113,17 @@ export async function startLabel(about) {
   // Enter: this one is done; then the next one of the same filter.
   async function done() {
     const item = items[current], at = Math.max(order.indexOf(item), 0);
-    previous = current;
     if (!await change("done")) return;
     list();
     const to = order[order[at] === item ? at + 1 : at] ?? order[0];
     await open(to.i);
-    if (!items.some((other) => has(other, "todo") || has(other, "proposed"))) say("All are done");
-    if (items.filter((other) => other.state === "done").length >= next && !training) propose();
+    const left = items.filter((other) => other.state !== "done").length;
+    if (!left) say(`All are done. Next: python data.py ${folder}`);
+    else if (items.length - left >= next && !training) propose();
   }
 
-  async function copyBefore() {
-    const from = previous >= 0 && previous !== current ? previous : current - 1;
-    if (from < 0) return;
-    const { pose } = loaded.get(from) ?? await ask(`pose/${from}`);
-    editor.change(copied(pose));
+  function copyBefore() {
+    if (loaded.has(previous)) editor.change(copied(loaded.get(previous).pose));
     editor.place(-1);
   }
 
