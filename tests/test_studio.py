@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_checkpoint import ckpt, networks, tiny_preset  # noqa: F401  (fixtures)
 
 import checkpoint
 import data
@@ -419,6 +420,13 @@ def test_a_picture_is_that_of_its_command(toy, tmp_path, monkeypatch):
     drawn = Image.open(file)
     assert drawn.text["checkpoint"] == picture.text["checkpoint"]
     assert np.abs(np.asarray(drawn).astype(int) - np.asarray(picture)).max() <= 1
+
+
+def test_a_published_checkpoint_draws_with_its_preset(ckpt):  # noqa: F811
+    with served(Draw(str(ckpt), "tiny")) as ask:
+        *_, last = ask("api/draw", SETTINGS | {"steps": 4, "guidance": 1})
+        assert "--preset tiny" in last["pictures"][0][1]
+        assert "without dropping poses" in refusal(ask, "api/draw", SETTINGS)[1]
 
 
 def test_a_newer_request_ends_the_one_before(toy):
