@@ -101,7 +101,7 @@ class Draw:
         label, n = body.get("label"), asked.pop("n")
         commands = [["pose.json", *self.flags, "-n", "1", "--seed", str(asked["seed"] + j),
                      "--steps", str(asked["steps"]), "--guidance", f"{asked['guidance']:g}",
-                     *(["--label", label] if label else [])] for j in range(n)]
+                     *([f"--label={label}"] if label else [])] for j in range(n)]
         args = sample.parse_args(commands[0])
         sample.ask_model(args, self.ldm)
         labels = sample.labels_of(args, self.ldm, self.payload)

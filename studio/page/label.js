@@ -9,8 +9,7 @@ const LEAST = 20, GROWTH = 1.5;     // images done, before the first and before 
 export async function startLabel(about) {
   const { folder, labels, images } = await ask("images");
   const items = images.map(([name, state, confidence, rank], i) => (
-    { i, name, state, confidence, rank }));
-  const loaded = new Map();         // by image: what "pose" answered, once it was opened
+    { i, name, state, confidence, rank, told: null }));     // told: its label, once it was opened
   let suspects = {}, order = [], current = -1, previous = -1, wanted = -1;
   let next = LEAST, training = false;
   const editor = new Editor($("image"), about, () => change(), $("hint"));
@@ -51,14 +50,13 @@ export async function startLabel(about) {
     const item = items[i], image = make("img", { src: `api/image/${i}` });
     wanted = i;
     const shown = image.decode().catch(() => {});
-    if (again || !loaded.has(i)) {
-      const found = await ask(`pose/${i}`);
-      loaded.set(i, { ...found, history: newHistory(), changes: 0, saved: 0 });
-      item.state = found.state;
+    if (again || !item.told) {
+      item.told = { ...await ask(`pose/${i}`), history: newHistory(), changes: 0, saved: 0 };
+      item.state = item.told.state;
     }
     await shown;
     if (wanted !== i) return;                   // another one was chosen meanwhile
-    const { pose, size, history, problem } = loaded.get(i);
+    const { pose, size, history, problem } = item.told;
     if (current !== i) [previous, current] = [current, i];
     if (previous >= 0) entry(items[previous]);
     say(problem || (image.naturalWidth ? "" : "this image cannot be read"), true);
@@ -71,7 +69,7 @@ export async function startLabel(about) {
 
   function describe(item) {
     entry(item);
-    const { size, pose } = loaded.get(item.i), why = suspects[item.i];
+    const { size, pose } = item.told, why = suspects[item.i];
     $("about").textContent = `${size.join(" × ")} pixels. ` + { todo: "To do.",
       done: isEmpty(pose) ? "Done: nobody is in it." : "Done.",
       proposed: `Proposed, confidence ${percent(item)}.`,
@@ -82,8 +80,7 @@ export async function startLabel(about) {
   // After a change by hand: unfinished work is "corrected", an image done stays done. Saves it;
   // saves of an image are made one after the other. Returns whether it worked.
   function change(state) {
-    const item = items[current], told = loaded.get(current), { pose } = editor;
-    const mine = ++told.changes;
+    const item = items[current], { told } = item, { pose } = editor, mine = ++told.changes;
     told.pose = pose;
     state ??= item.state === "done" ? "done" : "corrected";
     item.state = state;
@@ -101,8 +98,9 @@ export async function startLabel(about) {
     });
     return told.saving;
   }
+  const unsaved = ({ told }) => told && told.saved < told.changes;
   addEventListener("beforeunload", (event) => {
-    if ([...loaded.values()].some((told) => told.saved < told.changes)) event.preventDefault();
+    if (items.some(unsaved)) event.preventDefault();
   });
 
   function step(by) {
@@ -123,7 +121,7 @@ export async function startLabel(about) {
   }
 
   function copyBefore() {
-    if (loaded.has(previous)) editor.change(copied(loaded.get(previous).pose));
+    if (items[previous]?.told) editor.change(copied(items[previous].told.pose));
     editor.place(-1);
   }
 
@@ -180,14 +178,13 @@ export async function startLabel(about) {
   // Takes over the states from the server, but for images with work that is not saved.
   async function reload() {
     for (const [i, [, state, confidence, rank]] of (await ask("images")).images.entries()) {
-      const told = loaded.get(i);
-      if (told && told.saved < told.changes) continue;
+      if (unsaved(items[i])) continue;
       Object.assign(items[i], { state, confidence, rank });
-      if (state === "proposed") loaded.delete(i);
+      if (state === "proposed") items[i].told = null;
     }
     if ($("filter").value === "todo") $("filter").value = "proposed";
     list();
-    if (!loaded.has(current)) await open(current);
+    if (!items[current].told) await open(current);
   }
 
   list();
