@@ -10,6 +10,7 @@ from engine import startup  # before all others: it checks the versions
 
 # isort: split
 import argparse
+import os
 import sys
 import threading
 import webbrowser
@@ -74,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"studio: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("studio: stopped; everything is saved", file=sys.stderr)
+        print("studio: stopped; everything is saved", file=sys.stderr, flush=True)
+        os._exit(0)         # a request that is still in torch would abort a slower way out
     return 0
 
 
