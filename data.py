@@ -639,6 +639,13 @@ def is_plain(spec: str) -> bool:
     return is_folder(spec) and os.path.isdir(spec) and not has_keypoints(spec)
 
 
+def has_all(spec: str) -> bool:
+    """Whether stage 1 takes every image that --data names: of a folder without any poses, and of
+    one that is being labelled in studio/."""
+    from dataset.folder import STUDIO
+    return is_plain(spec) or os.path.isdir(os.path.join(spec, STUDIO))
+
+
 def open_all(
     spec: str, size: int, poseless: bool = False, trim_bars: bool = False, seed: int = 0,
     labels: str | None = None,
@@ -665,17 +672,17 @@ def open_data(
     trim_bars: bool = False,        # cut letterbox bars off; figures have none
     labels: str | None = None,      # of --labels: what is on each image, see folder.find_labels
     label_names: Sequence[str] | None = None,   # number the labels as these; None: found in `spec`
-    poseless: bool = False,         # take folders of nothing but images too, for stage 1
+    poseless: bool = False,         # take images without a pose too, for stage 1; see has_all
 ) -> tuple[ImageDataset, ImageDataset]:
     """(training images, held-out images); DataError where a flag or a file is wrong."""
-    train = open_all(spec, size, poseless and is_plain(spec), trim_bars, labels=labels)
+    train = open_all(spec, size, poseless and has_all(spec), trim_bars, labels=labels)
     if label_names is not None:
         train.label_names = label_names
     if not val and is_folder(spec):
         train, held_out = split(train)
     else:
         val = val or f"figures:{min(len(train), FIGURES_VAL)}"
-        held_out = open_all(val, size, poseless and is_plain(val), trim_bars, seed=1,
+        held_out = open_all(val, size, poseless and has_all(val), trim_bars, seed=1,
                             labels=labels if is_folder(val) else None)
         held_out.label_names = train.label_names            # unknown labels count as none
     return (InMemory(train) if remember else train), held_out

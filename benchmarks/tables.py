@@ -72,8 +72,25 @@ STARTS = {"base": "base, stage 2", "base-both": "base, both stages",
           "nothing": "nothing"}
 
 
+def labelling() -> str:
+    """The table of labelling.json."""
+    rows = []
+    for name, found in read("labelling").items():
+        data, _, seed = name.rpartition(" seed ")
+        for row in found["rows"]:
+            drags, accepted = row["drags"], row["accepted"]
+            rows.append([data, seed, row["labels"], f"{row['pck']:.3f}", f"{accepted:.0%}",
+                         f"{drags:.1f}", f"{1 + (1 - accepted) * drags:.1f}",
+                         *(f"{row[key][0]:.0f} ({row[key][1]:.0f})"
+                           for key in ("learning", "proposing")), row.get("drawings", "")])
+    return markdown(["images", "seed", "labels", "PCK@0.1", "accepted with one key",
+                     "joints to drag in the others", "keys and drags an image",
+                     "learning, s (CPU s)", "proposing, s (CPU s)", "the 4 human drawings"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
-    "characters": lambda: pose("characters"), "toy": lambda: pose("toy"), "few images": few_images}
+    "characters": lambda: pose("characters"), "toy": lambda: pose("toy"), "few images": few_images,
+    "labelling": labelling}
 
 
 def filled(text: str) -> str:

@@ -10,6 +10,7 @@ from engine import startup  # before all others: it checks the versions
 
 # isort: split
 import argparse
+import os
 import sys
 import threading
 import webbrowser
@@ -20,6 +21,7 @@ import keypoints
 from checkpoint import number
 from engine.process import locked
 from extras.proportions import PARENTS
+from formats import compvis
 from studio.draw import Draw
 from studio.label import Label
 from studio.server import Call, Studio
@@ -31,7 +33,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("folder", nargs="?", type=Path, metavar="FOLDER",
         help="images to label, with or without keypoints; labels go to FOLDER/keypoints")
-    add("--ckpt", nargs="+", metavar="FILE", help="checkpoints of stage 2 to draw with")
+    add("--ckpt", metavar="FILE", help="checkpoint of stage 2 to draw with")
+    add("--preset", metavar="NAME",
+        help=f"of a published CompVis checkpoint: {', '.join(compvis.PUBLISHED)}")
     add("--device", default="auto", help="to draw on: auto, cpu, cuda, cuda:N")
     add("--port", type=number(int, 0, 65535), default=0, help="(default: any free one)")
     add("--no-browser", action="store_true", help="only print the URL")
@@ -51,16 +55,16 @@ def calls_of(label: Label | None, draw: Draw | None) -> dict[str, Call]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
+    args, label, draw = parse_args(argv), None, None
     try:
         with ExitStack() as stack:
-            label = Label(args.folder) if args.folder else None
-            if label:
+            if args.folder:
+                label = Label(args.folder)
                 stack.enter_context(locked(label.place, "is being labelled", "use that page, or "
                                            "stop it with Ctrl-C"))
                 stack.callback(label.end)
-            draw = Draw(args.ckpt, args.device) if args.ckpt else None
-            if draw:
+            if args.ckpt:
+                draw = Draw(args.ckpt, args.preset, args.device)
                 stack.callback(draw.end)
             server = stack.enter_context(Studio(calls_of(label, draw), args.port))
             print(f"{server.url}\nOpen this page in a browser; Ctrl-C ends it.", flush=True)
@@ -71,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"studio: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("studio: stopped; everything is saved", file=sys.stderr)
+        print("studio: stopped; everything is saved", file=sys.stderr, flush=True)
+        os._exit(0)         # a request that is still in torch would abort a slower way out
     return 0
 
 

@@ -12,8 +12,6 @@ import math
 import os
 import shutil
 import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -35,8 +33,6 @@ SHOWN, THUMB = 2048, 112        # most pixels per side of an image on the page, 
 LOSSLESS = 1024                 # up to this side images are sent as PNG: pixel art has no blur
 DECODERS = 2                    # images decoded at once, so that large scans do not add up
 BLOCKS = 50                     # of proposals, neighbours in the folder
-SAVE_EVERY = 20                 # seconds, in training
-FAR = 2.0                       # images; joints may be this far outside
 
 
 class Label:
@@ -44,13 +40,13 @@ class Label:
 
     def __init__(self, root: Path):
         found = {os.path.normpath(one.path): one for one in folder.find(root, poseless=True)[1]}
-        self.images = folder.find_images(folder.images_of(root))
+        self.root, self.images = root, folder.find_images(folder.images_of(root))
         told = [found.get(os.path.normpath(image)) for image in self.images]
-        self.told = [one.label if one else None for one in told]    # what other tools say
+        self.told = [one and one.label for one in told]         # what other tools say
         places = [folder.base_of(image) or (str(root), os.path.splitext(
             os.path.relpath(image, root))[0]) for image in self.images]
         self.own = [Path(base, "keypoints", f"{rest}.json") for base, rest in places]
-        self.root, self.place = root, Path(places[0][0], folder.STUDIO)
+        self.place = Path(places[0][0], folder.STUDIO)
         self.states = [self.read_state(i) for i in range(len(self.images))]
         self.saving, self.decoding = threading.Lock(), threading.Semaphore(DECODERS)
         self.stop, self.thread, self.progress = threading.Event(), None, {"text": ""}
@@ -77,14 +73,12 @@ class Label:
         bits = max(1, (len(self.images) - 1).bit_length())
         ranks = [int(f"{i:0{bits}b}"[::-1], 2) for i in range(len(self.images))]
         proposed = [i for i, (state, _) in enumerate(self.states) if state == "proposed"]
-        block = math.ceil(len(proposed) / BLOCKS)
-        block_of = {i: k // block for k, i in enumerate(proposed)}
-        turns, turn_of = Counter(), {}
-        for i in sorted(proposed, key=lambda i: self.states[i][1]):
-            turn_of[i] = turns[block_of[i]]
-            turns[block_of[i]] += 1
-        for k, i in enumerate(sorted(turn_of, key=turn_of.get)):       # stable: by confidence
-            ranks[i] = k
+        size, turns = max(1, math.ceil(len(proposed) / BLOCKS)), {}
+        for k in range(0, len(proposed), size):
+            block = sorted(proposed[k:k + size], key=lambda i: self.states[i][1])
+            turns |= {i: (turn, self.states[i][1]) for turn, i in enumerate(block)}
+        for rank, i in enumerate(sorted(turns, key=turns.get)):
+            ranks[i] = rank
         return ranks
 
     def path(self, i: int) -> str:
@@ -111,30 +105,26 @@ class Label:
 
     def version(self, i: int) -> str:
         """Changes whenever the file of image i does."""
-        try:
+        with suppress(FileNotFoundError):
             stat = self.own[i].stat()
-        except FileNotFoundError:
-            return ""
-        return f"{stat.st_mtime_ns} {stat.st_size}"
+            return f"{stat.st_mtime_ns} {stat.st_size}"
+        return ""
 
     def pose(self, i: int, _: object = None) -> dict:
-        """The label of image i, and why it cannot be read, if so."""
-        image, problem = self.path(i), ""
-        try:
-            size = data.upright_size(image)
-        except data.DataError as error:                 # the page says it and goes on
-            size, problem = (1, 1), str(error)
+        """The label of image i, and why it or the image cannot be read, if so."""
+        image, size, pose, problem = self.path(i), (1, 1), data.NO_POSE, ""
         with self.saving:
-            version, pose = self.version(i), data.NO_POSE
+            version = self.version(i)
             label = str(self.own[i]) if version else self.told[i]
             try:
+                size = data.upright_size(image)
                 if isinstance(label, str):
                     pose = pose_files.read_one(label, lambda: size).poses[0]
                 elif label is not None:
                     pose = label
             except pose_files.NobodyFound:
                 pass
-            except keypoints.PoseError as error:
+            except ValueError as error:                 # the page says it and goes on
                 problem = str(error)
             self.states[i] = self.read_state(i)         # another program may have changed it
         return {"pose": pose.tolist(), "state": self.states[i][0], "version": version,
@@ -142,13 +132,13 @@ class Label:
 
     def save(self, i: int, body: dict) -> dict:
         """Saves a pose and its state; refuses where the file is not the one that was loaded."""
-        pose, state, version = (body.get(key) for key in ("pose", "state", "version"))
-        pose = checked(pose)
+        pose, state = checked(body.get("pose")), body.get("state")
         if state not in STATES:
             raise Refused(400, f"the state is {state!r}; allowed are {', '.join(STATES)}")
+        data.upright_size(self.path(i))                 # an image that is gone keeps its label
         with self.saving:
             # What a person does always replaces a proposal, also a new one.
-            if version != self.version(i) and self.read_state(i)[0] not in UNTOUCHED:
+            if body.get("version") != self.version(i) and self.read_state(i)[0] not in UNTOUCHED:
                 raise Refused(409, f"{self.own[i].name} was changed elsewhere since this page "
                                    "loaded it; press R to load it again")
             self.write(i, pose, state, 1.0)
@@ -174,15 +164,14 @@ class Label:
     def suspects(self, *_: object) -> dict:
         """{number: sentence} of what the dataset check finds in the images that are done."""
         try:
-            ds = data.PoseFolder(self.root, propose.SIDE, limit=1)
+            seen = check.gather([data.PoseFolder(self.root, propose.SIDE, limit=1)], 0)
         except data.DataError:
             return {"suspects": {}}                     # nothing is done yet
-        checked = check.gather([ds], 0)
-        found = [check.Suspect("broken", 0, file, why) for file, why in checked.broken.items()]
-        found += check.odd_poses(checked)[0] + check.copies(checked) + check.misshapen(checked)
-        number = {os.path.normpath(image): i for i, image in enumerate(self.images)}
-        return {"suspects": {number[file]: one.why for one in found
-                             if (file := os.path.normpath(one.file)) in number}}
+        found = check.odd_poses(seen)[0] + check.copies(seen) + check.misshapen(seen)
+        why = {os.path.normpath(one.file): one.why for one in found}
+        why |= {os.path.normpath(file): text for file, text in seen.broken.items()}
+        return {"suspects": {i: why[file] for i, image in enumerate(self.images)
+                             if (file := os.path.normpath(image)) in why}}
 
     # ---------------------------------------------------------------------------------- proposals
 
@@ -212,33 +201,25 @@ class Label:
             self.thread.join(10)
 
     def work(self, done: list[int]) -> None:
-        began = time.monotonic()
         try:
             text = self.learn_and_propose(done)
         except Exception as error:                      # of a thread: the page has to say it
             text = f"proposing failed: {sentence(error)}"
-        self.progress |= {"text": text, "share": 1, "seconds": round(time.monotonic() - began, 1)}
+        self.progress |= {"text": text}
 
     def learn_and_propose(self, done: list[int]) -> str:
         """Learns from the images done, then writes a proposal for each of the others that nobody
         has touched. Returns a sentence."""
-        images, poses, file = [], [], self.place / "detector.pt"
+        images, poses = [], []
         for i, image, size in self.squares(done):
             pose = np.array(self.pose(i)["pose"])
             if pose[:, 2].any():
                 images.append(image)
                 poses.append(keypoints.fit(pose, size, "letterbox"))
-        now, saved = propose.begin(file), time.monotonic()
-        steps = propose.learn(now, np.stack(images), np.stack(poses), self.stop.is_set)
-        for now in steps:
-            self.progress |= {"text": f"learning from {len(images)} images",
-                              "share": now.step / now.stop}
-            if time.monotonic() - saved > SAVE_EVERY:
-                propose.save(file, now)
-                saved = time.monotonic()
-        propose.save(file, now)
+        learner, made = propose.Learner(self.place / "detector.pt"), 0
+        for share in learner.learn(np.stack(images), np.stack(poses), self.stop.is_set):
+            self.progress |= {"text": f"learning from {len(images)} images", "share": share}
         wanted = [i for i, (state, _) in enumerate(self.states) if state in UNTOUCHED]
-        made = 0
         for k in range(0, len(wanted), propose.BATCH):
             if self.stop.is_set():
                 return f"stopped at {self.progress['share']:.0%}; Propose goes on from there"
@@ -247,8 +228,8 @@ class Label:
             read = list(self.squares(wanted[k:k + propose.BATCH]))
             if not read:
                 continue
-            found = propose.propose(now.detector, np.stack([image for _, image, _ in read]))
-            for (i, _, size), (pose, confidence) in zip(read, found, strict=True):
+            found = propose.propose(learner.detector, np.stack([image for _, image, _ in read]))
+            for (i, _, size), pose, confidence in zip(read, *found, strict=True):
                 with self.saving:
                     if self.read_state(i)[0] in UNTOUCHED:
                         pose = propose.from_square(pose, size)
@@ -265,15 +246,9 @@ class Label:
 
 def checked(pose: object) -> np.ndarray:
     """A pose [17, 3] from the page; Refused with a sentence for anything else."""
-    try:
+    with suppress(TypeError, ValueError):
         pose = np.array(pose, dtype=np.float64)
-        sound = pose.shape == (len(keypoints.JOINTS), 3) and np.isfinite(pose).all()
-    except (TypeError, ValueError):
-        sound = False
-    if not sound or not np.isin(pose[:, 2], (0, keypoints.HIDDEN, 1)).all():
-        raise Refused(400, "a pose is 17 joints [x, y, visible], visible 0, 0.5 or 1")
-    if np.abs(pose[:, :2] - 0.5).max() > FAR:
-        raise Refused(400, f"a joint is at {np.abs(pose[:, :2]).max():.1f}; allowed are places up "
-                      f"to {FAR:g} images away from the middle")
-    pose[pose[:, 2] == 0] = 0
-    return pose
+        if (pose.shape == data.NO_POSE.shape and np.isfinite(pose).all()
+                and np.isin(pose[:, 2], (0, keypoints.HIDDEN, 1)).all()):
+            return pose * (pose[:, 2:] > 0)
+    raise Refused(400, "a pose is 17 joints [x, y, visible], visible 0, 0.5 or 1")

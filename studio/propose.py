@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,26 +26,13 @@ from metrics.keypoint_detector import WINDOW, KeypointDetector, detector_loss, p
 
 LEAST = 20                      # images done, before there is anything to learn from
 SIDE = 96                       # S
-BATCH, FIRST, MORE = 32, 500, 300       # steps of the first round, and of each one after it
+BATCH, STEPS = 32, 500          # of a round
 LR, WARMUP = 2e-3, 30
 TURN, SCALE, SHIFT = 0.3, 0.2, 0.06     # standard deviations: radians, log of the size, images
 COLOUR = 0.25                   # of gain and offset of each colour, for images in [-1, 1]
 STATES = (0.0, HIDDEN, 1.0)     # what the last layer chooses from, for each joint
 STATE_WEIGHT = 0.2              # of its loss, beside that of the maps
 FIGURES = Path(__file__).parent.parent / "assets/pose-reader.pt"
-
-
-class Proposal(NamedTuple):
-    pose: np.ndarray            # [J, 3]
-    confidence: float           # 0..1
-
-
-class Round(NamedTuple):
-    """A training that can be stopped after any step and go on later."""
-    detector: KeypointDetector
-    optimizer: torch.optim.Optimizer
-    step: int                   # steps made
-    stop: int                   # steps in all
 
 
 # ------------------------------------------------------------------------------- images in a square
@@ -87,55 +73,53 @@ def augmented(x: Tensor, poses: Tensor, rng: torch.Generator) -> tuple[Tensor, T
 
 # ----------------------------------------------------------------------------- learning and reading
 
-def begin(path: Path) -> Round:
-    """The round that was saved to `path`, or the first one, from the detector of figures."""
-    saved = checkpoint.read(path) if path.exists() else None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        detector = KeypointDetector(SIDE, num_classes=len(JOINTS) * len(STATES))
-    weights = saved["detector"] if saved else checkpoint.read(FIGURES)["reader"]
-    checkpoint.take(detector, weights, path)
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=LR, betas=(0.9, 0.99))
-    if saved and saved["step"] < saved["stop"]:
-        optimizer.load_state_dict(saved["optimizer"])
-        return Round(detector, optimizer, saved["step"], saved["stop"])
-    return Round(detector, optimizer, 0, MORE if saved else FIRST)
+class Learner:
+    """The detector in `file`, or that of figures, and a training that goes on where it stopped."""
 
+    def __init__(self, file: Path):
+        self.file = file
+        saved = checkpoint.read(file) if file.exists() else {
+            "detector": checkpoint.read(FIGURES)["reader"], "step": 0}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.detector = KeypointDetector(SIDE, num_classes=len(JOINTS) * len(STATES))
+        checkpoint.take(self.detector, saved["detector"], file)
+        self.optimizer = torch.optim.AdamW(self.detector.parameters(), lr=LR, betas=(0.9, 0.99))
+        self.step = saved["step"] % STEPS               # all made: a new round begins
+        if self.step:
+            self.optimizer.load_state_dict(saved["optimizer"])
 
-def save(path: Path, now: Round) -> None:
-    checkpoint.save(path, {"detector": now.detector.state_dict(), "step": now.step,
-                           "stop": now.stop, "optimizer": now.optimizer.state_dict()})
-
-
-def learn(now: Round, images: np.ndarray, poses: np.ndarray,
-          stopped: Callable[[], bool] = lambda: False) -> Iterator[Round]:
-    """Trains on images uint8 [N, S, S, 3] and poses [N, J, 3] in the square; yields the round after
-    each step and ends early when `stopped`. Step k depends on k and the weights alone."""
-    x, poses = torch.from_numpy(images), torch.from_numpy(poses).float()
-    now.detector.train().requires_grad_(True)
-    for step in range(now.step, now.stop):
-        if stopped():
-            return
-        rng = torch.Generator().manual_seed(step)
-        some = torch.randint(len(x), (BATCH,), generator=rng)
-        batch, asked = augmented(data.to_tensor(x[some]), poses[some], rng)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / now.stop)
-        now.optimizer.param_groups[0]["lr"] = LR * min((step + 1) / WARMUP, cosine)
-        with checkpoint.autocast("bf16" if checkpoint.has_bf16("cpu") else "off", "cpu"):
-            logits, features = now.detector(batch)
-            states = now.detector.classify(features).view(-1, len(STATES))
-        wanted = (2 * asked[..., 2]).long().flatten()
-        loss = detector_loss(logits, asked) + STATE_WEIGHT * F.cross_entropy(states.float(), wanted)
-        now.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        now.optimizer.step()
-        now = now._replace(step=step + 1)
-        yield now
+    def learn(self, images: np.ndarray, poses: np.ndarray,
+              stopped: Callable[[], bool] = lambda: False) -> Iterator[float]:
+        """Trains on images uint8 [N, S, S, 3] and poses [N, J, 3] in the square; yields the share
+        of steps made. Saves at the end, and when `stopped`. Step k depends on k and the weights."""
+        x, poses = torch.from_numpy(images), torch.from_numpy(poses).float()
+        self.detector.train()
+        amp = "bf16" if checkpoint.has_bf16("cpu") else "off"
+        while self.step < STEPS and not stopped():
+            rng = torch.Generator().manual_seed(self.step)
+            some = torch.randint(len(x), (BATCH,), generator=rng)
+            batch, asked = augmented(data.to_tensor(x[some]), poses[some], rng)
+            cosine = 0.5 + 0.5 * math.cos(math.pi * self.step / STEPS)
+            self.optimizer.param_groups[0]["lr"] = LR * min((self.step + 1) / WARMUP, cosine)
+            with checkpoint.autocast(amp, "cpu"):
+                logits, features = self.detector(batch)
+                states = self.detector.classify(features).view(-1, len(STATES))
+            wanted = (2 * asked[..., 2]).long().flatten()
+            loss = detector_loss(logits, asked)
+            loss = loss + STATE_WEIGHT * F.cross_entropy(states.float(), wanted)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            self.step += 1
+            yield self.step / STEPS
+        checkpoint.save(self.file, {"detector": self.detector.state_dict(), "step": self.step,
+                                    "optimizer": self.optimizer.state_dict()})
 
 
 @torch.no_grad()
-def propose(detector: KeypointDetector, images: np.ndarray) -> list[Proposal]:
-    """The joints in images uint8 [B, S, S, 3], in units of the square.
+def propose(detector: KeypointDetector, images: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """Poses [B, J, 3] in images uint8 [B, S, S, 3], in units of the square, and confidences [B].
 
     The confidence of a joint is the share of its map, softmaxed, within WINDOW cells of its place;
     that of an image is the mean over the half of its joints that are least certain.
@@ -149,7 +133,6 @@ def propose(detector: KeypointDetector, images: np.ndarray) -> list[Proposal]:
     near = ((torch.arange(n) + 0.5) / n - xy[..., None]).abs() <= (WINDOW + 0.5) / n  # [B, J, 2, n]
     p = logits.flatten(2).softmax(-1).unflatten(2, (n, n))
     p = (p * near[:, :, 1, :, None] * near[:, :, 0, None, :]).sum((2, 3)).sort(-1).values
-    sure = p[:, :len(JOINTS) // 2].mean(-1).tolist()
     poses = np.concatenate([xy.double().numpy(), visible[..., None]], -1)
     poses[visible == 0] = 0
-    return [Proposal(pose, confidence) for pose, confidence in zip(poses, sure, strict=True)]
+    return poses, p[:, :len(JOINTS) // 2].mean(-1).tolist()

@@ -2,16 +2,16 @@
 
 A URL is /TOKEN/ for the page, /TOKEN/FILE for its files and /TOKEN/api/CALL/NUMBER for a call. A
 call is a function (number, body) -> dict (sent as JSON), (media type, bytes), or an iterator of
-dicts, each sent as a line of JSON as soon as it is there. Images and checkpoints are numbers, so no
-path ever comes from the browser. Another site in the same browser knows no token, and its requests
-are refused by Host and Origin as well.
+dicts, each sent as a line of JSON as soon as it is there. Images are numbers, so no path ever comes
+from the browser. Another site in the same browser knows no token, and its requests are refused by
+Host and Origin as well.
 """
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from hmac import compare_digest
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,8 +21,8 @@ import checkpoint
 
 PAGE = Path(__file__).parent / "page"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+URL = re.compile(r"/([\w%-]+)/(?:api/(\w+)(?:/([0-9]+))?|([\w.]*))", re.ASCII)
 BODY_MOST = 32 << 20            # bytes; a COCO json of 50,000 people has about as many
-IDLE = 60                       # seconds after which a silent connection is closed
 HEADERS = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer",
            "X-Content-Type-Options": "nosniff", "Content-Security-Policy":
            "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'"}
@@ -56,33 +56,22 @@ class Studio(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    timeout = IDLE
     server: Studio
 
     def do_GET(self) -> None:
         try:
-            answer = self.answer()
-        except Refused as error:
-            answer, status = {"error": str(error)}, error.status
+            status, answer = 200, self.answer()
         except (ValueError, RuntimeError, OSError) as error:
-            answer, status = {"error": sentence(error)}, 400
-        except Exception:               # a fault of ours: the page says so, the terminal has more
-            traceback.print_exc()
-            answer, status = {"error": "the server failed; the terminal has the details"}, 500
-        else:
-            status = 200
-        kind, content = answer if isinstance(answer, tuple) else ("application/json", answer)
+            status, answer = getattr(error, "status", 400), {"error": sentence(error)}
+        kind, content = answer if isinstance(answer, tuple) else ("application/json", None)
         self.send_response(status)
         for name, value in {"Content-Type": kind, **HEADERS}.items():
             self.send_header(name, value)
-        if isinstance(content, dict | bytes):
-            content = json.dumps(content).encode() if isinstance(content, dict) else content
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+        self.end_headers()
+        if content is None:
+            self.send_lines(answer)
         else:
-            self.end_headers()
-            self.send_lines(content)
+            self.wfile.write(content)
 
     do_POST = do_GET
 
@@ -93,18 +82,18 @@ class Handler(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin", f"http://{self.headers['Host']}")
         if origin.removeprefix("http://") not in self.server.hosts:
             raise Refused(403, "another site may not use this server")
-        _, token, *rest = self.path.partition("?")[0].split("/")
-        if not compare_digest(token.encode(), self.server.token.encode()) or not rest:
+        found = URL.fullmatch(self.path)
+        if found is None:
+            raise Refused(404, "there is no such page")
+        token, call, number, file = found.groups("")
+        if not compare_digest(token, self.server.token):
             raise Refused(403, "the token is wrong; open the URL that the terminal shows")
-        if rest[0] != "api":
-            name = rest[0] or "index.html"
-            if name not in self.server.files or len(rest) > 1:
-                raise Refused(404, "there is no such file")
-            return TYPES[Path(name).suffix], self.server.files[name]
-        call = self.server.calls.get(f"{self.command} {rest[1] if len(rest) > 1 else ''}")
-        if call is None or not all(number.isdecimal() for number in rest[2:]):
-            raise Refused(404, "there is no such call; reload the page")
-        return call(int("".join(rest[2:3]) or 0), self.body())
+        if f"{self.command} {call}" in self.server.calls:
+            return self.server.calls[f"{self.command} {call}"](int(number or 0), self.body())
+        file = file or "index.html"
+        if call or file not in self.server.files:
+            raise Refused(404, "there is no such call or file; reload the page")
+        return TYPES[Path(file).suffix], self.server.files[file]
 
     def body(self) -> dict | bytes:
         """The body of a POST: an object of JSON, or any bytes."""
@@ -120,15 +109,16 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, "an object is needed")
         return parsed
 
-    def send_lines(self, lines: Iterator[dict]) -> None:
+    def send_lines(self, answer: dict | Iterator[dict]) -> None:
         """Sends each line at once. When the browser goes away, the iterator is closed."""
         try:
-            for line in lines:
+            for line in [answer] if isinstance(answer, dict) else answer:
                 self.wfile.write(json.dumps(line).encode() + b"\n")
         except (ValueError, RuntimeError) as error:
             self.wfile.write(json.dumps({"error": sentence(error)}).encode() + b"\n")
         finally:
-            lines.close()
+            if not isinstance(answer, dict):
+                answer.close()
 
     def log_message(self, *args: object) -> None:
         pass

@@ -211,7 +211,7 @@ def test_a_change_elsewhere_is_told_and_r_loads_it(chromium, mine):
 
 
 def test_propose_accept_and_restart(chromium, mine, monkeypatch):
-    monkeypatch.setattr(propose, "FIRST", 3)
+    monkeypatch.setattr(propose, "STEPS", 3)
     monkeypatch.setattr(propose, "BATCH", 4)
     root, poses = mine
     label = Label(root)
@@ -239,12 +239,12 @@ def test_draw_and_live(chromium, mine):
     drop = """const files = new DataTransfer();
         files.items.add(new File([arguments[0]], "p.json"));
         document.dispatchEvent(new DragEvent("drop", {bubbles: true, dataTransfer: files}));"""
-    with opened(chromium, None, Draw([str(ROOT / "assets/toy.pt")])) as page:
+    with opened(chromium, None, Draw(str(ROOT / "assets/toy.pt"))) as page:
         page.canvas = "canvas"
         page.until(lambda: "% of the training poses" in page.text("#unusual"))
         before = page.text("#unusual")
         for name, value in (("n", 2), ("steps", 2)):
-            page.driver.execute_script(f"document.forms.settings.{name}.value = {value}")
+            page.driver.execute_script(f"document.querySelector('[name={name}]').value = {value}")
         page.find("#sample").click()
         page.until(lambda: len(page.driver.find_elements("css selector", "#pictures img")) == 2)
         page.find("#live").click()

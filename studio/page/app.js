@@ -12,21 +12,16 @@ export function say(text, error = false) {
 // A call of the server: GET without a body, else POST. Throws an Error with the server's sentence.
 export async function call(path, body, signal) {
   const json = body !== undefined && !(body instanceof Blob);
-  let response;
-  try {
-    response = await fetch(`api/${path}`, body === undefined ? { signal } : {
-      method: "POST", signal, body: json ? JSON.stringify(body) : body,
-      headers: { "Content-Type": json ? "application/json" : "application/octet-stream" },
-    });
-  } catch (error) {
+  const response = await fetch(`api/${path}`, body === undefined ? { signal } : {
+    method: "POST", signal, body: json ? JSON.stringify(body) : body,
+    headers: { "Content-Type": json ? "application/json" : "application/octet-stream" },
+  }).catch((error) => {
     if (error.name === "AbortError") throw error;
     throw new Error("the server does not answer; start it again with the same command, and open "
                     + "the URL that it prints");
-  }
+  });
   if (response.ok) return response;
-  const error = new Error((await response.json()).error);
-  error.status = response.status;
-  throw error;
+  throw new Error((await response.json()).error);
 }
 
 export const ask = async (path, body) => (await call(path, body)).json();
@@ -45,32 +40,30 @@ export function make(tag, properties = {}, ...children) {
   return element;
 }
 
-export const download = (url, name) => make("a", { href: url, download: name }).click();
-
 attempt(async () => {
-  const about = await ask("about");
-  const modes = {};
-  const show = (name) => {
+  const about = await ask("about"), modes = {};
+  let shown = null;
+  function show(name) {
+    shown = modes[name];
     for (const other of Object.keys(modes)) {
       $(other).hidden = other !== name;
       $(`to-${other}`).classList.toggle("here", other === name);
     }
-    modes[name].editor.resize();
-    modes[name].editor.canvas.focus();
-    $("where").textContent = modes[name].where;
-  };
+    $("where").textContent = shown.where;
+    shown.editor.resize();
+    shown.editor.canvas.focus();
+  }
   // A key goes to the mode that is shown, unless a field or a focused button takes it.
   addEventListener("keydown", (event) => {
     if (event.altKey || event.target.closest("input:not([type=checkbox]), select")) return;
     if (event.key === "Enter" && event.target.closest("button, a, summary")) return;
-    const mode = Object.entries(modes).find(([name]) => !$(name).hidden)?.[1];
-    if (mode && (mode.editor.key(event) || mode.key(event))) event.preventDefault();
+    if (shown && (shown.editor.key(event) || shown.key(event))) event.preventDefault();
   });
   for (const [name, start] of [["label", startLabel], ["draw", startDraw]]) {
     if (!about[name]) continue;
-    modes[name] = await start(about, () => modes, show);
+    modes[name] = await start(about, modes, show);
     $(`to-${name}`).hidden = false;
     $(`to-${name}`).onclick = () => show(name);
-    if (Object.keys(modes).length === 1) show(name);
+    if (!shown) show(name);
   }
 });

@@ -6,10 +6,11 @@ const HIDDEN = 0.5;
 const GROUND = "#181a22";
 // The head first, then each limb outward: the next joint is near the last one.
 const ORDER = [0, 1, 2, 3, 4, 5, 7, 9, 6, 8, 10, 11, 13, 15, 12, 14, 16];
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
-const emptyPose = () => Array.from({ length: 17 }, () => [0, 0, 0]);
+export const copied = (pose) => pose.map((joint) => [...joint]);
 export const isEmpty = (pose) => pose.every((joint) => !joint[2]);
-const rounded = (value) => Math.round(value * 1e6) / 1e6;
+export const newHistory = () => ({ past: [], future: [] });
 
 // The pose [17, 3] of the mirrored image; with `stay` only the names of left and right change.
 export function mirrored(pose, mirror, stay = false) {
@@ -32,11 +33,11 @@ export function paint(context, pose, about, at, size) {
   }
   pose.forEach((joint, j) => {
     if (!joint[2]) return;
+    const hidden = joint[2] === HIDDEN;
     context.beginPath();
     context.arc(...at(joint), size * 1.6, 0, 7);
-    Object.assign(context, { fillStyle: joint[2] === HIDDEN ? GROUND : color(j, j),
-                             strokeStyle: joint[2] === HIDDEN ? color(j, j) : "#000a",
-                             lineWidth: joint[2] === HIDDEN ? size * 0.7 : 1 });
+    Object.assign(context, { fillStyle: hidden ? GROUND : color(j, j), lineWidth: hidden ? 3 : 1,
+                             strokeStyle: hidden ? color(j, j) : "#000a" });
     context.fill();
     context.stroke();
   });
@@ -45,35 +46,31 @@ export function paint(context, pose, about, at, size) {
 export class Editor {
   // `changed()` is called after each finished change, also after undo; `hint` shows the next step.
   constructor(canvas, about, changed, hint = {}) {
-    Object.assign(this, { canvas, about, changed, hint, pose: emptyPose(), image: null,
-                          width: 1, height: 1, selected: -1, hover: -1, placing: -1,
-                          history: { past: [], future: [] } });
+    Object.assign(this, { canvas, about, changed, hint, image: null, history: newHistory(),
+                          pose: about.joints.map(() => [0, 0, 0]), width: 1, height: 1,
+                          selected: -1, hover: -1, placing: -1 });
     canvas.onpointerdown = (event) => this.down(event);
     canvas.onpointermove = (event) => this.move(event);
     canvas.onpointerup = () => this.up();
     canvas.onwheel = (event) => {
       event.preventDefault();
-      this.zoomBy(Math.exp(-event.deltaY / 400), event.offsetX, event.offsetY);
+      this.zoom(Math.exp(-event.deltaY / 400), event.offsetX, event.offsetY);
     };
     new ResizeObserver(() => this.resize()).observe(canvas);
   }
 
   // Shows a pose [17, 3] on an image, or on an empty square; `history` is what undo goes through.
-  open(pose, image, width, height, history = { past: [], future: [] }) {
+  open(pose, image, width, height, history = newHistory()) {
     Object.assign(this, { pose, image, width, height, history, selected: -1, hover: -1 });
     this.place(-1);
-    this.whole();
+    this.resize();
   }
 
+  // Fits the whole image into the canvas.
   resize() {
     const { clientWidth: w, clientHeight: h } = this.canvas;
     if (!w || !h) return;
     Object.assign(this.canvas, { width: w * devicePixelRatio, height: h * devicePixelRatio });
-    this.whole();
-  }
-
-  whole() {
-    const { clientWidth: w, clientHeight: h } = this.canvas;
     const scale = Math.min((w - 2 * MARGIN) / this.width, (h - 2 * MARGIN) / this.height);
     this.fit = Math.max(scale, 1e-6);
     this.view = { scale: this.fit, x: (w - scale * this.width) / 2,
@@ -81,7 +78,7 @@ export class Editor {
     this.draw();
   }
 
-  zoomBy(factor, x = this.canvas.clientWidth / 2, y = this.canvas.clientHeight / 2) {
+  zoom(factor, x = this.canvas.clientWidth / 2, y = this.canvas.clientHeight / 2) {
     const { view } = this;
     const scale = Math.min(Math.max(view.scale * factor, this.fit / 2), this.fit * ZOOM_MOST);
     view.x = x - (x - view.x) * scale / view.scale;
@@ -94,25 +91,23 @@ export class Editor {
                     this.view.y + y * this.height * this.view.scale];
 
   // The place on the image of a pointer, kept within one image around it.
-  under(event) {
-    const { view } = this;
-    return [(event.offsetX - view.x) / view.scale / this.width,
-            (event.offsetY - view.y) / view.scale / this.height].map(
-      (value) => rounded(Math.min(Math.max(value, -1), 2)));
+  under({ offsetX, offsetY }) {
+    const { x, y, scale } = this.view;
+    return [(offsetX - x) / scale / this.width, (offsetY - y) / scale / this.height].map(
+      (value) => Math.min(Math.max(value, -1), 2));
   }
 
-  nearest(event) {
+  // The joint under a pointer, or -1.
+  nearest({ offsetX, offsetY }) {
     const far = this.pose.map((joint) => {
       const [x, y] = this.at(joint);
-      return joint[2] ? Math.hypot(x - event.offsetX, y - event.offsetY) : Infinity;
+      return joint[2] ? Math.hypot(x - offsetX, y - offsetY) : Infinity;
     });
     const least = Math.min(...far);
     return least <= REACH ? far.indexOf(least) : -1;
   }
 
   // ------------------------------------------------------------------------------ undo without end
-
-  copy = () => this.pose.map((joint) => [...joint]);
 
   change(pose) {
     if (JSON.stringify(pose) === JSON.stringify(this.pose)) return;
@@ -133,24 +128,21 @@ export class Editor {
   }
 
   set(j, joint) {
-    const pose = this.copy();
-    pose[j] = joint;
-    this.change(pose);
+    this.change(this.pose.with(j, joint));
   }
 
   // ---------------------------------------------------------------------------------- the pointer
 
   down(event) {
     this.canvas.setPointerCapture(event.pointerId);
-    const j = event.button ? -1 : this.nearest(event);
-    if (this.placing >= 0 && !event.button) {
-      const placed = this.placing;
-      this.set(placed, [...this.under(event), 1]);
-      this.selected = placed;
-      this.placeNext(placed);
+    const { placing } = this, j = event.button ? -1 : this.nearest(event);
+    if (placing >= 0 && !event.button) {
+      this.set(placing, [...this.under(event), 1]);
+      this.selected = placing;
+      this.placeNext(placing);
     } else if (j >= 0) {
       this.selected = j;
-      this.drag = { j, before: this.copy() };
+      this.drag = { j, before: this.pose };
     } else {
       this.pan = { x: event.offsetX - this.view.x, y: event.offsetY - this.view.y };
     }
@@ -159,10 +151,10 @@ export class Editor {
 
   move(event) {
     if (this.drag) {
-      this.pose = this.drag.before.map((joint) => [...joint]);
-      const [x, y] = this.under(event);
-      if (event.shiftKey) this.swing(this.drag.j, x, y);
-      else this.pose[this.drag.j] = [x, y, this.pose[this.drag.j][2]];
+      const { j, before } = this.drag;
+      this.pose = copied(before);
+      if (event.shiftKey) this.swing(j, this.under(event));
+      else this.pose[j] = [...this.under(event), before[j][2]];
       this.moved?.();
     } else if (this.pan) {
       this.view.x = event.offsetX - this.pan.x;
@@ -174,35 +166,28 @@ export class Editor {
   }
 
   up() {
-    if (this.drag) {
-      const pose = this.pose;
-      this.pose = this.drag.before;
-      this.drag = null;
-      this.change(pose);
-    }
-    this.pan = null;
+    const { pose, drag } = this;
+    this.drag = this.pan = null;
+    if (!drag) return;
+    this.pose = drag.before;
+    this.change(pose);
   }
 
-  // Turns joint j, and all that hangs on it, about its parent toward a place, so that every limb
-  // keeps its length on the image. Shoulders and hips take the whole body along.
-  swing(j, x, y) {
-    const pose = this.pose, { parents } = this.about;
-    const size = [this.width, this.height], px = (p) => [p[0] * size[0], p[1] * size[1]];
-    const middle = (a, b) => [(pose[a][0] + pose[b][0]) / 2, (pose[a][1] + pose[b][1]) / 2];
-    const hangs = (k) => k === j || (parents[k] < 17 && hangs(parents[k]));
-    const parent = j === 0 ? (pose[5][2] && pose[6][2] ? middle(5, 6) : null)
-      : parents[j] < 17 && pose[parents[j]][2] ? pose[parents[j]] : null;
-    const [ox, oy] = px(pose[j]), [tx, ty] = px([x, y]);
-    const [cx, cy] = parent ? px(parent) : [0, 0];
-    const turn = Math.atan2(ty - cy, tx - cx) - Math.atan2(oy - cy, ox - cx);
-    pose.forEach((joint, k) => {
-      if (!joint[2] || (parent && !hangs(k))) return;
-      const [kx, ky] = px(joint), [dx, dy] = [kx - cx, ky - cy];
-      const [nx, ny] = parent ? [cx + dx * Math.cos(turn) - dy * Math.sin(turn),
-                                 cy + dx * Math.sin(turn) + dy * Math.cos(turn)]
-        : [kx + tx - ox, ky + ty - oy];
-      joint[0] = rounded(nx / size[0]);
-      joint[1] = rounded(ny / size[1]);
+  // Moves joint j toward a place, at its distance from its parent, and all that hangs on it along:
+  // every limb keeps its length on the image. Shoulders and hips take the whole body along.
+  swing(j, [x, y]) {
+    const { pose, width, height } = this, { parents } = this.about, joint = pose[j];
+    const hangs = (k) => k === j || (k in pose && hangs(parents[k]));
+    const parent = pose[parents[j]]?.[2] ? pose[parents[j]] : null;
+    const body = !parent && j > 0;
+    if (parent) {
+      const far = (a, b) => Math.hypot((a[0] - b[0]) * width, (a[1] - b[1]) * height);
+      const ratio = far(joint, parent) / (far([x, y], parent) || 1);
+      [x, y] = [parent[0] + (x - parent[0]) * ratio, parent[1] + (y - parent[1]) * ratio];
+    }
+    const [dx, dy] = [x - joint[0], y - joint[1]];
+    pose.forEach(([px, py, v], k) => {
+      if (v && (body || hangs(k))) pose[k] = [px + dx, py + dy, v];
     });
   }
 
@@ -225,37 +210,31 @@ export class Editor {
   // ------------------------------------------------------------------------------------ the keys
 
   // Handles a key; false if it is not one of the editor's.
-  key(event) {
-    const { key, shiftKey } = event, j = this.selected, joint = this.pose[j];
-    const arrow = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1],
-                    ArrowDown: [0, 1] }[key];
-    const letter = key.toLowerCase();
-    if (event.ctrlKey || event.metaKey) {
+  key({ key, shiftKey, ctrlKey, metaKey, target }) {
+    const j = this.selected, joint = this.pose[j], letter = key.toLowerCase();
+    if (ctrlKey || metaKey) {
       if (letter === "z" && !shiftKey) this.undo();
       else if (letter === "y" || letter === "z") this.undo("future", "past");
       else return false;
-    } else if (arrow && j >= 0) {
+    } else if (key in ARROWS && joint) {
       const [x, y, v] = joint[2] ? joint : [0.5, 0.5, 1], by = shiftKey ? 10 : 1;
-      this.set(j, [rounded(x + by * arrow[0] / this.width),
-                   rounded(y + by * arrow[1] / this.height), v]);
-    } else if (key === "Tab" && event.target === this.canvas) {
-      const at = ORDER.indexOf(j) + (shiftKey ? -1 : 1);
-      this.selected = ORDER[(at + 17) % 17];
-    } else if (letter === "h" && j >= 0 && joint[2]) {
-      this.set(j, [joint[0], joint[1], joint[2] === 1 ? HIDDEN : 1]);
+      this.set(j, [x + by * ARROWS[key][0] / this.width, y + by * ARROWS[key][1] / this.height, v]);
+    } else if (key === "Tab" && target === this.canvas) {
+      this.selected = ORDER.at((ORDER.indexOf(j) + (shiftKey ? -1 : 1)) % 17);
+    } else if (letter === "h" && joint?.[2]) {
+      this.set(j, joint.with(2, joint[2] === 1 ? HIDDEN : 1));
     } else if (key === "Delete" || key === "Backspace") {
       if (this.placing >= 0) this.placeNext(this.placing);
-      else if (j >= 0) this.set(j, [0, 0, 0]);
+      else if (joint) this.set(j, [0, 0, 0]);
     } else if (letter === "p") {
       if (this.placing >= 0) this.place(-1);
       else this.placeNext(-1);
     } else if (key === "Escape") {
-      if (this.placing < 0 && j < 0) this.canvas.blur();
+      if (this.placing < 0 && !joint) this.canvas.blur();     // Tab then leaves the canvas
       this.selected = -1;
       this.place(-1);
-    } else if (key === "+" || key === "=" || key === "-") {
-      this.zoomBy(key === "-" ? 1 / 1.3 : 1.3);
-    } else if (key === "0") this.whole();
+    } else if ("+=-".includes(key)) this.zoom(key === "-" ? 1 / 1.3 : 1.3);
+    else if (key === "0") this.resize();
     else return false;
     this.draw();
     return true;
@@ -263,32 +242,31 @@ export class Editor {
 
   draw() {
     if (!this.view) return;
-    const { canvas, view, about } = this, context = canvas.getContext("2d");
+    const { canvas, view, about, pose, image } = this, context = canvas.getContext("2d");
     const box = [view.x, view.y, this.width * view.scale, this.height * view.scale];
     context.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
     context.clearRect(0, 0, canvas.clientWidth, canvas.clientHeight);
-    if (this.image?.naturalWidth) {
-      context.imageSmoothingEnabled = view.scale * this.width / this.image.naturalWidth < 3;
-      context.drawImage(this.image, ...box);
+    if (image?.naturalWidth) {
+      context.imageSmoothingEnabled = box[2] / image.naturalWidth < 3;
+      context.drawImage(image, ...box);
     }
     context.strokeStyle = "#fff3";
     context.strokeRect(...box);
-    paint(context, this.pose, about, this.at, Math.min(Math.max(box[3] / 130, 2.5), 6));
-    const shown = this.drag ? this.drag.j : this.hover >= 0 ? this.hover : this.selected;
-    if (this.selected >= 0 && this.pose[this.selected][2]) {
+    paint(context, pose, about, this.at, Math.min(Math.max(box[3] / 130, 2.5), 6));
+    if (pose[this.selected]?.[2]) {
       context.beginPath();
-      context.arc(...this.at(this.pose[this.selected]), 12, 0, 7);
+      context.arc(...this.at(pose[this.selected]), 12, 0, 7);
       Object.assign(context, { strokeStyle: "#fff", lineWidth: 2 });
       context.stroke();
     }
+    const shown = this.drag?.j ?? (this.hover >= 0 ? this.hover : this.selected);
     if (shown < 0) return;
-    const [, , visible] = this.pose[shown], [x, y] = visible ? this.at(this.pose[shown])
-      : [canvas.clientWidth / 2, 24];
+    const visible = pose[shown][2];
+    const [x, y] = visible ? this.at(pose[shown]) : [canvas.clientWidth / 2, 24];
     const text = this.title(shown) + { 0: ", missing", 0.5: ", hidden", 1: "" }[visible];
     context.font = "13px system-ui, sans-serif";
-    const width = context.measureText(text).width;
     context.fillStyle = "#000c";
-    context.fillRect(x + 14, y - 24, width + 12, 21);
+    context.fillRect(x + 14, y - 24, context.measureText(text).width + 12, 21);
     context.fillStyle = "#fff";
     context.fillText(text, x + 20, y - 9);
   }
