@@ -23,9 +23,9 @@ In Python:
     images = draw_images(ldm, torch.from_numpy(np.stack(poses)), seeds=[0],
                          size=payload["config"]["size"], **settings(ldm))
 
-The format of a pose file is detected from its content (README.md lists the formats). Each image or
-frame in the file gives one pose, that of its largest person. Image i of a row has seed --seed + i
-and depends on nothing else; only its rounding depends on the other images in the batch.
+The format of a pose file is detected from its content (docs/pose-formats.md lists them). Each image
+or frame in the file gives one pose, that of its largest person. Image i of a row has seed
+--seed + i and depends on nothing else; only its rounding depends on the others in the batch.
 
 Letters: P poses, n images per pose, B = P n images, S side of an image, C h w shape of a latent.
 """
