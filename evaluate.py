@@ -106,7 +106,7 @@ def recon(args: argparse.Namespace) -> None:
     if args.rfid and n < FRECHET_IMAGES:
         print(f"rFID of {n} images is biased upwards; compare it only with rFID of as many images.")
 
-    report = {"images": which, "pictures": n, "size": args.size,
+    report = {"dataset": which, "images": n, "size": args.size,
               "baselines": [{"name": name, **row} for name, row in boxes.items()],
               "checkpoints": []}
     for name, path, payload in zip(names, args.vq, payloads, strict=True):
@@ -119,7 +119,7 @@ def recon(args: argparse.Namespace) -> None:
                    for name, tally, counts in zip(names, found.tallies, theirs, strict=True)}
         print(f"Codes in use. A: {n} images, {which}; B: {m} of {args.against}\n\n"
               f"{table(overlap, OVERLAP)}\n")
-        report["against"] = {"data": args.against, "pictures": m, "overlap": overlap}
+        report["against"] = {"data": args.against, "images": m, "overlap": overlap}
     if args.out:
         title += (f": around the median PSNR of {names[0]}, and the worst. Errors: black is 0, "
                   f"white {ERROR_WHITE:.0%} of the range and more")
@@ -246,7 +246,7 @@ def draw_and_read(args: argparse.Namespace,
     held_out = data.spread(held_out, args.limit)
     how = sample.settings_of(args)
     about = {"checkpoint": checkpoint.hash_of(ldm.unet.state_dict()), "data": args.data,
-             "val": args.val, "size": args.size, "pictures": len(held_out), **how,
+             "val": args.val, "size": args.size, "images": len(held_out), **how,
              "seed": args.seed,
              "title": f"{len(held_out)} held-out poses of {args.data}, {args.ckpt} step "
              f"{payload['step']}, {sample.SAMPLERS[args.sampler]} {args.steps} steps, "

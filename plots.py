@@ -203,6 +203,9 @@ PANELS_ACROSS = 4
 MEAN_OF = 15                    # rows of the log in a moving mean: one batch is noisy
 WIDE = 20                       # largest / smallest value from which an axis is logarithmic
 LEAST_COLOUR = 0.05             # the strongest colour is at least this share: noise looks pale
+# By the first word of a label, the same in every panel.
+COLOURS = {"held-out": "tab:blue", "training": "tab:orange", "right": "tab:blue",
+           "shuffled": "tab:red", "none": "tab:gray", "boxes": "tab:gray"}
 
 
 def plot_curves(path: Path, rows: list[dict], panels: Panels, title: str) -> None:
@@ -220,11 +223,11 @@ def panels_page(title: str, panels: dict[str, Callable[[Axes], None]],
     from matplotlib.font_manager import FontProperties
     from matplotlib.text import Text
     down, head = math.ceil(len(panels) / across), 0.7 + 0.18 * title.count("\n")    # head: inches
-    height = head + 3.2 * down
+    height = head + 3.4 * down
     fig = Figure(figsize=(4.4 * across, height), dpi=100)
     axes = fig.subplots(down, across, squeeze=False)
-    fig.subplots_adjust(0.15 / across, 0.35 / height, 1 - 0.06 / across, 1 - head / height,
-                        wspace=0.2, hspace=0.3)
+    fig.subplots_adjust(0.15 / across, 0.5 / height, 1 - 0.06 / across, 1 - head / height,
+                        wspace=0.22, hspace=0.4)
     for i, line in enumerate(title.split("\n")):
         fig.text(0.01, 1 - (0.1 + 0.18 * i) / height, line, va="top", parse_math=False,
                  fontsize=10, weight="normal" if i else "bold")
@@ -232,8 +235,10 @@ def panels_page(title: str, panels: dict[str, Callable[[Axes], None]],
         ax.axis("off")
     for ax, (name, panel) in zip(axes.flat, panels.items(), strict=False):
         panel(ax)
-        ax.set_title(name, fontsize=10)
+        ax.set_title(textwrap.fill(name, 52), fontsize=10)
         ax.tick_params(labelsize=8)
+        for text in ax.xaxis.label, ax.yaxis.label, ax.yaxis.get_offset_text():
+            text.set_size(8)
     for text in fig.findobj(Text):
         if not text.get_text().isascii():
             font = font_file(text.get_text())
@@ -250,8 +255,9 @@ def draw_panel(ax: Axes, rows: list[dict], panel: dict[str, str] | Callable) -> 
         panel(ax, rows)
     else:
         draw_lines(ax, rows, panel)
-    ax.set_xlim(0, 1.02 * (rows[-1]["step"] + 1))
-    ax.locator_params("x", nbins=5)
+    ax.set(xlim=(0, 1.02 * (rows[-1]["step"] + 1)), xlabel="step")
+    ax.locator_params("x", nbins=5, integer=True)
+    ax.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def draw_lines(ax: Axes, rows: list[dict], keys: dict[str, str]) -> None:
@@ -266,27 +272,36 @@ def draw_lines(ax: Axes, rows: list[dict], keys: dict[str, str]) -> None:
         few = len(points) < 2 * MEAN_OF
         smooth = few or key.startswith("val_") or key == "lr"
         line, = ax.plot(steps, values, label=label, marker="." if few else None,
-                        alpha=1 if smooth else 0.25)
+                        alpha=1 if smooth else 0.25, ls=":" if label.endswith("raw") else "-",
+                        color=COLOURS.get(label.replace(",", "").split(" ")[0]))
         if not smooth:
             mean = np.convolve(values, np.ones(MEAN_OF) / MEAN_OF, mode="valid")
             ax.plot(steps[MEAN_OF // 2:][:len(mean)], mean, color=line.get_color())
     ax.grid(alpha=0.3)
     if not every:
-        ax.text(0.5, 0.5, "no value yet", ha="center", transform=ax.transAxes, color="gray")
-    elif min(every) > 0 and max(every) > WIDE * min(every):
-        ax.set_yscale("log")
+        say_empty(ax)
+    elif min(every) > 0 and max(every) > WIDE * np.quantile(every, 0.05):
+        ax.set_yscale("log", subs=[])
+        ax.yaxis.get_major_locator().set_params(subs=(1, 3))
+        ax.yaxis.set_major_formatter("{x:g}")
+    else:
+        ax.ticklabel_format(axis="y", scilimits=(-3, 4))
     if len(ax.lines) and len(keys) > 1:
         ax.legend(fontsize=8)
+
+
+def say_empty(ax: Axes) -> None:
+    ax.text(0.5, 0.5, "no value", ha="center", transform=ax.transAxes, color="gray")
 
 
 def draw_bins(ax: Axes, rows: list[dict], share: Callable[[dict], dict[str, float]]) -> None:
     """A heat map of `share` over steps and timesteps; a dot marks what has surely risen."""
     found = overfit.evaluations(rows)
-    if not found:
-        ax.text(0.5, 0.5, "no value yet", ha="center", transform=ax.transAxes, color="gray")
-        return
-    keys, steps = overfit.bin_keys(found[-1]), np.array([row["step"] + 1 for row in found])
+    keys = overfit.bin_keys(found[-1]) if found else []
+    steps = np.array([row["step"] + 1 for row in found])
     values = 100 * np.array([[share(row).get(key, math.nan) for row in found] for key in keys])
+    if not np.isfinite(values).any():
+        return say_empty(ax)
     first = np.array([int(key[2:]) for key in keys])                # timestep of each bin
     width = first[-1] / max(1, len(keys) - 1)
     x = np.concatenate([[0], (steps[:-1] + steps[1:]) / 2, steps[-1:]])
@@ -296,7 +311,7 @@ def draw_bins(ax: Axes, rows: list[dict], share: Callable[[dict], dict[str, floa
     for centre, row in zip((x[:-1] + x[1:]) / 2, found, strict=True):
         high = [t for t, key in zip(first, keys, strict=True) if overfit.has_risen(row, key)]
         ax.plot([centre] * len(high), np.array(high) + width / 2, "k.", markersize=4)
-    ax.set(ylim=(0, None), ylabel="t")
+    ax.set(ylim=(0, None), ylabel="timestep t")
     ax.figure.colorbar(mesh, ax=ax, format="%+g %%", pad=0.02).ax.tick_params(labelsize=8)
 
 
@@ -428,6 +443,7 @@ def error_map(x_hat: np.ndarray, x: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------- overfit.png: a run and its samples
 
 NEAR_SHOWN = 8                  # samples of each kind beside their nearest training images
+GOLDEN = 0.618                  # multiples of it, modulo 1, spread evenly however many they are
 
 
 def overfit_figure(
@@ -480,12 +496,16 @@ def verdict_page(rows: list[dict], found: dict, distances: dict[str, np.ndarray]
 
 
 def draw_distances(ax: Axes, distances: dict[str, np.ndarray], limit: float) -> None:
-    edges = np.linspace(0, 1.02 * max(max(d) for d in distances.values()), 60)
-    for name, d in distances.items():
+    """A point for each image, in a strip for each kind: as clear of 8 images as of 512."""
+    for row, (name, d) in enumerate(distances.items()):
+        scatter = (np.arange(len(d)) * GOLDEN % 1 - 0.4) * 0.7      # so that few points overlap
+        line, = ax.plot(d, row + scatter, ".", alpha=0.6, markersize=5)
         label = "held-out images" if name == overfit.HELD_OUT else f"samples of {name}"
-        ax.hist(d, edges, density=True, alpha=0.5, label=f"{len(d)} {label}")
+        ax.text(0.02, row - 0.4, f"{len(d)} {label}", color=line.get_color(), fontsize=8,
+                va="center", transform=ax.get_yaxis_transform())
     ax.axvline(limit, color="black", linestyle="--")
-    ax.legend(fontsize=8)
+    ax.set(xlim=(0, None), ylim=(len(distances) - 0.5, -0.6), yticks=[],
+           xlabel="root mean square distance of the latents")
 
 
 # ------------------------------------------------------------------- overview.png: a dataset check
@@ -501,7 +521,8 @@ def draw_overview(path: Path, checked: Checked, suspects: list[Suspect], shown: 
     `framed` gives image i with its skeleton, uint8 [S, S, 3].
     """
     sound = np.flatnonzero(checked.rows["sound"])
-    title = [f"{shortened(report['root'], 80)}: {len(sound)} images, {len(suspects)} suspects",
+    title = [f"{shortened(report['root'], 80)}: {len(sound)} images, {len(suspects)} "
+             f"suspect{'s' * (len(suspects) != 1)}",
              *(shortened(sentence, 150) for sentence in report["verdicts"].values())]
     panels = panels_page("\n".join(title), {
         "where people are": partial(draw_density, poses=checked.rows["pose"][sound]),
@@ -527,7 +548,8 @@ def draw_joints(ax: Axes, joints: dict[str, dict[str, int]]) -> None:
     missing, outside = ([j[key] for j in joints.values()] for key in ("missing", "outside"))
     ax.barh(names, missing, color="silver")
     ax.barh(names, outside, left=missing, color="indianred")
-    ax.set_xlim(0, max(1, *np.add(missing, outside)))
+    ax.set(xlim=(0, max(1, *np.add(missing, outside))), xlabel="images")
+    ax.locator_params("x", nbins=5, integer=True)
     ax.invert_yaxis()
 
 
@@ -547,4 +569,5 @@ def draw_density(ax: Axes, poses: np.ndarray) -> None:
         counts += np.histogram2d(y, x, bins=96, range=((-0.1, 1.1), (-0.1, 1.1)))[0]
     ax.imshow(np.sqrt(counts), cmap="magma", extent=(-0.1, 1.1, 1.1, -0.1))
     ax.plot((0, 1, 1, 0, 0), (0, 0, 1, 1, 0), color="white", lw=0.8)
-    ax.set(xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    ax.set(xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), xlabel="x, of the image's width",
+           ylabel="y, of its height")

@@ -23,9 +23,9 @@ In Python:
     images = draw_images(ldm, torch.from_numpy(np.stack(poses)), seeds=[0],
                          size=payload["config"]["size"], **settings(ldm))
 
-The format of a pose file is detected from its content (README.md lists the formats). Each image or
-frame in the file gives one pose, that of its largest person. Image i of a row has seed --seed + i
-and depends on nothing else; only its rounding depends on the other images in the batch.
+The format of a pose file is detected from its content (docs/pose-formats.md lists them). Each image
+or frame in the file gives one pose, that of its largest person. Image i of a row has seed
+--seed + i and depends on nothing else; only its rounding depends on the others in the batch.
 
 Letters: P poses, n images per pose, B = P n images, S side of an image, C h w shape of a latent.
 """
@@ -70,7 +70,7 @@ from diffusion import (
     per_image_noise,
     timesteps_of,
 )
-from extras.density import PoseDensity, note_unusual
+from extras.density import PoseDensity, in_words, note_unusual
 from extras.motion import Plan, morph, read_motion, sheet_of
 from extras.output import film_of, grid_of, outputs, save_latents, save_separate
 from extras.proportions import retarget
@@ -245,18 +245,26 @@ def plan_of(args: argparse.Namespace, payload: dict, labels: Collection[int] = (
         per_file = DEFAULT_FRAMES if args.morph else frames
         poses, names = read_poses(args.poses, args.fit, per_file, **how)
     poses = np.stack(poses)                 # float64: the seed's cell ids are floors of these
+    before, notes = None, []
     if density and args.poses:
-        other = poses
+        asked = other = poses
         if args.retarget or not args.motion:    # for 100 frames this takes a second
             other = retarget(poses, checkpoint.training_poses(payload, args.ckpt, labels))
         given = other if args.retarget else poses
         poses = density.typical(given, args.typical)
         if not args.motion:                 # a motion has too many
-            note_unusual(names, density.unusual(given), density.unusual(poses), args.typical,
+            unusual = density.unusual(poses)
+            note_unusual(names, density.unusual(given), unusual, args.typical,
                          density.unusual(other))
+            notes = [[in_words(share)] for share in unusual]
+            if args.retarget or args.typical:
+                before = asked
+                notes = [[in_words(share), *note] for share, note in
+                         zip(density.unusual(asked), notes, strict=True)]
     if args.morph:
         return morph(poses, names, frames, args.seed, args.n)
-    return Plan(poses, names, [args.seed + i for i in range(args.n)] * len(poses), args.n)
+    return Plan(poses, names, [args.seed + i for i in range(args.n)] * len(poses), args.n,
+                before=before, notes=notes)
 
 
 def labels_of(args: argparse.Namespace, ldm: LDM, payload: dict) -> dict[str, int]:
@@ -436,7 +444,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--out is {args.out}; the name must end in {', '.join(SUFFIXES)}")
     if args.n is None:
         several = args.label and (len(args.label) > 1 or args.label == ["all"])
-        args.n = 1 if args.motion or args.morph or args.noise_from or several else 2
+        series = args.motion or args.morph or args.film
+        args.n = 1 if series or args.noise_from or several else 2
     if args.inpaint or args.noise_from:         # rounds and inversion exist for ddim only
         args.sampler = "ddim"
     if args.noise_from:                         # inversion is exact only without new noise
@@ -510,8 +519,10 @@ def run(args: argparse.Namespace, command: str) -> str:
     shown = given.shown() if given else None
     grid = (film_of(plan, steps, partial(decode, ldm), shown) if args.film else
             sheet_of(plan, images, shown) if animation else grid_of(plan, images, shown))
-    title = (f"{SAMPLERS[args.sampler]}, {steps[-1].n} steps, guidance {args.guidance:g}, "
-             f"{args.ckpt} step {payload['step']}")
+    title = f"{SAMPLERS[args.sampler]}, {steps[-1].n} steps, guidance {args.guidance:g}, "
+    title += f"strength {args.strength:g}, " if args.init else ""
+    title += f"typical {args.typical:g}, " if args.typical else ""
+    title += f"{args.ckpt} step {payload['step']}"
     plots.save_grid(sheet, **grid, title=title, words=words)
     if animation:
         frames = [np.concatenate(row, axis=1) for row in plan.rows(images)]

@@ -612,10 +612,11 @@ def preview_vq(path: Path, model: VQModel, val: data.ImageDataset, c: Config, re
     model.train()
     f = c.vq_config.factor
     box = box_baseline(x, f)
-    error = (x_hat - x).abs().mean(1, keepdim=True).expand_as(x) * 2 - 1
-    rows = [[data.to_uint8(b[i]) for b in (x, box, x_hat, error)] for i in range(len(x))]
-    plots.save_grid(path, rows, columns=["original", f"{f}x box", "reconstruction", "error"],
-                    title=f"{path.stem}: {result['psnr']:.2f} dB, box {result['psnr_box']:.2f} dB")
+    shown = [[data.to_uint8(image) for image in images] for images in (x, box, x_hat)]
+    rows = [[*row, plots.error_map(row[2], row[0])] for row in zip(*shown, strict=True)]
+    plots.save_grid(path, rows, ["original", f"boxes of {f} x {f}", "reconstruction",
+                                 f"error, white from {plots.ERROR_WHITE:.0%}"], title=(
+        f"step {int(path.stem)}: {result['psnr']:.2f} dB, boxes {result['psnr_box']:.2f} dB"))
 
 
 def load_distances(c: Config, lpips: LPIPS | None = None) -> dict[str, nn.Module]:
@@ -814,11 +815,11 @@ class HeldOut:
 
 LDM_PANELS: plots.Panels = {
     "loss of the batch": {"": "loss"},
-    "eps loss": {"held-out": "val_raw", "training": "val_train_raw", "held-out, EMA": "val_right",
-                 "training, EMA": "val_train"},
+    "eps loss, EMA and raw weights": {"held-out": "val_right", "training": "val_train",
+                                      "held-out, raw": "val_raw", "training, raw": "val_train_raw"},
     "held-out eps loss, EMA": {"right pose": "val_right", "shuffled": "val_shuffled",
                                "none": "val_null"},
-    "gap by timestep: held-out above training, EMA": plots.draw_gaps,
+    "by timestep: held-out above training, EMA": plots.draw_gaps,
     "by timestep: held-out above its best, EMA": plots.draw_rises,
     "shuffled / right": {"": "val_ratio"}}
 
@@ -842,7 +843,7 @@ def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor,
     plots.save_grid(path, rows, names, labels=[
         "reconstruction of the real image", "pose asked for",
         f"sample, DPM-Solver++ {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"],
-        title=f"{path.stem}: held-out loss {result['right']:.4f}, shuffled / right "
+        title=f"step {int(path.stem)}: held-out loss {result['right']:.4f}, shuffled / right "
               f"{result['ratio']:.3f}")
 
 

@@ -6,7 +6,7 @@
 
 --steps is what the variant `tokens+maps` gets; the others get what they can do in the same time,
 from step times taken in turns. Prints the table that stands in benchmarks/RESULTS.md: the eps loss
-under right, shuffled and no poses, then PCK and OKS of samples, read by the pose reader. The
+under right, shuffled and no poses, then PCK and OKS of samples, by the keypoint detector. The
 conditions that lost live here, not in keypoints.py. A run that is complete in DIR is not trained
 again, so two of these commands with different --seeds may share a folder.
 """
@@ -173,7 +173,7 @@ def figures_of(args: argparse.Namespace, name: str, seed: int) -> dict:
         ldm, payload = checkpoint.load_ldm(run / "last.pt")
     train_part, held_out = data.open_data(args.data, payload["config"]["size"])
     reader = evaluate.find_detector(args.data, train_part)
-    drawn = evaluate.draw_held_out(ldm, data.spread(held_out, args.pictures), sampler="ddim",
+    drawn = evaluate.draw_held_out(ldm, data.spread(held_out, args.images), sampler="ddim",
                                    steps=args.sampling_steps)
     found, _ = metrics.pose.assess(reader, drawn)
     losses = [row for row in read_log(run / "log.jsonl") if "val_right" in row][-1]
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--pictures", type=int, default=128, help="samples a run")
+    parser.add_argument("--images", type=int, default=128, help="samples a run")
     parser.add_argument("--sampling-steps", type=int, default=50)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()

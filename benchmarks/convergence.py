@@ -1,7 +1,7 @@
 """How many steps? The distance of each sampler from its limit; its worth in pose and image.
 
-    python benchmarks/convergence.py --ckpt runs/ldm/last.pt --out DIR --pictures 128
-    python benchmarks/convergence.py --out DIR --pictures 4 --steps 2 --limits 8 6  a quick try
+    python benchmarks/convergence.py --ckpt runs/ldm/last.pt --out DIR --images 128
+    python benchmarks/convergence.py --out DIR --images 4 --steps 2 --limits 8 6  a quick try
 
 Distance: the same x_T through S steps and through very many, root mean square of the difference of
 the latents. A sampler that adds noise has no such limit, for its noise differs with S. Two
@@ -38,14 +38,14 @@ SOLVERS = {"ddim, even in t": (ddim, "even"), "ddim, even in lambda": (ddim, "la
 DRAWN_BY = {"ddim, eta 1": ("ddim", 1.0), "ddim, eta 0": ("ddim", 0.0),
             "dpm_solver, eta 0": ("dpm_solver", 0.0), "dpm_solver, eta 1": ("dpm_solver", 1.0)}
 NETWORK_SHARE = 0.1             # of the random network in its eps
-DISTANCE_PICTURES = 4
+DISTANCE_IMAGES = 4
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="runs/ldm/last.pt")
-    parser.add_argument("--pictures", type=int, default=128,
+    parser.add_argument("--images", type=int, default=128,
                         help="held-out poses to draw (default %(default)s)")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50],
                         help="to draw them with")
@@ -60,8 +60,8 @@ def main() -> None:
     c = payload["config"]
     train_part, held_out = data.open_data(c["data"], c["size"], c["val"])
     poses = torch.cat([
-        pose for _, pose, _ in data.in_order(data.spread(held_out, args.pictures), 64)])
-    poses, side = poses[:DISTANCE_PICTURES], c["size"] // ldm.vq.config.factor
+        pose for _, pose, _ in data.in_order(data.spread(held_out, args.images), 64)])
+    poses, side = poses[:DISTANCE_IMAGES], c["size"] // ldm.vq.config.factor
 
     def trained_eps() -> EpsFn:
         return guided(Diffusion(**ldm.schedule).eps_model(ldm), poses, ldm.guidance)
@@ -79,7 +79,7 @@ def main() -> None:
     drawn: dict[str, dict] = {}
     for name, how in DRAWN_BY.items():
         for S in args.steps:
-            row = quality(ldm, reader, held_out, args.pictures, S, *how)
+            row = quality(ldm, reader, held_out, args.images, S, *how)
             drawn[f"{name}, {S} steps"] = row
             print(f"{name}, {S} steps", {key: round(row[key], 3) for key in evaluate.FIDELITY},
                   flush=True)

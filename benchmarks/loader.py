@@ -1,7 +1,7 @@
 """Do images and latents come as fast as a GPU takes them? Images/s and rows of latents/s.
 
     python benchmarks/loader.py --data DIR --workers 2
-    python benchmarks/loader.py --pictures 4 --latents 200 --steps 3        a quick try
+    python benchmarks/loader.py --images 4 --latents 200 --steps 3        a quick try
 
 Images of --data, enlarged and with a camera's grain, become JPEGs of 512 x 512 and 1200 x 900; they
 are decoded, cropped, mirrored and brought to 256 x 256. The floor is PIL's decoding alone, in one
@@ -112,7 +112,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="figures:64",
                         help="as of train.py; the images that become JPEGs")
-    parser.add_argument("--pictures", type=int, default=64, help="how many JPEGs of each size (64)")
+    parser.add_argument("--images", type=int, default=64, help="how many JPEGs of each size (64)")
     parser.add_argument("--latents", type=int, default=20_000,
                         help="how many images' latents (20000)")
     parser.add_argument("--workers", type=int, default=2)
@@ -123,7 +123,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.tmp) as tmp:
         for size in ((512, 512), (1200, 900)):
-            print(jpegs(args.data, Path(tmp), size, args.pictures, args.workers, args.steps),
+            print(jpegs(args.data, Path(tmp), size, args.images, args.workers, args.steps),
                   flush=True)
         for name, shape in LATENTS.items():
             print(latents(name, shape, Path(tmp), args.latents, 10 * args.steps), flush=True)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,23 @@ PAGES = ROOT / "README.md", ROOT / "assets/README.md", ROOT / "benchmarks/RESULT
 
 def read(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def write(path: str, rows: dict[str, dict]) -> None:
+    """The rows of a benchmark, with its command, the processor and the version of torch."""
+    import torch  # the tables need none
+    info = Path("/proc/cpuinfo")
+    cpu = (re.search(r"model name\s*: (.*)", info.read_text())[1] if info.exists() else
+           platform.processor())
+    about = {"command": shlex.join(["python", *sys.argv]), "processor": cpu,
+             "threads": torch.get_num_threads(), "torch": torch.__version__}
+    Path(path).write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+
+def made_by(report: dict) -> str:
+    threads = "1 thread" if report["threads"] == 1 else f"{report['threads']} threads"
+    return (f"`{report['command']}`, {threads} of {report['processor']}, torch "
+            f"{report['torch']}:\n\n")
 
 
 def markdown(columns: list[str], rows: list[list[object]]) -> str:
@@ -67,9 +86,29 @@ def few_images() -> str:
                      "copies in new poses, last model"], rows)
 
 
-STARTS = {"base": "base, stage 2", "base-both": "base, both stages",
-          "base-slow": "base, stage 2, lr 1e-4", "base-among": "base, stage 2, among the others",
-          "nothing": "nothing"}
+def guidance() -> str:
+    """The table of guidance.json."""
+    report = read("guidance")
+    keys = "pck@0.1", "pck@0.2", "oks", "frechet"
+    return made_by(report) + markdown(
+        ["w", "PCK@0.1", "PCK@0.2", "OKS", "Fréchet"],
+        [["real images" if w == "real" else w.removeprefix("w "),
+          *(f"{row[key]:.3f}" if key in row else "" for key in keys)]
+         for w, row in report["rows"].items()])
+
+
+def typical() -> str:
+    """The table of typical.json: held-out poses beside poses with noise."""
+    report, lines = read("typical"), {}
+    for name, row in report["rows"].items():
+        pull = name.rpartition(" ")[2]
+        lines.setdefault(pull, [pull]).extend([
+            f"{row['distance']:.3f}", f"{row['unusual']:.0%}", f"{row['asked']:.3f}",
+            f"{row['wanted']:.3f}"])
+    columns = ["distance", "rarer than", "asked", "wanted"]
+    return made_by(report) + markdown(
+        ["`--typical`", *(f"held out: {c}" for c in columns), *(f"noise: {c}" for c in columns)],
+        list(lines.values()))
 
 
 def labelling() -> str:
@@ -88,9 +127,14 @@ def labelling() -> str:
                      "learning, s (CPU s)", "proposing, s (CPU s)", "the 4 human drawings"], rows)
 
 
+STARTS = {"base": "base, stage 2", "base-both": "base, both stages",
+          "base-slow": "base, stage 2, lr 1e-4", "base-among": "base, stage 2, among the others",
+          "nothing": "nothing"}
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "characters": lambda: pose("characters"), "toy": lambda: pose("toy"), "few images": few_images,
-    "labelling": labelling}
+    "guidance": guidance, "typical": typical, "labelling": labelling}
 
 
 def filled(text: str) -> str:

@@ -1,6 +1,6 @@
 """What does --typical buy? PCK of samples and the distance to the training poses, over the pull.
 
-    python benchmarks/typical.py --ckpt runs/ldm/last.pt --pictures 128
+    python benchmarks/typical.py --ckpt runs/ldm/last.pt --images 128 --out typical.json
 
 Held-out poses as they are, and with every joint moved by Gaussian noise (--noise, in image sides),
 are pulled by 0 to 1. "asked" is PCK@0.1 of samples to the pulled pose that the model was given,
@@ -20,6 +20,7 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import sample  # noqa: E402
+from benchmarks.tables import write  # noqa: E402
 from extras.density import PoseDensity  # noqa: E402
 from metrics.pose import fidelity, read_all  # noqa: E402
 
@@ -34,8 +35,8 @@ def main() -> None:
     parser.add_argument("--ckpt", default="runs/ldm/last.pt")
     parser.add_argument("--amounts", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
     parser.add_argument("--noise", type=float, default=0.05)
-    parser.add_argument("--pictures", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--out", help="a .json for benchmarks/tables.py")
     args = parser.parse_args()
     ldm, payload = checkpoint.load_ldm(args.ckpt)
     c = payload["config"]
@@ -43,7 +44,7 @@ def main() -> None:
     reader = evaluate.find_detector(c["data"], train_part)
     density = PoseDensity(checkpoint.training_poses(payload, args.ckpt))
     poses = torch.cat([
-        pose for _, pose, _ in data.in_order(data.spread(held_out, args.pictures), 64)])
+        pose for _, pose, _ in data.in_order(data.spread(held_out, args.images), 64)])
     poses = poses.double().numpy()
     noise = np.random.default_rng(0).normal(0, args.noise, poses.shape) * (poses[..., 2:] > 0)
     rows = {}
@@ -51,15 +52,17 @@ def main() -> None:
         for amount in args.amounts:
             asked = density.typical(given, amount)
             images = sample.draw_images(
-                ldm, torch.from_numpy(asked), list(range(len(asked))), c["size"], sampler="ddim",
-                steps=args.steps, eta=ldm.eta, guidance=ldm.guidance)
+                ldm, torch.from_numpy(asked), list(range(len(asked))), c["size"],
+                **sample.settings(ldm))
             read, _ = read_all(reader, np.stack(images))
             found = fidelity(read, asked)
             rows[f"{kind}, typical {amount:g}"] = {
-                "distance": density.distance(asked).mean(),
-                "unusual": density.unusual(asked).mean(), "asked": found["pck@0.1"],
+                "distance": float(density.distance(asked).mean()),
+                "unusual": float(density.unusual(asked).mean()), "asked": found["pck@0.1"],
                 "wanted": fidelity(read, given)["pck@0.1"], "oks": found["oks"]}
     print(evaluate.table(rows, COLUMNS))
+    if args.out:
+        write(args.out, rows)
 
 
 if __name__ == "__main__":

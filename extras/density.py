@@ -40,6 +40,11 @@ def note_unusual(names: list[str], given: np.ndarray, moved: np.ndarray, typical
                   + advice)
 
 
+def in_words(share: float) -> str:
+    """What a share of `unusual` means."""
+    return "unusual pose" if share > UNUSUAL else "usual pose"
+
+
 def percent(share: float) -> str:
     """0.979 -> "97 %". Rounds down, so that 100 % means all."""
     return f"{math.floor(100 * share + 1e-9)} %"            # 0.29 * 100 is a little less than 29

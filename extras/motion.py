@@ -24,6 +24,8 @@ class Plan(NamedTuple):
     seeds: list[Seed]               # [P n]
     n: int
     labels: list[str] = []          # [n] of each image of a pose; [] without labels
+    before: np.ndarray | None = None    # [P, 17, 3] before --retarget and --typical
+    notes: list[list[str]] = []     # [P] what is said under the skeletons
 
     def for_labels(self, labels: list[str]) -> Plan:
         """The same images once for each of these labels, side by side."""

@@ -16,13 +16,18 @@ from keypoints import draw
 
 
 def grid_of(plan: Plan, images: list[np.ndarray], given: np.ndarray | None) -> dict[str, list]:
-    """A row for each pose: skeleton, given image, samples. Arguments of plots.save_grid."""
+    """A row for each pose: skeleton (before and after a pull), given image, samples. Arguments of
+    plots.save_grid."""
     seeds = [plan.called(i, f"seed {seed}") for i, seed in enumerate(plan.seeds[:plan.n])]
     rows, columns = plan.rows(images), ["pose", *seeds]
     if given is not None:
         rows = [[skeleton, given, *samples] for skeleton, *samples in rows]
         columns.insert(1, "given")
-    return {"rows": rows, "labels": plan.names, "columns": columns}
+    if plan.before is not None:
+        rows = [[draw(pose, len(images[0])), *row]
+                for pose, row in zip(plan.before, rows, strict=True)]
+        columns[:1] = ["pose as given", "pose drawn"]
+    return {"rows": rows, "labels": plan.names, "columns": columns, "captions": plan.notes}
 
 
 def film_of(plan: Plan, steps: list[Step], decode: Callable[[Tensor], list[np.ndarray]],

@@ -1,6 +1,6 @@
 """Images for another keypoint detector, and the poses that it found in them.
 
-write_images makes a folder with pictures/000000.png and so on, and poses.json, the poses asked for
+write_images makes a folder with images/000000.png and so on, and poses.json, the poses asked for
 as COCO annotations. read_found takes what a detector found in these images: a folder with a pose
 file of any format per image, named like the image, or one file that names its images.
 
@@ -19,7 +19,7 @@ from checkpoint import replacing
 from formats.pose_files import NobodyFound, load_poses
 from keypoints import JOINTS
 
-IMAGES, POSES = "pictures", "poses.json"
+IMAGES, POSES = "images", "poses.json"
 NAME_IMAGES = "coco", "coco-results", "labelme", "label-studio"     # their files name images
 
 

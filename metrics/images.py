@@ -185,7 +185,7 @@ def reconstruction(
     model.train(was_training)
     tally, box = found.tallies[0], found.boxes[model.config.factor]
     return tally.result() | {"psnr_box": box.result()["psnr"],
-                             "pictures": len(tally.scores["psnr"])}
+                             "images": len(tally.scores["psnr"])}
 
 
 def typical_and_worst(scores: list[float], n: int) -> tuple[list[int], list[int]]:

@@ -209,10 +209,10 @@ def test_recon_end_to_end(files, tmp_path, capsys):
         assert own["ssim"] == pytest.approx(metrics.images.ssim(x_hat, x).mean().item(), rel=1e-4)
         assert own["codes_used"] == pytest.approx(len(indices.unique()) / 32)
         assert own["hash"] == checkpoint.hash_of(payload["vq"])
-    assert report["pictures"] == N and report["command"].startswith("python evaluate.py recon --vq")
+    assert report["images"] == N and report["command"].startswith("python evaluate.py recon --vq")
     assert [box["name"] for box in report["baselines"]] == ["boxes of 4 x 4"]
     overlap = report["against"]["overlap"]["a/last.pt"]
-    assert report["against"]["pictures"] == 6 and 0 < overlap["histogram"] <= 1
+    assert report["against"]["images"] == 6 and 0 < overlap["histogram"] <= 1
     rows = [line for line in printed.splitlines() if line.startswith(("a/last.pt", "b/last.pt"))]
     assert len(rows) == 4 and f"{report['checkpoints'][0]['psnr']:.2f}" in rows[0].split()
     page = Image.open(out / "recon.png")
@@ -231,7 +231,7 @@ def test_broken_images_do_not_count_and_shift_no_name(files, tmp_path):
             "--against", str(mine), "--out"]
     assert evaluate.main([*argv, str(out)]) == 0
     report = json.loads((out / "recon.json").read_text())
-    assert report["pictures"] == report["against"]["pictures"] == 119
+    assert report["images"] == report["against"]["images"] == 119
     model = checkpoint.build_vq(checkpoint.load(files / "a/last.pt", "vq"), "")
     names = [mine / f"{i:03}.png" for i in range(120) if i != 40]
     x = torch.stack([data.to_tensor(np.array(Image.open(name))) for name in names])

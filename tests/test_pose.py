@@ -211,7 +211,7 @@ def test_pose_end_to_end_and_with_a_perfect_detector(pose, monkeypatch, capsys):
     assert "6 held-out poses of figures:12" in printed and "The ceiling is low" in printed
     assert f"{rows['samples']['pck@0.1']:.3f}" in printed
     assert rows["samples"]["frechet"] > 0 and "frechet" not in rows["real"]
-    assert own["pictures"] == 6 and own["guidance"] == SAMPLING["eps"][0]
+    assert own["images"] == 6 and own["guidance"] == SAMPLING["eps"][0]
     (((_, poses, seeds, _), samples),) = given
     assert seeds == [7, 8, 9, 10, 11, 12]                               # one per image
     back, images, _ = detections.read_images(evaluate.Path("o"))
@@ -276,7 +276,7 @@ def test_a_detectors_answer_that_cannot_be_used_is_one_sentence(pose, tmp_path, 
         capsys.readouterr()
         assert pose("--out", "o", "--detected", file) == 2
         assert words in capsys.readouterr().err
-    (tmp_path / "o/pictures/000007.png").unlink()               # as an interruption leaves them
+    (tmp_path / "o/images/000007.png").unlink()               # as an interruption leaves them
     assert pose("--out", "o", "--detected", "o/poses.json") == 2
     assert "first run the command without --detected" in capsys.readouterr().err
 
@@ -284,12 +284,12 @@ def test_a_detectors_answer_that_cannot_be_used_is_one_sentence(pose, tmp_path, 
 def test_earlier_images_are_replaced_and_those_of_somebody_else_left_alone(
         pose, tmp_path, monkeypatch, capsys):
     assert pose("--out", "o") == 0 and pose("--out", "o", "--limit", "4") == 0
-    assert len(list((tmp_path / "o/pictures").iterdir())) == 8
+    assert len(list((tmp_path / "o/images").iterdir())) == 8
     (tmp_path / "o/poses.json").unlink()
     monkeypatch.setattr(evaluate, "draw_held_out", None)        # before any work
     assert pose("--out", "o") == 2
-    assert "other images in o/pictures" in capsys.readouterr().err
-    assert len(list((tmp_path / "o/pictures").iterdir())) == 8
+    assert "other images in o/images" in capsys.readouterr().err
+    assert len(list((tmp_path / "o/images").iterdir())) == 8
 
 
 def test_the_page_shows_the_best_first_and_the_worst_last(tmp_path, monkeypatch):

@@ -95,9 +95,10 @@ def test_the_note_suggests_it_where_it_helps(capsys):
     assert len(lines) == 2 and "30 % with --retarget" in lines[0] and "--typical" in lines[1]
 
 
-def test_sample_draws_the_retargeted_pose(tmp_path, monkeypatch, capsys):
+def test_sample_draws_the_retargeted_pose_beside_the_given_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    drawn, denoise = [], sample.denoise
+    drawn, denoise, grids, grid_of = [], sample.denoise, [], sample.grid_of
+    monkeypatch.setattr(sample, "grid_of", lambda *args: grids.append(grid_of(*args)) or grids[-1])
     monkeypatch.setattr(sample, "denoise", lambda ldm, poses, *args, **how:
                         drawn.append(poses) or denoise(ldm, poses, *args, **how))
     root = Path(__file__).parent.parent
@@ -108,3 +109,9 @@ def test_sample_draws_the_retargeted_pose(tmp_path, monkeypatch, capsys):
     trained = checkpoint.training_poses(payload, root / "assets/toy.pt")
     assert np.array_equal(drawn[1].numpy(), retarget(drawn[0].numpy(), trained))
     assert not np.array_equal(*(poses.numpy() for poses in drawn))
+    plain, moved = grids
+    assert plain["columns"] == ["pose", "seed 0"]
+    assert moved["columns"] == ["pose as given", "pose drawn", "seed 0"]
+    before, after = moved["rows"][0][:2]
+    assert np.array_equal(before, plain["rows"][0][0]) and not np.array_equal(before, after)
+    assert plain["captions"] == [["usual pose"]] and moved["captions"][0][0] == "usual pose"

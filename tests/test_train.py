@@ -825,7 +825,7 @@ def test_reconstruction_counts_the_codes_of_the_whole_set():
     result = metrics.images.reconstruction(model, [x[:4], x[4:]])
     x_hat, _, indices = model(x)
     p = np.bincount(indices.flatten().numpy(), minlength=32) / indices.numel()
-    assert result["codes_used"] == (p > 0).mean() and result["pictures"] == 10
+    assert result["codes_used"] == (p > 0).mean() and result["images"] == 10
     entropy = -(p[p > 0] * np.log(p[p > 0])).sum()
     assert result["perplexity"] == pytest.approx(np.exp(entropy), rel=1e-4)
     assert result["psnr"] == pytest.approx(psnr(x_hat, x).mean().item(), rel=1e-4)
