@@ -57,8 +57,8 @@ UNITS = {100: "percent", 1000: "thousandths"}       # that labels have instead o
 CENTRE_LINES = {f"{name}s": [keypoints.JOINTS.index(f"{name}_{side}") for side in ("left", "right")]
                 for name in ("eye", "ear", "shoulder", "hip")}
 SHOWN = 12                      # suspects in the overview
-MEMORISED = 100, 400            # passes over the images after which the held-out loss rises: 96 to
-                                # 160 in fine-tuning, 400 from nothing (benchmarks/RESULTS.md)
+MEMORISED = 100, 250            # passes over the images after which the held-out loss rises: 96 to
+                                # 200 in fine-tuning, 220 to 440 else (benchmarks/RESULTS.md)
 BATCH = 32                      # images in a step of stage 2, of all presets
 KINDS = {                       # of suspects, the worst first
     "broken": "cannot be used",
