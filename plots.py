@@ -479,15 +479,10 @@ def overfit_figure(
 
 
 def verdict_page(rows: list[dict], found: dict, distances: dict[str, np.ndarray]) -> Image.Image:
-    """The verdict over curves, heat maps, the distances and a curve of each bin of timesteps."""
-    def losses(key: str) -> dict[str, str]:
-        return {"held-out": f"val_right{key}", "training": f"val_train{key}"}
-
-    keys = overfit.bin_keys(overfit.evaluations(rows)[-1])
-    panels = {"eps loss, EMA": losses(""),
+    """The verdict over the losses, their heat maps by timestep, and the distances."""
+    panels = {"eps loss, EMA": {"held-out": "val_right", "training": "val_train"},
               "by timestep: held-out above training loss": draw_gaps,
               "by timestep: held-out above its best; dots: significant": draw_rises}
-    panels |= {f"eps loss, t from {int(key[2:])}": losses(key) for key in keys}
     drawn = {name: partial(draw_panel, rows=rows, panel=panel) for name, panel in panels.items()}
     drawn["distance to the nearest training image; left of the line: copies"] = partial(
         draw_distances, distances=distances, limit=found["numbers"]["limit"])
