@@ -78,7 +78,8 @@ def labelling() -> str:
             rows.append([data, seed, row["labels"], f"{row['pck']:.3f}", f"{accepted:.0%}",
                          f"{drags:.1f}", f"{1 + (1 - accepted) * drags:.1f}",
                          *(f"{row[key][0]:.0f} ({row[key][1]:.0f})"
-                           for key in ("learning", "proposing")), f"{row['drawings']:.2f}" if "drawings" in row else ""])
+                           for key in ("learning", "proposing")),
+                         f"{row['drawings']:.2f}" if "drawings" in row else ""])
     return markdown(["images", "seed", "labels", "PCK@0.1", "accepted with one key",
                      "joints to drag in the others", "keys and drags an image",
                      "learning, s (CPU s)", "proposing, s (CPU s)", "the 4 human drawings"], rows)
