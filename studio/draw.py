@@ -20,7 +20,7 @@ import keypoints
 import plots
 import sample
 from checkpoint import number
-from extras.density import PoseDensity
+from extras.density import PoseDensity, in_words
 from formats import pose_files
 from studio.label import checked
 from studio.server import Call, Refused
@@ -87,10 +87,12 @@ class Draw:
                 "text": found.taken_for + note}
 
     def unusual(self, _: int, body: dict) -> dict:
-        """The share of the training poses that are more common than this one, or None."""
+        """How common the pose is among the training poses, in words; "" where that is not known."""
         pose = checked(body.get("pose"))
-        known = self.density is not None and pose[:, 2].any()
-        return {"unusual": float(self.density.unusual(pose[None])[0]) if known else None}
+        if self.density is None or not pose[:, 2].any():
+            return {"text": ""}
+        share = float(self.density.unusual(pose[None])[0])
+        return {"text": f"{in_words(share)}; {share:.0%} of the training poses are more common"}
 
     # ----------------------------------------------------------------------------------- sampling
 

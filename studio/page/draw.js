@@ -107,9 +107,7 @@ export async function startDraw(about, modes, show) {
     timer = setTimeout(() => {
       if ($("live").checked) drawLive();
       attempt(async () => {
-        const { unusual } = await ask("unusual", { pose: editor.pose });
-        $("unusual").textContent = unusual === null ? ""
-          : `rarer than ${Math.floor(100 * unusual)} % of the training poses`;
+        $("unusual").textContent = (await ask("unusual", { pose: editor.pose })).text;
       });
     }, PAUSE);
   }
