@@ -290,8 +290,8 @@ def draw_lines(ax: Axes, rows: list[dict], keys: dict[str, str]) -> None:
         ax.legend(fontsize=8)
 
 
-def say_empty(ax: Axes) -> None:
-    ax.text(0.5, 0.5, "no value", ha="center", transform=ax.transAxes, color="gray")
+def say_empty(ax: Axes, why: str = "no value") -> None:
+    ax.text(0.5, 0.5, why, ha="center", transform=ax.transAxes, color="gray")
 
 
 def draw_bins(ax: Axes, rows: list[dict], share: Callable[[dict], dict[str, float]]) -> None:
@@ -301,7 +301,7 @@ def draw_bins(ax: Axes, rows: list[dict], share: Callable[[dict], dict[str, floa
     steps = np.array([row["step"] + 1 for row in found])
     values = 100 * np.array([[share(row).get(key, math.nan) for row in found] for key in keys])
     if not np.isfinite(values).any():
-        return say_empty(ax)
+        return say_empty(ax, "too few images for bins")
     first = np.array([int(key[2:]) for key in keys])                # timestep of each bin
     width = first[-1] / max(1, len(keys) - 1)
     x = np.concatenate([[0], (steps[:-1] + steps[1:]) / 2, steps[-1:]])
