@@ -439,7 +439,7 @@ def test_every_field_of_a_resumed_run_may_differ_or_is_refused_with_both_values(
         with pytest.raises(ValueError) as e:
             train.resumed_config(c, old, accept_data=False)
         name = ".".join(path)
-        assert ("latents of another autoencoder" if name == "vq_hash" else
+        assert ("used another autoencoder" if name == "vq_hash" else
                 f"a run with {name} = {was}, but this command has {name} = {now}; ") in str(e.value)
         assert "--fresh" in str(e.value) and "\n" not in str(e.value)
         if path[0] in train.OF_DATA:
