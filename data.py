@@ -440,9 +440,9 @@ def split(ds: ImageDataset) -> tuple[Part, Part]:
                         "--labels off")
     members, left_out = gathered_by(groups, range(n)), gathered_by(groups, sorted(held))
     if torn := [group for group in left_out if len(left_out[group]) < len(members[group])]:
-        print(f"warning: the groups are too large to hold out whole ones ({shorten(torn)}), so "
-              "the split is by image, and neighbouring frames of a clip leak; name smaller "
-              "groups in metadata.csv, or give other images with --val", file=sys.stderr)
+        print(f"note: names that differ in a number ({shorten(torn)}) count as one clip, which is "
+              "too large to hold out, so single images are. If they are frames of a clip, the "
+              "held-out loss is too low: give other images with --val", file=sys.stderr)
     elif len(members) < FEW_GROUPS and any(len(m) > 1 for m in members.values()):
         print(f"warning: all images of {shorten(left_out)} are held out, none is trained on; if "
               "you need them, give other images with --val", file=sys.stderr)

@@ -949,7 +949,8 @@ def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
         raise ValueError(f"{c.out} holds a run with {name} = {was}, but this command has {name} = "
                          f"{now}; give {advice}, or another --out, or --fresh")
     if (c.steps or old["steps"]) != old["steps"] or c.minutes not in (None, old["minutes"]):
-        print0(f"{c.out} keeps its length of {old['steps']} steps; --fresh starts over")
+        print0(f"{c.out} keeps its length of {old['steps']} steps; to go on after them, give "
+               f"--init {c.out}/last.pt and another --out")
     return replace(c, steps=old["steps"], minutes=old["minutes"],
                    eval_every=c.eval_every or old["eval_every"])
 

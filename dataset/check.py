@@ -486,8 +486,8 @@ def describe(report: dict) -> Iterator[str]:
         yield (f"groups      {report['groups']}; {n - told['held_out']} images to train on, "
                f"{percent(told['held_out'], n)} held out{of}")
         soon, late = (passes * (n - told["held_out"]) // BATCH for passes in MEMORISED)
-        yield (f"overfitting an estimate: stage 2 begins to memorise these images between step "
-               f"{soon:,} (with --init) and {late:,} (without)")
+        yield (f"overfitting expected from about step {soon:,} of stage 2 with --init, {late:,} "
+               "from nothing: an estimate; --patience 3 ends a run there")
         if report["metadata"]:
             yield f"metadata    {report['metadata']}"
         if report["labels"]:

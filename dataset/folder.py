@@ -62,9 +62,9 @@ def find(root: Path, poseless: bool) -> tuple[Path, list[Labelled]]:
     if parts := [str(root / name) for name in PARTS
                  if (root / name).is_dir() and has_keypoints(root / name)]:
         raise DataError(f"{root}: not a dataset; give {' or '.join(parts)}")
-    raise DataError(f"{root}: not a dataset; put images into {root}/images and their poses into "
-                    f"{root}/keypoints (or YOLO's into {root}/labels), or into {root} one COCO "
-                    "json that has images and annotations")
+    raise DataError(f"{root}: there are no keypoints; label the images with python -m studio "
+                    f"{root}, or put poses into {root}/keypoints (YOLO's into {root}/labels), or "
+                    f"one COCO json with images and annotations into {root}")
 
 
 def images_of(root: Path) -> Path:

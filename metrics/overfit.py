@@ -223,6 +223,8 @@ def chance_of(near: int, n: int, below: int, of: int) -> float:
 
 # ------------------------------------------------------------------------------------- the verdict
 
+POSE = {"followed": "the model follows the pose", "ignored": "the model ignores the pose",
+        "unclear": "too few held-out images to tell whether the model follows the pose"}
 HELD_OUT_SHARE = f"{100 - COPY_PERCENTILE:g} % of held-out images"
 
 
@@ -230,7 +232,7 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
     """Is a run of stage 2 underfit, good or memorising? From its log, and distances as in `copies`.
 
     "verdict"; "since", the step since which losses show memorising, or None; "best", the step of
-    best.pt; "pose", followed or ignored; "reasons", sentences; "numbers". ValueError if the log has
+    best.pt; "pose", a key of POSE; "reasons", sentences; "numbers". ValueError if the log has
     no evaluation.
     """
     found = evaluations(rows)
@@ -262,13 +264,13 @@ def verdict(rows: list[dict], distances: dict[str, list[float]] | None = None) -
     if not reasons:
         word, reason = underfit_or_good(loss, training, fell, steps, copied)
         reasons = [reason]
-    follows = (last["val_ratio"] >= HEEDED
-               and last["val_shuffled"] - loss > SIGNIFICANT * last["val_shuffled_se"])
+    sure = last["val_shuffled"] - loss > SIGNIFICANT * last["val_shuffled_se"]
+    pose = ("ignored" if last["val_ratio"] < HEEDED else "followed" if sure else "unclear")
     reasons.append(f"Shuffled poses have {last['val_ratio']:.3f} times the loss of right poses: "
-                   f"the model {'follows' if follows else 'ignores'} the pose.")
+                   f"{POSE[pose]}.")
     since = max(risen_for.values()) if warning else ahead
     return {"verdict": word, "since": found[-since]["step"] + 1 if since else None,
-            "best": best_step(rows), "pose": "followed" if follows else "ignored",
+            "best": best_step(rows), "pose": pose,
             "reasons": reasons,
             "numbers": {"step": steps, "loss": loss, "training": training, "fell": fell,
                         "ratio": last["val_ratio"], "risen_for": risen_for, "widened": gap[-1],
@@ -318,6 +320,5 @@ def underfit_or_good(loss: float, training: float, fell: float | None, steps: in
 def headline(found: dict) -> str:
     """A `verdict` in a few words."""
     since = f" since step {found['since']:,}" if found["since"] else ""
-    pose = "follows" if found["pose"] == "followed" else "ignores"
     return (f"{found['verdict'].upper()}{since}; the best step was {found['best']:,}; "
-            f"the model {pose} the pose")
+            f"{POSE[found['pose']]}")

@@ -21,6 +21,7 @@ import plots
 import sample
 from checkpoint import number
 from extras.density import PoseDensity, in_words
+from extras.proportions import retarget
 from formats import pose_files
 from studio.label import checked
 from studio.server import Call, Refused
@@ -38,8 +39,8 @@ class Draw:
     def __init__(self, file: str, preset: str | None = None, device: str = "auto"):
         self.flags = ["--ckpt", file, *(["--preset", preset] if preset else [])]
         self.ldm, self.payload = checkpoint.load_ldm(file, checkpoint.find_device(device), preset)
-        trained = checkpoint.training_poses(self.payload, file)
-        self.density = None if trained is None else PoseDensity(trained)
+        self.trained = checkpoint.training_poses(self.payload, file)
+        self.density = None if self.trained is None else PoseDensity(self.trained)
         self.hash = checkpoint.hash_of(self.ldm.state_dict())
         self.drawing, self.newest = threading.Lock(), 0
 
@@ -54,17 +55,22 @@ class Draw:
             self.drawing.release()
 
     def about(self, *_: object) -> dict:
-        """The labels and defaults of the model; the examples and its most common training poses."""
+        """The labels and defaults of the model; its most common training poses and the examples."""
         how, file = sample.settings(self.ldm), self.flags[1]
-        poses = [(path.stem, pose_files.load_poses(path).poses[0])
-                 for path in sorted(EXAMPLES.glob("*.json"))]
+        files = sorted(EXAMPLES.glob("*.json"))
+        poses = [*zip([path.stem for path in files], self.in_proportion(
+            [pose_files.load_poses(path).poses[0] for path in files]), strict=True)]
         if self.density is not None:
             some = self.density.common(min(COMMON, len(self.density.poses)))
-            poses += [(f"common {i + 1}", self.density.poses[k]) for i, k in enumerate(some)]
+            poses = [(f"common {i + 1}", self.density.poses[k]) for i, k in enumerate(some)] + poses
         return {"file": file, "labels": checkpoint.label_names(self.payload, file),
                 "steps": how["steps"], "guidance": how["guidance"],
                 "guided": self.ldm.supports_guidance,
                 "poses": [[name, pose.tolist()] for name, pose in poses]}
+
+    def in_proportion(self, poses: list[np.ndarray]) -> np.ndarray:
+        """Poses [P, 17, 3] with the limb lengths of the training poses, where they are known."""
+        return np.stack(poses) if self.trained is None else retarget(np.stack(poses), self.trained)
 
     def read(self, _: int, body: bytes) -> dict:
         """The poses of a dropped file of any format, each fitted to the square canvas."""
@@ -81,9 +87,10 @@ class Draw:
                     note = "; its image has no size in the file, so the pose is in the middle"
             except keypoints.PoseError as error:
                 raise Refused(400, str(error).replace(f"{at}/", "")) from None
-        poses = [pose_files.fitted(found, i, "letterbox").tolist()
-                 for i in range(min(COMMON, len(found.poses)))]
-        return {"poses": list(zip(found.pictures, poses, strict=False)),
+        poses = self.in_proportion([pose_files.fitted(found, i, "letterbox")
+                                    for i in range(min(COMMON, len(found.poses)))])
+        return {"poses": [(name, pose.tolist()) for name, pose
+                          in zip(found.pictures, poses, strict=False)],
                 "text": found.taken_for + note}
 
     def unusual(self, _: int, body: dict) -> dict:

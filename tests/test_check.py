@@ -118,7 +118,7 @@ def test_a_clean_folder_has_no_issues(clean, capsys):
     out = capsys.readouterr().out
     assert "No issues found." in out and "60 sound, 0 broken" in out and "64 median" in out
     assert "suspects.txt (0 lines)" in out.splitlines()[-1]
-    assert "between step 156 (with --init) and 390 (without)" in out    # 100, 250 times 50 / 32
+    assert "about step 156 of stage 2 with --init, 390 from nothing" in out    # 100, 250 times 50 / 32
     assert {p.ldm.batch_size for p in train.PRESETS.values()} == {dataset.check.BATCH}
     assert report["images"] == {"found": N, "sound": N, "broken": 0, "without_a_person": 0,
                                 "held_out": 10, "not_square": 0}

@@ -457,7 +457,7 @@ def test_a_json_of_something_else_leaves_a_folder_of_plain_images(tmp_path, text
     assert not has_keypoints(tmp_path)
     ds = PoseFolder(tmp_path, 9, poseless=True)
     assert ds.names == ["a.png", "b.png"] and not ds[0][1].any()
-    with pytest.raises(DataError, match="not a dataset; put images"):
+    with pytest.raises(DataError, match="there are no keypoints; label"):
         PoseFolder(tmp_path, 9)
 
 
@@ -510,7 +510,7 @@ def test_errors_name_the_file(tmp_path):
     (tmp_path / "set/keypoints").mkdir(parents=True)
     with pytest.raises(DataError, match="nowhere: there is no such"):
         PoseFolder(tmp_path / "nowhere", 8)
-    with pytest.raises(DataError, match="not a dataset; put images"):
+    with pytest.raises(DataError, match="there are no keypoints; label"):
         PoseFolder(tmp_path, 8)
     with pytest.raises(DataError, match="set: no images in it"):
         PoseFolder(tmp_path / "set", 8)

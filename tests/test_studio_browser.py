@@ -133,11 +133,10 @@ def saved(root, i):
 
 def test_label_with_the_mouse(chromium, mine):
     root, _ = mine
-    places = {"nose": (0.5, 0.2), "eye left": (0.55, 0.15), "eye right": (0.45, 0.15)}
+    places = {"nose": (0.5, 0.2), "left eye": (0.55, 0.15), "right eye": (0.45, 0.15)}
     with opened(chromium, Label(root)) as page:
         for title, place in places.items():             # the page asks for the joints
-            page.until(lambda title=title: f"Click the {title.partition(' ')[2]}" in page.text(
-                "#hint") or f"Click the {title}" in page.text("#hint"))
+            page.until(lambda title=title: f"Click the person's {title}." in page.text("#hint"))
             page.click(*place)
         page.press(Keys.ESCAPE)
         page.until(lambda: saved(root, 0)[0] == "corrected" and saved(root, 0)[1][2, 2])
@@ -239,7 +238,8 @@ def test_draw_and_live(chromium, mine):
     drop = """const files = new DataTransfer();
         files.items.add(new File([arguments[0]], "p.json"));
         document.dispatchEvent(new DragEvent("drop", {bubbles: true, dataTransfer: files}));"""
-    with opened(chromium, None, Draw(str(ROOT / "assets/toy.pt"))) as page:
+    draw = Draw(str(ROOT / "assets/toy.pt"))
+    with opened(chromium, None, draw) as page:
         page.canvas = "canvas"
         page.until(lambda: "% of the training poses" in page.text("#unusual"))
         before = page.text("#unusual")
@@ -254,14 +254,14 @@ def test_draw_and_live(chromium, mine):
             return images[0].get_attribute("src") if len(images) == 1 else None
 
         first = page.until(shown)
-        waving = json.loads((ROOT / "examples/poses/waving.json").read_text())
-        elbow, wrist = (np.array(waving[name][:2]) for name in ("elbow_left", "wrist_left"))
+        opens_with = dict(zip(keypoints.JOINTS, draw.about()["poses"][0][1], strict=True))
+        elbow, wrist = (np.array(opens_with[name][:2]) for name in ("elbow_left", "wrist_left"))
         page.drag(wrist, wrist + (0.1, 0.2), Keys.SHIFT)
         second = page.until(lambda: shown() != first and shown())
         page.until(lambda: page.text("#unusual") != before)
         page.press("x")
         page.until(lambda: shown() not in (first, second))
-        page.driver.execute_script(drop, json.dumps({name: [0.5, 0.5, 1] for name in waving}))
+        page.driver.execute_script(drop, json.dumps({name: [0.5, 0.5, 1] for name in keypoints.JOINTS}))
         page.until(lambda: page.text("#message").startswith("our own [x, y, visible]"))
         page.driver.execute_script(drop, "nothing")
         page.until(lambda: "is not a known pose file" in page.text("#message"))

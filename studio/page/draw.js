@@ -137,8 +137,7 @@ export async function startDraw(about, modes, show) {
   $("poses").append(...offered(model.poses));
   if (modes.label) $("poses").prepend(make("button", { textContent: "the image in Label",
                                                        onclick: fromImage }));
-  const [, waving] = model.poses.find(([name]) => name === "waving") ?? model.poses[0];
-  editor.open(waving, null, 1000, 1000);
+  editor.open(model.poses[0][1], null, 1000, 1000);
   changed();
   return { editor, key, where: model.file };
 }

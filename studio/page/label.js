@@ -111,6 +111,13 @@ export async function startLabel(about) {
   // Enter: this one is done; then the next one of the same filter.
   async function done() {
     const item = items[current], at = Math.max(order.indexOf(item), 0);
+    if (editor.placing >= 0) {                  // an Enter too early; the second one counts
+      const n = editor.pose.filter((joint) => joint[2]).length;
+      editor.place(-1);
+      return say(n ? `${n} of 17 joints are placed. Enter again: the others are missing`
+        : "Enter again: nobody is in this image", true);
+    }
+    say("");
     if (!await change("done")) return;
     list();
     const to = order[order[at] === item ? at + 1 : at] ?? order[0];
@@ -159,7 +166,7 @@ export async function startLabel(about) {
     training = true;                            // it may be over before it is seen
     await watch();
   });
-  $("propose").onclick = propose;
+  $("propose").onclick = () => { propose(); $("image").focus(); };
 
   // Shows the progress until the training ends; then proposals are in the files.
   async function watch() {

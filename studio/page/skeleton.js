@@ -195,14 +195,15 @@ export class Editor {
 
   place(j) {
     this.placing = j;
-    this.hint.textContent = j < 0 ? "" : `Click the ${this.title(j)}. `
-      + "H: the last one is hidden. Delete: it is not in the image. Escape: stop";
+    this.hint.textContent = j < 0 ? "" : `Click the person's ${this.title(j)}. `
+      + "Covered: click where it must be, then H. Not in the image: Delete. Escape: stop";
     this.draw();
   }
 
-  // Asks for the next missing joint after j; of all, for -1.
+  // Asks for the next missing joint after j; of all, for -1. P with no joint missing starts anew.
   placeNext(j) {
     this.place(ORDER.slice(ORDER.indexOf(j) + 1).find((k) => !this.pose[k][2]) ?? -1);
+    if (this.placing < 0) this.hint.textContent = "That was the last joint. Enter: done, next";
   }
 
   title = (j) => this.about.joints[j].split("_").reverse().join(" ");
@@ -228,7 +229,10 @@ export class Editor {
       else if (joint) this.set(j, [0, 0, 0]);
     } else if (letter === "p") {
       if (this.placing >= 0) this.place(-1);
-      else this.placeNext(-1);
+      else {
+        if (this.pose.every((each) => each[2])) this.change(this.pose.map(() => [0, 0, 0]));
+        this.placeNext(-1);
+      }
     } else if (key === "Escape") {
       if (this.placing < 0 && !joint) this.canvas.blur();     // Tab then leaves the canvas
       this.selected = -1;
