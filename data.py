@@ -435,14 +435,14 @@ def split(ds: ImageDataset) -> tuple[Part, Part]:
         spare = [i for k, i in enumerate(order) if ids[i] in ids[order[:k]]]
         held = spare[:max(HELD_OUT_LEAST, int(HELD_OUT * n))]
     if len(labels) > 1 and len(held) < HELD_OUT_LEAST:
-        raise DataError(f"each of {len(labels)} labels has one image, which training needs, so "
-                        f"fewer than {HELD_OUT_LEAST} can be held out; give others with --val, or "
-                        "--labels off")
+        raise DataError(f"most of the {len(labels)} labels have one image, which training needs, "
+                        f"so fewer than {HELD_OUT_LEAST} can be held out; give others with --val, "
+                        "or --labels off")
     members, left_out = gathered_by(groups, range(n)), gathered_by(groups, sorted(held))
     if torn := [group for group in left_out if len(left_out[group]) < len(members[group])]:
-        print(f"note: names that differ in a number ({shorten(torn)}) count as one clip, which is "
-              "too large to hold out, so single images are. If they are frames of a clip, the "
-              "held-out loss is too low: give other images with --val", file=sys.stderr)
+        print(f"note: the groups ({shorten(torn)}) are too large to hold out whole, so single "
+              "images are. If a group is one clip, the held-out loss is too low: name smaller groups in "
+              "metadata.csv, or give other images with --val", file=sys.stderr)
     elif len(members) < FEW_GROUPS and any(len(m) > 1 for m in members.values()):
         print(f"warning: all images of {shorten(left_out)} are held out, none is trained on; if "
               "you need them, give other images with --val", file=sys.stderr)
@@ -639,13 +639,6 @@ def is_plain(spec: str) -> bool:
     return is_folder(spec) and os.path.isdir(spec) and not has_keypoints(spec)
 
 
-def has_all(spec: str) -> bool:
-    """Whether stage 1 takes every image that --data names: of a folder without any poses, and of
-    one that is being labelled in studio/."""
-    from dataset.folder import STUDIO
-    return is_plain(spec) or os.path.isdir(os.path.join(spec, STUDIO))
-
-
 def open_all(
     spec: str, size: int, poseless: bool = False, trim_bars: bool = False, seed: int = 0,
     labels: str | None = None,
@@ -659,7 +652,7 @@ def open_all(
     from dataset.figures import Figures
     count = spec.partition(":")[2] or str(FIGURES_TRAIN)
     if not count.isdecimal() or int(count) < 1:
-        raise DataError(f"{spec}: figures: needs a number of images, such as figures:10000")
+        raise DataError(f"--data is {spec}; give a number of images, such as figures:10000")
     return Figures(int(count), size, seed)
 
 
@@ -672,17 +665,17 @@ def open_data(
     trim_bars: bool = False,        # cut letterbox bars off; figures have none
     labels: str | None = None,      # of --labels: what is on each image, see folder.find_labels
     label_names: Sequence[str] | None = None,   # number the labels as these; None: found in `spec`
-    poseless: bool = False,         # take images without a pose too, for stage 1; see has_all
+    poseless: bool = False,         # take folders of nothing but images too, for stage 1
 ) -> tuple[ImageDataset, ImageDataset]:
     """(training images, held-out images); DataError where a flag or a file is wrong."""
-    train = open_all(spec, size, poseless and has_all(spec), trim_bars, labels=labels)
+    train = open_all(spec, size, poseless and is_plain(spec), trim_bars, labels=labels)
     if label_names is not None:
         train.label_names = label_names
     if not val and is_folder(spec):
         train, held_out = split(train)
     else:
         val = val or f"figures:{min(len(train), FIGURES_VAL)}"
-        held_out = open_all(val, size, poseless and has_all(val), trim_bars, seed=1,
+        held_out = open_all(val, size, poseless and is_plain(val), trim_bars, seed=1,
                             labels=labels if is_folder(val) else None)
         held_out.label_names = train.label_names            # unknown labels count as none
     return (InMemory(train) if remember else train), held_out

@@ -42,7 +42,7 @@ class LDM(nn.Module):
                              f"autoencoder and pose conditioning need {wanted}")
         self.vq, self.schedule, self.supports_guidance = vq, schedule, supports_guidance
         # Defaults of sampling; without dropped poses no guidance and no noise, as in the reference.
-        w, eta, self.steps = SAMPLING.get(schedule.get("prediction"), SAMPLING["eps"])
+        w, eta, self.steps = SAMPLING[schedule.get("prediction", "eps")]
         self.guidance, self.eta = (w, eta) if supports_guidance else (1.0, 0.0)
         self.unet, self.cond = UNet(unet_config), PoseCondition(cond_config)
         self.register_buffer("mean", mean)

@@ -1092,8 +1092,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="networks, image size and recipe (default %(default)s)")
     add("--condition", choices=("maps", "tokens", "tokens+maps"),
         help="stage 2: how the pose enters the network (default: the preset's)")
-    add("--vq", metavar="CKPT", help=f"stage 2: stage 1's checkpoint (default {STAGE_1})")
-    add("--init", metavar="CKPT", help="start from its weights, where they fit")
+    add("--vq", metavar="CKPT",
+        help=f"stage 2: stage 1's checkpoint (default: --init's, or {STAGE_1})")
+    add("--init", metavar="CKPT", help="checkpoint to start from, where its weights fit")
     add("--seed", type=number(int, 0), default=0, help="of everything random (default 0)")
     add("--dry-run", action="store_true",
         help="print recipe and parameter counts, on a GPU also memory and time")
@@ -1113,22 +1114,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=whole, metavar="N", help="length of the run (default: the preset's)")
     add("--minutes", type=positive, metavar="M", help="length of the run, instead of --steps")
     add("--eval-every", type=whole, metavar="STEPS",
-        help="evaluate so often (default: as 5 %% of the time pays for)")
+        help="steps between evaluations (default: they take 5 %% of the time)")
     add("--keep-every", type=whole, metavar="STEPS",
-        help="keep a model so often, as step-*.pt (default: only best.pt and last.pt)")
+        help="keep every such step as step-*.pt (default: only best.pt, last.pt)")
     add("--patience", type=whole, metavar="K",
         help=f"stage 2: stop after K evaluations of overfitting (default: warn after {ROW_OF})")
 
     add = parser.add_argument_group("optimisation (defaults: the preset's)").add_argument
     add("--batch-size", type=whole, metavar="N", help="images in a step")
     add("--lr", type=positive, help="the learning rate used, whatever the batch size")
-    add("--perceptual", type=off_or_weight, metavar="WEIGHT", help="stage 1: of LPIPS, or off")
+    add("--perceptual", type=off_or_weight, metavar="WEIGHT",
+        help="stage 1: weight of LPIPS, or off")
     add("--lpips-weights", nargs="+", metavar="FILE",
         help="stage 1: VGG16 and the lin weights of LPIPS, in one or two files")
     add("--download-lpips", action="store_true",
         help="stage 1: fetch those weights once (528 MB, checked by hash)")
     add("--disc-weight", type=off_or_weight, metavar="WEIGHT",
-        help="stage 1: of the adversarial loss, or off")
+        help="stage 1: weight of the adversarial loss, or off")
     add("--disc-start", type=number(float, 0), metavar="STEP",
         help="stage 1: when the discriminator starts; below 1: share of the run")
 

@@ -10,8 +10,8 @@ base on her images alone; both stages from the base; stage 2 at a fifth of the l
 long. Each run ends once the held-out loss rises, and its best model counts. Lengths are in steps,
 at the speed of two quiet cores (RESULTS.md). Draws the held-out poses of the new character. A
 detector taught on all characters judges: PCK@0.1, Frechet distance, label accuracy. `evaluate.py
-overfit` counts copies. Writes DIR/few_images.json and, of some runs, few_images.png. Rerun the same
-command to resume.
+overfit` counts copies. Writes DIR/few_images.json and a picture of some runs, few_images.png.
+Rerun the same command to resume.
 """
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ BASE = 3000, 2500                       # steps of both stages
 TUNED = 1300, 25                        # steps of stage 2: 10 minutes; between evaluations
 FROM_NOTHING = 4000, 8700               # steps of both stages: 12 and 68 minutes
 SLOW = 1e-4                             # learning rate; the preset has 5e-4
+TUNED_VQ = 500, 2e-4                    # steps of stage 1, a minute, and learning rate (1e-3)
 SHOWN = (("base", 20), ("base-both", 20), ("base-both", 60), ("base-both", 200), ("nothing", 20),
          ("nothing", 200))              # in the picture
 COLUMNS = 8
-TUNED_VQ = 500, 2e-4                    # steps of stage 1, a minute, and learning rate (1e-3)
 
 
 def run(script: str, *flags: object) -> None:
@@ -92,7 +92,7 @@ def measure(folder: Path, val: Path, judge: Path, args: argparse.Namespace) -> d
 
 
 def recorded(told: Path) -> dict:
-    """The rows so far; runs of two seeds may write at the same time."""
+    """The rows so far, of other seeds too."""
     return json.loads(told.read_text()) if told.exists() else {}
 
 

@@ -20,6 +20,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
 PAGES = ROOT / "README.md", ROOT / "assets/README.md", ROOT / "benchmarks/RESULTS.md"
+STARTS = {"base": "base, stage 2", "base-both": "base, both stages",
+          "base-slow": "base, stage 2, lr 1e-4", "base-among": "base, stage 2, among the others",
+          "nothing": "nothing"}
 
 
 def read(name: str) -> dict:
@@ -126,11 +129,6 @@ def labelling() -> str:
     return markdown(["images", "seed", "labels", "PCK@0.1", "accepted with one key",
                      "joints to drag in the others", "keys and drags an image",
                      "learning, s (CPU s)", "proposing, s (CPU s)", "the 4 human drawings"], rows)
-
-
-STARTS = {"base": "base, stage 2", "base-both": "base, both stages",
-          "base-slow": "base, stage 2, lr 1e-4", "base-among": "base, stage 2, among the others",
-          "nothing": "nothing"}
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -58,7 +58,7 @@ CENTRE_LINES = {f"{name}s": [keypoints.JOINTS.index(f"{name}_{side}") for side i
                 for name in ("eye", "ear", "shoulder", "hip")}
 SHOWN = 12                      # suspects in the overview
 MEMORISED = 100, 250            # passes over the images after which the held-out loss rises: 96 to
-                                # 200 in fine-tuning, 220 to 440 else (benchmarks/RESULTS.md)
+                                # 200 in fine-tuning, 220 to 440 else; of 20 to 200 images
 BATCH = 32                      # images in a step of stage 2, of all presets
 KINDS = {                       # of suspects, the worst first
     "broken": "cannot be used",
@@ -486,8 +486,8 @@ def describe(report: dict) -> Iterator[str]:
         yield (f"groups      {report['groups']}; {n - told['held_out']} images to train on, "
                f"{percent(told['held_out'], n)} held out{of}")
         soon, late = (passes * (n - told["held_out"]) // BATCH for passes in MEMORISED)
-        yield (f"overfitting expected from about step {soon:,} of stage 2 with --init, {late:,} "
-               "from nothing: an estimate; --patience 3 ends a run there")
+        yield (f"memorising  an estimate: the held-out loss rises after about step {soon:,} of "
+               f"stage 2 with --init, {late:,} from nothing; --patience 3 ends a run there")
         if report["metadata"]:
             yield f"metadata    {report['metadata']}"
         if report["labels"]:

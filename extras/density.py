@@ -41,8 +41,8 @@ def note_unusual(names: list[str], given: np.ndarray, moved: np.ndarray, typical
 
 
 def in_words(share: float) -> str:
-    """What a share of `unusual` means."""
-    return "unusual pose" if share > UNUSUAL else "usual pose"
+    """"unusual pose" for a share above UNUSUAL, else "common pose"."""
+    return "unusual pose" if share > UNUSUAL else "common pose"
 
 
 def percent(share: float) -> str:

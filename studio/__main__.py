@@ -42,6 +42,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.folder and not args.ckpt:
         parser.error("give a FOLDER to label, or --ckpt FILE to draw with, such as assets/toy.pt")
+    if args.preset and not args.ckpt:
+        parser.error("--preset belongs to a published --ckpt")
     return args
 
 

@@ -20,7 +20,7 @@ import keypoints
 import plots
 import sample
 from checkpoint import number
-from extras.density import PoseDensity, in_words
+from extras.density import PoseDensity, in_words, percent
 from extras.proportions import retarget
 from formats import pose_files
 from studio.label import checked
@@ -82,13 +82,13 @@ class Draw:
                     found = pose_files.load_poses(path)
                 except pose_files.SizeNeeded:
                     found = pose_files.load_poses(path, canvas=(UNKNOWN, UNKNOWN))
-                    for pose in found.poses:
-                        to_middle(pose)
                     note = "; its image has no size in the file, so the pose is in the middle"
             except keypoints.PoseError as error:
                 raise Refused(400, str(error).replace(f"{at}/", "")) from None
         poses = self.in_proportion([pose_files.fitted(found, i, "letterbox")
                                     for i in range(min(COMMON, len(found.poses)))])
+        for pose in poses if note else ():
+            to_middle(pose)
         return {"poses": [(name, pose.tolist()) for name, pose
                           in zip(found.pictures, poses, strict=False)],
                 "text": found.taken_for + note}
@@ -99,7 +99,8 @@ class Draw:
         if self.density is None or not pose[:, 2].any():
             return {"text": ""}
         share = float(self.density.unusual(pose[None])[0])
-        return {"text": f"{in_words(share)}; {share:.0%} of the training poses are more common"}
+        return {"text": f"{in_words(share)}; {percent(share)} of the training poses are more "
+                        "common"}
 
     # ----------------------------------------------------------------------------------- sampling
 

@@ -12,6 +12,7 @@ import json
 import re
 import secrets
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from hmac import compare_digest
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,6 +57,7 @@ class Studio(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    timeout = 60                # seconds without a byte, before a connection is closed
     server: Studio
 
     def do_GET(self) -> None:
@@ -63,6 +65,9 @@ class Handler(BaseHTTPRequestHandler):
             status, answer = 200, self.answer()
         except (ValueError, RuntimeError, OSError) as error:
             status, answer = getattr(error, "status", 400), {"error": sentence(error)}
+        except Exception:               # a fault of ours: the page says so, the terminal has more
+            traceback.print_exc()
+            status, answer = 500, {"error": "the server failed; the terminal has the details"}
         kind, content = answer if isinstance(answer, tuple) else ("application/json", None)
         self.send_response(status)
         for name, value in {"Content-Type": kind, **HEADERS}.items():

@@ -486,7 +486,7 @@ def test_a_wrong_flag_is_one_sentence(clean, tmp_path, flags, words, capsys):
 
 def test_figures_need_a_number(tmp_path, capsys):
     assert data.main(["figures:0", "--out", str(tmp_path / "out")]) == 2
-    assert "data.py: figures:0: figures: needs a number" in capsys.readouterr().err
+    assert "data.py: --data is figures:0; give a number of images" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("drawn")

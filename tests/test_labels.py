@@ -158,7 +158,7 @@ def test_many_small_labels_and_labels_of_one_image(tmp_path):
     assert len(set(train_part.label_ids())) == 20 and len(val) == 6
     for i in range(5):
         write_pair(tmp_path / "one", f"{i}/{i}", i)
-    with pytest.raises(DataError, match="5 labels has one image"):
+    with pytest.raises(DataError, match="5 labels have one image"):
         data.open_data(str(tmp_path / "one"), 12, labels="folders")
 
 

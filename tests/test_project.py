@@ -142,7 +142,7 @@ def test_every_flag_has_a_help_of_one_line(command, capsys, monkeypatch):
     flags = re.split(r"\n  (?=\S)", capsys.readouterr().out.split("\noptions:\n")[1])
     for flag in flags:
         said = re.split(r"\n\n", flag)[0]
-        name, _, text = re.sub(r"\n {20,}", "  ", said, count=1).strip().partition("  ")
+        name, _, text = re.sub(r"^(\S+( \S+)*)\n {20,}", r"\1  ", said).strip().partition("  ")
         assert text.strip() and "\n" not in text.strip(), flag
 
 

@@ -114,4 +114,4 @@ def test_sample_draws_the_retargeted_pose_beside_the_given_one(tmp_path, monkeyp
     assert moved["columns"] == ["pose as given", "pose drawn", "seed 0"]
     before, after = moved["rows"][0][:2]
     assert np.array_equal(before, plain["rows"][0][0]) and not np.array_equal(before, after)
-    assert plain["captions"] == [["usual pose"]] and moved["captions"][0][0] == "usual pose"
+    assert plain["captions"] == [["common pose"]] and moved["captions"][0][0] == "common pose"

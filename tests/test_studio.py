@@ -26,11 +26,11 @@ import keypoints
 import sample
 from data import PoseFolder
 from dataset.figures import Figures
-from extras.density import PoseDensity
+from extras.density import PoseDensity, percent
 from extras.proportions import retarget
 from studio import __main__ as command
 from studio import propose
-from studio.draw import Draw, to_middle
+from studio.draw import Draw
 from studio.label import Label
 from studio.server import BODY_MOST, Studio
 
@@ -456,14 +456,14 @@ def test_poses_come_from_examples_training_and_dropped_files(toy):
         assert np.allclose(found["poses"][0][1], [0.5, 0.5, 1]) and "OpenPose" in found["text"]
         pixels = {"people": [{"pose_keypoints_2d": [v for j in range(18) for v in (9 * j + 5, 50, 1)]}]}
         found = ask("api/read", json.dumps(pixels).encode())
+        x, y = np.array(found["poses"][0][1])[:, :2].T
+        size = max(np.ptp(x), np.ptp(y))
+        assert np.allclose([x.min() + x.max(), y.min() + y.max(), size], [1, 1, 0.8])
         assert "middle" in found["text"]
-        pose = np.array([(j, 5.0, 1.0) for j in range(17)])
-        to_middle(pose)
-        assert np.allclose(pose[[0, -1], :2], [[0.1, 0.5], [0.9, 0.5]])
         assert refusal(ask, "api/read", b"hello")[1].startswith("the dropped file is not a known")
         text = ask("api/unusual", {"pose": WAVING.tolist()})["text"]
         trained = checkpoint.training_poses(checkpoint.load(TOY, "ldm"), TOY)
-        assert f"; {PoseDensity(trained).unusual(WAVING[None])[0]:.0%} of" in text
+        assert f"; {percent(PoseDensity(trained).unusual(WAVING[None])[0])} of" in text
 
 
 def test_settings_out_of_bounds_are_refused_with_the_bounds(toy):

@@ -56,6 +56,7 @@ attempt(async () => {
   // A key goes to the mode that is shown, unless a field or a focused button takes it.
   addEventListener("keydown", (event) => {
     if (event.altKey || event.target.closest("input:not([type=checkbox]), select")) return;
+    if (event.key === "Enter" && event.repeat) return;
     if (event.key === "Enter" && event.target.closest("button, a, summary")) return;
     if (shown && (shown.editor.key(event) || shown.key(event))) event.preventDefault();
   });

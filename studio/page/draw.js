@@ -34,7 +34,7 @@ export async function startDraw(about, modes, show) {
   addEventListener("dragover", (event) => event.preventDefault());
   addEventListener("drop", (event) => {
     event.preventDefault();
-    attempt(async () => {
+    if (event.dataTransfer.files.length) attempt(async () => {
       const { poses, text } = await ask("read", new Blob([event.dataTransfer.files[0]]));
       $("poses").prepend(...offered(poses));
       use(poses[0][1]);

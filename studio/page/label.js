@@ -82,7 +82,7 @@ export async function startLabel(about) {
   function change(state) {
     const item = items[current], { told } = item, { pose } = editor, mine = ++told.changes;
     told.pose = pose;
-    state ??= item.state === "done" ? "done" : "corrected";
+    state ??= item.state === "done" && !isEmpty(pose) ? "done" : "corrected";
     item.state = state;
     describe(item);
     told.saving = Promise.resolve(told.saving).then(async () => {
@@ -114,7 +114,7 @@ export async function startLabel(about) {
     if (editor.placing >= 0) {                  // an Enter too early; the second one counts
       const n = editor.pose.filter((joint) => joint[2]).length;
       editor.place(-1);
-      return say(n ? `${n} of 17 joints are placed. Enter again: the others are missing`
+      return say(n ? `${n} of 17 joints are placed. Enter again to mark the others as missing`
         : "Enter again: nobody is in this image", true);
     }
     say("");
@@ -155,7 +155,7 @@ export async function startLabel(about) {
     }
     list();
     if (order.length) await open(order[0].i);
-    if (value !== $("filter").value) say(`There are none: ${FILTERS[value]}`);
+    if (value !== $("filter").value) say(`No images: ${FILTERS[value]}`);
     $("image").focus();
   });
 
@@ -191,7 +191,7 @@ export async function startLabel(about) {
     }
     if ($("filter").value === "todo") $("filter").value = "proposed";
     list();
-    if (!items[current].told) await open(current);
+    if (current >= 0 && !items[current].told) await open(current);
   }
 
   list();
