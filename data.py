@@ -441,8 +441,8 @@ def split(ds: ImageDataset) -> tuple[Part, Part]:
     members, left_out = gathered_by(groups, range(n)), gathered_by(groups, sorted(held))
     if torn := [group for group in left_out if len(left_out[group]) < len(members[group])]:
         print(f"note: the groups ({shorten(torn)}) are too large to hold out whole, so single "
-              "images are. If a group is one clip, the held-out loss is too low: name smaller groups "
-              "in metadata.csv, or give other images with --val", file=sys.stderr)
+              "images are. If a group is one clip, the held-out loss is too low: name smaller "
+              "groups in metadata.csv, or give other images with --val", file=sys.stderr)
     elif len(members) < FEW_GROUPS and any(len(m) > 1 for m in members.values()):
         print(f"warning: all images of {shorten(left_out)} are held out, none is trained on; if "
               "you need them, give other images with --val", file=sys.stderr)
