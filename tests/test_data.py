@@ -649,7 +649,7 @@ def test_one_clip_alone_splits_by_image_with_a_warning(tmp_path, capsys):
         write_pair(tmp_path, f"frame_{i}")
     train, val = split(PoseFolder(tmp_path, 12))
     assert len(val) == 2 and len(train) == 8
-    assert "the split is by image" in capsys.readouterr().err
+    assert "single images are" in capsys.readouterr().err
     with pytest.raises(DataError, match="3 images are too few"):
         split(Part(PoseFolder(tmp_path, 12), [0, 1, 2]))
 
