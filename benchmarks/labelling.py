@@ -112,9 +112,6 @@ def main(argv: list[str] | None = None) -> None:
                  if state != "done"]
         return [i for _, i in sorted(found)]
 
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    rows = results.setdefault(f"{Path(args.data).name} seed {args.seed}",
-                              {"images": len(ds), "threads": torch.get_num_threads(), "rows": []})
     todo = by_rank()
     for wanted in args.labels:
         for i in todo[:wanted - (len(ds) - len(todo))]:
@@ -148,7 +145,10 @@ def main(argv: list[str] | None = None) -> None:
                               np.array([size for _, size, _ in seen], float))
             row["drawings"] = rounded(ok[there].mean())
         print(json.dumps(row), flush=True)
-        rows["rows"].append(row)
+        results = json.loads(RESULTS.read_text())       # again: another seed may have written
+        run = results.setdefault(f"{Path(args.data).name} seed {args.seed}", {
+            "images": len(ds), "threads": torch.get_num_threads(), "rows": []})
+        run["rows"] = [*(old for old in run["rows"] if old["labels"] != wanted), row]
         RESULTS.write_text(json.dumps(results, indent=1))
         todo = by_rank()
 
