@@ -16,7 +16,7 @@ from vq import VQModel
 
 # Sampling defaults by what the network predicts: guidance w, eta, steps of DPM-Solver++. A young
 # eps model predicts x0 badly at the noisiest steps (t > 850): deterministic sampling carries that
-# error to the end, fresh noise removes it (benchmarks/guidance.py, benchmarks/convergence.py).
+# error to the end, fresh noise removes it (benchmarks/RESULTS.md, "How many steps?").
 SAMPLING = {"eps": (3.0, 1.0, 20), "v": (2.0, 0.5, 6)}
 
 

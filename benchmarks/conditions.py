@@ -182,7 +182,7 @@ def figures_of(args: argparse.Namespace, name: str, seed: int) -> dict:
             "shuffled": losses["val_shuffled"], "null": losses["val_null"],
             "ratio": losses["val_ratio"], "floor": found["shuffled"]["pck@0.1"],
             "ceiling": found["real"]["pck@0.1"],
-            **{key: samples[key] for key in evaluate.FIDELITY}}
+            **{key: samples[key] for key in evaluate.FIDELITY if key in samples}}
 
 
 COLUMNS = {"steps": ("steps", "", "d"), "right": ("eps loss", "right", ".4f"),

@@ -1,14 +1,13 @@
 """How many steps? The distance of each sampler from its limit; its worth in pose and image.
 
     python benchmarks/convergence.py --ckpt runs/ldm/last.pt --out DIR --images 128
-    python benchmarks/convergence.py --out DIR --images 4 --steps 2 --limits 8 6  a quick try
+    python benchmarks/convergence.py --out DIR --images 4 --steps 2 --limit 8     a quick try
 
 Distance: the same x_T through S steps and through very many, root mean square of the difference of
-the latents. A sampler that adds noise has no such limit, for its noise differs with S. Two
-networks: the model of --ckpt with its default guidance, and the danbooru recipe's 206 M parameters
-at random, whose output is no eps: a tenth of it is added to the exact eps of Gaussian data.
+the latents, with the default guidance. A sampler that adds noise has no such limit, for its noise
+differs with S.
 Quality: PCK@0.1 and the Frechet distance of held-out poses at equal calls of the network, as in
-benchmarks/guidance.py. Writes convergence.png.
+benchmarks/guidance.py. Writes convergence.png and convergence.json.
 """
 from __future__ import annotations
 
@@ -22,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import tables  # noqa: E402
+
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
@@ -29,16 +30,16 @@ import metrics.pose  # noqa: E402
 import sample  # noqa: E402
 from diffusion import Diffusion, EpsFn, ddim, dpm_solver, guided, per_image_noise  # noqa: E402
 from ldm import LDM  # noqa: E402
-from unet import UNet, UNetConfig  # noqa: E402
 
-STEPS = 5, 10, 20, 50, 100, 250, 500
+STEPS = 3, 6, 12, 25, 50, 100, 250
 SOLVERS = {"ddim, even in t": (ddim, "even"), "ddim, even in lambda": (ddim, "lambda"),
            "dpm_solver, even in t": (dpm_solver, "even"),
            "dpm_solver, even in lambda": (dpm_solver, "lambda")}
 DRAWN_BY = {"ddim, eta 1": ("ddim", 1.0), "ddim, eta 0": ("ddim", 0.0),
-            "dpm_solver, eta 0": ("dpm_solver", 0.0), "dpm_solver, eta 1": ("dpm_solver", 1.0)}
-NETWORK_SHARE = 0.1             # of the random network in its eps
+            "dpm_solver, eta 0": ("dpm_solver", 0.0),
+            "dpm_solver, eta 0.5": ("dpm_solver", 0.5), "dpm_solver, eta 1": ("dpm_solver", 1.0)}
 DISTANCE_IMAGES = 4
+KEYS = "pck@0.1", "pck@0.2", "oks", "frechet"
 
 
 def main() -> None:
@@ -47,11 +48,10 @@ def main() -> None:
     parser.add_argument("--ckpt", default="runs/ldm/last.pt")
     parser.add_argument("--images", type=int, default=128,
                         help="held-out poses to draw (default %(default)s)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[10, 20, 50],
+    parser.add_argument("--steps", type=int, nargs="+", default=[6, 12, 25],
                         help="to draw them with")
-    parser.add_argument("--limits", type=int, nargs=2, default=[1000, 250], metavar="STEPS",
-                        help="that count as very many: for the model and for the random network, "
-                        "of which each step takes a second (default %(default)s)")
+    parser.add_argument("--limit", type=int, default=500, metavar="STEPS",
+                        help="that count as very many (default %(default)s)")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     out = Path(args.out)
@@ -63,35 +63,29 @@ def main() -> None:
         pose for _, pose, _ in data.in_order(data.spread(held_out, args.images), 64)])
     poses, side = poses[:DISTANCE_IMAGES], c["size"] // ldm.vq.config.factor
 
-    def trained_eps() -> EpsFn:
-        return guided(Diffusion(**ldm.schedule).eps_model(ldm), poses, ldm.guidance)
-
-    networks = {"the trained model": (trained_eps,
-                                      (len(poses), ldm.vq.config.embed_dim, side, side)),
-                "206 M parameters at random": (random_eps, (1, 3, 32, 32))}
-    far = {network: {name: distances(*solver, *how, limit) for name, solver in SOLVERS.items()}
-           for limit, (network, how) in zip(args.limits, networks.items(), strict=True)}
-    for network, rows in far.items():
-        columns = {S: (S, "steps", ".4f") for S in rows["ddim, even in t"]}
-        print(f"\n{network}: RMS distance from its own limit\n{evaluate.table(rows, columns)}",
-              flush=True)
+    eps_fn = guided(Diffusion(**ldm.schedule).eps_model(ldm), poses, ldm.guidance)
+    x_T, _ = per_image_noise(list(range(len(poses))), (ldm.vq.config.embed_dim, side, side))
+    far = {name: distances(*solver, eps_fn, x_T, args.limit) for name, solver in SOLVERS.items()}
+    for name, row in far.items():
+        print(name, {S: round(d, 4) for S, d in row.items()}, flush=True)
     reader = evaluate.find_detector(c["data"], train_part)
     drawn: dict[str, dict] = {}
     for name, how in DRAWN_BY.items():
         for S in args.steps:
             row = quality(ldm, reader, held_out, args.images, S, *how)
             drawn[f"{name}, {S} steps"] = row
-            print(f"{name}, {S} steps", {key: round(row[key], 3) for key in evaluate.FIDELITY},
+            print(f"{name}, {S} steps", {key: round(row[key], 3) for key in KEYS},
                   flush=True)
-    print(f"{evaluate.table(drawn, evaluate.FIDELITY)}\nceiling: PCK@0.1 {row['ceiling']:.3f}")
+    print(f"ceiling: PCK@0.1 {row['ceiling']:.3f}")
     plot(far, drawn, args.steps, out / "convergence.png")
+    kept = {name: {key: float(row[key]) for key in KEYS} for name, row in drawn.items()}
+    tables.write(str(out / "convergence.json"), {"distance": far, "drawn": kept})
 
 
-def distances(solver: Callable, spacing: str, make_eps: Callable[[], EpsFn],
-              shape: tuple[int, ...], limit: int) -> dict[int, float]:
+def distances(solver: Callable, spacing: str, eps_fn: EpsFn, x_T: Tensor,
+              limit: int) -> dict[int, float]:
     """The RMS distance of S steps from `limit` steps, from the same x_T, by S."""
-    diffusion, eps_fn = Diffusion(), make_eps()
-    x_T, _ = per_image_noise(list(range(shape[0])), shape[1:])
+    diffusion = Diffusion()
 
     def drawn(S: int) -> Tensor:
         *_, last = solver(diffusion, eps_fn, x_T, S, spacing=spacing)
@@ -99,28 +93,6 @@ def distances(solver: Callable, spacing: str, make_eps: Callable[[], EpsFn],
 
     wanted = drawn(limit)
     return {S: (drawn(S) - wanted).square().mean().sqrt().item() for S in STEPS if S < limit}
-
-
-def random_eps() -> EpsFn:
-    """The exact eps of N(0, 1) data and a tenth of a random network of the danbooru recipe, under
-    a random context."""
-    torch.manual_seed(0)
-    unet, context, alphas_bar = UNet(UNetConfig()), torch.randn(1, 17, 17), Diffusion().alphas_bar
-    for parameter in unet.parameters():
-        if not parameter.any() and parameter.ndim > 1:      # a layer of zeros hides those before it
-            torch.nn.init.kaiming_uniform_(parameter, a=5 ** 0.5)
-    unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-
-    def network(x: Tensor, t: Tensor) -> Tensor:
-        return unet(x, t, context)
-
-    size = network(torch.randn(1, 3, 32, 32), torch.tensor([500])).std()
-
-    def eps_fn(x: Tensor, t: Tensor) -> Tensor:
-        exact = (1 - alphas_bar[t]).sqrt().float().view(-1, 1, 1, 1) * x
-        return exact + NETWORK_SHARE * network(x, t) / size
-
-    return eps_fn
 
 
 def quality(ldm: LDM, reader: nn.Module, held_out: data.ImageDataset, n: int, S: int,
@@ -140,21 +112,17 @@ def plot(far: dict[str, dict], drawn: dict[str, dict], steps: list[int], path: P
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(2, 2, figsize=(11, 8), constrained_layout=True)
-    for ax, (network, rows) in zip(axes[0], far.items(), strict=True):
-        for name, row in rows.items():
-            ax.loglog(list(row), list(row.values()), marker="o", label=name,
-                      ls="-" if "lambda" in name else ":",
-                      color="tab:blue" if "ddim" in name else "tab:orange")
-        if 50 in rows["ddim, even in t"]:
-            ax.axhline(rows["ddim, even in t"][50], color="gray", lw=0.8)
-        ax.set(title=f"{network}: distance from its own limit",
-               ylabel="RMS, of latents of variance 1")
-    for ax, key in zip(axes[1], ("pck@0.1", "frechet"), strict=True):
+    fig, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
+    for name, row in far.items():
+        axes[0].loglog(list(row), list(row.values()), marker="o", label=name,
+                       ls="-" if "lambda" in name else ":",
+                       color="tab:blue" if "ddim" in name else "tab:orange")
+    axes[0].set(title="distance from its own limit", ylabel="RMS, of latents of variance 1")
+    for ax, key in zip(axes[1:], ("pck@0.1", "frechet"), strict=True):
         for name in DRAWN_BY:
             ax.plot(steps, [drawn[f"{name}, {S} steps"][key] for S in steps], marker="o",
                     label=name, color="tab:blue" if "ddim" in name else "tab:orange",
-                    ls="--" if "eta 1" in name else "-")
+                    ls={"1": "--", "5": ":", "0": "-"}[name[-1]])
         title, unit, _ = evaluate.FIDELITY[key]
         ax.set(title=f"{title} ({unit})", xscale="log", xticks=steps, xticklabels=steps)
         ax.minorticks_off()

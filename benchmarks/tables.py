@@ -114,6 +114,22 @@ def typical() -> str:
         list(lines.values()))
 
 
+def distances() -> str:
+    """How far each sampler is from its limit: the first table of convergence.json."""
+    report = read("convergence")
+    far = report["rows"]["distance"]
+    steps = list(next(iter(far.values())))
+    return made_by(report) + markdown(["S", *steps], [
+        [name, *(f"{row[S]:.4f}" for S in steps)] for name, row in far.items()])
+
+
+def drawn() -> str:
+    """What each sampler draws: the second table of convergence.json."""
+    return markdown(["", "PCK@0.1", "PCK@0.2", "OKS", "Fréchet"], [
+        [name, *(f"{row[key]:.3f}" for key in ("pck@0.1", "pck@0.2", "oks", "frechet"))]
+        for name, row in read("convergence")["rows"]["drawn"].items()])
+
+
 def labelling() -> str:
     """The table of labelling.json."""
     rows = []
@@ -133,7 +149,8 @@ def labelling() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "characters": lambda: pose("characters"), "toy": lambda: pose("toy"), "few images": few_images,
-    "guidance": guidance, "typical": typical, "labelling": labelling}
+    "guidance": guidance, "typical": typical, "labelling": labelling,
+    "distances": distances, "drawn": drawn}
 
 
 def filled(text: str) -> str:
