@@ -703,10 +703,10 @@ def describe_labels(ds: ImageDataset) -> str:
 def check_out(out: str | Path, *specs: str | None) -> None:
     """DataError if --out lies among the images of `specs` (as of --data), where what is written
     would become part of the dataset."""
-    for folder in (Path(spec) for spec in specs if spec and is_folder(spec)):
-        images = folder / "images" if (folder / "images").is_dir() else folder
-        if Path(out).resolve().is_relative_to(images.resolve()):
-            raise DataError(f"--out {out} lies among the images of {folder}; name another folder")
+    from dataset.folder import images_of
+    for root in (Path(spec) for spec in specs if spec and is_folder(spec)):
+        if Path(out).resolve().is_relative_to(images_of(root).resolve()):
+            raise DataError(f"--out {out} lies among the images of {root}; name another folder")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -179,13 +179,13 @@ def guided(eps_model: Model, cond: Tensor, w: float) -> EpsFn:
     """
 
     def eps_fn(x: Tensor, t: Tensor) -> Tensor:
-        keep = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)                   # [B]
+        shown = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)  # [B], the `drop` of all
         if w == 1:
-            return eps_model(x, t, cond, keep)
+            return eps_model(x, t, cond, shown)
         if w == 0:
-            return eps_model(x, t, cond, ~keep)
+            return eps_model(x, t, cond, ~shown)
         both = eps_model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([cond, cond]),
-                         torch.cat([~keep, keep]))
+                         torch.cat([~shown, shown]))
         eps_null, eps_cond = both.float().chunk(2)                                      # [B, ...]
         return eps_null + w * (eps_cond - eps_null)
 

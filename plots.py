@@ -301,7 +301,7 @@ def draw_bins(ax: Axes, rows: list[dict], share: Callable[[dict], dict[str, floa
     steps = np.array([row["step"] + 1 for row in found])
     values = 100 * np.array([[share(row).get(key, math.nan) for row in found] for key in keys])
     if not np.isfinite(values).any():
-        return say_empty(ax, "too few images for bins")
+        return say_empty(ax, "too few images for bins" if found else "no value")
     first = np.array([int(key[2:]) for key in keys])                # timestep of each bin
     width = first[-1] / max(1, len(keys) - 1)
     x = np.concatenate([[0], (steps[:-1] + steps[1:]) / 2, steps[-1:]])

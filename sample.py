@@ -253,14 +253,12 @@ def plan_of(args: argparse.Namespace, payload: dict, labels: Collection[int] = (
         given = other if args.retarget else poses
         poses = density.typical(given, args.typical)
         if not args.motion:                 # a motion has too many
-            unusual = density.unusual(poses)
-            note_unusual(names, density.unusual(given), unusual, args.typical,
-                         density.unusual(other))
-            notes = [[in_words(share)] for share in unusual]
-            if args.retarget or args.typical:
-                before = asked
-                notes = [[in_words(share), *note] for share, note in
-                         zip(density.unusual(asked), notes, strict=True)]
+            was, of_other, now = (density.unusual(each) for each in (asked, other, poses))
+            note_unusual(names, of_other if args.retarget else was, now, args.typical, of_other)
+            moved = args.retarget or args.typical
+            before = asked if moved else None
+            notes = [[in_words(share) for share in shares]
+                     for shares in (zip(was, now, strict=True) if moved else zip(now))]
     if args.morph:
         return morph(poses, names, frames, args.seed, args.n)
     return Plan(poses, names, [args.seed + i for i in range(args.n)] * len(poses), args.n,
