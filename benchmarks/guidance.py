@@ -42,7 +42,7 @@ def main() -> None:
     print(f"{evaluate.table(rows, evaluate.FIDELITY)}\n"
           f"ceiling: PCK@0.1 {found['real']['pck@0.1']:.3f}")
     if args.out:
-        write(args.out, rows | {"real": found["real"]})
+        write(args.out, rows | {"real images": found["real"]})
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
 import tempfile
@@ -26,10 +27,11 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+from benchmarks.tables import write  # noqa: E402
 from dataset.latents import LatentCache, latent_batch  # noqa: E402
 
-SIDE, BATCH, NEEDED = 256, 32, {"images": 60, "latents": 5000}
-LATENTS = {"danbooru [3,64,64]": (3, 64, 64), "toy [3,16,16]": (3, 16, 16)}
+SIDE, BATCH = 256, 32
+LATENTS = {"64 x 64 x 3": (3, 64, 64), "16 x 16 x 4": (4, 16, 16)}
 
 
 class Jpegs(data.ImageDataset):
@@ -70,7 +72,8 @@ def rate(batches: Iterable, of: int) -> float:
     return n * of / (time.perf_counter() - start)
 
 
-def jpegs(spec: str, folder: Path, size: tuple[int, int], n: int, workers: int, steps: int) -> str:
+def jpegs(spec: str, folder: Path, size: tuple[int, int], n: int, workers: int,
+          steps: int) -> dict[str, float]:
     ds, rng, files = data.open_all(spec, SIDE), np.random.default_rng(0), []
     for i in data.evenly(len(ds), n):
         image, _ = ds.source(i)
@@ -84,12 +87,12 @@ def jpegs(spec: str, folder: Path, size: tuple[int, int], n: int, workers: int, 
                   for k in range(4 * len(stored))), 1)
     got = {w: rate(data.batches(Jpegs(files), BATCH, 0, 0, steps, w, augment=True), BATCH)
            for w in (0, workers)}
-    return (f"images {size[0]}x{size[1]}, {np.mean([len(s) for s in stored]) / 1000:.0f} kB: "
-            f"{got[0]:.0f}/s without workers, {got[workers]:.0f}/s with {workers} (needed "
-            f"{NEEDED['images']}); decoding alone {floor:.0f}/s")
+    return {"kB": float(np.mean([len(s) for s in stored])) / 1000, "without": got[0],
+            "with": got[workers], "alone": floor}
 
 
-def latents(name: str, shape: tuple[int, int, int], folder: Path, n: int, steps: int) -> str:
+def latents(name: str, shape: tuple[int, int, int], folder: Path, n: int,
+            steps: int) -> dict[str, float]:
     start = time.perf_counter()
     cache = LatentCache(folder / name, "noise", Blank(n), lambda x: torch.randn(len(x), *shape))
     took, steps = time.perf_counter() - start, min(steps, n // BATCH)
@@ -102,9 +105,8 @@ def latents(name: str, shape: tuple[int, int, int], folder: Path, n: int, steps:
     wanted = [2 * data.step_indices(n, BATCH, 0, k) for k in range(steps)]
     floor = max(rate((torch.from_numpy(cache.latents[rows]).float() for rows in wanted), BATCH)
                 for _ in range(2))
-    return (f"latents {name}, {row} B: {first:,.0f}/s first, {again:,.0f}/s again (needed "
-            f"{NEEDED['latents']:,}); copying alone {floor:,.0f}/s; filled at "
-            f"{len(cache) / took:,.0f} rows/s")
+    return {"kB": row / 1000, "first": first, "again": again, "alone": floor,
+            "filled": len(cache) / took}
 
 
 def main() -> None:
@@ -119,14 +121,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40,
                         help="batches of 32 images; ten times as many of latents")
     parser.add_argument("--tmp", help="where the files go, and are removed from")
+    parser.add_argument("--out", help="a .json for benchmarks/tables.py")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.tmp) as tmp:
-        for size in ((512, 512), (1200, 900)):
-            print(jpegs(args.data, Path(tmp), size, args.images, args.workers, args.steps),
-                  flush=True)
-        for name, shape in LATENTS.items():
-            print(latents(name, shape, Path(tmp), args.latents, 10 * args.steps), flush=True)
+        images = {f"{w} x {h}": jpegs(args.data, Path(tmp), (w, h), args.images, args.workers,
+                                      args.steps) for w, h in ((512, 512), (1200, 900))}
+        rows = {"images": images, "latents": {
+            name: latents(name, shape, Path(tmp), args.latents, 10 * args.steps)
+            for name, shape in LATENTS.items()}}
+    print(json.dumps(rows, indent=1))
+    if args.out:
+        write(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
-"""Does the verdict of `evaluate.py overfit` hold where the answer is known? Three planted runs.
+"""Does the verdict of `evaluate.py overfit` hold where the answer is known? Planted runs.
 
-    python benchmarks/overfit.py few --vq assets/toy.pt --out DIR       200 figures: "memorising"
-    python benchmarks/overfit.py many --vq assets/toy.pt --out DIR      20,000 figures: "good"
-    python benchmarks/overfit.py shuffled --vq assets/toy.pt --out DIR  poses permuted: "ignored"
+    python benchmarks/overfit.py few early shuffled --vq assets/toy.pt --runs DIR --out FILE.json
 
-Each trains the toy UNet in DIR/CASE, which a second call resumes, and then prints the verdict
-beside the one that was planted; its exit status is 1 where they differ.
+Each case trains the toy preset in DIR/CASE, which a second call resumes; then the verdict stands
+beside the one that was planted. The exit status is 1 where they differ.
 """
 from __future__ import annotations
 
@@ -19,19 +17,19 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import plots  # noqa: E402
 import train  # noqa: E402
+from benchmarks.tables import write  # noqa: E402
 from keypoints import JOINTS  # noqa: E402
 from metrics.condition import derangement  # noqa: E402
 
-# figures, steps, batch size, learning rate, what the verdict must say
+# what it is, figures, steps, what the verdict must say
 CASES = {
-    "few": (200, 20_000, 8, 1.5e-3, {"verdict": "memorising"}),
-    "many": (20_000, 6000, 32, 4e-4, {"verdict": "good", "pose": "followed"}),
-    "shuffled": (2_000, 600, 16, 8e-4, {"pose": "ignored"}),
+    "few": ("60 figures", 60, 1000, {"verdict": "memorising"}),
+    "early": ("2,000 figures, stopped early", 2000, 100, {"verdict": "underfit"}),
+    "shuffled": ("2,000 figures with poses of other images", 2000, 300, {"pose": "ignored"}),
 }
-KEPT = 8                        # checkpoints for the film strip
 
 
-def write(folder: Path, ds: data.ImageDataset, pose_of: list[int]) -> str:
+def save_folder(folder: Path, ds: data.ImageDataset, pose_of: list[int]) -> str:
     """A folder of the images of ds, image i with the pose of image pose_of[i]."""
     poses = folder / "keypoints"
     if not (poses / f"{len(pose_of) - 1}.json").exists():
@@ -43,33 +41,43 @@ def write(folder: Path, ds: data.ImageDataset, pose_of: list[int]) -> str:
     return str(folder)
 
 
+def planted(case: str, args: argparse.Namespace) -> dict:
+    """Trains a case; returns what was planted and what was found."""
+    what, figures, steps, wanted = CASES[case]
+    run, spec = Path(args.runs, case), f"figures:{figures}"
+    images = ["--data", spec]
+    if case == "shuffled":
+        ours, held_out = data.open_data(spec, train.PRESETS["toy"].size)
+        order = derangement(figures, 0).tolist()
+        images = ["--data", save_folder(run / "shuffled", ours, order),
+                  "--val", save_folder(run / "held-out", held_out, list(range(len(held_out))))]
+    if (train.main(["--stage", "ldm", "--vq", args.vq, *images, "--steps", str(steps), "--out",
+                    str(run)]) or evaluate.main(["overfit", "--run", str(run)])):
+        raise SystemExit(1)
+    found = json.loads((run / "overfit.json").read_text())
+    numbers = found["numbers"]
+    return {"what": what, "steps": steps, "wanted": wanted,
+            "found": {key: found[key] for key in ("verdict", "pose", "since", "best")},
+            "loss": numbers["loss"], "training": numbers["training"], "ratio": numbers["ratio"],
+            "copies": sum(c["copies"] for c in numbers["copies"].values()),
+            "samples": sum(c["of"] for c in numbers["copies"].values())}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=CASES)
-    parser.add_argument("--vq", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--figures", type=int, help="other than the case's own number of them")
-    parser.add_argument("--steps", type=int, help="likewise")
+    parser.add_argument("cases", choices=CASES, nargs="+")
+    parser.add_argument("--vq", default="assets/toy.pt", help="(default %(default)s)")
+    parser.add_argument("--runs", required=True, help="folder for the runs")
+    parser.add_argument("--out", help="a .json for benchmarks/tables.py")
     args = parser.parse_args()
-    figures, steps, batch, lr, wanted = CASES[args.case]
-    figures, steps = args.figures or figures, args.steps or steps
-    run, spec = Path(args.out, args.case), f"figures:{figures}"
-    pictures = ["--data", spec]
-    if args.case == "shuffled":
-        ours, held_out = data.open_data(spec, train.PRESETS["toy"].size)
-        pictures = ["--data", write(run / "shuffled", ours, derangement(figures, 0).tolist()),
-                    "--val", write(run / "held-out", held_out, list(range(len(held_out))))]
-    code = train.main(["--stage", "ldm", "--vq", args.vq, *pictures, "--steps", str(steps),
-                       "--batch-size", str(batch), "--lr", str(lr),
-                       "--keep-every", str(max(1, steps // KEPT)), "--out", str(run)])
-    code = code or evaluate.main(["overfit", "--run", str(run)])
-    if code:
-        return code
-    found = json.loads((run / "overfit.json").read_text())
-    for key, value in wanted.items():
-        print(f"{key}: planted {value}, found {found[key]}")
-    return int(any(found[key] != value for key, value in wanted.items()))
+    rows = {case: planted(case, args) for case in args.cases}
+    for case, row in rows.items():
+        print(case, row)
+    if args.out:
+        write(args.out, rows)
+    return int(any(row["found"][key] != value for row in rows.values()
+                   for key, value in row["wanted"].items()))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample  # noqa: E402
 import train  # noqa: E402
 from benchmarks.speed import diffusers_unet  # noqa: E402
+from benchmarks.tables import write  # noqa: E402
 from benchmarks.timing import medians  # noqa: E402
 from diffusion import per_image_noise  # noqa: E402
 from ldm import LDM  # noqa: E402
@@ -39,15 +40,18 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=WORKS)
     parser.add_argument("--turns", type=int, default=3, help="(default %(default)s)")
+    parser.add_argument("--out", help="a .json for benchmarks/tables.py")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, diffusers {diffusers.__version__}, "
           f"{torch.get_num_threads()} threads")
-    compare(args.work, args.turns)
+    times = compare(args.work, args.turns)
+    if args.out:
+        write(args.out, {case: {"seconds": took} for case, took in times.items()})
 
 
 @torch.no_grad()
-def compare(work: str, turns: int) -> None:
-    """Prints a table: seconds of each case, and over those of ours in bf16."""
+def compare(work: str, turns: int) -> dict[str, float]:
+    """Seconds of each case; prints a table of them, and over those of ours in bf16."""
     images, steps = WORKS[work]
     c = train.make_config(train.parse_args(
         ["--stage", "ldm", "--preset", work, "--device", "cpu"]))
@@ -68,6 +72,7 @@ def compare(work: str, turns: int) -> None:
           "| case | s | over ours in bf16 |\n|---|---|---|")
     for name, took in times.items():
         print(f"| {name} | {took:.3f} | {took / times['ours, dpm_solver, bf16']:.2f} |")
+    return times
 
 
 def random_ldm(c: train.Config) -> LDM:

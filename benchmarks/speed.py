@@ -32,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint  # noqa: E402
+from benchmarks.tables import write  # noqa: E402
 from benchmarks.timing import in_turns, medians  # noqa: E402
 from engine.cpu import use_fast_norms  # noqa: E402
 from unet import UNet, UNetConfig  # noqa: E402
@@ -194,12 +195,17 @@ def compare(args: argparse.Namespace) -> None:
           + ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in most.items()))
     print("| case | s | times as fast as the first | GFLOP | GFLOP/s | of the ceiling |\n"
           + "|---" * 6 + "|")
+    rows = {}
     for case, took in times.items():
         library, _, dtype = case.split("/")
         rate = count[library] / took
+        rows[case] = {"seconds": took, "gflop_s": rate / 1e9, "of_ceiling": rate / most[dtype],
+                      "times": times[args.cases[0]] / took}
         print(f"| {case} | {took:.3f} | {times[args.cases[0]] / took:.2f} "
               f"| {count[library] / 1e9:.0f} | {rate / 1e9:.0f} | {rate / most[dtype]:.0%} |",
               flush=True)
+    if args.out:
+        write(args.out, rows)
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -214,6 +220,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--turns", type=int, default=5, help="(default %(default)s)")
     add("--cases", nargs="+", metavar="CASE", help=f"default on a CPU: {' '.join(CPU_CASES)}; on a "
         "GPU every library, mode and dtype")
+    add("--out", help="a .json for benchmarks/tables.py")
     args = parser.parse_args(argv)
     args.device = checkpoint.find_device(args.device)
     cuda = args.device.startswith("cuda")

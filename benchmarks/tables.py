@@ -89,15 +89,28 @@ def few_images() -> str:
                      "copies in new poses, last model"], rows)
 
 
-def guidance() -> str:
-    """The table of guidance.json."""
-    report = read("guidance")
-    keys = "pck@0.1", "pck@0.2", "oks", "frechet"
-    return made_by(report) + markdown(
-        ["w", "PCK@0.1", "PCK@0.2", "OKS", "Fréchet"],
-        [["real images" if w == "real" else w.removeprefix("w "),
-          *(f"{row[key]:.3f}" if key in row else "" for key in keys)]
-         for w, row in report["rows"].items()])
+def plain(name: str, first: str, columns: dict[str, tuple[str, str]], part: str = "",
+          about: bool = True) -> str:
+    """The rows of NAME.json, or of a `part` of them. `columns`: heading -> (key, format)."""
+    report = read(name)
+    rows = report["rows"][part] if part else report["rows"]
+    return (made_by(report) if about else "") + markdown([first, *columns], [
+        [label, *(cell(row, *column) for column in columns.values())]
+        for label, row in rows.items()])
+
+
+def cell(row: dict, key: str, form: str) -> str:
+    return format(row[key], form) if key in row else ""
+
+
+def seeds(name: str, first: str, columns: dict[str, tuple[str, str]]) -> str:
+    """As `plain`, the seeds of a row side by side."""
+    report, lines = read(name), {}
+    for label, row in report["rows"].items():
+        lines.setdefault(label.rpartition(", seed ")[0], []).append(row)
+    return made_by(report) + markdown([first, *columns], [
+        [label, *(", ".join(cell(row, *column) for row in rows) for column in columns.values())]
+        for label, rows in lines.items()])
 
 
 def typical() -> str:
@@ -123,11 +136,26 @@ def distances() -> str:
         [name, *(f"{row[S]:.4f}" for S in steps)] for name, row in far.items()])
 
 
-def drawn() -> str:
-    """What each sampler draws: the second table of convergence.json."""
-    return markdown(["", "PCK@0.1", "PCK@0.2", "OKS", "Fréchet"], [
-        [name, *(f"{row[key]:.3f}" for key in ("pck@0.1", "pck@0.2", "oks", "frechet"))]
-        for name, row in read("convergence")["rows"]["drawn"].items()])
+def overfit() -> str:
+    """What was planted and what was found: overfit.json."""
+    report = read("overfit")
+    return made_by(report) + markdown(
+        ["planted", "steps", "found", "pose", "since step", "best step", "held-out loss",
+         "training loss", "shuffled / right", "copies"],
+        [[row["what"], row["steps"], row["found"]["verdict"], row["found"]["pose"],
+          row["found"]["since"] or "", row["found"]["best"], f"{row['loss']:.4f}",
+          f"{row['training']:.4f}", f"{row['ratio']:.3f}", f"{row['copies']} of {row['samples']}"]
+         for row in report["rows"].values()])
+
+
+def domain() -> str:
+    """PSNR and SSIM of two autoencoders, on the images of each: two files of `recon`."""
+    reports = [read("recon-figures"), read("recon-renders")]
+    names = "trained on figures", "trained on renders", "boxes of 4 x 4"
+    found = [[*report["checkpoints"], *report["baselines"]] for report in reports]
+    return markdown(["PSNR in dB / SSIM", "figures, held out", "renders, held out"], [
+        [name, *(f"{row['psnr']:.2f} / {row['ssim']:.4f}" for row in rows)]
+        for name, rows in zip(names, zip(*found, strict=True), strict=True)])
 
 
 def labelling() -> str:
@@ -147,10 +175,39 @@ def labelling() -> str:
                      "learning, s (CPU s)", "proposing, s (CPU s)", "the 4 human drawings"], rows)
 
 
+STEPS = {"steps": ("steps", "d")}
+PCK, OKS, FRECHET = ("pck@0.1", ".3f"), ("oks", ".3f"), ("frechet", ".3f")
+POSE = {"PCK@0.1": PCK, "PCK@0.2": ("pck@0.2", ".3f"), "OKS": OKS, "Fréchet": FRECHET}
+STAGE_1 = {"PSNR, dB": ("psnr", ".2f"), "codes used": ("codes_used", ".1%"),
+           "perplexity": ("perplexity", ".0f"), "PCK@0.1": PCK, "Fréchet": FRECHET}
+STAGE_2 = {"eps loss": ("right", ".4f"), "shuffled / right": ("ratio", ".3f"), "PCK@0.1": PCK,
+           "OKS": OKS, "Fréchet": FRECHET}
+PROGRESS = {"minutes": ("minutes", ".1f"), "PCK@0.1": PCK, "OKS": OKS, "label": ("label", ".3f"),
+            "Fréchet": FRECHET}
+SPEED = {"seconds": ("seconds", ".3f"), "times as fast as the first": ("times", ".2f"),
+         "GFLOP/s": ("gflop_s", ".0f"), "of the matmul ceiling": ("of_ceiling", ".0%")}
+FILES = {"kB": ("kB", ".1f"), "without workers, images/s": ("without", ",.0f"),
+         "2 workers": ("with", ",.0f"), "decoding alone, one process": ("alone", ",.0f")}
+LATENTS = {"kB": ("kB", ".1f"), "first reading, rows/s": ("first", ",.0f"),
+           "again": ("again", ",.0f"), "copying alone": ("alone", ",.0f"),
+           "filling": ("filled", ",.0f")}
 TABLES: dict[str, Callable[[], str]] = {
     "characters": lambda: pose("characters"), "toy": lambda: pose("toy"), "few images": few_images,
-    "guidance": guidance, "typical": typical, "labelling": labelling,
-    "distances": distances, "drawn": drawn}
+    "guidance": lambda: plain("guidance", "w", POSE), "typical": typical, "labelling": labelling,
+    "distances": distances,
+    "drawn": lambda: plain("convergence", "", POSE, "drawn", about=False),
+    "codebook": lambda: seeds("codebook", "way", STAGE_1),
+    "autoencoder": lambda: seeds("autoencoder", "autoencoder", STAGE_1),
+    "diffusion": lambda: seeds("diffusion", "stage 2", STAGE_2),
+    "factor": lambda: seeds("factor", "factor", STEPS | STAGE_1),
+    "progress toy": lambda: plain("progress-toy", "step", PROGRESS),
+    "progress characters": lambda: plain("progress-characters", "step", PROGRESS),
+    "overfit": overfit, "domain": domain,
+    "speed unet": lambda: plain("speed-unet", "206 M, batch 4", SPEED),
+    "speed vq": lambda: plain("speed-vq", "VQ-f4, 256 pixels", SPEED),
+    "sampling": lambda: plain("sampling", "", {"seconds": ("seconds", ".2f")}),
+    "loader images": lambda: plain("loader", "JPEG", FILES, "images"),
+    "loader latents": lambda: plain("loader", "latents", LATENTS, "latents", about=False)}
 
 
 def filled(text: str) -> str:
