@@ -61,7 +61,7 @@ from engine.distributed import (
 from engine.muon import Muon
 from engine.process import locked, stop_signals
 from engine.run import RunDir, first_difference, read_log
-from keypoints import ConditionConfig, draw
+from keypoints import ConditionConfig
 from ldm import LDM
 from metrics.condition import condition_each, condition_means, loss_each
 from metrics.images import box_baseline, reconstruction
@@ -572,7 +572,7 @@ def evaluate_vq(run: RunDir, bar: tqdm, step: int, c: Config, model: VQModel,
     with run.writing(run.picture(step)):
         preview_vq(run.picture(step), model, val, c, result)
     report(run, bar, step, said, result, began,
-           VQ_PANELS | (DISC_PANELS if c.recipe.loss.disc_weight else {}))
+           plots.VQ_PANELS | (plots.DISC_PANELS if c.recipe.loss.disc_weight else {}))
     return result["psnr"]
 
 
@@ -583,23 +583,11 @@ def report(run: RunDir, bar: tqdm, step: int, said: str, result: dict, began: fl
     if not run.dry:
         with run.writing(run.dir / "curves.png"):
             rows = [*read_log(run.log_path), {"step": step} | row]
-            plots.plot_curves(run.dir / "curves.png", rows, panels | SHARED_PANELS,
+            plots.plot_curves(run.dir / "curves.png", rows, panels | plots.SHARED_PANELS,
                               f"{run.dir}, step {step + 1}: {said}")
         bar.write(f"step {step + 1:6d}  {said}")
     run.log(step, **row, eval_s=time.monotonic() - began)
     bar.set_description(run.title)
-
-
-VQ_PANELS: plots.Panels = {
-    "loss of the batch": {"": "loss"},
-    "PSNR, dB": {"held-out": "val_psnr", "boxes": "val_psnr_box"},
-    "codes used, share": {"": "val_codes_used"}, "perplexity of the codes": {"": "val_perplexity"}}
-DISC_PANELS: plots.Panels = {
-    "discriminator, logits": {"real": "logits_real", "reconstructed": "logits_fake"},
-    "adaptive weight": {"": "d_weight"}}
-SHARED_PANELS: plots.Panels = {
-    "gradient norm": {"": "grad_norm"}, "learning rate": {"": "lr"},
-    "images a second, training alone": {"": "img_s"}}
 
 
 @torch.no_grad()
@@ -610,13 +598,9 @@ def preview_vq(path: Path, model: VQModel, val: data.ImageDataset, c: Config, re
     with autocast(c):
         x_hat = model(x)[0].float().clamp(-1, 1)
     model.train()
-    f = c.vq_config.factor
-    box = box_baseline(x, f)
-    shown = [[data.to_uint8(image) for image in images] for images in (x, box, x_hat)]
-    rows = [[*row, plots.error_map(row[2], row[0])] for row in zip(*shown, strict=True)]
-    plots.save_grid(path, rows, ["original", f"boxes of {f} x {f}", "reconstruction",
-                                 f"error, white from {plots.ERROR_WHITE:.0%}"], title=(
-        f"step {int(path.stem)}: {result['psnr']:.2f} dB, boxes {result['psnr_box']:.2f} dB"))
+    shown = x, box_baseline(x, c.vq_config.factor), x_hat
+    plots.vq_preview(path, *([data.to_uint8(image) for image in images] for images in shown),
+                     c.vq_config.factor, result)
 
 
 def load_distances(c: Config, lpips: LPIPS | None = None) -> dict[str, nn.Module]:
@@ -809,19 +793,8 @@ class HeldOut:
         with run.writing(run.picture(step)):
             preview_ldm(run.picture(step), self.average, self.diffusion, self.preview, c, result)
         said += f"\n{warning}" if warning else ""
-        report(run, bar, step, said, result, began, LDM_PANELS)
+        report(run, bar, step, said, result, began, plots.LDM_PANELS)
         return -result["right"], warning
-
-
-LDM_PANELS: plots.Panels = {
-    "loss of the batch": {"": "loss"},
-    "eps loss, EMA and raw weights": {"held-out": "val_right", "training": "val_train",
-                                      "held-out, raw": "val_raw", "training, raw": "val_train_raw"},
-    "held-out eps loss, EMA": {"right pose": "val_right", "shuffled": "val_shuffled",
-                               "none": "val_null"},
-    "by timestep: held-out above training, EMA": plots.draw_gaps,
-    "by timestep: held-out above its best, EMA": plots.draw_rises,
-    "shuffled / right": {"": "val_ratio"}}
 
 
 @torch.no_grad()
@@ -837,14 +810,10 @@ def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor,
         eps_fn = guided(diffusion.eps_model(model), rows, ldm.guidance)
         *_, last = dpm_solver(diffusion, eps_fn, x_T.to(c.device), PREVIEW_STEPS, ldm.eta, noise_fn)
         sample = ldm.decode(last.x).float()
-    rows = [[data.to_uint8(image) for image in x_hat], [draw(p.cpu(), c.size) for p in pose],
-            [data.to_uint8(image) for image in sample]]
     names = [c.label_names[i] if i >= 0 else "" for i in label] if c.label_names else []
-    plots.save_grid(path, rows, names, labels=[
-        "reconstruction of the real image", "pose asked for",
-        f"sample, DPM-Solver++ {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"],
-        title=f"step {int(path.stem)}: held-out loss {result['right']:.4f}, shuffled / right "
-              f"{result['ratio']:.3f}")
+    how = f"DPM-Solver++ {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"
+    x_hat, sample = ([data.to_uint8(image) for image in images] for images in (x_hat, sample))
+    plots.ldm_preview(path, x_hat, pose.cpu().numpy(), sample, names, how, result)
 
 
 def poses_kept(cache: LatentCache) -> dict[str, Tensor]:

@@ -337,7 +337,7 @@ def test_the_curves_have_every_figure_of_few_points_and_of_many(tmp_path, monkey
             super().savefig(*args, **how)
     log = [r | {"lr": 1e-4, "grad_norm": 1.0, "img_s": 30.0 + i} if "loss" in r else r
            for i, r in enumerate(planted(rising(5, {0}), falling)[:rows])]
-    panels = train.LDM_PANELS | train.SHARED_PANELS
+    panels = plots.LDM_PANELS | plots.SHARED_PANELS
     monkeypatch.setattr(matplotlib.figure, "Figure", Figure)
     PLOT_CURVES(tmp_path / "curves.png", log, panels, "it learns")
     axes = {ax.get_title(): ax for ax in kept[0].axes if ax.get_title()}
