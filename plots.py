@@ -354,8 +354,7 @@ LDM_PANELS: Panels = {
 
 def vq_preview(path: Path, originals: list[np.ndarray], boxes: list[np.ndarray],
                reconstructions: list[np.ndarray], factor: int, result: dict) -> None:
-    """Images uint8 [H, W, 3], averaged over boxes, reconstructed, and the error; `result` is that
-    of the evaluation after step STEP."""
+    """A row for each image uint8 [H, W, 3]: original | boxes | reconstruction | error."""
     rows = [[x, box, x_hat, error_map(x_hat, x)] for x, box, x_hat in
             zip(originals, boxes, reconstructions, strict=True)]
     save_grid(path, rows, ["original", f"boxes of {factor} x {factor}", "reconstruction",
@@ -365,7 +364,7 @@ def vq_preview(path: Path, originals: list[np.ndarray], boxes: list[np.ndarray],
 
 def ldm_preview(path: Path, reconstructions: list[np.ndarray], poses: np.ndarray,
                 samples: list[np.ndarray], names: list[str], how: str, result: dict) -> None:
-    """Real images reconstructed, uint8 [H, W, 3], their poses [N, 17, 3], a sample for each."""
+    """For poses [N, 17, 3]: the real image's reconstruction | the skeleton | a sample."""
     size = len(samples[0])
     save_grid(path, [reconstructions, [draw(pose, size) for pose in poses], samples], names,
               ["reconstruction of the real image", "pose asked for", f"sample, {how}"],

@@ -63,10 +63,9 @@ from engine.process import locked, stop_signals
 from engine.run import RunDir, first_difference, read_log
 from keypoints import ConditionConfig
 from ldm import LDM
-from metrics.condition import condition_each, condition_means, loss_each
 from metrics.images import box_baseline, reconstruction
 from metrics.keypoint_detector import FEATURE_WIDTHS, DetectorDistance, KeypointDetector
-from metrics.overfit import ROW_OF, OverfitMonitor, overfitting, standard_error
+from metrics.overfit import ROW_OF, HeldOut, overfitting
 from unet import NO_LABEL, UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
@@ -592,7 +591,7 @@ def report(run: RunDir, bar: tqdm, step: int, said: str, result: dict, began: fl
 
 @torch.no_grad()
 def preview_vq(path: Path, model: VQModel, val: data.ImageDataset, c: Config, result: dict) -> None:
-    """A grid of original | box | reconstruction | error for the first held-out images."""
+    """plots.vq_preview of the first held-out images."""
     x = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))[0].to(c.device)
     model.eval()
     with autocast(c):
@@ -652,7 +651,9 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     params = [p for p in ldm.parameters() if p.requires_grad]
     optimizer, scaler = ldm_optimizer(ldm, r), make_scaler(c)
     diffusion, ema = Diffusion(**c.schedule), EMA(ldm, average, r.ema_decay)
-    held_out = HeldOut(c, average, diffusion, cache, val)
+    val = data.spread(val, r.eval_images)
+    held_out = held_out_latents(c, average, diffusion, cache, val)
+    shown = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))
     saved = {"unet": ldm.unet, "cond": ldm.cond, "optimizer": optimizer, "scaler": scaler,
              "watch": held_out.monitor}                         # its losses of the best evaluation
     if run.resumed:
@@ -703,7 +704,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
                 if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: no eval
-                    score, alarm = held_out.evaluate(run, bar, step, ldm)
+                    score, alarm = evaluate_ldm(run, bar, step, c, held_out, average, ldm, shown)
                 payload = checkpoint.ldm_payload(average) | kept
                 run.save(step, payload | {"train": state_of(saved)}, score)
             if c.patience and run.eval_due(step):
@@ -738,69 +739,48 @@ def drop_one(pose: Tensor, label: Tensor, u: Tensor, p: float) -> tuple[Tensor, 
     return pose * (u >= p)[:, None, None], label.masked_fill(u > 1 - p, NO_LABEL)
 
 
-class HeldOut:
-    """What an evaluation of stage 2 looks at: held-out latents, as many training latents, and poses
-    for a preview."""
+def held_out_latents(c: Config, average: LDM, diffusion: Diffusion, cache: LatentCache,
+                     val: data.ImageDataset) -> HeldOut:
+    """What an evaluation looks at: held-out latents, and as many training latents."""
+    with torch.no_grad(), autocast(c):
+        found = [(average.encode(x.to(c.device)), pose, label) for x, pose, label in
+                 data.in_order(val, in_network(c))]
+    if sum(len(z) for z, _, _ in found) < 2:
+        raise ValueError(f"{c.data} leaves fewer than 2 usable images to validate on; add "
+                         "images, or give validation images with --val")
+    held_out = [torch.cat(each).to(c.device) for each in zip(*found, strict=True)]
+    rows = 2 * data.evenly(len(cache) // 2, len(held_out[0]))       # even: not mirrored
+    h, pose = cache.rows(rows)
+    trained = [(h.to(c.device) - average.mean) / average.std, pose.to(c.device),
+               cache.labels[rows].to(c.device)]
+    return HeldOut(diffusion, held_out, trained)
 
-    def __init__(self, c: Config, average: LDM, diffusion: Diffusion, cache: LatentCache,
-                 val: data.ImageDataset):
-        self.c, self.average, self.diffusion = c, average, diffusion
-        val = data.spread(val, c.recipe.eval_images)
-        with torch.no_grad(), autocast(c):
-            found = [(average.encode(x.to(c.device)), pose, label) for x, pose, label in
-                     data.in_order(val, in_network(c))]
-        if sum(len(z) for z, _, _ in found) < 2:
-            raise ValueError(f"{c.data} leaves fewer than 2 usable images to validate on; add "
-                             "images, or give validation images with --val")
-        self.z, self.pose, self.label = (torch.cat(each).to(c.device)
-                                         for each in zip(*found, strict=True))
-        rows = 2 * data.evenly(len(cache) // 2, len(self.z))        # even: not mirrored
-        h, pose = cache.rows(rows)
-        self.z_train = (h.to(c.device) - average.mean) / average.std
-        self.pose_train, self.label_train = pose.to(c.device), cache.labels[rows].to(c.device)
-        self.monitor = OverfitMonitor(diffusion, self.z, self.z_train)
-        self.preview = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))
 
-    def evaluate(self, run: RunDir, bar: tqdm, step: int, ldm: LDM) -> tuple[float, str | None]:
-        """Losses on fixed noise: log, preview, curves. Returns best.pt's score, and a warning where
-        it overfits.
-
-        Computes the EMA model's loss with the right pose, a shuffled pose and no pose, and the raw
-        model's loss.
-        """
-        c, m, began = self.c, self.monitor, time.monotonic()
-        bar.set_description(f"{run.title}, evaluating")
-        losses = partial(loss_each, diffusion=self.diffusion, batch_size=in_network(c),
-                         autocast=partial(autocast, c))
-        each = condition_each(self.average, self.diffusion, self.z, self.pose, in_network(c),
-                              ldm.supports_guidance, partial(autocast, c), self.label)
-        theirs = {"z": self.z_train, "poses": self.pose_train, "labels": self.label_train}
-        seen = losses(self.average, **theirs)
-        ldm.unet.eval()
-        raw = losses(ldm, z=self.z, poses=self.pose, labels=self.label)
-        raw_seen = losses(ldm, **theirs)
-        ldm.unet.train()
-        result = condition_means(each) | {
-            "shuffled_se": standard_error(each["shuffled"] - each["right"]),
-            **m.means("right", each["right"], 0), **m.means("train", seen, 1),
-            **m.means("raw", raw, 0), **m.means("train_raw", raw_seen, 1),
-            **m.rises(each["right"], seen)}
-        row = {"step": step} | {f"val_{name}": value for name, value in result.items()}
-        warning = overfitting([*read_log(run.log_path), row], c.patience or ROW_OF)
-        said = (f"held-out eps loss {result['right']:.4f} under the right pose, "
-                f"{result['shuffled']:.4f} under a shuffled one: ratio {result['ratio']:.3f}; "
-                f"{result['train']:.4f} on training images")
-        with run.writing(run.picture(step)):
-            preview_ldm(run.picture(step), self.average, self.diffusion, self.preview, c, result)
-        said += f"\n{warning}" if warning else ""
-        report(run, bar, step, said, result, began, plots.LDM_PANELS)
-        return -result["right"], warning
+def evaluate_ldm(run: RunDir, bar: tqdm, step: int, c: Config, held_out: HeldOut, average: LDM,
+                 ldm: LDM, shown: tuple[Tensor, ...]) -> tuple[float, str | None]:
+    """Losses on fixed noise: log, curves, preview of the batch `shown`. Returns best.pt's score,
+    and a warning where it overfits."""
+    began = time.monotonic()
+    bar.set_description(f"{run.title}, evaluating")
+    ldm.unet.eval()
+    result = held_out.losses(average, ldm, in_network(c), partial(autocast, c))
+    ldm.unet.train()
+    row = {"step": step} | {f"val_{name}": value for name, value in result.items()}
+    warning = overfitting([*read_log(run.log_path), row], c.patience or ROW_OF)
+    said = (f"held-out eps loss {result['right']:.4f} under the right pose, "
+            f"{result['shuffled']:.4f} under a shuffled one: ratio {result['ratio']:.3f}; "
+            f"{result['train']:.4f} on training images")
+    with run.writing(run.picture(step)):
+        preview_ldm(run.picture(step), average, held_out.diffusion, shown, c, result)
+    said += f"\n{warning}" if warning else ""
+    report(run, bar, step, said, result, began, plots.LDM_PANELS)
+    return -result["right"], warning
 
 
 @torch.no_grad()
 def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor, ...], c: Config,
                 result: dict) -> None:
-    """A grid: for held-out poses the real image's reconstruction | the skeleton | a sample."""
+    """plots.ldm_preview of a batch of held-out images."""
     x, pose, label = (t.to(c.device) for t in batch)
     with autocast(c):
         z = ldm.encode(x)

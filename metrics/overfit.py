@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics.condition import fixed_noise
+from metrics.condition import condition_each, condition_means, fixed_noise, loss_each
 
 if TYPE_CHECKING:
     from diffusion import Diffusion
+    from ldm import LDM
 
 BINS = 10                       # of timesteps, of equal width
 LEAST_IN_BIN = 8                # latents: with fewer the standard error is worthless
@@ -91,6 +93,32 @@ class OverfitMonitor:
                     f"grown{key}": (rise.mean() - moved.mean()).item(),
                     f"grown_se{key}": math.hypot(standard_error(rise), standard_error(moved))}
         return out
+
+
+class HeldOut:
+    """What evaluations of stage 2 measure: z [N, C, h, w], poses [N, 17, 3] and labels [N] of
+    held-out images, and of training images."""
+
+    def __init__(self, diffusion: Diffusion, val: Sequence[Tensor], train: Sequence[Tensor]):
+        self.diffusion, self.val, self.train = diffusion, val, train
+        self.monitor = OverfitMonitor(diffusion, val[0], train[0])
+
+    def losses(self, average: LDM, raw: LDM, batch_size: int,
+               autocast: Callable[[], AbstractContextManager]) -> dict[str, float]:
+        """For the log: eps losses on fixed noise, of the EMA model with the right pose, a shuffled
+        one and none, and on training latents; of the raw model on both."""
+        def losses(model: LDM, z: Tensor, poses: Tensor, labels: Tensor) -> Tensor:
+            return loss_each(model, self.diffusion, z, poses, batch_size, False, autocast, labels)
+
+        z, poses, labels = self.val
+        each = condition_each(average, self.diffusion, z, poses, batch_size,
+                              average.supports_guidance, autocast, labels)
+        right, train, m = each["right"], losses(average, *self.train), self.monitor
+        return condition_means(each) | {
+            "shuffled_se": standard_error(each["shuffled"] - right),
+            **m.means("right", right, 0), **m.means("train", train, 1),
+            **m.means("raw", losses(raw, *self.val), 0),
+            **m.means("train_raw", losses(raw, *self.train), 1), **m.rises(right, train)}
 
 
 def standard_error(x: Tensor) -> float:

@@ -261,7 +261,7 @@ def test_images_a_second_are_those_of_training_alone(trained, tmp_path, monkeypa
             now[0] += seconds
             return honest(*args, **values)
         monkeypatch.setattr(owner, name, slow)
-    takes(train, "seed_everything", 0.02), takes(train, "condition_each", 0.5)
+    takes(train, "seed_everything", 0.02), takes(overfit, "condition_each", 0.5)
     monkeypatch.setattr(engine.run, "LOG_EVERY", 5)
     argv = run_of(trained, tmp_path / "run", "--steps", "20", "--eval-every", "12")
     assert train.main(argv) == 0

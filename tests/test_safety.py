@@ -224,7 +224,7 @@ def test_what_is_not_finite_is_named():
 # What a process was in when it died: the last mark that it left in its pipe. Capitals are ends.
 MARKS = {"s": (train, "seed_everything"), "e": (train, "reconstruction"),
          "w": (checkpoint, "save"), "l": (RunDir, "log")}
-MARKS_LDM = MARKS | {"e": (train.HeldOut, "evaluate")}
+MARKS_LDM = MARKS | {"e": (train, "evaluate_ldm")}
 PHASES = {"": "starting", "S": "training", "e": "evaluating", "w": "writing a checkpoint"}
 
 
