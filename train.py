@@ -79,7 +79,6 @@ MEASURED = 6                    # steps by which the speed of a run is measured
 FEW_STEPS = 100                 # a --minutes run of fewer gets a warning
 PREVIEWS, PREVIEW_STEPS = 8, 10         # images in a preview, steps of DPM-Solver++
 ENCODED = 16                    # images encoded at once for the cache; fixed, so filling can resume
-POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py rates poses by them
 
 
 # ------------------------------------------------------------------------------ recipes
@@ -257,7 +256,7 @@ def make_config(args: argparse.Namespace) -> Config:
         stage=args.stage, preset=args.preset, data=args.data, val=args.val,
         trim_bars=args.trim_bars, labels=args.labels, out=out,
         vq=(args.vq or args.init or STAGE_1) if ldm else None, init=args.init, seed=args.seed,
-        device=device, amp=find_amp(args.amp, device), compile=args.compile,
+        device=device, amp=checkpoint.find_amp(args.amp, device), compile=args.compile,
         workers=data.find_workers(device) if args.workers is None else args.workers,
         micro_batch=args.micro_batch, checkpointing=args.checkpointing, size=preset.size,
         minutes=args.minutes, steps=args.steps or (None if args.minutes else recipe.steps),
@@ -294,16 +293,6 @@ def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
 def given(**flags: object) -> dict:
     """The flags that were given."""
     return {name: value for name, value in flags.items() if value is not None}
-
-
-def find_amp(amp: str, device: str) -> str:
-    """auto -> bf16 where the hardware computes in it, fp16 on an older GPU, else off."""
-    cuda = device.startswith("cuda")
-    if amp == "fp16" and not cuda:
-        raise ValueError("--amp fp16 needs a CUDA GPU; use --amp bf16 or off")
-    if amp != "auto":
-        return amp
-    return "bf16" if checkpoint.has_bf16(device) else "fp16" if cuda else "off"
 
 
 def plain(c: Config) -> dict:
@@ -405,20 +394,6 @@ def accumulate(sums: dict[str, Tensor], share: float, **terms: Tensor) -> None:
         sums[name] = sums.get(name, 0.0) + share * value.detach()
 
 
-def state_of(parts: dict) -> dict:
-    """The training state of named parts: modules, optimisers, a scaler, a monitor."""
-    return {name: part.state_dict() for name, part in parts.items()}
-
-
-def restore(parts: dict, state: dict, where: Path) -> None:
-    """Puts `state_of` back; ValueError where a network of the file has other shapes."""
-    for name, part in parts.items():
-        if isinstance(part, nn.Module):
-            checkpoint.fill(part, state[name], f"{where}: {name}")
-        else:
-            part.load_state_dict(state[name])
-
-
 def steps_bar(run: RunDir, steps: int) -> tqdm:
     return tqdm(range(run.start, steps), initial=run.start, total=steps, desc=run.title,
                 unit="step", dynamic_ncols=True, mininterval=1, disable=rank() > 0,
@@ -456,7 +431,7 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
         saved |= {"disc": disc, "disc_optimizer": disc_optimizer}
     if run.resumed:
         checkpoint.fill(model, run.resumed["vq"], str(run.last))
-        restore(saved, run.resumed["train"], run.last)
+        checkpoint.restore(saved, run.resumed["train"], run.last)
         codebook.usage.copy_(run.resumed["train"]["usage"])
     model.checkpointing = c.checkpointing
     if c.compile:       # not the last layer: the adaptive weight takes its gradient separately
@@ -517,7 +492,7 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
                 score = None
                 if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: no eval
                     score = evaluate_vq(run, bar, step, c, model, val)
-                training = state_of(saved) | {"usage": codebook.usage}
+                training = checkpoint.state_of(saved) | {"usage": codebook.usage}
                 run.save(step, {"stage": "vq", "vq": model.state_dict(),
                                 "vq_config": asdict(c.vq_config), "train": training}, score)
             if stop:
@@ -644,7 +619,8 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     ldm = prepare(LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule,
                       supports_guidance=r.p_drop > 0), c)
     if init:
-        tell_start(c.init, init["step"], start_from(ldm, init, c))
+        new = checkpoint.start_from(ldm, init, c.init, c.label_names)
+        tell_start(c.init, init["step"], new)
         init = None                                         # gigabytes for a large model
     average = copy.deepcopy(ldm).eval().requires_grad_(False)
     average.vq = vq                                         # frozen: one copy is enough
@@ -657,12 +633,13 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     saved = {"unet": ldm.unet, "cond": ldm.cond, "optimizer": optimizer, "scaler": scaler,
              "watch": held_out.monitor}                         # its losses of the best evaluation
     if run.resumed:
-        restore({"unet": average.unet, "cond": average.cond}, run.resumed, run.last)
-        restore(saved, run.resumed["train"], run.last)
+        checkpoint.restore({"unet": average.unet, "cond": average.cond}, run.resumed, run.last)
+        checkpoint.restore(saved, run.resumed["train"], run.last)
     ldm.unet.checkpointing = c.checkpointing
     if c.compile:
         ldm.unet.compile()
-    net, kept = parallel(ldm), poses_kept(cache)
+    kept = checkpoint.poses_kept(cache.poses[:len(cache):2], cache.labels[:len(cache):2])
+    net = parallel(ldm)
     mean, std = ldm.mean, ldm.std                           # on the device
     B, mine = r.batch_size, data.share(r.batch_size, rank(), world())
     bad_steps = torch.zeros((), device=device)
@@ -706,31 +683,13 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
                 if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: no eval
                     score, alarm = evaluate_ldm(run, bar, step, c, held_out, average, ldm, shown)
                 payload = checkpoint.ldm_payload(average) | kept
-                run.save(step, payload | {"train": state_of(saved)}, score)
+                run.save(step, payload | {"train": checkpoint.state_of(saved)}, score)
             if c.patience and run.eval_due(step):
                 stop = stop or any_rank(alarm is not None, device)
             if stop:
                 break
         run.stopped = any_rank(stopped.is_set(), device)
     return step + 1
-
-
-def start_from(ldm: LDM, init: dict, c: Config) -> list[str]:
-    """Takes what fits of a stage-2 payload, labels by their names; returns what stays new."""
-    state = {f"{part}.{name}": tensor for part in ("unet", "cond")
-             for name, tensor in init[part].items()}
-    known, rows = checkpoint.label_names(init, c.init), state.pop("unet.label_emb.weight", None)
-    new = []
-    if c.label_names:
-        emb = ldm.unet.label_emb.weight.detach().clone()
-        for i, name in enumerate(c.label_names):
-            if name in known and rows.shape[1] == emb.shape[1]:
-                emb[i] = rows[known.index(name)]
-            else:
-                new.append(f"label {name}")
-        state["unet.label_emb.weight"] = emb
-    networks = nn.ModuleDict({"unet": ldm.unet, "cond": ldm.cond})
-    return checkpoint.take(networks, state, c.init) + new
 
 
 def drop_one(pose: Tensor, label: Tensor, u: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -794,18 +753,6 @@ def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor,
     how = f"DPM-Solver++ {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"
     x_hat, sample = ([data.to_uint8(image) for image in images] for images in (x_hat, sample))
     plots.ldm_preview(path, x_hat, pose.cpu().numpy(), sample, names, how, result)
-
-
-def poses_kept(cache: LatentCache) -> dict[str, Tensor]:
-    """For a checkpoint: "poses" of training images with a visible joint, float16 [N, 17, 3], all or
-    POSES_KEPT spread evenly, and where there are labels their "pose_labels" [N]."""
-    poses = cache.poses[:len(cache):2]                      # the odd rows are their mirror images
-    seen = np.flatnonzero((poses[..., 2] > 0).any(axis=1))
-    seen = seen[data.evenly(len(seen), POSES_KEPT)]
-    kept = {"poses": torch.from_numpy(poses[seen]).half()}
-    if (cache.labels != NO_LABEL).any():
-        kept["pose_labels"] = cache.labels[2 * seen]
-    return kept
 
 
 def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:

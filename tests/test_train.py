@@ -318,7 +318,7 @@ def test_ctrl_c_while_the_speed_is_measured_leaves_nothing_behind(tmp_path, monk
 @pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_both_stages_learn(tmp_path, monkeypatch, amp):
     """In fp16 too, which the flag refuses on a CPU."""
-    monkeypatch.setattr(train, "find_amp", lambda name, device: amp)
+    monkeypatch.setattr(checkpoint, "find_amp", lambda name, device: amp)
     drawn, loss = [], Diffusion.loss
     monkeypatch.setattr(Diffusion, "loss", lambda d, model, x0, cond, t, noise, drop: (
         drawn.append((t, noise, drop)), loss(d, model, x0, cond, t, noise, drop))[1])
@@ -712,14 +712,13 @@ def test_a_checkpoint_carries_training_poses_spread_over_all(trained, monkeypatc
         _, payload = checkpoint.load_ldm(path := trained / "ldm" / name)
         assert payload["poses"].dtype == torch.float16
         np.testing.assert_allclose(checkpoint.training_poses(payload, path), wanted, atol=1 / 2048)
-    poses = np.ones((30, 17, 3), np.float32)
-    cache = type("Cache", (), {"poses": poses, "labels": torch.full((30,), -1),
-                               "__len__": lambda self: 26})()                   # 4 rows not filled
-    cache.poses[:, 0, 0] = np.arange(30)
-    cache.poses[4, :, 2] = 0                                    # image 2 has no visible joint
-    assert train.poses_kept(cache)["poses"][:, 0, 0].tolist() == [0, 2, *range(6, 26, 2)]
-    monkeypatch.setattr(train, "POSES_KEPT", 4)
-    assert train.poses_kept(cache)["poses"][:, 0, 0].tolist() == [0, 10, 16, 24]
+    poses = np.ones((13, 17, 3), np.float32)
+    poses[:, 0, 0] = np.arange(13)
+    poses[2, :, 2] = 0                                          # image 2 has no visible joint
+    labels = torch.full((13,), -1)
+    for wanted in [0, 1, *range(3, 13)], [0, 5, 8, 12]:
+        assert checkpoint.poses_kept(poses, labels)["poses"][:, 0, 0].tolist() == wanted
+        monkeypatch.setattr(checkpoint, "POSES_KEPT", 4)
 
 
 def test_an_unusual_pose_gets_a_note(trained, tmp_path, capsys, monkeypatch):
