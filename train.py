@@ -58,9 +58,10 @@ from engine.distributed import (
     rank,
     world,
 )
+from engine.length import fix_length, is_complete, resumed_length
 from engine.muon import Muon
 from engine.process import locked, stop_signals
-from engine.run import RunDir, first_difference, read_log
+from engine.run import RunDir, read_log
 from keypoints import ConditionConfig
 from ldm import LDM
 from metrics.images import box_baseline, reconstruction
@@ -74,9 +75,7 @@ STAGE_1 = "runs/vq/last.pt"     # the checkpoint that stage 2 takes by default
 INTERRUPTED, LOST = 130, 3      # exit status after Ctrl-C, and where another rank is gone
 CLIP = 1.0                      # the largest gradient norm
 MAX_BAD_STEPS = 50              # in a row without a finite gradient; fp16 may start with 20
-EVAL_SHARE, MAX_EVALS = 0.05, 100       # evaluations: share of a run's time, and number
 MEASURED = 6                    # steps by which the speed of a run is measured
-FEW_STEPS = 100                 # a --minutes run of fewer gets a warning
 PREVIEWS, PREVIEW_STEPS = 8, 10         # images in a preview, steps of DPM-Solver++
 ENCODED = 16                    # images encoded at once for the cache; fixed, so filling can resume
 
@@ -228,13 +227,6 @@ class Config:
     data_hash: str | None = None        # of all images, poses and labels
     label_names: tuple[str, ...] = ()   # stage 2: by number, as in the checkpoint
     vq_hash: str | None = None          # stage 2: of the weights in `vq`
-
-
-# What may differ from the run that is resumed. For stage 1 the hash of the weights is compared, not
-# the path. With --accept-data the images may differ too.
-MAY_DIFFER = {"minutes", "steps", "eval_every", "workers", "device", "compile", "out", "vq",
-              "lpips", "keep_every", "micro_batch", "checkpointing", "patience"}
-OF_DATA = {"data", "val", "images", "data_hash"}
 
 
 def make_config(args: argparse.Namespace) -> Config:
@@ -790,7 +782,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         c = resumed_config(c, run.resumed["config"], accept_data)
     elif c.init and c.stage == "ldm":           # its weights predict by its schedule
         c = replace(c, schedule=checkpoint.load(c.init, "ldm", preset=c.preset)["schedule"])
-    if is_complete(c, run, run.start):
+    if is_complete(run, run.start, c.steps, c.patience, overfitting):
         return True
     announce(c, run, len(val), used)
 
@@ -803,11 +795,12 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         if c.steps is None or c.eval_every is None:
             step_s, eval_s, build_s = measure_speed(c, loop, needs)
             spent = from_rank_0(time.monotonic() - began) + build_s     # the real run builds again
-            c = fix_length(c, spent, step_s, eval_s)
+            steps, every = fix_length(c.minutes, c.steps, c.eval_every, spent, step_s, eval_s)
+            c = replace(c, steps=steps, eval_every=every)
         step = loop(c, run, *needs)
     print0(f"{plural(step - run.start, 'step')} in {(time.monotonic() - began) / 60:.1f} minutes"
            f"{peak_memory(c)}.")
-    if is_complete(c, run, step):
+    if is_complete(run, step, c.steps, c.patience, overfitting):
         return True
     print0(f"{run.dir}: stopped at step {step} of {c.steps}; rerun the same command to resume")
     return False
@@ -829,26 +822,11 @@ def open_latents(c: Config, folder: Path, vq: VQModel, train: data.ImageDataset)
 
 def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
     """c with the length of the run that it resumes; ValueError where it is another run."""
-    free = MAY_DIFFER | (OF_DATA if accept_data else set())
     if c.cond_config and "hidden" not in old["cond_config"]:    # a run from before hidden joints
         c = replace(c, cond_config=replace(c.cond_config, hidden=False))
     if c.stage == "ldm" and c.init:             # the run has taken it from there
         c = replace(c, schedule=old["schedule"])
-    if found := first_difference(old, plain(c), free):
-        name, was, now = found
-        if name == "vq_hash":
-            raise ValueError(f"{c.out} holds a run that used another autoencoder than "
-                             f"{c.vq}; give another --out, or --fresh")
-        advice = ("--accept-data to resume with the images as they are now" if name in OF_DATA else
-                  f"--labels {was or 'off'} to resume it" if name == "labels" else
-                  "the old command to resume it")
-        raise ValueError(f"{c.out} holds a run with {name} = {was}, but this command has {name} = "
-                         f"{now}; give {advice}, or another --out, or --fresh")
-    if (c.steps or old["steps"]) != old["steps"] or c.minutes not in (None, old["minutes"]):
-        print0(f"{c.out} keeps its length of {old['steps']} steps; to go on after them, give "
-               f"--init {c.out}/last.pt and another --out")
-    return replace(c, steps=old["steps"], minutes=old["minutes"],
-                   eval_every=c.eval_every or old["eval_every"])
+    return replace(c, **resumed_length(old, plain(c), accept_data))
 
 
 def measure_speed(c: Config, loop: Callable[..., int], needs: tuple) -> tuple[float, float, float]:
@@ -871,25 +849,6 @@ def measure_speed(c: Config, loop: Callable[..., int], needs: tuple) -> tuple[fl
     return from_rank_0((step_s, eval_s, build_s) if rank() == 0 else None)
 
 
-def fix_length(c: Config, spent: float, step_s: float, eval_s: float) -> Config:
-    """c with its number of steps, and with as many evaluations as EVAL_SHARE of the time pays for.
-    The `spent` seconds of preparation count towards --minutes."""
-    steps = c.steps
-    if steps is None:
-        with_evals = step_s / (1 - EVAL_SHARE)
-        if c.eval_every:
-            with_evals = step_s + eval_s / c.eval_every
-        steps = max(1, int((60 * c.minutes - spent - eval_s) / with_evals))
-        print0(f"{plural(c.minutes, 'minute')} minus {spent:.0f} s of preparation allow "
-               f"{plural(steps, 'step')} of {step_s:.2g} s, evaluations of {eval_s:.2g} s")
-        if steps < FEW_STEPS:
-            print0(f"{plural(steps, 'step')} are too few to train a useful model; give more "
-                   "--minutes, or --steps")
-    pays = EVAL_SHARE * steps * step_s / eval_s             # evaluations, the measured one included
-    evals = min(MAX_EVALS, max(1, int(pays) - 1))
-    return replace(c, steps=steps, eval_every=c.eval_every or math.ceil(steps / evals))
-
-
 def announce(c: Config, run: RunDir, held_out: int, used: str) -> None:
     """One line that says what runs."""
     if run.start:
@@ -901,25 +860,6 @@ def announce(c: Config, run: RunDir, held_out: int, used: str) -> None:
            f"parameters, {plural(c.images, 'image')} of {c.size}x{c.size} for training, {held_out} "
            f"held out ({c.data}), {length} of {plural(c.recipe.batch_size, 'image')}{used}, into "
            f"{c.out}.")
-
-
-def out_of_patience(c: Config, run: RunDir, step: int) -> bool:
-    """True if the log up to `step` ends a run with --patience; prints why."""
-    rows = [row for row in read_log(run.log_path) if row["step"] < step]
-    warning = overfitting(rows, c.patience) if c.patience and step else None
-    if warning:
-        print0(f"{run.dir} is out of patience at step {step} of {c.steps}: {warning} Use "
-               f"{run.best_path}, or rerun without --patience {c.patience} to train to the end.")
-    return bool(warning)
-
-
-def is_complete(c: Config, run: RunDir, step: int) -> bool:
-    """True if nothing is left to train after `step` steps; prints the reason."""
-    if step and step == c.steps:
-        print0(f"{run.dir} is complete at step {step}; see {run.dir}/curves.png and "
-               f"{run.dir}/samples/. --fresh starts over.")
-        return True
-    return out_of_patience(c, run, step)
 
 
 def peak_memory(c: Config) -> str:

@@ -36,20 +36,6 @@ def read_log(path: Path) -> list[dict]:
     return rows
 
 
-def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, object, object] | None:
-    """The first place where two plain configs differ, and both values: ("recipe.lr", a, b). A field
-    that `old` lacks is newer than the run, and was off; a field that only `old` has is ignored."""
-    for key, now in new.items():
-        was = old.get(key, type(now)())
-        if key in ignored or was == now:
-            continue
-        if not (isinstance(was, dict) and isinstance(now, dict)):
-            return key, was, now
-        if found := first_difference(was, now, set()):
-            return f"{key}.{found[0]}", *found[1:]
-    return None
-
-
 class RunDir:
     """One run in one folder; `start` is its first step, `resumed` the payload of last.pt."""
 

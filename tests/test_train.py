@@ -29,6 +29,7 @@ import sample
 import train
 from dataset.figures import Figures
 from diffusion import Diffusion
+from engine import length
 from engine.muon import MUON_RMS, NS_COEFFICIENTS, NS_STEPS, Muon, orthogonalised
 from engine.run import RunDir, read_log
 from keypoints import ConditionConfig, PoseCondition
@@ -237,6 +238,12 @@ def test_a_finished_run_is_left_alone_and_another_command_refused(trained, tmp_p
 
 # ------------------------------------------------------------------------------ the length of a run
 
+def fixed(c: train.Config, *seconds: float) -> train.Config:
+    """`c` with the length that follows from these seconds."""
+    steps, every = length.fix_length(c.minutes, c.steps, c.eval_every, *seconds)
+    return train.replace(c, steps=steps, eval_every=every)
+
+
 def evaluations(c: train.Config, folder: Path) -> int:
     run = RunDir(folder, c.stage)
     run.steps, run.eval_every = c.steps, c.eval_every
@@ -251,20 +258,20 @@ def test_a_run_of_minutes_ends_in_time(tmp_path, minutes, spent, step_s, eval_s,
     """On a machine of steady speed, and with evaluations that take a twentieth of it or one."""
     flags = ["--stage", "vq", "--minutes", str(minutes)]
     flags += ["--eval-every", every] if every else []
-    c = train.fix_length(train.make_config(train.parse_args(flags)), spent, step_s, eval_s)
+    c = fixed(train.make_config(train.parse_args(flags)), spent, step_s, eval_s)
     evals = evaluations(c, tmp_path)
     total = spent + c.steps * step_s + evals * eval_s
     assert 60 * minutes - 0.07 * (60 * minutes - spent) - 3 * eval_s < total < 60 * minutes + eval_s
-    assert every or evals == 1 or evals * eval_s <= train.EVAL_SHARE * (total - spent)
-    assert every or evals <= train.MAX_EVALS
+    assert every or evals == 1 or evals * eval_s <= length.EVAL_SHARE * (total - spent)
+    assert every or evals <= length.MAX_EVALS
 
 
 def test_a_run_of_steps_evaluates_as_often_as_its_time_pays_for(tmp_path):
     for steps, wanted in (1, 1), (150, 75), (1000, 100), (50_000, 100):
         c = train.make_config(train.parse_args(["--stage", "vq", "--steps", str(steps)]))
-        c = train.fix_length(c, 100.0, 1.0, 1e-3)
+        c = fixed(c, 100.0, 1.0, 1e-3)
         assert c.steps == steps and evaluations(c, tmp_path) == wanted
-    assert train.fix_length(train.replace(c, eval_every=None), 0, 1.0, 5000.0).eval_every == steps
+    assert fixed(train.replace(c, eval_every=None), 0, 1.0, 5000.0).eval_every == steps
 
 
 def test_minutes_become_steps_that_a_resumed_run_keeps(tmp_path, monkeypatch, capsys):
