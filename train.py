@@ -19,8 +19,6 @@ import argparse
 import copy
 import json
 import math
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -47,6 +45,7 @@ from engine.distributed import (
     Forward,
     any_rank,
     barrier,
+    complain,
     from_rank_0,
     gathered,
     join,
@@ -58,6 +57,7 @@ from engine.distributed import (
     rank,
     world,
 )
+from engine.gpu import make_scaler, peak_memory, set_up_gpu
 from engine.length import fix_length, is_complete, resumed_length
 from engine.muon import Muon
 from engine.process import locked, stop_signals
@@ -332,16 +332,6 @@ def ldm_optimizer(ldm: LDM, r: Recipe) -> torch.optim.Optimizer:
     return Muon([params[name] for name in params if name in matrices], adamw(others, r), r.muon)
 
 
-def make_scaler(c: Config) -> torch.amp.GradScaler:
-    """Skips steps whose gradient is not finite, without waiting for the GPU. In fp16 it also scales
-    the loss, so that small gradients do not vanish; elsewhere the scale stays 1."""
-    device = torch.device(c.device).type
-    if c.amp == "fp16":
-        return torch.amp.GradScaler(device)
-    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2 ** 30,
-                                backoff_factor=math.nextafter(1.0, 0.0))    # 1 in float32
-
-
 class EMA:
     """Moving average of parameters, decay min(d, (1 + n) / (10 + n)) at update n = 1, 2, ..."""
 
@@ -363,13 +353,6 @@ def prepare(model: nn.Module, c: Config) -> nn.Module:
     return model.to(c.device, memory_format=torch.channels_last)
 
 
-def set_up_gpu(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")      # TF32 where autocast keeps float32
-        torch.backends.cudnn.benchmark = True           # all images have one size
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def autocast(c: Config) -> AbstractContextManager:
     return checkpoint.autocast(c.amp, c.device)
 
@@ -384,12 +367,6 @@ def accumulate(sums: dict[str, Tensor], share: float, **terms: Tensor) -> None:
     """Adds a micro-batch's share of the terms of a loss."""
     for name, value in terms.items():
         sums[name] = sums.get(name, 0.0) + share * value.detach()
-
-
-def steps_bar(run: RunDir, steps: int) -> tqdm:
-    return tqdm(range(run.start, steps), initial=run.start, total=steps, desc=run.title,
-                unit="step", dynamic_ncols=True, mininterval=1, disable=rank() > 0,
-                leave=not run.dry)
 
 
 def tell_start(path: str, step: int, new: list[str]) -> None:
@@ -409,7 +386,7 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
     objective = VQLoss(r.loss, **distances).to(device, memory_format=torch.channels_last)
     disc, codebook, last_layer = objective.disc, model.quantize, model.decoder.conv_out.weight
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer, scaler = adamw(params, r), make_scaler(c)
+    optimizer, scaler = adamw(params, r), make_scaler(c.amp, c.device)
     optimizers, saved = [optimizer], {"optimizer": optimizer, "scaler": scaler}
     data_init_codes = r.data_init_codes
     if c.init and not run.resumed and not run.dry:
@@ -437,7 +414,7 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
     run.begin(plain(c), c.steps, c.eval_every, c.keep_every)
     batches = data.batches(train, r.batch_size, c.seed, run.start, c.steps, c.workers, augment=True,
                            device=device, rank=rank(), world=world())
-    with stop_signals() as stopped, steps_bar(run, c.steps) as bar:
+    with stop_signals() as stopped, run.bar(c.steps) as bar:
         for step in bar:
             seed_everything(c.seed, step)
             set_lr(lr_at(step, c), *optimizers)
@@ -479,7 +456,7 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
             bad_steps = (bad_steps + 1) * ~grad_norm.isfinite()
             if run.log_due(step):
                 log_step(run, bar, step, c, bad_steps, numbers | {"grad_norm": grad_norm})
-            stop = ranks_stop(run, step, stopped.is_set(), device)
+            stop = run.stop_due(step, stopped.is_set(), device)
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
                 if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: no eval
@@ -491,14 +468,6 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
                 break
         run.stopped = any_rank(stopped.is_set(), device)
     return step + 1
-
-
-def ranks_stop(run: RunDir, step: int, told: bool, device: torch.device) -> bool:
-    """True in all ranks after the same step, once one was told to stop. On GPUs the ranks agree
-    only where the log waits for them anyway."""
-    if world() == 1:
-        return told
-    return (run.log_due(step) or device.type == "cpu") and any_rank(told, device)
 
 
 @torch.no_grad()
@@ -617,7 +586,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     average = copy.deepcopy(ldm).eval().requires_grad_(False)
     average.vq = vq                                         # frozen: one copy is enough
     params = [p for p in ldm.parameters() if p.requires_grad]
-    optimizer, scaler = ldm_optimizer(ldm, r), make_scaler(c)
+    optimizer, scaler = ldm_optimizer(ldm, r), make_scaler(c.amp, c.device)
     diffusion, ema = Diffusion(**c.schedule), EMA(ldm, average, r.ema_decay)
     val = data.spread(val, r.eval_images)
     held_out = held_out_latents(c, average, diffusion, cache, val)
@@ -637,7 +606,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     bad_steps = torch.zeros((), device=device)
 
     run.begin(plain(c), c.steps, c.eval_every, c.keep_every)
-    with stop_signals() as stopped, steps_bar(run, c.steps) as bar:
+    with stop_signals() as stopped, run.bar(c.steps) as bar:
         for step in bar:
             seed_everything(c.seed, step)
             set_lr(lr_at(step, c), optimizer)
@@ -669,7 +638,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
             bad_steps = (bad_steps + 1) * ~grad_norm.isfinite()
             if run.log_due(step):
                 log_step(run, bar, step, c, bad_steps, numbers | {"grad_norm": grad_norm})
-            stop = ranks_stop(run, step, stopped.is_set(), device)
+            stop = run.stop_due(step, stopped.is_set(), device)
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
                 if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: no eval
@@ -799,7 +768,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
             c = replace(c, steps=steps, eval_every=every)
         step = loop(c, run, *needs)
     print0(f"{plural(step - run.start, 'step')} in {(time.monotonic() - began) / 60:.1f} minutes"
-           f"{peak_memory(c)}.")
+           f"{peak_memory(c.device)}.")
     if is_complete(run, step, c.steps, c.patience, overfitting):
         return True
     print0(f"{run.dir}: stopped at step {step} of {c.steps}; rerun the same command to resume")
@@ -862,12 +831,6 @@ def announce(c: Config, run: RunDir, held_out: int, used: str) -> None:
            f"{c.out}.")
 
 
-def peak_memory(c: Config) -> str:
-    if not c.device.startswith("cuda"):
-        return ""
-    return f", {torch.cuda.max_memory_allocated(c.device) / 2 ** 30:.1f} GiB at its peak"
-
-
 # ------------------------------------------------------------------------------ command line
 
 def count_parameters(c: Config) -> dict[str, int]:
@@ -896,7 +859,8 @@ def dry_run(c: Config) -> None:
     if c.device.startswith("cuda"):
         set_up_gpu(c.device)
         step_s = measure_figures(c)
-        print(f"{step_s:.3g} s a step, {c.recipe.batch_size / step_s:.3g} images/s{peak_memory(c)}")
+        print(f"{step_s:.3g} s a step, {c.recipe.batch_size / step_s:.3g} images/s"
+              f"{peak_memory(c.device)}")
 
 
 def measure_figures(c: Config) -> float:
@@ -997,16 +961,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def complain(text: str) -> None:
-    """A sentence to stderr. Each rank reports its own error; a wrong command is reported once."""
-    if dist.is_initialized():
-        print(f"train.py, rank {rank()} of {world()}: {text}", file=sys.stderr)
-    elif os.environ.get("RANK", "0") == "0":
-        print(f"train.py: {text}", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args, c = parse_args(argv), None
+    args, c, status = parse_args(argv), None, 2
     try:
         if args.dry_run:
             for stage in [args.stage] if args.stage else ["vq", "ldm"]:
@@ -1022,30 +978,30 @@ def main(argv: list[str] | None = None) -> int:
             barrier()                                       # rank 0 has the folder first
             complete = run_stage(c, fresh=args.fresh, accept_data=args.accept_data)
     except (ValueError, OSError) as e:
-        complain(str(e))
-        return 2
+        said = str(e)
     except RuntimeError as e:
         if c and checkpoint.out_of_memory(e):
-            complain(f"the memory of {c.device} is too small for {in_network(c)} images at once; "
-                     f"add --micro-batch {max(1, in_network(c) // 2)} or --checkpointing and rerun")
-            return 2
-        if args.compile and type(e).__module__.startswith("torch._"):       # _dynamo or _inductor
-            complain(f"torch.compile fails here ({type(e).__name__}); leave --compile out")
-            return 2
-        if data.worker_died(e):
-            complain(data.WORKER_DIED)
-            return 2
-        if not lost_rank(e):
+            n = in_network(c)
+            said = (f"the memory of {c.device} is too small for {n} images at once; add "
+                    f"--micro-batch {max(1, n // 2)} or --checkpointing and rerun")
+        elif args.compile and type(e).__module__.startswith("torch._"):     # _dynamo or _inductor
+            said = f"torch.compile fails here ({type(e).__name__}); leave --compile out"
+        elif data.worker_died(e):
+            said = data.WORKER_DIED
+        elif lost_rank(e):
+            said, status = (f"another rank is gone ({str(e).strip().splitlines()[0][:100]}); rerun "
+                            "the same command to resume"), LOST
+        else:
             raise
-        complain(f"another rank is gone ({str(e).strip().splitlines()[0][:100]}); rerun the same "
-                 "command to resume")
-        return LOST
     except KeyboardInterrupt:
-        complain("interrupted; rerun the same command to resume from the last checkpoint")
-        return INTERRUPTED
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 0 if complete else INTERRUPTED
+        said = "interrupted; rerun the same command to resume from the last checkpoint"
+        status = INTERRUPTED
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return 0 if complete else INTERRUPTED
+    complain("train.py", said)
+    return status
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the next step.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -34,6 +35,14 @@ def print0(text: str) -> None:
     """Prints once, whatever the number of ranks."""
     if rank() == 0:
         print(text, flush=True)
+
+
+def complain(command: str, text: str) -> None:
+    """A sentence to stderr. Each rank reports its own error; a wrong command is reported once."""
+    if dist.is_initialized():
+        print(f"{command}, rank {rank()} of {world()}: {text}", file=sys.stderr)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"{command}: {text}", file=sys.stderr)
 
 
 def join(device: str, batch_size: int) -> str:

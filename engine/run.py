@@ -16,8 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 import checkpoint
-from engine.distributed import rank
+from engine.distributed import any_rank, rank, world
 
 LOG_EVERY = 20                  # steps between lines of log.jsonl
 SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
@@ -110,6 +113,19 @@ class RunDir:
 
     def _kept(self, step: int) -> bool:
         return self.keep_every is not None and step % self.keep_every == 0
+
+    def stop_due(self, step: int, told: bool, device: torch.device) -> bool:
+        """True in all ranks after the same step, once one was told to stop. On GPUs the ranks agree
+        only where the log waits for them anyway."""
+        if world() == 1:
+            return told
+        return (self.log_due(step) or device.type == "cpu") and any_rank(told, device)
+
+    def bar(self, steps: int) -> tqdm:
+        """The steps that are left, with a progress bar."""
+        return tqdm(range(self.start, steps), initial=self.start, total=steps, desc=self.title,
+                    unit="step", dynamic_ncols=True, mininterval=1, disable=rank() > 0,
+                    leave=not self.dry)
 
     # -------------------------------------------------------------------------- writing
 
