@@ -572,18 +572,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         COMMANDS[args.command][0](args)
+        return 0
     except (ValueError, OSError) as e:
-        print(f"evaluate.py: {e}", file=sys.stderr)
-        return 2
+        message, code = e, 2
     except RuntimeError as e:
         if not checkpoint.out_of_memory(e):
             raise
-        print("evaluate.py: out of memory; use a smaller --size, or --device cpu", file=sys.stderr)
-        return 2
+        message, code = "out of memory; use a smaller --size, or --device cpu", 2
     except KeyboardInterrupt:
-        print("evaluate.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        message, code = "interrupted", 130
+    print(f"evaluate.py: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ from dataset.latents import LatentCache, latent_batch
 from diffusion import Diffusion, dpm_solver, guided, per_image_noise
 from engine.cpu import use_fast_norms
 from engine.distributed import (
-    Forward,
     any_rank,
     barrier,
     complain,
@@ -66,7 +65,7 @@ from keypoints import ConditionConfig
 from ldm import LDM
 from metrics.images import box_baseline, reconstruction
 from metrics.keypoint_detector import FEATURE_WIDTHS, DetectorDistance, KeypointDetector
-from metrics.overfit import ROW_OF, HeldOut, overfitting
+from metrics.overfit import ROW_OF, OverfitMonitor, overfitting
 from unet import NO_LABEL, UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
@@ -406,12 +405,12 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
     if c.compile:       # not the last layer: the adaptive weight takes its gradient separately
         model.encoder.compile()
         model.decoder.features = torch.compile(model.decoder.features)
-    net = parallel(Forward(model, model.reconstruct))
-    judge = None if disc is None else parallel(Forward(disc, objective.discriminator))
+    net = parallel(model, model.reconstruct)
+    judge = None if disc is None else parallel(disc, objective.discriminator)
     quantize_start = int(r.quantize_start * c.steps)
     bad_steps = torch.zeros((), device=device)
 
-    run.begin(plain(c), c.steps, c.eval_every, c.keep_every)
+    run.begin(plain(c))
     batches = data.batches(train, r.batch_size, c.seed, run.start, c.steps, c.workers, augment=True,
                            device=device, rank=rank(), world=world())
     with stop_signals() as stopped, run.bar(c.steps) as bar:
@@ -543,21 +542,17 @@ def load_distances(c: Config, lpips: LPIPS | None = None) -> dict[str, nn.Module
     ValueError where it is needed and its weights are missing."""
     distances: dict[str, nn.Module] = {}
     if c.recipe.loss.detector:
-        distance = DetectorDistance(KeypointDetector(c.size, FEATURE_WIDTHS))
-        checkpoint.fill(distance, checkpoint.read(FEATURES), str(FEATURES))
-        distances["detector"] = distance
+        distances["detector"] = DetectorDistance(KeypointDetector(c.size, FEATURE_WIDTHS))
+        checkpoint.fill(distances["detector"], checkpoint.read(FEATURES), str(FEATURES))
     if c.recipe.loss.perceptual:
-        distances["lpips"] = lpips or load_lpips(c)
+        if not (lpips or c.lpips):
+            raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, which "
+                             "needs weights: give them with --lpips-weights FILE [FILE], fetch "
+                             "them with --download-lpips (528 MB), or train without: "
+                             "--perceptual off")
+        from formats.lpips import load_lpips
+        distances["lpips"] = lpips or load_lpips(c.lpips)
     return distances
-
-
-def load_lpips(c: Config) -> LPIPS:
-    if not c.lpips:
-        raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, which needs "
-                         "weights: give them with --lpips-weights FILE [FILE], fetch them with "
-                         "--download-lpips (528 MB), or train without: --perceptual off")
-    from formats import lpips
-    return lpips.load_lpips(c.lpips)
 
 
 # ------------------------------------------------------------------------------ stage 2
@@ -566,9 +561,8 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
               val: data.ImageDataset) -> int:
     """Trains the diffusion model in the latents of `vq`; returns the steps made."""
     r, device, C = c.recipe, torch.device(c.device), c.vq_config.embed_dim
-    mean, std = torch.zeros(C, 1, 1), torch.ones(C, 1, 1)
-    if c.normalise:
-        mean, std = cache.mean, cache.std
+    mean, std = ((cache.mean, cache.std) if c.normalise else
+                 (torch.zeros(C, 1, 1), torch.ones(C, 1, 1)))
     if run.resumed:         # images may have been repaired since; the latent space stays the same
         mean, std = run.resumed["mean"], run.resumed["std"]
     init = None
@@ -589,10 +583,10 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     optimizer, scaler = ldm_optimizer(ldm, r), make_scaler(c.amp, c.device)
     diffusion, ema = Diffusion(**c.schedule), EMA(ldm, average, r.ema_decay)
     val = data.spread(val, r.eval_images)
-    held_out = held_out_latents(c, average, diffusion, cache, val)
+    monitor = make_monitor(c, average, diffusion, cache, val)
     shown = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))
     saved = {"unet": ldm.unet, "cond": ldm.cond, "optimizer": optimizer, "scaler": scaler,
-             "watch": held_out.monitor}                         # its losses of the best evaluation
+             "watch": monitor}                                  # its losses of the best evaluation
     if run.resumed:
         checkpoint.restore({"unet": average.unet, "cond": average.cond}, run.resumed, run.last)
         checkpoint.restore(saved, run.resumed["train"], run.last)
@@ -605,7 +599,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     B, mine = r.batch_size, data.share(r.batch_size, rank(), world())
     bad_steps = torch.zeros((), device=device)
 
-    run.begin(plain(c), c.steps, c.eval_every, c.keep_every)
+    run.begin(plain(c))
     with stop_signals() as stopped, run.bar(c.steps) as bar:
         for step in bar:
             seed_everything(c.seed, step)
@@ -642,7 +636,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
                 if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: no eval
-                    score, alarm = evaluate_ldm(run, bar, step, c, held_out, average, ldm, shown)
+                    score, alarm = evaluate_ldm(run, bar, step, c, monitor, average, ldm, shown)
                 payload = checkpoint.ldm_payload(average) | kept
                 run.save(step, payload | {"train": checkpoint.state_of(saved)}, score)
             if c.patience and run.eval_due(step):
@@ -659,9 +653,9 @@ def drop_one(pose: Tensor, label: Tensor, u: Tensor, p: float) -> tuple[Tensor, 
     return pose * (u >= p)[:, None, None], label.masked_fill(u > 1 - p, NO_LABEL)
 
 
-def held_out_latents(c: Config, average: LDM, diffusion: Diffusion, cache: LatentCache,
-                     val: data.ImageDataset) -> HeldOut:
-    """What an evaluation looks at: held-out latents, and as many training latents."""
+def make_monitor(c: Config, average: LDM, diffusion: Diffusion, cache: LatentCache,
+                 val: data.ImageDataset) -> OverfitMonitor:
+    """Of held-out latents, and of as many training latents."""
     with torch.no_grad(), autocast(c):
         found = [(average.encode(x.to(c.device)), pose, label) for x, pose, label in
                  data.in_order(val, in_network(c))]
@@ -673,17 +667,17 @@ def held_out_latents(c: Config, average: LDM, diffusion: Diffusion, cache: Laten
     h, pose = cache.rows(rows)
     trained = [(h.to(c.device) - average.mean) / average.std, pose.to(c.device),
                cache.labels[rows].to(c.device)]
-    return HeldOut(diffusion, held_out, trained)
+    return OverfitMonitor(diffusion, held_out, trained)
 
 
-def evaluate_ldm(run: RunDir, bar: tqdm, step: int, c: Config, held_out: HeldOut, average: LDM,
-                 ldm: LDM, shown: tuple[Tensor, ...]) -> tuple[float, str | None]:
+def evaluate_ldm(run: RunDir, bar: tqdm, step: int, c: Config, monitor: OverfitMonitor,
+                 average: LDM, ldm: LDM, shown: tuple[Tensor, ...]) -> tuple[float, str | None]:
     """Losses on fixed noise: log, curves, preview of the batch `shown`. Returns best.pt's score,
     and a warning where it overfits."""
     began = time.monotonic()
     bar.set_description(f"{run.title}, evaluating")
     ldm.unet.eval()
-    result = held_out.losses(average, ldm, in_network(c), partial(autocast, c))
+    result = monitor.measure(average, ldm, in_network(c), partial(autocast, c))
     ldm.unet.train()
     row = {"step": step} | {f"val_{name}": value for name, value in result.items()}
     warning = overfitting([*read_log(run.log_path), row], c.patience or ROW_OF)
@@ -691,7 +685,7 @@ def evaluate_ldm(run: RunDir, bar: tqdm, step: int, c: Config, held_out: HeldOut
             f"{result['shuffled']:.4f} under a shuffled one: ratio {result['ratio']:.3f}; "
             f"{result['train']:.4f} on training images")
     with run.writing(run.picture(step)):
-        preview_ldm(run.picture(step), average, held_out.diffusion, shown, c, result)
+        preview_ldm(run.picture(step), average, monitor.diffusion, shown, c, result)
     said += f"\n{warning}" if warning else ""
     report(run, bar, step, said, result, began, plots.LDM_PANELS)
     return -result["right"], warning

@@ -82,8 +82,10 @@ class Forward(nn.Module):
         return self.function(*args)
 
 
-def parallel(net: nn.Module) -> nn.Module:
-    """`net`, whose backward pass averages the gradients over the ranks."""
+def parallel(net: nn.Module, function: Callable | None = None) -> nn.Module:
+    """`net`, or a `function` that uses its parameters, as a module whose backward pass averages the
+    gradients over the ranks."""
+    net = Forward(net, function) if function else net
     if world() == 1:
         return net
     with warnings.catch_warnings():

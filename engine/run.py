@@ -72,11 +72,10 @@ class RunDir:
                                  "cannot be resumed; --fresh starts over")
             self.resumed = found
 
-    def begin(self, config: dict, steps: int, eval_every: int,
-              keep_every: int | None = None) -> None:
+    def begin(self, config: dict) -> None:
         """Call right before the first step: until then --fresh has deleted nothing."""
-        self.config, self.steps = config, steps
-        self.eval_every, self.keep_every = eval_every, keep_every
+        self.config, self.steps = config, config["steps"]
+        self.eval_every, self.keep_every = config["eval_every"], config["keep_every"]
         self.resumed = None                     # restored by now: gigabytes for a large model
         if rank() > 0:
             return

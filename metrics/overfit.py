@@ -50,11 +50,12 @@ class OverfitMonitor:
     Over all timesteps (key "") and in bins (keys "_t000", "_t100", ...), each with its own best.
     """
 
-    def __init__(self, diffusion: Diffusion, val: Tensor, train: Tensor):
-        """val [N, C, h, w] and train [M, C, h, w] are the latents whose losses will come."""
-        self.members = {"": (torch.arange(len(val)), torch.arange(len(train)))}
+    def __init__(self, diffusion: Diffusion, val: Sequence[Tensor], train: Sequence[Tensor]):
+        """Latents z [N, C, h, w] and, for `measure`, poses [N, 17, 3] and labels [N]."""
+        self.diffusion, self.val, self.train = diffusion, val, train
+        self.members = {"": (torch.arange(len(val[0])), torch.arange(len(train[0])))}
         bins = [fixed_noise(diffusion, z)[0].cpu() * BINS // diffusion.timesteps
-                for z in (val, train)]
+                for z, *_ in (val, train)]
         for b in range(BINS):
             first = math.ceil(b * diffusion.timesteps / BINS)
             self.members[f"_t{first:03d}"] = tuple((of == b).nonzero()[:, 0] for of in bins)
@@ -68,6 +69,24 @@ class OverfitMonitor:
         sizes = {key: [len(part) for part in members] for key, members in self.members.items()}
         if all(sizes.get(key) == [len(b["val"]), len(b["train"])] for key, b in best.items()):
             self.best = best
+
+    def measure(self, average: LDM, raw: LDM, batch_size: int,
+                autocast: Callable[[], AbstractContextManager]) -> dict[str, float]:
+        """For the log: eps losses on fixed noise, of the EMA model with the right pose, a shuffled
+        one and none, and on training latents; of the raw model on both."""
+        def losses(model: LDM, z: Tensor, poses: Tensor, labels: Tensor) -> Tensor:
+            return loss_each(model, self.diffusion, z, poses, batch_size, False, autocast, labels)
+
+        z, poses, labels = self.val
+        each = condition_each(average, self.diffusion, z, poses, batch_size,
+                              average.supports_guidance, autocast, labels)
+        right, train = each["right"], losses(average, *self.train)
+        return condition_means(each) | {
+            "shuffled_se": standard_error(each["shuffled"] - right),
+            **self.means("right", right, 0), **self.means("train", train, 1),
+            **self.means("raw", losses(raw, *self.val), 0),
+            **self.means("train_raw", losses(raw, *self.train), 1),
+            **self.rises(right, train)}
 
     def means(self, name: str, losses: Tensor, part: int) -> dict[str, float]:
         """For the log: means by bin of losses [N] of held-out (part 0) or training latents (1)."""
@@ -93,32 +112,6 @@ class OverfitMonitor:
                     f"grown{key}": (rise.mean() - moved.mean()).item(),
                     f"grown_se{key}": math.hypot(standard_error(rise), standard_error(moved))}
         return out
-
-
-class HeldOut:
-    """What evaluations of stage 2 measure: z [N, C, h, w], poses [N, 17, 3] and labels [N] of
-    held-out images, and of training images."""
-
-    def __init__(self, diffusion: Diffusion, val: Sequence[Tensor], train: Sequence[Tensor]):
-        self.diffusion, self.val, self.train = diffusion, val, train
-        self.monitor = OverfitMonitor(diffusion, val[0], train[0])
-
-    def losses(self, average: LDM, raw: LDM, batch_size: int,
-               autocast: Callable[[], AbstractContextManager]) -> dict[str, float]:
-        """For the log: eps losses on fixed noise, of the EMA model with the right pose, a shuffled
-        one and none, and on training latents; of the raw model on both."""
-        def losses(model: LDM, z: Tensor, poses: Tensor, labels: Tensor) -> Tensor:
-            return loss_each(model, self.diffusion, z, poses, batch_size, False, autocast, labels)
-
-        z, poses, labels = self.val
-        each = condition_each(average, self.diffusion, z, poses, batch_size,
-                              average.supports_guidance, autocast, labels)
-        right, train, m = each["right"], losses(average, *self.train), self.monitor
-        return condition_means(each) | {
-            "shuffled_se": standard_error(each["shuffled"] - right),
-            **m.means("right", right, 0), **m.means("train", train, 1),
-            **m.means("raw", losses(raw, *self.val), 0),
-            **m.means("train_raw", losses(raw, *self.train), 1), **m.rises(right, train)}
 
 
 def standard_error(x: Tensor) -> float:
