@@ -352,9 +352,9 @@ LDM_PANELS: Panels = {
     "shuffled / right": {"": "val_ratio"}}
 
 
-def vq_preview(path: Path, originals: list[np.ndarray], boxes: list[np.ndarray],
-               reconstructions: list[np.ndarray], factor: int, result: dict) -> None:
-    """A row for each image uint8 [H, W, 3]: original | boxes | reconstruction | error."""
+def vq_preview(path: Path, originals: np.ndarray, boxes: np.ndarray, reconstructions: np.ndarray,
+               factor: int, result: dict) -> None:
+    """Images uint8 [N, H, W, 3], a row for each: original | boxes | reconstruction | error."""
     rows = [[x, box, x_hat, error_map(x_hat, x)] for x, box, x_hat in
             zip(originals, boxes, reconstructions, strict=True)]
     save_grid(path, rows, ["original", f"boxes of {factor} x {factor}", "reconstruction",
@@ -362,11 +362,11 @@ def vq_preview(path: Path, originals: list[np.ndarray], boxes: list[np.ndarray],
         f"step {int(path.stem)}: {result['psnr']:.2f} dB, boxes {result['psnr_box']:.2f} dB"))
 
 
-def ldm_preview(path: Path, reconstructions: list[np.ndarray], poses: np.ndarray,
-                samples: list[np.ndarray], names: list[str], how: str, result: dict) -> None:
-    """For poses [N, 17, 3]: the real image's reconstruction | the skeleton | a sample."""
-    size = len(samples[0])
-    save_grid(path, [reconstructions, [draw(pose, size) for pose in poses], samples], names,
+def ldm_preview(path: Path, reconstructions: np.ndarray, poses: np.ndarray, samples: np.ndarray,
+                names: list[str], how: str, result: dict) -> None:
+    """Images uint8 [N, H, W, 3], a column for each of the poses [N, 17, 3]."""
+    skeletons = [draw(pose, samples.shape[1]) for pose in poses]
+    save_grid(path, [reconstructions, skeletons, samples], names,
               ["reconstruction of the real image", "pose asked for", f"sample, {how}"],
               title=f"step {int(path.stem)}: held-out loss {result['right']:.4f}, shuffled / right "
                     f"{result['ratio']:.3f}")

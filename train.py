@@ -532,9 +532,8 @@ def preview_vq(path: Path, model: VQModel, val: data.ImageDataset, c: Config, re
     with autocast(c):
         x_hat = model(x)[0].float().clamp(-1, 1)
     model.train()
-    shown = x, box_baseline(x, c.vq_config.factor), x_hat
-    plots.vq_preview(path, *([data.to_uint8(image) for image in images] for images in shown),
-                     c.vq_config.factor, result)
+    f = c.vq_config.factor
+    plots.vq_preview(path, *map(data.to_uint8, (x, box_baseline(x, f), x_hat)), f, result)
 
 
 def load_distances(c: Config, lpips: LPIPS | None = None) -> dict[str, nn.Module]:
@@ -706,17 +705,8 @@ def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor,
         sample = ldm.decode(last.x).float()
     names = [c.label_names[i] if i >= 0 else "" for i in label] if c.label_names else []
     how = f"DPM-Solver++ {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"
-    x_hat, sample = ([data.to_uint8(image) for image in images] for images in (x_hat, sample))
-    plots.ldm_preview(path, x_hat, pose.cpu().numpy(), sample, names, how, result)
-
-
-def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
-    """ValueError where the autoencoder of stage 1 does not fit the preset; `size`, where known, is
-    that of its images."""
-    if (theirs.factor, size or c.size) != (c.vq_config.factor, c.size):
-        raise ValueError(f"{c.vq} is an f{theirs.factor} autoencoder for {size or 'any'} pixels, "
-                         f"but preset {c.preset} has f{c.vq_config.factor} and {c.size}; train "
-                         "both stages with the same --preset")
+    plots.ldm_preview(path, data.to_uint8(x_hat), pose.cpu().numpy(), data.to_uint8(sample), names,
+                      how, result)
 
 
 # ------------------------------------------------------------------------------ a run
@@ -728,7 +718,11 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         stage_1 = checkpoint.load_vq(c.vq, say=print0)
         used = f", latents of {checkpoint.dated(c.vq, stage_1['step'])}"
         vq = prepare(checkpoint.build_vq(stage_1, c.vq), c)
-        check_latents(c, vq.config, stage_1["config"]["size"])
+        size, theirs, f = stage_1["config"]["size"], vq.config.factor, c.vq_config.factor
+        if (theirs, size or c.size) != (f, c.size):         # of published ones it is not known
+            raise ValueError(f"{c.vq} is an f{theirs} autoencoder for {size or 'any'} pixels, but "
+                             f"preset {c.preset} has f{f} and {c.size}; train both stages with the "
+                             "same --preset")
         c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]),
                     unet_config=unet_for(vq.config, c.cond_config, c.unet_config))
     train, val = data.open_data(c.data, c.size, c.val,
