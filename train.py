@@ -40,22 +40,9 @@ import plots
 from checkpoint import number, plural
 from dataset.latents import LatentCache, latent_batch
 from diffusion import Diffusion, dpm_solver, guided, per_image_noise
+from engine import distributed
 from engine.cpu import use_fast_norms
-from engine.distributed import (
-    any_rank,
-    barrier,
-    complain,
-    from_rank_0,
-    gathered,
-    join,
-    lost_rank,
-    mean_over_ranks,
-    micro_batches,
-    parallel,
-    print0,
-    rank,
-    world,
-)
+from engine.distributed import any_rank, gathered, micro_batches, parallel, print0, rank, world
 from engine.gpu import make_scaler, peak_memory, set_up_gpu
 from engine.length import fix_length, is_complete, resumed_length
 from engine.muon import Muon
@@ -479,9 +466,9 @@ def encode_all(model: VQModel, x: Tensor, c: Config) -> Tensor:
 def log_step(run: RunDir, bar: tqdm, step: int, c: Config, bad_steps: Tensor,
              numbers: dict[str, Tensor]) -> None:
     """One line of the log. Reading the values waits for the GPU."""
-    values = {name: float(mean_over_ranks(torch.as_tensor(value, dtype=torch.float32,
-                                                          device=c.device)))
+    values = {name: torch.as_tensor(value, dtype=torch.float32, device=c.device)
               for name, value in numbers.items()}
+    values = {name: float(distributed.mean_over_ranks(value)) for name, value in values.items()}
     if bad_steps >= MAX_BAD_STEPS:
         raise run.diverged(f"the gradient has not been finite for {int(bad_steps)} steps, the last "
                            f"one step {step}")
@@ -751,7 +738,8 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
             loop, needs = train_ldm, (vq, open_latents(c, run.dir, vq, train), val)
         if c.steps is None or c.eval_every is None:
             step_s, eval_s, build_s = measure_speed(c, loop, needs)
-            spent = from_rank_0(time.monotonic() - began) + build_s     # the real run builds again
+            spent = distributed.from_rank_0(time.monotonic() - began)
+            spent += build_s                                # the real run builds again
             steps, every = fix_length(c.minutes, c.steps, c.eval_every, spent, step_s, eval_s)
             c = replace(c, steps=steps, eval_every=every)
         step = loop(c, run, *needs)
@@ -769,11 +757,11 @@ def open_latents(c: Config, folder: Path, vq: VQModel, train: data.ImageDataset)
             return vq.encode(x.to(c.device)).float()
 
     if rank() > 0:
-        barrier()                               # rank 0 fills the cache, the others open it
+        distributed.barrier()                   # rank 0 fills the cache, the others open it
     key = f"{c.vq_hash} {c.amp}"
     cache = LatentCache(folder, key, train, encode, ENCODED, c.device, c.workers)
     if rank() == 0:
-        barrier()
+        distributed.barrier()
     return cache
 
 
@@ -803,7 +791,7 @@ def measure_speed(c: Config, loop: Callable[..., int], needs: tuple) -> tuple[fl
     if rank() == 0:
         step_s, eval_s = c.recipe.batch_size / rows[-2]["img_s"], rows[-1]["eval_s"]
         build_s = time.monotonic() - began - steps * step_s - eval_s
-    return from_rank_0((step_s, eval_s, build_s) if rank() == 0 else None)
+    return distributed.from_rank_0((step_s, eval_s, build_s) if rank() == 0 else None)
 
 
 def announce(c: Config, run: RunDir, held_out: int, used: str) -> None:
@@ -960,10 +948,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.download_lpips:
             from formats import lpips
             c = replace(c, lpips=tuple(map(str, lpips.download_lpips())))
-        c = replace(c, device=join(c.device, c.recipe.batch_size))
+        c = replace(c, device=distributed.join(c.device, c.recipe.batch_size))
         set_up_gpu(c.device)
         with locked(Path(c.out)) if rank() == 0 else nullcontext():
-            barrier()                                       # rank 0 has the folder first
+            distributed.barrier()                           # rank 0 has the folder first
             complete = run_stage(c, fresh=args.fresh, accept_data=args.accept_data)
     except (ValueError, OSError) as e:
         said = str(e)
@@ -976,7 +964,7 @@ def main(argv: list[str] | None = None) -> int:
             said = f"torch.compile fails here ({type(e).__name__}); leave --compile out"
         elif data.worker_died(e):
             said = data.WORKER_DIED
-        elif lost_rank(e):
+        elif distributed.lost_rank(e):
             said, status = (f"another rank is gone ({str(e).strip().splitlines()[0][:100]}); rerun "
                             "the same command to resume"), LOST
         else:
@@ -988,7 +976,7 @@ def main(argv: list[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0 if complete else INTERRUPTED
-    complain("train.py", said)
+    distributed.complain("train.py", said)
     return status
 
 
