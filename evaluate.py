@@ -349,8 +349,7 @@ def overfit(args: argparse.Namespace) -> None:
     size, device = config["size"], ldm.mean.device
     make_out(str(out), config["data"], config["val"])
     train, held_out = data.open_data(config["data"], size, config["val"], False,
-                                     config.get("trim_bars", False),
-                                     labels_flag(config))
+                                     config.get("trim_bars", False), labels_flag(config))
     if config.get("data_hash") not in (None, data.data_hash(train, config["val"] and held_out)):
         raise ValueError(f"the images of {config['data']} are not those that {run} was trained on; "
                          "restore them to tell what was memorised")

@@ -230,19 +230,16 @@ def make_config(args: argparse.Namespace) -> Config:
         if Path(args.init).resolve().parent == Path(out).resolve():
             raise ValueError(f"--init is {args.init}, in the run folder itself; give another --out")
         recipe = replace(recipe, quantize_start=0.0)        # its codebook already fits its encoder
-    return Config(
-        stage=args.stage, preset=args.preset, data=args.data, val=args.val,
-        trim_bars=args.trim_bars, labels=args.labels, out=out,
-        vq=(args.vq or args.init or STAGE_1) if ldm else None, init=args.init, seed=args.seed,
-        device=device, amp=checkpoint.find_amp(args.amp, device), compile=args.compile,
-        workers=data.find_workers(device) if args.workers is None else args.workers,
-        micro_batch=args.micro_batch, checkpointing=args.checkpointing, size=preset.size,
-        minutes=args.minutes, steps=args.steps or (None if args.minutes else recipe.steps),
-        eval_every=args.eval_every, keep_every=args.keep_every, patience=args.patience,
-        recipe=recipe, vq_config=preset.vq_config,
-        unet_config=unet_for(preset.vq_config, cond, UNetConfig(**preset.unet)) if ldm else None,
-        cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None,
-        normalise=preset.normalise, lpips=tuple(args.lpips_weights or ()))
+    flags = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
+    return Config(**flags | {
+        "out": out, "vq": (args.vq or args.init or STAGE_1) if ldm else None,
+        "device": device, "amp": checkpoint.find_amp(args.amp, device),
+        "workers": data.find_workers(device) if args.workers is None else args.workers,
+        "steps": args.steps or (None if args.minutes else recipe.steps),
+        "size": preset.size, "recipe": recipe, "vq_config": preset.vq_config,
+        "unet_config": unet_for(preset.vq_config, cond, UNetConfig(**preset.unet)) if ldm else None,
+        "cond_config": cond if ldm else None, "schedule": preset.schedule if ldm else None,
+        "normalise": preset.normalise, "lpips": tuple(args.lpips_weights or ())})
 
 
 def unet_for(vq: VQConfig, cond: ConditionConfig, unet: UNetConfig) -> UNetConfig:
@@ -738,10 +735,8 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
             loop, needs = train_ldm, (vq, open_latents(c, run.dir, vq, train), val)
         if c.steps is None or c.eval_every is None:
             step_s, eval_s, build_s = measure_speed(c, loop, needs)
-            spent = distributed.from_rank_0(time.monotonic() - began)
-            spent += build_s                                # the real run builds again
-            steps, every = fix_length(c.minutes, c.steps, c.eval_every, spent, step_s, eval_s)
-            c = replace(c, steps=steps, eval_every=every)
+            spent = distributed.from_rank_0(time.monotonic() - began) + build_s     # builds again
+            c = replace(c, **fix_length(c.minutes, c.steps, c.eval_every, spent, step_s, eval_s))
         step = loop(c, run, *needs)
     print0(f"{plural(step - run.start, 'step')} in {(time.monotonic() - began) / 60:.1f} minutes"
            f"{peak_memory(c.device)}.")

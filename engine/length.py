@@ -18,9 +18,9 @@ OF_DATA = {"data", "val", "images", "data_hash"}
 
 
 def fix_length(minutes: float | None, steps: int | None, eval_every: int | None, spent: float,
-               step_s: float, eval_s: float) -> tuple[int, int]:
-    """(steps, steps between evaluations). What is None follows from the seconds of a step and of an
-    evaluation, and those `spent` on preparation; evaluations get EVAL_SHARE of the time."""
+               step_s: float, eval_s: float) -> dict:
+    """The length of a run. What is None follows from the seconds of a step and of an evaluation,
+    and those `spent` on preparation; evaluations get EVAL_SHARE of the time."""
     if steps is None:
         with_evals = step_s / (1 - EVAL_SHARE)
         if eval_every:
@@ -33,7 +33,7 @@ def fix_length(minutes: float | None, steps: int | None, eval_every: int | None,
                    "--minutes, or --steps")
     pays = EVAL_SHARE * steps * step_s / eval_s             # evaluations, the measured one included
     evals = min(MAX_EVALS, max(1, int(pays) - 1))
-    return steps, eval_every or math.ceil(steps / evals)
+    return {"steps": steps, "eval_every": eval_every or math.ceil(steps / evals)}
 
 
 def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, object, object] | None:

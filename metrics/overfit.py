@@ -85,8 +85,7 @@ class OverfitMonitor:
             "shuffled_se": standard_error(each["shuffled"] - right),
             **self.means("right", right, 0), **self.means("train", train, 1),
             **self.means("raw", losses(raw, *self.val), 0),
-            **self.means("train_raw", losses(raw, *self.train), 1),
-            **self.rises(right, train)}
+            **self.means("train_raw", losses(raw, *self.train), 1), **self.rises(right, train)}
 
     def means(self, name: str, losses: Tensor, part: int) -> dict[str, float]:
         """For the log: means by bin of losses [N] of held-out (part 0) or training latents (1)."""

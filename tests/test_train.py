@@ -241,8 +241,7 @@ def test_a_finished_run_is_left_alone_and_another_command_refused(trained, tmp_p
 
 def fixed(c: train.Config, *seconds: float) -> train.Config:
     """`c` with the length that follows from these seconds."""
-    steps, every = length.fix_length(c.minutes, c.steps, c.eval_every, *seconds)
-    return train.replace(c, steps=steps, eval_every=every)
+    return train.replace(c, **length.fix_length(c.minutes, c.steps, c.eval_every, *seconds))
 
 
 def evaluations(c: train.Config, folder: Path) -> int:
