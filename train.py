@@ -397,7 +397,7 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
     run.begin(plain(c))
     batches = data.batches(train, r.batch_size, c.seed, run.start, c.steps, c.workers, augment=True,
                            device=device, rank=rank(), world=world())
-    with stop_signals() as stopped, run.bar(c.steps) as bar:
+    with stop_signals() as stopped, run.bar() as bar:
         for step in bar:
             seed_everything(c.seed, step)
             set_lr(lr_at(step, c), *optimizers)
@@ -567,7 +567,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     diffusion, ema = Diffusion(**c.schedule), EMA(ldm, average, r.ema_decay)
     val = data.spread(val, r.eval_images)
     monitor = make_monitor(c, average, diffusion, cache, val)
-    shown = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))
+    shown = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))       # in each preview
     saved = {"unet": ldm.unet, "cond": ldm.cond, "optimizer": optimizer, "scaler": scaler,
              "watch": monitor}                                  # its losses of the best evaluation
     if run.resumed:
@@ -583,7 +583,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     bad_steps = torch.zeros((), device=device)
 
     run.begin(plain(c))
-    with stop_signals() as stopped, run.bar(c.steps) as bar:
+    with stop_signals() as stopped, run.bar() as bar:
         for step in bar:
             seed_everything(c.seed, step)
             set_lr(lr_at(step, c), optimizer)
@@ -638,7 +638,7 @@ def drop_one(pose: Tensor, label: Tensor, u: Tensor, p: float) -> tuple[Tensor, 
 
 def make_monitor(c: Config, average: LDM, diffusion: Diffusion, cache: LatentCache,
                  val: data.ImageDataset) -> OverfitMonitor:
-    """Of held-out latents, and of as many training latents."""
+    """The monitor of held-out latents, beside as many training latents."""
     with torch.no_grad(), autocast(c):
         found = [(average.encode(x.to(c.device)), pose, label) for x, pose, label in
                  data.in_order(val, in_network(c))]

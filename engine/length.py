@@ -9,7 +9,7 @@ from engine.distributed import print0
 from engine.run import RunDir, read_log
 
 EVAL_SHARE, MAX_EVALS = 0.05, 100       # evaluations: share of a run's time, and number
-FEW_STEPS = 100                 # a --minutes run of fewer gets a warning
+FEW_STEPS = 100                         # a --minutes run of fewer gets a warning
 # What may differ from the run that is resumed. For stage 1 the hash of the weights is compared, not
 # the path. With --accept-data the images may differ too.
 MAY_DIFFER = {"minutes", "steps", "eval_every", "workers", "device", "compile", "out", "vq",

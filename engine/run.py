@@ -120,11 +120,11 @@ class RunDir:
             return told
         return (self.log_due(step) or device.type == "cpu") and any_rank(told, device)
 
-    def bar(self, steps: int) -> tqdm:
+    def bar(self) -> tqdm:
         """The steps that are left, with a progress bar."""
-        return tqdm(range(self.start, steps), initial=self.start, total=steps, desc=self.title,
-                    unit="step", dynamic_ncols=True, mininterval=1, disable=rank() > 0,
-                    leave=not self.dry)
+        return tqdm(range(self.start, self.steps), initial=self.start, total=self.steps,
+                    desc=self.title, unit="step", dynamic_ncols=True, mininterval=1,
+                    disable=rank() > 0, leave=not self.dry)
 
     # -------------------------------------------------------------------------- writing
 
