@@ -359,6 +359,9 @@ def overfit(args: argparse.Namespace) -> None:
         with checkpoint.autocast(config["amp"], device):                    # as in training
             return ldm.vq.encode(x.to(device)).float()
 
+    def trained(rows: np.ndarray) -> Tensor:            # latents z [N, C, h, w] of the cache
+        return (cache.rows(rows)[0].to(device) - ldm.mean) / ldm.std
+
     cache = LatentCache(run, f"{config['vq_hash']} {config['amp']}", train, encode, BATCH, device)
     held_out = data.spread(held_out, args.limit)
     images, *found = zip(*data.in_order(held_out, BATCH), strict=True)
@@ -368,7 +371,6 @@ def overfit(args: argparse.Namespace) -> None:
     labels = {"training poses": cache.labels[rows_shown], "held-out poses": their_labels[shown]}
     latents = {HELD_OUT: torch.cat([(encode(x) - ldm.mean) / ldm.std for x in images])}
     latents |= {name: draw_latents(ldm, poses[name], labels[name], size, args) for name in poses}
-    trained = partial(training_latents, ldm, cache)
     near = nearest(latents, trained, len(cache))
     found = verdict(rows, {name: part.distances.tolist() for name, part in near.items()})
     print(f"{run} at step {found['numbers']['step']:,}: {headline(found)}")
@@ -394,11 +396,6 @@ def open_run(args: argparse.Namespace) -> tuple[LDM, dict, list[dict]]:
     sample.ask_model(args, ldm)
     rows = [row for row in read_log(run / "log.jsonl") if row["step"] < payload["step"]]
     return ldm, payload["config"], rows
-
-
-def training_latents(ldm: LDM, cache: LatentCache, rows: np.ndarray) -> Tensor:
-    """The latents z [N, C, h, w] of rows [N] of the cache, normalised."""
-    return (cache.rows(rows)[0].to(ldm.mean.device) - ldm.mean) / ldm.std
 
 
 def draw_latents(ldm: LDM, poses: Tensor, labels: Tensor, size: int,

@@ -476,10 +476,11 @@ def log_step(run: RunDir, bar: tqdm, step: int, c: Config, bad_steps: Tensor,
         bar.set_postfix(loss=values["loss"], refresh=False)
 
 
+@torch.no_grad()
 def evaluate_vq(run: RunDir, bar: tqdm, step: int, c: Config, model: VQModel,
                 val: data.ImageDataset) -> float:
     """Reconstruction of held-out images: log, preview, curves. Returns the score: the PSNR."""
-    began = time.monotonic()
+    began, f = time.monotonic(), c.vq_config.factor
     bar.set_description(f"{run.title}, evaluating")
     val = data.spread(val, c.recipe.eval_images)
     batches = (x for x, *_ in data.in_order(val, in_network(c)))
@@ -487,8 +488,14 @@ def evaluate_vq(run: RunDir, bar: tqdm, step: int, c: Config, model: VQModel,
     said = (f"held-out PSNR {result['psnr']:.2f} dB (averaging over boxes: "
             f"{result['psnr_box']:.2f}); codes used {result['codes_used']:.1%} of "
             f"{c.vq_config.n_embed}, perplexity {result['perplexity']:.0f}")
+    x = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))[0].to(c.device)
+    model.eval()
+    with autocast(c):
+        x_hat = model(x)[0].float().clamp(-1, 1)
+    model.train()
+    shown = map(data.to_uint8, (x, box_baseline(x, f), x_hat))
     with run.writing(run.picture(step)):
-        preview_vq(run.picture(step), model, val, c, result)
+        plots.vq_preview(run.picture(step), *shown, f, result)
     report(run, bar, step, said, result, began,
            plots.VQ_PANELS | (plots.DISC_PANELS if c.recipe.loss.disc_weight else {}))
     return result["psnr"]
@@ -506,18 +513,6 @@ def report(run: RunDir, bar: tqdm, step: int, said: str, result: dict, began: fl
         bar.write(f"step {step + 1:6d}  {said}")
     run.log(step, **row, eval_s=time.monotonic() - began)
     bar.set_description(run.title)
-
-
-@torch.no_grad()
-def preview_vq(path: Path, model: VQModel, val: data.ImageDataset, c: Config, result: dict) -> None:
-    """plots.vq_preview of the first held-out images."""
-    x = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))[0].to(c.device)
-    model.eval()
-    with autocast(c):
-        x_hat = model(x)[0].float().clamp(-1, 1)
-    model.train()
-    f = c.vq_config.factor
-    plots.vq_preview(path, *map(data.to_uint8, (x, box_baseline(x, f), x_hat)), f, result)
 
 
 def load_distances(c: Config, lpips: LPIPS | None = None) -> dict[str, nn.Module]:
@@ -666,10 +661,9 @@ def evaluate_ldm(run: RunDir, bar: tqdm, step: int, c: Config, monitor: OverfitM
     warning = overfitting([*read_log(run.log_path), row], c.patience or ROW_OF)
     said = (f"held-out eps loss {result['right']:.4f} under the right pose, "
             f"{result['shuffled']:.4f} under a shuffled one: ratio {result['ratio']:.3f}; "
-            f"{result['train']:.4f} on training images")
+            f"{result['train']:.4f} on training images" + (f"\n{warning}" if warning else ""))
     with run.writing(run.picture(step)):
         preview_ldm(run.picture(step), average, monitor.diffusion, shown, c, result)
-    said += f"\n{warning}" if warning else ""
     report(run, bar, step, said, result, began, plots.LDM_PANELS)
     return -result["right"], warning
 
@@ -819,8 +813,7 @@ def count_parameters(c: Config) -> dict[str, int]:
 
 def dry_run(c: Config) -> None:
     """Prints recipe and parameter counts; on a GPU also time and memory of a few real steps."""
-    f = c.vq_config.factor
-    side = c.size // f
+    f, side = c.vq_config.factor, c.size // c.vq_config.factor
     print(f"stage {c.stage}, preset {c.preset}: {c.size}x{c.size} images, f{f} latents "
           f"{side}x{side}x{c.vq_config.embed_dim}, {c.vq_config.n_embed} codes")
     for name, n in count_parameters(c).items():

@@ -83,8 +83,7 @@ class Forward(nn.Module):
 
 
 def parallel(net: nn.Module, function: Callable | None = None) -> nn.Module:
-    """`net`, or a `function` that uses its parameters, as a module whose backward pass averages the
-    gradients over the ranks."""
+    """`net`, or a function that uses it, with gradients that are averaged over the ranks."""
     net = Forward(net, function) if function else net
     if world() == 1:
         return net
