@@ -42,7 +42,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from keypoints import ConditionConfig
 from ldm import LDM
-from unet import UNetConfig
+from unet import NO_LABEL, UNetConfig
 from vq import VQConfig, VQModel
 
 FORMAT = 1
@@ -54,6 +54,7 @@ VQ_PART = ("config", "step", "vq", "vq_config", "source", "weights")
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}     # --amp
 AGES = (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second")
 SIZES = range(8, 4097)              # of images, pixels
+POSES_KEPT = 4096                   # in a file of stage 2, 0.4 MB: sample.py rates poses by them
 
 
 class WrongStage(ValueError):
@@ -78,6 +79,16 @@ def has_bf16(device: str) -> bool:
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private
+
+
+def find_amp(amp: str, device: str) -> str:
+    """auto -> bf16 where the hardware computes in it, fp16 on an older GPU, else off."""
+    cuda = device.startswith("cuda")
+    if amp == "fp16" and not cuda:
+        raise ValueError("--amp fp16 needs a CUDA GPU; use --amp bf16 or off")
+    if amp != "auto":
+        return amp
+    return "bf16" if has_bf16(device) else "fp16" if cuda else "off"
 
 
 def autocast(amp: str, device: str | torch.device) -> AbstractContextManager:
@@ -276,6 +287,20 @@ def fill(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
     model.load_state_dict(state, strict=True)
 
 
+def state_of(parts: dict) -> dict:
+    """The training state of named parts: modules, optimisers, a scaler, a monitor."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def restore(parts: dict, state: dict, where: Path) -> None:
+    """Puts `state_of` back; ValueError where a network of the file has other shapes."""
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            fill(part, state[name], f"{where}: {name}")
+        else:
+            part.load_state_dict(state[name])
+
+
 def take(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> list[str]:
     """Copies what fits of a state dict into `model`. Returns the names of its tensors that start
     fresh, with both shapes where the file has another; ValueError where nothing fits."""
@@ -290,6 +315,23 @@ def take(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> list[s
     model.load_state_dict(fits, strict=False)
     return [f"{name} (there {list(state[name].shape)}, here {list(own[name].shape)})"
             if name in state else name for name in own if name not in fits]
+
+
+def start_from(ldm: LDM, payload: dict, path: str | Path, names: Collection[str]) -> list[str]:
+    """`take` of a stage-2 payload, for labels of these names; the same names keep their weights."""
+    state = {f"{part}.{name}": tensor for part in ("unet", "cond")
+             for name, tensor in payload[part].items()}
+    known, rows = label_names(payload, path), state.pop("unet.label_emb.weight", None)
+    new = []
+    if names:
+        emb = ldm.unet.label_emb.weight.detach().clone()
+        for i, name in enumerate(names):
+            if name in known and rows.shape[1] == emb.shape[1]:
+                emb[i] = rows[known.index(name)]
+            else:
+                new.append(f"label {name}")
+        state["unet.label_emb.weight"] = emb
+    return take(nn.ModuleDict({"unet": ldm.unet, "cond": ldm.cond}), state, path) + new
 
 
 def check_fits(model: nn.Module, state: dict[str, Tensor], what: str) -> None:
@@ -406,6 +448,15 @@ def label_names(payload: dict, path: str | Path) -> list[str]:
     if len(names) != len(rows) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} is damaged: it does not name its labels; use another checkpoint")
     return list(names)
+
+
+def poses_kept(poses: np.ndarray, labels: Tensor) -> dict[str, Tensor]:
+    """For a payload: "poses" with a visible joint, float16, all or POSES_KEPT spread evenly over
+    poses [N, 17, 3], and where labels [N] has some, their "pose_labels"."""
+    seen = np.flatnonzero((poses[..., 2] > 0).any(axis=1))
+    seen = seen[np.linspace(0, len(seen) - 1, min(len(seen), POSES_KEPT)).round().astype(int)]
+    kept = {"poses": torch.from_numpy(poses[seen]).half()}
+    return kept | ({"pose_labels": labels[seen]} if (labels != NO_LABEL).any() else {})
 
 
 def training_poses(payload: dict, path: str | Path,

@@ -349,8 +349,7 @@ def overfit(args: argparse.Namespace) -> None:
     size, device = config["size"], ldm.mean.device
     make_out(str(out), config["data"], config["val"])
     train, held_out = data.open_data(config["data"], size, config["val"], False,
-                                     config.get("trim_bars", False),
-                                     labels_flag(config))
+                                     config.get("trim_bars", False), labels_flag(config))
     if config.get("data_hash") not in (None, data.data_hash(train, config["val"] and held_out)):
         raise ValueError(f"the images of {config['data']} are not those that {run} was trained on; "
                          "restore them to tell what was memorised")
@@ -359,6 +358,9 @@ def overfit(args: argparse.Namespace) -> None:
     def encode(x: Tensor) -> Tensor:
         with checkpoint.autocast(config["amp"], device):                    # as in training
             return ldm.vq.encode(x.to(device)).float()
+
+    def trained(rows: np.ndarray) -> Tensor:            # latents z [N, C, h, w] of the cache
+        return (cache.rows(rows)[0].to(device) - ldm.mean) / ldm.std
 
     cache = LatentCache(run, f"{config['vq_hash']} {config['amp']}", train, encode, BATCH, device)
     held_out = data.spread(held_out, args.limit)
@@ -369,7 +371,6 @@ def overfit(args: argparse.Namespace) -> None:
     labels = {"training poses": cache.labels[rows_shown], "held-out poses": their_labels[shown]}
     latents = {HELD_OUT: torch.cat([(encode(x) - ldm.mean) / ldm.std for x in images])}
     latents |= {name: draw_latents(ldm, poses[name], labels[name], size, args) for name in poses}
-    trained = partial(training_latents, ldm, cache)
     near = nearest(latents, trained, len(cache))
     found = verdict(rows, {name: part.distances.tolist() for name, part in near.items()})
     print(f"{run} at step {found['numbers']['step']:,}: {headline(found)}")
@@ -395,11 +396,6 @@ def open_run(args: argparse.Namespace) -> tuple[LDM, dict, list[dict]]:
     sample.ask_model(args, ldm)
     rows = [row for row in read_log(run / "log.jsonl") if row["step"] < payload["step"]]
     return ldm, payload["config"], rows
-
-
-def training_latents(ldm: LDM, cache: LatentCache, rows: np.ndarray) -> Tensor:
-    """The latents z [N, C, h, w] of rows [N] of the cache, normalised."""
-    return (cache.rows(rows)[0].to(ldm.mean.device) - ldm.mean) / ldm.std
 
 
 def draw_latents(ldm: LDM, poses: Tensor, labels: Tensor, size: int,
@@ -572,18 +568,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         COMMANDS[args.command][0](args)
+        return 0
     except (ValueError, OSError) as e:
-        print(f"evaluate.py: {e}", file=sys.stderr)
-        return 2
+        message, code = e, 2
     except RuntimeError as e:
         if not checkpoint.out_of_memory(e):
             raise
-        print("evaluate.py: out of memory; use a smaller --size, or --device cpu", file=sys.stderr)
-        return 2
+        message, code = "out of memory; use a smaller --size, or --device cpu", 2
     except KeyboardInterrupt:
-        print("evaluate.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        message, code = "interrupted", 130
+    print(f"evaluate.py: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -329,6 +329,49 @@ def stacked(parts: list[Image.Image]) -> Image.Image:
     return page
 
 
+# ------------------------------------------------------- samples/STEP.png and curves.png of a run
+
+VQ_PANELS: Panels = {
+    "loss of the batch": {"": "loss"},
+    "PSNR, dB": {"held-out": "val_psnr", "boxes": "val_psnr_box"},
+    "codes used, share": {"": "val_codes_used"}, "perplexity of the codes": {"": "val_perplexity"}}
+DISC_PANELS: Panels = {
+    "discriminator, logits": {"real": "logits_real", "reconstructed": "logits_fake"},
+    "adaptive weight": {"": "d_weight"}}
+SHARED_PANELS: Panels = {
+    "gradient norm": {"": "grad_norm"}, "learning rate": {"": "lr"},
+    "images a second, training alone": {"": "img_s"}}
+LDM_PANELS: Panels = {
+    "loss of the batch": {"": "loss"},
+    "eps loss, EMA and raw weights": {"held-out": "val_right", "training": "val_train",
+                                      "held-out, raw": "val_raw", "training, raw": "val_train_raw"},
+    "held-out eps loss, EMA": {"right pose": "val_right", "shuffled": "val_shuffled",
+                               "none": "val_null"},
+    "by timestep: held-out above training, EMA": draw_gaps,
+    "by timestep: held-out above its best, EMA": draw_rises,
+    "shuffled / right": {"": "val_ratio"}}
+
+
+def vq_preview(path: Path, originals: np.ndarray, boxes: np.ndarray, reconstructions: np.ndarray,
+               factor: int, result: dict) -> None:
+    """Images uint8 [N, H, W, 3], a row for each: original | boxes | reconstruction | error."""
+    rows = [[x, box, x_hat, error_map(x_hat, x)] for x, box, x_hat in
+            zip(originals, boxes, reconstructions, strict=True)]
+    save_grid(path, rows, ["original", f"boxes of {factor} x {factor}", "reconstruction",
+                           f"error, white from {ERROR_WHITE:.0%}"], title=(
+        f"step {int(path.stem)}: {result['psnr']:.2f} dB, boxes {result['psnr_box']:.2f} dB"))
+
+
+def ldm_preview(path: Path, reconstructions: np.ndarray, poses: np.ndarray, samples: np.ndarray,
+                names: list[str], how: str, result: dict) -> None:
+    """Images uint8 [N, H, W, 3], a column for each of the poses [N, 17, 3]."""
+    skeletons = [draw(pose, samples.shape[1]) for pose in poses]
+    save_grid(path, [reconstructions, skeletons, samples], names,
+              ["reconstruction of the real image", "pose asked for", f"sample, {how}"],
+              title=f"step {int(path.stem)}: held-out loss {result['right']:.4f}, shuffled / right "
+                    f"{result['ratio']:.3f}")
+
+
 # ------------------------------------------------------------- pose.png: the best and worst samples
 
 EXTREMES = 5                    # of the best samples, and of the worst

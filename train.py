@@ -19,8 +19,6 @@ import argparse
 import copy
 import json
 import math
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -42,31 +40,19 @@ import plots
 from checkpoint import number, plural
 from dataset.latents import LatentCache, latent_batch
 from diffusion import Diffusion, dpm_solver, guided, per_image_noise
+from engine import distributed
 from engine.cpu import use_fast_norms
-from engine.distributed import (
-    Forward,
-    any_rank,
-    barrier,
-    from_rank_0,
-    gathered,
-    join,
-    lost_rank,
-    mean_over_ranks,
-    micro_batches,
-    parallel,
-    print0,
-    rank,
-    world,
-)
+from engine.distributed import any_rank, gathered, micro_batches, parallel, print0, rank, world
+from engine.gpu import make_scaler, peak_memory, set_up_gpu
+from engine.length import fix_length, is_complete, resumed_length
 from engine.muon import Muon
 from engine.process import locked, stop_signals
-from engine.run import RunDir, first_difference, read_log
-from keypoints import ConditionConfig, draw
+from engine.run import RunDir, read_log
+from keypoints import ConditionConfig
 from ldm import LDM
-from metrics.condition import condition_each, condition_means, loss_each
 from metrics.images import box_baseline, reconstruction
 from metrics.keypoint_detector import FEATURE_WIDTHS, DetectorDistance, KeypointDetector
-from metrics.overfit import ROW_OF, OverfitMonitor, overfitting, standard_error
+from metrics.overfit import ROW_OF, OverfitMonitor, overfitting
 from unet import NO_LABEL, UNetConfig
 from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
@@ -75,12 +61,9 @@ STAGE_1 = "runs/vq/last.pt"     # the checkpoint that stage 2 takes by default
 INTERRUPTED, LOST = 130, 3      # exit status after Ctrl-C, and where another rank is gone
 CLIP = 1.0                      # the largest gradient norm
 MAX_BAD_STEPS = 50              # in a row without a finite gradient; fp16 may start with 20
-EVAL_SHARE, MAX_EVALS = 0.05, 100       # evaluations: share of a run's time, and number
 MEASURED = 6                    # steps by which the speed of a run is measured
-FEW_STEPS = 100                 # a --minutes run of fewer gets a warning
 PREVIEWS, PREVIEW_STEPS = 8, 10         # images in a preview, steps of DPM-Solver++
 ENCODED = 16                    # images encoded at once for the cache; fixed, so filling can resume
-POSES_KEPT = 4096               # in a checkpoint of stage 2, 0.4 MB: sample.py rates poses by them
 
 
 # ------------------------------------------------------------------------------ recipes
@@ -232,13 +215,6 @@ class Config:
     vq_hash: str | None = None          # stage 2: of the weights in `vq`
 
 
-# What may differ from the run that is resumed. For stage 1 the hash of the weights is compared, not
-# the path. With --accept-data the images may differ too.
-MAY_DIFFER = {"minutes", "steps", "eval_every", "workers", "device", "compile", "out", "vq",
-              "lpips", "keep_every", "micro_batch", "checkpointing", "patience"}
-OF_DATA = {"data", "val", "images", "data_hash"}
-
-
 def make_config(args: argparse.Namespace) -> Config:
     """Preset + flags -> Config; ValueError for what does not fit together."""
     preset, ldm = PRESETS[args.preset], args.stage == "ldm"
@@ -254,19 +230,16 @@ def make_config(args: argparse.Namespace) -> Config:
         if Path(args.init).resolve().parent == Path(out).resolve():
             raise ValueError(f"--init is {args.init}, in the run folder itself; give another --out")
         recipe = replace(recipe, quantize_start=0.0)        # its codebook already fits its encoder
-    return Config(
-        stage=args.stage, preset=args.preset, data=args.data, val=args.val,
-        trim_bars=args.trim_bars, labels=args.labels, out=out,
-        vq=(args.vq or args.init or STAGE_1) if ldm else None, init=args.init, seed=args.seed,
-        device=device, amp=find_amp(args.amp, device), compile=args.compile,
-        workers=data.find_workers(device) if args.workers is None else args.workers,
-        micro_batch=args.micro_batch, checkpointing=args.checkpointing, size=preset.size,
-        minutes=args.minutes, steps=args.steps or (None if args.minutes else recipe.steps),
-        eval_every=args.eval_every, keep_every=args.keep_every, patience=args.patience,
-        recipe=recipe, vq_config=preset.vq_config,
-        unet_config=unet_for(preset.vq_config, cond, UNetConfig(**preset.unet)) if ldm else None,
-        cond_config=cond if ldm else None, schedule=preset.schedule if ldm else None,
-        normalise=preset.normalise, lpips=tuple(args.lpips_weights or ()))
+    flags = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
+    return Config(**flags | {
+        "out": out, "vq": (args.vq or args.init or STAGE_1) if ldm else None,
+        "device": device, "amp": checkpoint.find_amp(args.amp, device),
+        "workers": data.find_workers(device) if args.workers is None else args.workers,
+        "steps": args.steps or (None if args.minutes else recipe.steps),
+        "size": preset.size, "recipe": recipe, "vq_config": preset.vq_config,
+        "unet_config": unet_for(preset.vq_config, cond, UNetConfig(**preset.unet)) if ldm else None,
+        "cond_config": cond if ldm else None, "schedule": preset.schedule if ldm else None,
+        "normalise": preset.normalise, "lpips": tuple(args.lpips_weights or ())})
 
 
 def unet_for(vq: VQConfig, cond: ConditionConfig, unet: UNetConfig) -> UNetConfig:
@@ -295,16 +268,6 @@ def make_loss(loss: VQLossConfig, args: argparse.Namespace) -> VQLossConfig:
 def given(**flags: object) -> dict:
     """The flags that were given."""
     return {name: value for name, value in flags.items() if value is not None}
-
-
-def find_amp(amp: str, device: str) -> str:
-    """auto -> bf16 where the hardware computes in it, fp16 on an older GPU, else off."""
-    cuda = device.startswith("cuda")
-    if amp == "fp16" and not cuda:
-        raise ValueError("--amp fp16 needs a CUDA GPU; use --amp bf16 or off")
-    if amp != "auto":
-        return amp
-    return "bf16" if checkpoint.has_bf16(device) else "fp16" if cuda else "off"
 
 
 def plain(c: Config) -> dict:
@@ -352,16 +315,6 @@ def ldm_optimizer(ldm: LDM, r: Recipe) -> torch.optim.Optimizer:
     return Muon([params[name] for name in params if name in matrices], adamw(others, r), r.muon)
 
 
-def make_scaler(c: Config) -> torch.amp.GradScaler:
-    """Skips steps whose gradient is not finite, without waiting for the GPU. In fp16 it also scales
-    the loss, so that small gradients do not vanish; elsewhere the scale stays 1."""
-    device = torch.device(c.device).type
-    if c.amp == "fp16":
-        return torch.amp.GradScaler(device)
-    return torch.amp.GradScaler(device, init_scale=1.0, growth_interval=2 ** 30,
-                                backoff_factor=math.nextafter(1.0, 0.0))    # 1 in float32
-
-
 class EMA:
     """Moving average of parameters, decay min(d, (1 + n) / (10 + n)) at update n = 1, 2, ..."""
 
@@ -383,13 +336,6 @@ def prepare(model: nn.Module, c: Config) -> nn.Module:
     return model.to(c.device, memory_format=torch.channels_last)
 
 
-def set_up_gpu(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.set_float32_matmul_precision("high")      # TF32 where autocast keeps float32
-        torch.backends.cudnn.benchmark = True           # all images have one size
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def autocast(c: Config) -> AbstractContextManager:
     return checkpoint.autocast(c.amp, c.device)
 
@@ -404,26 +350,6 @@ def accumulate(sums: dict[str, Tensor], share: float, **terms: Tensor) -> None:
     """Adds a micro-batch's share of the terms of a loss."""
     for name, value in terms.items():
         sums[name] = sums.get(name, 0.0) + share * value.detach()
-
-
-def state_of(parts: dict) -> dict:
-    """The training state of named parts: modules, optimisers, a scaler, a monitor."""
-    return {name: part.state_dict() for name, part in parts.items()}
-
-
-def restore(parts: dict, state: dict, where: Path) -> None:
-    """Puts `state_of` back; ValueError where a network of the file has other shapes."""
-    for name, part in parts.items():
-        if isinstance(part, nn.Module):
-            checkpoint.fill(part, state[name], f"{where}: {name}")
-        else:
-            part.load_state_dict(state[name])
-
-
-def steps_bar(run: RunDir, steps: int) -> tqdm:
-    return tqdm(range(run.start, steps), initial=run.start, total=steps, desc=run.title,
-                unit="step", dynamic_ncols=True, mininterval=1, disable=rank() > 0,
-                leave=not run.dry)
 
 
 def tell_start(path: str, step: int, new: list[str]) -> None:
@@ -443,7 +369,7 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
     objective = VQLoss(r.loss, **distances).to(device, memory_format=torch.channels_last)
     disc, codebook, last_layer = objective.disc, model.quantize, model.decoder.conv_out.weight
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer, scaler = adamw(params, r), make_scaler(c)
+    optimizer, scaler = adamw(params, r), make_scaler(c.amp, c.device)
     optimizers, saved = [optimizer], {"optimizer": optimizer, "scaler": scaler}
     data_init_codes = r.data_init_codes
     if c.init and not run.resumed and not run.dry:
@@ -457,21 +383,21 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
         saved |= {"disc": disc, "disc_optimizer": disc_optimizer}
     if run.resumed:
         checkpoint.fill(model, run.resumed["vq"], str(run.last))
-        restore(saved, run.resumed["train"], run.last)
+        checkpoint.restore(saved, run.resumed["train"], run.last)
         codebook.usage.copy_(run.resumed["train"]["usage"])
     model.checkpointing = c.checkpointing
     if c.compile:       # not the last layer: the adaptive weight takes its gradient separately
         model.encoder.compile()
         model.decoder.features = torch.compile(model.decoder.features)
-    net = parallel(Forward(model, model.reconstruct))
-    judge = None if disc is None else parallel(Forward(disc, objective.discriminator))
+    net = parallel(model, model.reconstruct)
+    judge = None if disc is None else parallel(disc, objective.discriminator)
     quantize_start = int(r.quantize_start * c.steps)
     bad_steps = torch.zeros((), device=device)
 
-    run.begin(plain(c), c.steps, c.eval_every, c.keep_every)
+    run.begin(plain(c))
     batches = data.batches(train, r.batch_size, c.seed, run.start, c.steps, c.workers, augment=True,
                            device=device, rank=rank(), world=world())
-    with stop_signals() as stopped, steps_bar(run, c.steps) as bar:
+    with stop_signals() as stopped, run.bar() as bar:
         for step in bar:
             seed_everything(c.seed, step)
             set_lr(lr_at(step, c), *optimizers)
@@ -513,26 +439,18 @@ def train_vq(c: Config, run: RunDir, train: data.ImageDataset, val: data.ImageDa
             bad_steps = (bad_steps + 1) * ~grad_norm.isfinite()
             if run.log_due(step):
                 log_step(run, bar, step, c, bad_steps, numbers | {"grad_norm": grad_norm})
-            stop = ranks_stop(run, step, stopped.is_set(), device)
+            stop = run.stop_due(step, stopped.is_set(), device)
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
                 if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: no eval
                     score = evaluate_vq(run, bar, step, c, model, val)
-                training = state_of(saved) | {"usage": codebook.usage}
+                training = checkpoint.state_of(saved) | {"usage": codebook.usage}
                 run.save(step, {"stage": "vq", "vq": model.state_dict(),
                                 "vq_config": asdict(c.vq_config), "train": training}, score)
             if stop:
                 break
         run.stopped = any_rank(stopped.is_set(), device)
     return step + 1
-
-
-def ranks_stop(run: RunDir, step: int, told: bool, device: torch.device) -> bool:
-    """True in all ranks after the same step, once one was told to stop. On GPUs the ranks agree
-    only where the log waits for them anyway."""
-    if world() == 1:
-        return told
-    return (run.log_due(step) or device.type == "cpu") and any_rank(told, device)
 
 
 @torch.no_grad()
@@ -545,9 +463,9 @@ def encode_all(model: VQModel, x: Tensor, c: Config) -> Tensor:
 def log_step(run: RunDir, bar: tqdm, step: int, c: Config, bad_steps: Tensor,
              numbers: dict[str, Tensor]) -> None:
     """One line of the log. Reading the values waits for the GPU."""
-    values = {name: float(mean_over_ranks(torch.as_tensor(value, dtype=torch.float32,
-                                                          device=c.device)))
+    values = {name: torch.as_tensor(value, dtype=torch.float32, device=c.device)
               for name, value in numbers.items()}
+    values = {name: float(distributed.mean_over_ranks(value)) for name, value in values.items()}
     if bad_steps >= MAX_BAD_STEPS:
         raise run.diverged(f"the gradient has not been finite for {int(bad_steps)} steps, the last "
                            f"one step {step}")
@@ -558,10 +476,11 @@ def log_step(run: RunDir, bar: tqdm, step: int, c: Config, bad_steps: Tensor,
         bar.set_postfix(loss=values["loss"], refresh=False)
 
 
+@torch.no_grad()
 def evaluate_vq(run: RunDir, bar: tqdm, step: int, c: Config, model: VQModel,
                 val: data.ImageDataset) -> float:
     """Reconstruction of held-out images: log, preview, curves. Returns the score: the PSNR."""
-    began = time.monotonic()
+    began, f = time.monotonic(), c.vq_config.factor
     bar.set_description(f"{run.title}, evaluating")
     val = data.spread(val, c.recipe.eval_images)
     batches = (x for x, *_ in data.in_order(val, in_network(c)))
@@ -569,10 +488,16 @@ def evaluate_vq(run: RunDir, bar: tqdm, step: int, c: Config, model: VQModel,
     said = (f"held-out PSNR {result['psnr']:.2f} dB (averaging over boxes: "
             f"{result['psnr_box']:.2f}); codes used {result['codes_used']:.1%} of "
             f"{c.vq_config.n_embed}, perplexity {result['perplexity']:.0f}")
+    x = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))[0].to(c.device)
+    model.eval()
+    with autocast(c):
+        x_hat = model(x)[0].float().clamp(-1, 1)
+    model.train()
+    shown = map(data.to_uint8, (x, box_baseline(x, f), x_hat))
     with run.writing(run.picture(step)):
-        preview_vq(run.picture(step), model, val, c, result)
+        plots.vq_preview(run.picture(step), *shown, f, result)
     report(run, bar, step, said, result, began,
-           VQ_PANELS | (DISC_PANELS if c.recipe.loss.disc_weight else {}))
+           plots.VQ_PANELS | (plots.DISC_PANELS if c.recipe.loss.disc_weight else {}))
     return result["psnr"]
 
 
@@ -583,40 +508,11 @@ def report(run: RunDir, bar: tqdm, step: int, said: str, result: dict, began: fl
     if not run.dry:
         with run.writing(run.dir / "curves.png"):
             rows = [*read_log(run.log_path), {"step": step} | row]
-            plots.plot_curves(run.dir / "curves.png", rows, panels | SHARED_PANELS,
+            plots.plot_curves(run.dir / "curves.png", rows, panels | plots.SHARED_PANELS,
                               f"{run.dir}, step {step + 1}: {said}")
         bar.write(f"step {step + 1:6d}  {said}")
     run.log(step, **row, eval_s=time.monotonic() - began)
     bar.set_description(run.title)
-
-
-VQ_PANELS: plots.Panels = {
-    "loss of the batch": {"": "loss"},
-    "PSNR, dB": {"held-out": "val_psnr", "boxes": "val_psnr_box"},
-    "codes used, share": {"": "val_codes_used"}, "perplexity of the codes": {"": "val_perplexity"}}
-DISC_PANELS: plots.Panels = {
-    "discriminator, logits": {"real": "logits_real", "reconstructed": "logits_fake"},
-    "adaptive weight": {"": "d_weight"}}
-SHARED_PANELS: plots.Panels = {
-    "gradient norm": {"": "grad_norm"}, "learning rate": {"": "lr"},
-    "images a second, training alone": {"": "img_s"}}
-
-
-@torch.no_grad()
-def preview_vq(path: Path, model: VQModel, val: data.ImageDataset, c: Config, result: dict) -> None:
-    """A grid of original | box | reconstruction | error for the first held-out images."""
-    x = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))[0].to(c.device)
-    model.eval()
-    with autocast(c):
-        x_hat = model(x)[0].float().clamp(-1, 1)
-    model.train()
-    f = c.vq_config.factor
-    box = box_baseline(x, f)
-    shown = [[data.to_uint8(image) for image in images] for images in (x, box, x_hat)]
-    rows = [[*row, plots.error_map(row[2], row[0])] for row in zip(*shown, strict=True)]
-    plots.save_grid(path, rows, ["original", f"boxes of {f} x {f}", "reconstruction",
-                                 f"error, white from {plots.ERROR_WHITE:.0%}"], title=(
-        f"step {int(path.stem)}: {result['psnr']:.2f} dB, boxes {result['psnr_box']:.2f} dB"))
 
 
 def load_distances(c: Config, lpips: LPIPS | None = None) -> dict[str, nn.Module]:
@@ -624,21 +520,17 @@ def load_distances(c: Config, lpips: LPIPS | None = None) -> dict[str, nn.Module
     ValueError where it is needed and its weights are missing."""
     distances: dict[str, nn.Module] = {}
     if c.recipe.loss.detector:
-        distance = DetectorDistance(KeypointDetector(c.size, FEATURE_WIDTHS))
-        checkpoint.fill(distance, checkpoint.read(FEATURES), str(FEATURES))
-        distances["detector"] = distance
+        distances["detector"] = DetectorDistance(KeypointDetector(c.size, FEATURE_WIDTHS))
+        checkpoint.fill(distances["detector"], checkpoint.read(FEATURES), str(FEATURES))
     if c.recipe.loss.perceptual:
-        distances["lpips"] = lpips or load_lpips(c)
+        if not (lpips or c.lpips):
+            raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, which "
+                             "needs weights: give them with --lpips-weights FILE [FILE], fetch "
+                             "them with --download-lpips (528 MB), or train without: "
+                             "--perceptual off")
+        from formats.lpips import load_lpips
+        distances["lpips"] = lpips or load_lpips(c.lpips)
     return distances
-
-
-def load_lpips(c: Config) -> LPIPS:
-    if not c.lpips:
-        raise ValueError(f"preset {c.preset} trains with the perceptual loss LPIPS, which needs "
-                         "weights: give them with --lpips-weights FILE [FILE], fetch them with "
-                         "--download-lpips (528 MB), or train without: --perceptual off")
-    from formats import lpips
-    return lpips.load_lpips(c.lpips)
 
 
 # ------------------------------------------------------------------------------ stage 2
@@ -647,9 +539,8 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
               val: data.ImageDataset) -> int:
     """Trains the diffusion model in the latents of `vq`; returns the steps made."""
     r, device, C = c.recipe, torch.device(c.device), c.vq_config.embed_dim
-    mean, std = torch.zeros(C, 1, 1), torch.ones(C, 1, 1)
-    if c.normalise:
-        mean, std = cache.mean, cache.std
+    mean, std = ((cache.mean, cache.std) if c.normalise else
+                 (torch.zeros(C, 1, 1), torch.ones(C, 1, 1)))
     if run.resumed:         # images may have been repaired since; the latent space stays the same
         mean, std = run.resumed["mean"], run.resumed["std"]
     init = None
@@ -661,29 +552,33 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     ldm = prepare(LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule,
                       supports_guidance=r.p_drop > 0), c)
     if init:
-        tell_start(c.init, init["step"], start_from(ldm, init, c))
+        new = checkpoint.start_from(ldm, init, c.init, c.label_names)
+        tell_start(c.init, init["step"], new)
         init = None                                         # gigabytes for a large model
     average = copy.deepcopy(ldm).eval().requires_grad_(False)
     average.vq = vq                                         # frozen: one copy is enough
     params = [p for p in ldm.parameters() if p.requires_grad]
-    optimizer, scaler = ldm_optimizer(ldm, r), make_scaler(c)
+    optimizer, scaler = ldm_optimizer(ldm, r), make_scaler(c.amp, c.device)
     diffusion, ema = Diffusion(**c.schedule), EMA(ldm, average, r.ema_decay)
-    held_out = HeldOut(c, average, diffusion, cache, val)
+    val = data.spread(val, r.eval_images)
+    monitor = make_monitor(c, average, diffusion, cache, val)
+    shown = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))       # in each preview
     saved = {"unet": ldm.unet, "cond": ldm.cond, "optimizer": optimizer, "scaler": scaler,
-             "watch": held_out.monitor}                         # its losses of the best evaluation
+             "watch": monitor}                                  # its losses of the best evaluation
     if run.resumed:
-        restore({"unet": average.unet, "cond": average.cond}, run.resumed, run.last)
-        restore(saved, run.resumed["train"], run.last)
+        checkpoint.restore({"unet": average.unet, "cond": average.cond}, run.resumed, run.last)
+        checkpoint.restore(saved, run.resumed["train"], run.last)
     ldm.unet.checkpointing = c.checkpointing
     if c.compile:
         ldm.unet.compile()
-    net, kept = parallel(ldm), poses_kept(cache)
+    kept = checkpoint.poses_kept(cache.poses[:len(cache):2], cache.labels[:len(cache):2])
+    net = parallel(ldm)
     mean, std = ldm.mean, ldm.std                           # on the device
     B, mine = r.batch_size, data.share(r.batch_size, rank(), world())
     bad_steps = torch.zeros((), device=device)
 
-    run.begin(plain(c), c.steps, c.eval_every, c.keep_every)
-    with stop_signals() as stopped, steps_bar(run, c.steps) as bar:
+    run.begin(plain(c))
+    with stop_signals() as stopped, run.bar() as bar:
         for step in bar:
             seed_everything(c.seed, step)
             set_lr(lr_at(step, c), optimizer)
@@ -715,13 +610,13 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
             bad_steps = (bad_steps + 1) * ~grad_norm.isfinite()
             if run.log_due(step):
                 log_step(run, bar, step, c, bad_steps, numbers | {"grad_norm": grad_norm})
-            stop = ranks_stop(run, step, stopped.is_set(), device)
+            stop = run.stop_due(step, stopped.is_set(), device)
             if rank() == 0 and (run.save_due(step) or stop):
                 score = None
                 if run.eval_due(step) and (not stop or step + 1 == c.steps):    # stopped: no eval
-                    score, alarm = held_out.evaluate(run, bar, step, ldm)
+                    score, alarm = evaluate_ldm(run, bar, step, c, monitor, average, ldm, shown)
                 payload = checkpoint.ldm_payload(average) | kept
-                run.save(step, payload | {"train": state_of(saved)}, score)
+                run.save(step, payload | {"train": checkpoint.state_of(saved)}, score)
             if c.patience and run.eval_due(step):
                 stop = stop or any_rank(alarm is not None, device)
             if stop:
@@ -730,104 +625,53 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     return step + 1
 
 
-def start_from(ldm: LDM, init: dict, c: Config) -> list[str]:
-    """Takes what fits of a stage-2 payload, labels by their names; returns what stays new."""
-    state = {f"{part}.{name}": tensor for part in ("unet", "cond")
-             for name, tensor in init[part].items()}
-    known, rows = checkpoint.label_names(init, c.init), state.pop("unet.label_emb.weight", None)
-    new = []
-    if c.label_names:
-        emb = ldm.unet.label_emb.weight.detach().clone()
-        for i, name in enumerate(c.label_names):
-            if name in known and rows.shape[1] == emb.shape[1]:
-                emb[i] = rows[known.index(name)]
-            else:
-                new.append(f"label {name}")
-        state["unet.label_emb.weight"] = emb
-    networks = nn.ModuleDict({"unet": ldm.unet, "cond": ldm.cond})
-    return checkpoint.take(networks, state, c.init) + new
-
-
 def drop_one(pose: Tensor, label: Tensor, u: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Poses [B, 17, 3] and labels [B] by u [B] in 0..1: a share p of the samples loses the
     pose, another share p the label. Sampling may then use either alone."""
     return pose * (u >= p)[:, None, None], label.masked_fill(u > 1 - p, NO_LABEL)
 
 
-class HeldOut:
-    """What an evaluation of stage 2 looks at: held-out latents, as many training latents, and poses
-    for a preview."""
-
-    def __init__(self, c: Config, average: LDM, diffusion: Diffusion, cache: LatentCache,
-                 val: data.ImageDataset):
-        self.c, self.average, self.diffusion = c, average, diffusion
-        val = data.spread(val, c.recipe.eval_images)
-        with torch.no_grad(), autocast(c):
-            found = [(average.encode(x.to(c.device)), pose, label) for x, pose, label in
-                     data.in_order(val, in_network(c))]
-        if sum(len(z) for z, _, _ in found) < 2:
-            raise ValueError(f"{c.data} leaves fewer than 2 usable images to validate on; add "
-                             "images, or give validation images with --val")
-        self.z, self.pose, self.label = (torch.cat(each).to(c.device)
-                                         for each in zip(*found, strict=True))
-        rows = 2 * data.evenly(len(cache) // 2, len(self.z))        # even: not mirrored
-        h, pose = cache.rows(rows)
-        self.z_train = (h.to(c.device) - average.mean) / average.std
-        self.pose_train, self.label_train = pose.to(c.device), cache.labels[rows].to(c.device)
-        self.monitor = OverfitMonitor(diffusion, self.z, self.z_train)
-        self.preview = next(data.in_order(data.spread(val, PREVIEWS), PREVIEWS))
-
-    def evaluate(self, run: RunDir, bar: tqdm, step: int, ldm: LDM) -> tuple[float, str | None]:
-        """Losses on fixed noise: log, preview, curves. Returns best.pt's score, and a warning where
-        it overfits.
-
-        Computes the EMA model's loss with the right pose, a shuffled pose and no pose, and the raw
-        model's loss.
-        """
-        c, m, began = self.c, self.monitor, time.monotonic()
-        bar.set_description(f"{run.title}, evaluating")
-        losses = partial(loss_each, diffusion=self.diffusion, batch_size=in_network(c),
-                         autocast=partial(autocast, c))
-        each = condition_each(self.average, self.diffusion, self.z, self.pose, in_network(c),
-                              ldm.supports_guidance, partial(autocast, c), self.label)
-        theirs = {"z": self.z_train, "poses": self.pose_train, "labels": self.label_train}
-        seen = losses(self.average, **theirs)
-        ldm.unet.eval()
-        raw = losses(ldm, z=self.z, poses=self.pose, labels=self.label)
-        raw_seen = losses(ldm, **theirs)
-        ldm.unet.train()
-        result = condition_means(each) | {
-            "shuffled_se": standard_error(each["shuffled"] - each["right"]),
-            **m.means("right", each["right"], 0), **m.means("train", seen, 1),
-            **m.means("raw", raw, 0), **m.means("train_raw", raw_seen, 1),
-            **m.rises(each["right"], seen)}
-        row = {"step": step} | {f"val_{name}": value for name, value in result.items()}
-        warning = overfitting([*read_log(run.log_path), row], c.patience or ROW_OF)
-        said = (f"held-out eps loss {result['right']:.4f} under the right pose, "
-                f"{result['shuffled']:.4f} under a shuffled one: ratio {result['ratio']:.3f}; "
-                f"{result['train']:.4f} on training images")
-        with run.writing(run.picture(step)):
-            preview_ldm(run.picture(step), self.average, self.diffusion, self.preview, c, result)
-        said += f"\n{warning}" if warning else ""
-        report(run, bar, step, said, result, began, LDM_PANELS)
-        return -result["right"], warning
+def make_monitor(c: Config, average: LDM, diffusion: Diffusion, cache: LatentCache,
+                 val: data.ImageDataset) -> OverfitMonitor:
+    """The monitor of held-out latents, beside as many training latents."""
+    with torch.no_grad(), autocast(c):
+        found = [(average.encode(x.to(c.device)), pose, label) for x, pose, label in
+                 data.in_order(val, in_network(c))]
+    if sum(len(z) for z, _, _ in found) < 2:
+        raise ValueError(f"{c.data} leaves fewer than 2 usable images to validate on; add "
+                         "images, or give validation images with --val")
+    held_out = [torch.cat(each).to(c.device) for each in zip(*found, strict=True)]
+    rows = 2 * data.evenly(len(cache) // 2, len(held_out[0]))       # even: not mirrored
+    h, pose = cache.rows(rows)
+    trained = [(h.to(c.device) - average.mean) / average.std, pose.to(c.device),
+               cache.labels[rows].to(c.device)]
+    return OverfitMonitor(diffusion, held_out, trained)
 
 
-LDM_PANELS: plots.Panels = {
-    "loss of the batch": {"": "loss"},
-    "eps loss, EMA and raw weights": {"held-out": "val_right", "training": "val_train",
-                                      "held-out, raw": "val_raw", "training, raw": "val_train_raw"},
-    "held-out eps loss, EMA": {"right pose": "val_right", "shuffled": "val_shuffled",
-                               "none": "val_null"},
-    "by timestep: held-out above training, EMA": plots.draw_gaps,
-    "by timestep: held-out above its best, EMA": plots.draw_rises,
-    "shuffled / right": {"": "val_ratio"}}
+def evaluate_ldm(run: RunDir, bar: tqdm, step: int, c: Config, monitor: OverfitMonitor,
+                 average: LDM, ldm: LDM, shown: tuple[Tensor, ...]) -> tuple[float, str | None]:
+    """Losses on fixed noise: log, curves, preview of the batch `shown`. Returns best.pt's score,
+    and a warning where it overfits."""
+    began = time.monotonic()
+    bar.set_description(f"{run.title}, evaluating")
+    ldm.unet.eval()
+    result = monitor.measure(average, ldm, in_network(c), partial(autocast, c))
+    ldm.unet.train()
+    row = {"step": step} | {f"val_{name}": value for name, value in result.items()}
+    warning = overfitting([*read_log(run.log_path), row], c.patience or ROW_OF)
+    said = (f"held-out eps loss {result['right']:.4f} under the right pose, "
+            f"{result['shuffled']:.4f} under a shuffled one: ratio {result['ratio']:.3f}; "
+            f"{result['train']:.4f} on training images" + (f"\n{warning}" if warning else ""))
+    with run.writing(run.picture(step)):
+        preview_ldm(run.picture(step), average, monitor.diffusion, shown, c, result)
+    report(run, bar, step, said, result, began, plots.LDM_PANELS)
+    return -result["right"], warning
 
 
 @torch.no_grad()
 def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor, ...], c: Config,
                 result: dict) -> None:
-    """A grid: for held-out poses the real image's reconstruction | the skeleton | a sample."""
+    """plots.ldm_preview of a batch of held-out images."""
     x, pose, label = (t.to(c.device) for t in batch)
     with autocast(c):
         z = ldm.encode(x)
@@ -837,35 +681,10 @@ def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor,
         eps_fn = guided(diffusion.eps_model(model), rows, ldm.guidance)
         *_, last = dpm_solver(diffusion, eps_fn, x_T.to(c.device), PREVIEW_STEPS, ldm.eta, noise_fn)
         sample = ldm.decode(last.x).float()
-    rows = [[data.to_uint8(image) for image in x_hat], [draw(p.cpu(), c.size) for p in pose],
-            [data.to_uint8(image) for image in sample]]
     names = [c.label_names[i] if i >= 0 else "" for i in label] if c.label_names else []
-    plots.save_grid(path, rows, names, labels=[
-        "reconstruction of the real image", "pose asked for",
-        f"sample, DPM-Solver++ {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"],
-        title=f"step {int(path.stem)}: held-out loss {result['right']:.4f}, shuffled / right "
-              f"{result['ratio']:.3f}")
-
-
-def poses_kept(cache: LatentCache) -> dict[str, Tensor]:
-    """For a checkpoint: "poses" of training images with a visible joint, float16 [N, 17, 3], all or
-    POSES_KEPT spread evenly, and where there are labels their "pose_labels" [N]."""
-    poses = cache.poses[:len(cache):2]                      # the odd rows are their mirror images
-    seen = np.flatnonzero((poses[..., 2] > 0).any(axis=1))
-    seen = seen[data.evenly(len(seen), POSES_KEPT)]
-    kept = {"poses": torch.from_numpy(poses[seen]).half()}
-    if (cache.labels != NO_LABEL).any():
-        kept["pose_labels"] = cache.labels[2 * seen]
-    return kept
-
-
-def check_latents(c: Config, theirs: VQConfig, size: int | None) -> None:
-    """ValueError where the autoencoder of stage 1 does not fit the preset; `size`, where known, is
-    that of its images."""
-    if (theirs.factor, size or c.size) != (c.vq_config.factor, c.size):
-        raise ValueError(f"{c.vq} is an f{theirs.factor} autoencoder for {size or 'any'} pixels, "
-                         f"but preset {c.preset} has f{c.vq_config.factor} and {c.size}; train "
-                         "both stages with the same --preset")
+    how = f"DPM-Solver++ {PREVIEW_STEPS}, eta {ldm.eta:g}, guidance {ldm.guidance:g}"
+    plots.ldm_preview(path, data.to_uint8(x_hat), pose.cpu().numpy(), data.to_uint8(sample), names,
+                      how, result)
 
 
 # ------------------------------------------------------------------------------ a run
@@ -877,7 +696,11 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         stage_1 = checkpoint.load_vq(c.vq, say=print0)
         used = f", latents of {checkpoint.dated(c.vq, stage_1['step'])}"
         vq = prepare(checkpoint.build_vq(stage_1, c.vq), c)
-        check_latents(c, vq.config, stage_1["config"]["size"])
+        size, theirs, f = stage_1["config"]["size"], vq.config.factor, c.vq_config.factor
+        if (theirs, size or c.size) != (f, c.size):         # of published ones it is not known
+            raise ValueError(f"{c.vq} is an f{theirs} autoencoder for {size or 'any'} pixels, but "
+                             f"preset {c.preset} has f{f} and {c.size}; train both stages with the "
+                             "same --preset")
         c = replace(c, vq_config=vq.config, vq_hash=checkpoint.hash_of(stage_1["vq"]),
                     unet_config=unet_for(vq.config, c.cond_config, c.unet_config))
     train, val = data.open_data(c.data, c.size, c.val,
@@ -894,7 +717,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         c = resumed_config(c, run.resumed["config"], accept_data)
     elif c.init and c.stage == "ldm":           # its weights predict by its schedule
         c = replace(c, schedule=checkpoint.load(c.init, "ldm", preset=c.preset)["schedule"])
-    if is_complete(c, run, run.start):
+    if is_complete(run, run.start, c.steps, c.patience, overfitting):
         return True
     announce(c, run, len(val), used)
 
@@ -906,12 +729,12 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
             loop, needs = train_ldm, (vq, open_latents(c, run.dir, vq, train), val)
         if c.steps is None or c.eval_every is None:
             step_s, eval_s, build_s = measure_speed(c, loop, needs)
-            spent = from_rank_0(time.monotonic() - began) + build_s     # the real run builds again
-            c = fix_length(c, spent, step_s, eval_s)
+            spent = distributed.from_rank_0(time.monotonic() - began) + build_s     # builds again
+            c = replace(c, **fix_length(c.minutes, c.steps, c.eval_every, spent, step_s, eval_s))
         step = loop(c, run, *needs)
     print0(f"{plural(step - run.start, 'step')} in {(time.monotonic() - began) / 60:.1f} minutes"
-           f"{peak_memory(c)}.")
-    if is_complete(c, run, step):
+           f"{peak_memory(c.device)}.")
+    if is_complete(run, step, c.steps, c.patience, overfitting):
         return True
     print0(f"{run.dir}: stopped at step {step} of {c.steps}; rerun the same command to resume")
     return False
@@ -923,36 +746,21 @@ def open_latents(c: Config, folder: Path, vq: VQModel, train: data.ImageDataset)
             return vq.encode(x.to(c.device)).float()
 
     if rank() > 0:
-        barrier()                               # rank 0 fills the cache, the others open it
+        distributed.barrier()                   # rank 0 fills the cache, the others open it
     key = f"{c.vq_hash} {c.amp}"
     cache = LatentCache(folder, key, train, encode, ENCODED, c.device, c.workers)
     if rank() == 0:
-        barrier()
+        distributed.barrier()
     return cache
 
 
 def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
     """c with the length of the run that it resumes; ValueError where it is another run."""
-    free = MAY_DIFFER | (OF_DATA if accept_data else set())
     if c.cond_config and "hidden" not in old["cond_config"]:    # a run from before hidden joints
         c = replace(c, cond_config=replace(c.cond_config, hidden=False))
     if c.stage == "ldm" and c.init:             # the run has taken it from there
         c = replace(c, schedule=old["schedule"])
-    if found := first_difference(old, plain(c), free):
-        name, was, now = found
-        if name == "vq_hash":
-            raise ValueError(f"{c.out} holds a run that used another autoencoder than "
-                             f"{c.vq}; give another --out, or --fresh")
-        advice = ("--accept-data to resume with the images as they are now" if name in OF_DATA else
-                  f"--labels {was or 'off'} to resume it" if name == "labels" else
-                  "the old command to resume it")
-        raise ValueError(f"{c.out} holds a run with {name} = {was}, but this command has {name} = "
-                         f"{now}; give {advice}, or another --out, or --fresh")
-    if (c.steps or old["steps"]) != old["steps"] or c.minutes not in (None, old["minutes"]):
-        print0(f"{c.out} keeps its length of {old['steps']} steps; to go on after them, give "
-               f"--init {c.out}/last.pt and another --out")
-    return replace(c, steps=old["steps"], minutes=old["minutes"],
-                   eval_every=c.eval_every or old["eval_every"])
+    return replace(c, **resumed_length(old, plain(c), accept_data))
 
 
 def measure_speed(c: Config, loop: Callable[..., int], needs: tuple) -> tuple[float, float, float]:
@@ -972,26 +780,7 @@ def measure_speed(c: Config, loop: Callable[..., int], needs: tuple) -> tuple[fl
     if rank() == 0:
         step_s, eval_s = c.recipe.batch_size / rows[-2]["img_s"], rows[-1]["eval_s"]
         build_s = time.monotonic() - began - steps * step_s - eval_s
-    return from_rank_0((step_s, eval_s, build_s) if rank() == 0 else None)
-
-
-def fix_length(c: Config, spent: float, step_s: float, eval_s: float) -> Config:
-    """c with its number of steps, and with as many evaluations as EVAL_SHARE of the time pays for.
-    The `spent` seconds of preparation count towards --minutes."""
-    steps = c.steps
-    if steps is None:
-        with_evals = step_s / (1 - EVAL_SHARE)
-        if c.eval_every:
-            with_evals = step_s + eval_s / c.eval_every
-        steps = max(1, int((60 * c.minutes - spent - eval_s) / with_evals))
-        print0(f"{plural(c.minutes, 'minute')} minus {spent:.0f} s of preparation allow "
-               f"{plural(steps, 'step')} of {step_s:.2g} s, evaluations of {eval_s:.2g} s")
-        if steps < FEW_STEPS:
-            print0(f"{plural(steps, 'step')} are too few to train a useful model; give more "
-                   "--minutes, or --steps")
-    pays = EVAL_SHARE * steps * step_s / eval_s             # evaluations, the measured one included
-    evals = min(MAX_EVALS, max(1, int(pays) - 1))
-    return replace(c, steps=steps, eval_every=c.eval_every or math.ceil(steps / evals))
+    return distributed.from_rank_0((step_s, eval_s, build_s) if rank() == 0 else None)
 
 
 def announce(c: Config, run: RunDir, held_out: int, used: str) -> None:
@@ -1005,31 +794,6 @@ def announce(c: Config, run: RunDir, held_out: int, used: str) -> None:
            f"parameters, {plural(c.images, 'image')} of {c.size}x{c.size} for training, {held_out} "
            f"held out ({c.data}), {length} of {plural(c.recipe.batch_size, 'image')}{used}, into "
            f"{c.out}.")
-
-
-def out_of_patience(c: Config, run: RunDir, step: int) -> bool:
-    """True if the log up to `step` ends a run with --patience; prints why."""
-    rows = [row for row in read_log(run.log_path) if row["step"] < step]
-    warning = overfitting(rows, c.patience) if c.patience and step else None
-    if warning:
-        print0(f"{run.dir} is out of patience at step {step} of {c.steps}: {warning} Use "
-               f"{run.best_path}, or rerun without --patience {c.patience} to train to the end.")
-    return bool(warning)
-
-
-def is_complete(c: Config, run: RunDir, step: int) -> bool:
-    """True if nothing is left to train after `step` steps; prints the reason."""
-    if step and step == c.steps:
-        print0(f"{run.dir} is complete at step {step}; see {run.dir}/curves.png and "
-               f"{run.dir}/samples/. --fresh starts over.")
-        return True
-    return out_of_patience(c, run, step)
-
-
-def peak_memory(c: Config) -> str:
-    if not c.device.startswith("cuda"):
-        return ""
-    return f", {torch.cuda.max_memory_allocated(c.device) / 2 ** 30:.1f} GiB at its peak"
 
 
 # ------------------------------------------------------------------------------ command line
@@ -1049,8 +813,7 @@ def count_parameters(c: Config) -> dict[str, int]:
 
 def dry_run(c: Config) -> None:
     """Prints recipe and parameter counts; on a GPU also time and memory of a few real steps."""
-    f = c.vq_config.factor
-    side = c.size // f
+    f, side = c.vq_config.factor, c.size // c.vq_config.factor
     print(f"stage {c.stage}, preset {c.preset}: {c.size}x{c.size} images, f{f} latents "
           f"{side}x{side}x{c.vq_config.embed_dim}, {c.vq_config.n_embed} codes")
     for name, n in count_parameters(c).items():
@@ -1060,7 +823,8 @@ def dry_run(c: Config) -> None:
     if c.device.startswith("cuda"):
         set_up_gpu(c.device)
         step_s = measure_figures(c)
-        print(f"{step_s:.3g} s a step, {c.recipe.batch_size / step_s:.3g} images/s{peak_memory(c)}")
+        print(f"{step_s:.3g} s a step, {c.recipe.batch_size / step_s:.3g} images/s"
+              f"{peak_memory(c.device)}")
 
 
 def measure_figures(c: Config) -> float:
@@ -1161,16 +925,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def complain(text: str) -> None:
-    """A sentence to stderr. Each rank reports its own error; a wrong command is reported once."""
-    if dist.is_initialized():
-        print(f"train.py, rank {rank()} of {world()}: {text}", file=sys.stderr)
-    elif os.environ.get("RANK", "0") == "0":
-        print(f"train.py: {text}", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args, c = parse_args(argv), None
+    args, c, status = parse_args(argv), None, 2
     try:
         if args.dry_run:
             for stage in [args.stage] if args.stage else ["vq", "ldm"]:
@@ -1180,36 +936,36 @@ def main(argv: list[str] | None = None) -> int:
         if args.download_lpips:
             from formats import lpips
             c = replace(c, lpips=tuple(map(str, lpips.download_lpips())))
-        c = replace(c, device=join(c.device, c.recipe.batch_size))
+        c = replace(c, device=distributed.join(c.device, c.recipe.batch_size))
         set_up_gpu(c.device)
         with locked(Path(c.out)) if rank() == 0 else nullcontext():
-            barrier()                                       # rank 0 has the folder first
+            distributed.barrier()                           # rank 0 has the folder first
             complete = run_stage(c, fresh=args.fresh, accept_data=args.accept_data)
     except (ValueError, OSError) as e:
-        complain(str(e))
-        return 2
+        said = str(e)
     except RuntimeError as e:
         if c and checkpoint.out_of_memory(e):
-            complain(f"the memory of {c.device} is too small for {in_network(c)} images at once; "
-                     f"add --micro-batch {max(1, in_network(c) // 2)} or --checkpointing and rerun")
-            return 2
-        if args.compile and type(e).__module__.startswith("torch._"):       # _dynamo or _inductor
-            complain(f"torch.compile fails here ({type(e).__name__}); leave --compile out")
-            return 2
-        if data.worker_died(e):
-            complain(data.WORKER_DIED)
-            return 2
-        if not lost_rank(e):
+            n = in_network(c)
+            said = (f"the memory of {c.device} is too small for {n} images at once; add "
+                    f"--micro-batch {max(1, n // 2)} or --checkpointing and rerun")
+        elif args.compile and type(e).__module__.startswith("torch._"):     # _dynamo or _inductor
+            said = f"torch.compile fails here ({type(e).__name__}); leave --compile out"
+        elif data.worker_died(e):
+            said = data.WORKER_DIED
+        elif distributed.lost_rank(e):
+            said, status = (f"another rank is gone ({str(e).strip().splitlines()[0][:100]}); rerun "
+                            "the same command to resume"), LOST
+        else:
             raise
-        complain(f"another rank is gone ({str(e).strip().splitlines()[0][:100]}); rerun the same "
-                 "command to resume")
-        return LOST
     except KeyboardInterrupt:
-        complain("interrupted; rerun the same command to resume from the last checkpoint")
-        return INTERRUPTED
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 0 if complete else INTERRUPTED
+        said = "interrupted; rerun the same command to resume from the last checkpoint"
+        status = INTERRUPTED
+    else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return 0 if complete else INTERRUPTED
+    distributed.complain("train.py", said)
+    return status
 
 
 if __name__ == "__main__":

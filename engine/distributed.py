@@ -7,6 +7,7 @@ the next step.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -34,6 +35,14 @@ def print0(text: str) -> None:
     """Prints once, whatever the number of ranks."""
     if rank() == 0:
         print(text, flush=True)
+
+
+def complain(command: str, text: str) -> None:
+    """A sentence to stderr. Each rank reports its own error; a wrong command is reported once."""
+    if dist.is_initialized():
+        print(f"{command}, rank {rank()} of {world()}: {text}", file=sys.stderr)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"{command}: {text}", file=sys.stderr)
 
 
 def join(device: str, batch_size: int) -> str:
@@ -73,8 +82,9 @@ class Forward(nn.Module):
         return self.function(*args)
 
 
-def parallel(net: nn.Module) -> nn.Module:
-    """`net`, whose backward pass averages the gradients over the ranks."""
+def parallel(net: nn.Module, function: Callable | None = None) -> nn.Module:
+    """`net`, or a function that uses it, with gradients that are averaged over the ranks."""
+    net = Forward(net, function) if function else net
     if world() == 1:
         return net
     with warnings.catch_warnings():

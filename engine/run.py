@@ -16,8 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 import checkpoint
-from engine.distributed import rank
+from engine.distributed import any_rank, rank, world
 
 LOG_EVERY = 20                  # steps between lines of log.jsonl
 SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
@@ -34,20 +37,6 @@ def read_log(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return rows
-
-
-def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, object, object] | None:
-    """The first place where two plain configs differ, and both values: ("recipe.lr", a, b). A field
-    that `old` lacks is newer than the run, and was off; a field that only `old` has is ignored."""
-    for key, now in new.items():
-        was = old.get(key, type(now)())
-        if key in ignored or was == now:
-            continue
-        if not (isinstance(was, dict) and isinstance(now, dict)):
-            return key, was, now
-        if found := first_difference(was, now, set()):
-            return f"{key}.{found[0]}", *found[1:]
-    return None
 
 
 class RunDir:
@@ -83,11 +72,10 @@ class RunDir:
                                  "cannot be resumed; --fresh starts over")
             self.resumed = found
 
-    def begin(self, config: dict, steps: int, eval_every: int,
-              keep_every: int | None = None) -> None:
+    def begin(self, config: dict) -> None:
         """Call right before the first step: until then --fresh has deleted nothing."""
-        self.config, self.steps = config, steps
-        self.eval_every, self.keep_every = eval_every, keep_every
+        self.config, self.steps = config, config["steps"]
+        self.eval_every, self.keep_every = config["eval_every"], config["keep_every"]
         self.resumed = None                     # restored by now: gigabytes for a large model
         if rank() > 0:
             return
@@ -124,6 +112,19 @@ class RunDir:
 
     def _kept(self, step: int) -> bool:
         return self.keep_every is not None and step % self.keep_every == 0
+
+    def stop_due(self, step: int, told: bool, device: torch.device) -> bool:
+        """True in all ranks after the same step, once one was told to stop. On GPUs the ranks agree
+        only where the log waits for them anyway."""
+        if world() == 1:
+            return told
+        return (self.log_due(step) or device.type == "cpu") and any_rank(told, device)
+
+    def bar(self) -> tqdm:
+        """The steps that are left, with a progress bar."""
+        return tqdm(range(self.start, self.steps), initial=self.start, total=self.steps,
+                    desc=self.title, unit="step", dynamic_ncols=True, mininterval=1,
+                    disable=rank() > 0, leave=not self.dry)
 
     # -------------------------------------------------------------------------- writing
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metrics.condition import fixed_noise
+from metrics.condition import condition_each, condition_means, fixed_noise, loss_each
 
 if TYPE_CHECKING:
     from diffusion import Diffusion
+    from ldm import LDM
 
 BINS = 10                       # of timesteps, of equal width
 LEAST_IN_BIN = 8                # latents: with fewer the standard error is worthless
@@ -48,11 +50,12 @@ class OverfitMonitor:
     Over all timesteps (key "") and in bins (keys "_t000", "_t100", ...), each with its own best.
     """
 
-    def __init__(self, diffusion: Diffusion, val: Tensor, train: Tensor):
-        """val [N, C, h, w] and train [M, C, h, w] are the latents whose losses will come."""
-        self.members = {"": (torch.arange(len(val)), torch.arange(len(train)))}
+    def __init__(self, diffusion: Diffusion, val: Sequence[Tensor], train: Sequence[Tensor]):
+        """Latents z [N, C, h, w] and, for `measure`, poses [N, 17, 3] and labels [N]."""
+        self.diffusion, self.val, self.train = diffusion, val, train
+        self.members = {"": (torch.arange(len(val[0])), torch.arange(len(train[0])))}
         bins = [fixed_noise(diffusion, z)[0].cpu() * BINS // diffusion.timesteps
-                for z in (val, train)]
+                for z, *_ in (val, train)]
         for b in range(BINS):
             first = math.ceil(b * diffusion.timesteps / BINS)
             self.members[f"_t{first:03d}"] = tuple((of == b).nonzero()[:, 0] for of in bins)
@@ -66,6 +69,23 @@ class OverfitMonitor:
         sizes = {key: [len(part) for part in members] for key, members in self.members.items()}
         if all(sizes.get(key) == [len(b["val"]), len(b["train"])] for key, b in best.items()):
             self.best = best
+
+    def measure(self, average: LDM, raw: LDM, batch_size: int,
+                autocast: Callable[[], AbstractContextManager]) -> dict[str, float]:
+        """For the log: eps losses on fixed noise, of the EMA model with the right pose, a shuffled
+        one and none, and on training latents; of the raw model on both."""
+        def losses(model: LDM, z: Tensor, poses: Tensor, labels: Tensor) -> Tensor:
+            return loss_each(model, self.diffusion, z, poses, batch_size, False, autocast, labels)
+
+        z, poses, labels = self.val
+        each = condition_each(average, self.diffusion, z, poses, batch_size,
+                              average.supports_guidance, autocast, labels)
+        right, train = each["right"], losses(average, *self.train)
+        return condition_means(each) | {
+            "shuffled_se": standard_error(each["shuffled"] - right),
+            **self.means("right", right, 0), **self.means("train", train, 1),
+            **self.means("raw", losses(raw, *self.val), 0),
+            **self.means("train_raw", losses(raw, *self.train), 1), **self.rises(right, train)}
 
     def means(self, name: str, losses: Tensor, part: int) -> dict[str, float]:
         """For the log: means by bin of losses [N] of held-out (part 0) or training latents (1)."""

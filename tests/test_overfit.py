@@ -41,7 +41,7 @@ def planted(val, train, wander: float = 0.0, evals: int = EVALS) -> list[dict]:
     Each latent has a difficulty of its own; its loss wanders around it by that share.
     """
     g = torch.Generator().manual_seed(0)
-    watch = overfit.OverfitMonitor(DIFFUSION, LATENTS, LATENTS)
+    watch = overfit.OverfitMonitor(DIFFUSION, [LATENTS], [LATENTS])
     hard = [0.5 + torch.rand(N, generator=g, dtype=torch.float64) for _ in range(2)]
     rows = []
     for k in range(evals):
@@ -148,7 +148,7 @@ def test_a_verdict_is_valid_json_and_needs_an_evaluation():
 # -------------------------------------------------------------------------------------- the monitor
 
 def test_each_bin_is_compared_with_its_own_best_latent_by_latent():
-    watch = overfit.OverfitMonitor(DIFFUSION, LATENTS, LATENTS)
+    watch = overfit.OverfitMonitor(DIFFUSION, [LATENTS], [LATENTS])
     g = torch.Generator().manual_seed(1)
     losses = torch.rand(6, 2, N, generator=g, dtype=torch.float64)
     for k, (v, u) in enumerate(losses):
@@ -163,16 +163,16 @@ def test_each_bin_is_compared_with_its_own_best_latent_by_latent():
                       "grown_se": ((rise.var() + moved.var()) / n).sqrt()}
             for name, value in wanted.items():
                 assert figures[f"{name}_t{100 * b:03d}"] == pytest.approx(float(value))
-    again = overfit.OverfitMonitor(DIFFUSION, LATENTS, LATENTS)
+    again = overfit.OverfitMonitor(DIFFUSION, [LATENTS], [LATENTS])
     again.load_state_dict(watch.state_dict())
     assert again.rises(*losses[3]) == watch.rises(*losses[3])
-    other = overfit.OverfitMonitor(DIFFUSION, LATENTS[:100], LATENTS)
+    other = overfit.OverfitMonitor(DIFFUSION, [LATENTS[:100]], [LATENTS])
     other.load_state_dict(watch.state_dict())                           # of other latents
     assert other.best == {}
 
 
 def test_few_latents_and_losses_that_are_not_finite_do_not_count():
-    watch = overfit.OverfitMonitor(DIFFUSION, LATENTS[:30], LATENTS[:30])        # three a bin
+    watch = overfit.OverfitMonitor(DIFFUSION, [LATENTS[:30]], [LATENTS[:30]])        # three a bin
     found = watch.rises(torch.rand(30), torch.rand(30))
     assert set(found) == {"rise", "rise_se", "grown", "grown_se"}
     assert watch.rises(torch.full((30,), math.nan), torch.rand(30)) == {}
@@ -261,7 +261,7 @@ def test_images_a_second_are_those_of_training_alone(trained, tmp_path, monkeypa
             now[0] += seconds
             return honest(*args, **values)
         monkeypatch.setattr(owner, name, slow)
-    takes(train, "seed_everything", 0.02), takes(train, "condition_each", 0.5)
+    takes(train, "seed_everything", 0.02), takes(overfit, "condition_each", 0.5)
     monkeypatch.setattr(engine.run, "LOG_EVERY", 5)
     argv = run_of(trained, tmp_path / "run", "--steps", "20", "--eval-every", "12")
     assert train.main(argv) == 0
@@ -337,7 +337,7 @@ def test_the_curves_have_every_figure_of_few_points_and_of_many(tmp_path, monkey
             super().savefig(*args, **how)
     log = [r | {"lr": 1e-4, "grad_norm": 1.0, "img_s": 30.0 + i} if "loss" in r else r
            for i, r in enumerate(planted(rising(5, {0}), falling)[:rows])]
-    panels = train.LDM_PANELS | train.SHARED_PANELS
+    panels = plots.LDM_PANELS | plots.SHARED_PANELS
     monkeypatch.setattr(matplotlib.figure, "Figure", Figure)
     PLOT_CURVES(tmp_path / "curves.png", log, panels, "it learns")
     axes = {ax.get_title(): ax for ax in kept[0].axes if ax.get_title()}

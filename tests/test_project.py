@@ -18,7 +18,7 @@ import train
 ROOT = Path(__file__).parent.parent
 LEAVES = "diffusion", "unet", "vq", "keypoints"
 ROOMS = {
-    "engine": {"run", "distributed", "process", "cpu", "muon", "startup"},
+    "engine": {"run", "length", "distributed", "process", "cpu", "gpu", "muon", "startup"},
     "dataset": {"figures", "latents", "check", "folder", "bars"},
     "formats": {"pose_files", "compvis", "lpips", "detections"},
     "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "pose"},

@@ -40,6 +40,7 @@ import checkpoint
 import engine.run
 import plots
 import train
+from engine.length import MAY_DIFFER, OF_DATA
 from engine.process import locked, stop_signals
 from engine.run import RunDir, read_log
 
@@ -224,7 +225,7 @@ def test_what_is_not_finite_is_named():
 # What a process was in when it died: the last mark that it left in its pipe. Capitals are ends.
 MARKS = {"s": (train, "seed_everything"), "e": (train, "reconstruction"),
          "w": (checkpoint, "save"), "l": (RunDir, "log")}
-MARKS_LDM = MARKS | {"e": (train.HeldOut, "evaluate")}
+MARKS_LDM = MARKS | {"e": (train, "evaluate_ldm")}
 PHASES = {"": "starting", "S": "training", "e": "evaluating", "w": "writing a checkpoint"}
 
 
@@ -430,10 +431,10 @@ def test_every_field_of_a_resumed_run_may_differ_or_is_refused_with_both_values(
         ["--stage", stage, "--steps", "9", "--device", "cpu", "--data", "mine"])),
         images=100, data_hash="0123", vq_hash="4567")
     names = {f.name for f in fields(train.Config)}
-    assert train.MAY_DIFFER | train.OF_DATA <= names and not train.MAY_DIFFER & train.OF_DATA
+    assert MAY_DIFFER | OF_DATA <= names and not MAY_DIFFER & OF_DATA
     for path in leaves(train.plain(c)):
         old, was, now = changed(train.plain(c), path)
-        if path[0] in train.MAY_DIFFER:
+        if path[0] in MAY_DIFFER:
             train.resumed_config(c, old, accept_data=False)
             continue
         with pytest.raises(ValueError) as e:
@@ -442,7 +443,7 @@ def test_every_field_of_a_resumed_run_may_differ_or_is_refused_with_both_values(
         assert ("used another autoencoder" if name == "vq_hash" else
                 f"a run with {name} = {was}, but this command has {name} = {now}; ") in str(e.value)
         assert "--fresh" in str(e.value) and "\n" not in str(e.value)
-        if path[0] in train.OF_DATA:
+        if path[0] in OF_DATA:
             assert "--accept-data" in str(e.value)
             train.resumed_config(c, old, accept_data=True)
         else:

@@ -29,6 +29,8 @@ import sample
 import train
 from dataset.figures import Figures
 from diffusion import Diffusion
+from engine import length
+from engine.gpu import make_scaler
 from engine.muon import MUON_RMS, NS_COEFFICIENTS, NS_STEPS, Muon, orthogonalised
 from engine.run import RunDir, read_log
 from keypoints import ConditionConfig, PoseCondition
@@ -237,6 +239,11 @@ def test_a_finished_run_is_left_alone_and_another_command_refused(trained, tmp_p
 
 # ------------------------------------------------------------------------------ the length of a run
 
+def fixed(c: train.Config, *seconds: float) -> train.Config:
+    """`c` with the length that follows from these seconds."""
+    return train.replace(c, **length.fix_length(c.minutes, c.steps, c.eval_every, *seconds))
+
+
 def evaluations(c: train.Config, folder: Path) -> int:
     run = RunDir(folder, c.stage)
     run.steps, run.eval_every = c.steps, c.eval_every
@@ -251,20 +258,20 @@ def test_a_run_of_minutes_ends_in_time(tmp_path, minutes, spent, step_s, eval_s,
     """On a machine of steady speed, and with evaluations that take a twentieth of it or one."""
     flags = ["--stage", "vq", "--minutes", str(minutes)]
     flags += ["--eval-every", every] if every else []
-    c = train.fix_length(train.make_config(train.parse_args(flags)), spent, step_s, eval_s)
+    c = fixed(train.make_config(train.parse_args(flags)), spent, step_s, eval_s)
     evals = evaluations(c, tmp_path)
     total = spent + c.steps * step_s + evals * eval_s
     assert 60 * minutes - 0.07 * (60 * minutes - spent) - 3 * eval_s < total < 60 * minutes + eval_s
-    assert every or evals == 1 or evals * eval_s <= train.EVAL_SHARE * (total - spent)
-    assert every or evals <= train.MAX_EVALS
+    assert every or evals == 1 or evals * eval_s <= length.EVAL_SHARE * (total - spent)
+    assert every or evals <= length.MAX_EVALS
 
 
 def test_a_run_of_steps_evaluates_as_often_as_its_time_pays_for(tmp_path):
     for steps, wanted in (1, 1), (150, 75), (1000, 100), (50_000, 100):
         c = train.make_config(train.parse_args(["--stage", "vq", "--steps", str(steps)]))
-        c = train.fix_length(c, 100.0, 1.0, 1e-3)
+        c = fixed(c, 100.0, 1.0, 1e-3)
         assert c.steps == steps and evaluations(c, tmp_path) == wanted
-    assert train.fix_length(train.replace(c, eval_every=None), 0, 1.0, 5000.0).eval_every == steps
+    assert fixed(train.replace(c, eval_every=None), 0, 1.0, 5000.0).eval_every == steps
 
 
 def test_minutes_become_steps_that_a_resumed_run_keeps(tmp_path, monkeypatch, capsys):
@@ -318,7 +325,7 @@ def test_ctrl_c_while_the_speed_is_measured_leaves_nothing_behind(tmp_path, monk
 @pytest.mark.parametrize("amp", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_both_stages_learn(tmp_path, monkeypatch, amp):
     """In fp16 too, which the flag refuses on a CPU."""
-    monkeypatch.setattr(train, "find_amp", lambda name, device: amp)
+    monkeypatch.setattr(checkpoint, "find_amp", lambda name, device: amp)
     drawn, loss = [], Diffusion.loss
     monkeypatch.setattr(Diffusion, "loss", lambda d, model, x0, cond, t, noise, drop: (
         drawn.append((t, noise, drop)), loss(d, model, x0, cond, t, noise, drop))[1])
@@ -421,7 +428,7 @@ def test_in_fp16_a_skipped_step_halves_the_scale():
     c = train.make_config(train.parse_args(["--stage", "vq", "--device", "cpu"]))
     p = torch.nn.Parameter(torch.ones(3))
     for amp, scales in ("fp16", [2 ** 15, 2 ** 14, 2 ** 14]), ("bf16", [1, 1, 1]):
-        scaler, optimizer = train.make_scaler(train.replace(c, amp=amp)), train.adamw([p], c.recipe)
+        scaler, optimizer = make_scaler(amp, "cpu"), train.adamw([p], c.recipe)
         for grad, wanted in zip([math.inf, math.nan, 1.0], scales, strict=True):
             before = p.detach().clone()
             scaler.scale((p * grad).sum()).backward()
@@ -712,14 +719,13 @@ def test_a_checkpoint_carries_training_poses_spread_over_all(trained, monkeypatc
         _, payload = checkpoint.load_ldm(path := trained / "ldm" / name)
         assert payload["poses"].dtype == torch.float16
         np.testing.assert_allclose(checkpoint.training_poses(payload, path), wanted, atol=1 / 2048)
-    poses = np.ones((30, 17, 3), np.float32)
-    cache = type("Cache", (), {"poses": poses, "labels": torch.full((30,), -1),
-                               "__len__": lambda self: 26})()                   # 4 rows not filled
-    cache.poses[:, 0, 0] = np.arange(30)
-    cache.poses[4, :, 2] = 0                                    # image 2 has no visible joint
-    assert train.poses_kept(cache)["poses"][:, 0, 0].tolist() == [0, 2, *range(6, 26, 2)]
-    monkeypatch.setattr(train, "POSES_KEPT", 4)
-    assert train.poses_kept(cache)["poses"][:, 0, 0].tolist() == [0, 10, 16, 24]
+    poses = np.ones((13, 17, 3), np.float32)
+    poses[:, 0, 0] = np.arange(13)
+    poses[2, :, 2] = 0                                          # image 2 has no visible joint
+    labels = torch.full((13,), -1)
+    for wanted in [0, 1, *range(3, 13)], [0, 5, 8, 12]:
+        assert checkpoint.poses_kept(poses, labels)["poses"][:, 0, 0].tolist() == wanted
+        monkeypatch.setattr(checkpoint, "POSES_KEPT", 4)
 
 
 def test_an_unusual_pose_gets_a_note(trained, tmp_path, capsys, monkeypatch):
