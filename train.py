@@ -40,6 +40,7 @@ import checkpoint
 import data
 import plots
 from checkpoint import number, plural
+from dataset.faults import WORKER_DIED, naming_broken, worker_died
 from dataset.latents import LatentCache, latent_batch
 from diffusion import Diffusion, dpm_solver, guided, per_image_noise
 from engine.cpu import use_fast_norms
@@ -899,7 +900,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
     announce(c, run, len(val), used)
 
     broken = run.dir / (f"broken-{rank()}.txt" if rank() else "broken.txt")
-    with data.naming_broken(broken, train, val):
+    with naming_broken(broken, train, val):
         if c.stage == "vq":
             loop, needs = train_vq, (train, val, load_distances(c))
         else:
@@ -1196,8 +1197,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.compile and type(e).__module__.startswith("torch._"):       # _dynamo or _inductor
             complain(f"torch.compile fails here ({type(e).__name__}); leave --compile out")
             return 2
-        if data.worker_died(e):
-            complain(data.WORKER_DIED)
+        if worker_died(e):
+            complain(WORKER_DIED)
             return 2
         if not lost_rank(e):
             raise

@@ -19,7 +19,8 @@ from unicodedata import normalize
 import numpy as np
 
 import keypoints
-from data import SUFFIXES, DataError, upright_size
+from dataset.faults import DataError
+from dataset.images import SUFFIXES, upright_size
 from formats import pose_files
 
 PARTS = "train", "valid", "val", "test"         # folders of Roboflow's exports

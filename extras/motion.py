@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 import data
+from dataset.images import SUFFIXES
 from diffusion import Seed
 from formats.pose_files import NobodyFound, fitted, load_poses, name_of
 from keypoints import draw
@@ -90,7 +91,7 @@ def frame_files(folder: Path) -> list[Path]:
     """The pose files in a folder in natural order: all files but images and hidden ones."""
     files = [file for file in folder.iterdir()
              if file.is_file() and not file.name.startswith(".")
-             and file.suffix.lower() not in data.SUFFIXES]
+             and file.suffix.lower() not in SUFFIXES]
     return sorted(files, key=lambda file: natural(file.name))
 
 

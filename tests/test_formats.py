@@ -8,8 +8,9 @@ from PIL import ExifTags, Image
 
 import keypoints as K
 import sample
-from data import DataError, PoseFolder
+from data import PoseFolder
 from dataset.check import main
+from dataset.faults import DataError
 from dataset.folder import has_keypoints
 from formats import pose_files
 from formats.pose_files import FORMATS

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LEAVES = "diffusion", "unet", "vq", "keypoints"
 ROOMS = {
     "engine": {"run", "distributed", "process", "cpu", "muon", "startup"},
-    "dataset": {"figures", "latents", "check", "folder", "bars"},
+    "dataset": {"figures", "latents", "check", "folder", "bars", "images", "faults"},
     "formats": {"pose_files", "compvis", "lpips", "detections"},
     "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "pose"},
     "extras": {"density", "motion", "output", "proportions"},
@@ -29,10 +29,10 @@ ROOMS = {
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, ()),
     "ldm": ("unet", "vq", "keypoints"),
-    "data": ("engine.startup", "keypoints"),
+    "data": ("engine.startup", "keypoints", "dataset.faults", "dataset.images"),
     "checkpoint": ("engine.startup", "ldm", "vq", "unet", "keypoints"),
     "plots": ("keypoints", "metrics.overfit"),         # for the bins of timesteps in its heat maps
-    "train": (*LEAVES, "ldm", "data", "checkpoint", "dataset.latents", "engine",
+    "train": (*LEAVES, "ldm", "data", "checkpoint", "dataset.faults", "dataset.latents", "engine",
               "metrics", "plots"),
     "sample": ("engine.startup", *LEAVES, "ldm", "data", "checkpoint", "formats", "extras", "plots"),
     "evaluate": (*LEAVES, *(room for room in ROOMS if room != "studio"), "ldm", "data", "checkpoint", "sample", "plots"),
@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "dataset": ("keypoints", "data", "dataset", "formats", "plots"),
     "formats": ("keypoints", "unet", "vq", "checkpoint", "formats"),
     "metrics": ("keypoints", "metrics"),
-    "extras": ("keypoints", "diffusion", "data", "formats", "extras", "plots"),
+    "extras": ("keypoints", "diffusion", "data", "dataset.images", "formats", "extras", "plots"),
     "studio": (*LEAVES, "ldm", "data", "sample", "checkpoint", "dataset", "formats", "metrics",
                "extras", "engine", "plots", "studio"),           # nobody imports studio
 }
