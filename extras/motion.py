@@ -4,7 +4,6 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,37 +11,8 @@ import data
 from dataset.images import SUFFIXES
 from diffusion import Seed
 from formats.pose_files import NobodyFound, fitted, load_poses, name_of
-from keypoints import draw
 
 LONGEST_GAP = 25                # missing frames that are filled in, about a second
-SHEET_ACROSS, SHEET_MOST = 8, 48    # frames side by side and in all on a contact sheet
-
-
-class Plan(NamedTuple):
-    """What to draw: n images for each pose."""
-    poses: np.ndarray               # [P, 17, 3] float64
-    names: list[str]                # [P]
-    seeds: list[Seed]               # [P n]
-    n: int
-    labels: list[str] = []          # [n] of each image of a pose; [] without labels
-    before: np.ndarray | None = None    # [P, 17, 3] before --retarget and --typical
-    notes: list[list[str]] = []     # [P] what is said under the skeletons
-
-    def for_labels(self, labels: list[str]) -> Plan:
-        """The same images once for each of these labels, side by side."""
-        rows = [self.seeds[i:i + self.n] for i in range(0, len(self.seeds), self.n)]
-        return self._replace(seeds=[seed for row in rows for seed in row * len(labels)],
-                             n=self.n * len(labels),
-                             labels=[label for label in labels for _ in range(self.n)])
-
-    def called(self, i: int, what: object) -> str:
-        """`what` after the label of the i-th image of a pose, where it has one."""
-        return f"{self.labels[i]}, {what}" if self.labels else str(what)
-
-    def rows(self, images: list[np.ndarray]) -> list[list[np.ndarray]]:
-        """A row for each pose: its skeleton and its samples, all uint8 [S, S, 3]."""
-        return [[draw(pose, len(images[0])), *images[p * self.n:(p + 1) * self.n]]
-                for p, pose in enumerate(self.poses)]
 
 
 # --------------------------------------------------------------------------------------- a motion
@@ -137,42 +107,23 @@ def between(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
     return np.concatenate([xy, (b if share > 0.5 else a)[:, 2:]], axis=1) * seen
 
 
-def morph(poses: np.ndarray, names: list[str], frames: int, seed: int, n: int) -> Plan:
-    """`frames` poses on the way through all of [P, 17, 3], their noise on the way through P seeds.
+def morph(poses: np.ndarray, names: list[str], frames: int, seed: int,
+          n: int) -> tuple[np.ndarray, list[str], list[Seed]]:
+    """`frames` poses on the way through all of [P, 17, 3], their names, and their seeds [frames n].
 
     The i-th image of a pose goes through the seeds from seed + i P to seed + i P + P - 1.
     """
     P = len(poses)
     if P < 2:
         raise ValueError(f"--morph needs two or more poses; there is only {names[0]}")
-    plan = Plan([], [], [], n)
+    way, called, seeds = [], [], []
     for at in np.linspace(0, P - 1, frames).tolist():
         k = min(int(at), P - 2)                             # between poses k and k + 1
         share = at - k
-        plan.poses.append(between(poses[k], poses[k + 1], share))
-        plan.names.append(names[k + round(share)] if share in (0, 1) else
-                          f"{share:.0%} to {names[k + 1]}")
+        way.append(between(poses[k], poses[k + 1], share))
+        called.append(names[k + round(share)] if share in (0, 1) else
+                      f"{share:.0%} to {names[k + 1]}")
         for i in range(n):
             a, b = seed + i * P + k, seed + i * P + k + 1
-            plan.seeds.append((a, b, share) if 0 < share < 1 else b if share else a)
-    return plan._replace(poses=np.stack(plan.poses))
-
-
-# ------------------------------------------------------------------------------ how it is shown
-
-def sheet_of(plan: Plan, images: list[np.ndarray], given: np.ndarray | None) -> dict[str, list]:
-    """A contact sheet: skeletons side by side, the samples below. Arguments of plots.save_grid.
-
-    `images` and `given`, the image to start from, are uint8 [S, S, 3].
-    """
-    rows, labels, captions = [], [], []
-    frames = [[*row, name] for row, name in zip(plan.rows(images), plan.names, strict=True)]
-    frames = [frames[p] for p in data.evenly(len(frames), SHEET_MOST)]
-    if given is not None:
-        frames.insert(0, [None, given, *[None] * (plan.n - 1), "given"])
-    for first in range(0, len(frames), SHEET_ACROSS):
-        *lines, names = zip(*frames[first:first + SHEET_ACROSS], strict=True)
-        rows += [list(line) for line in lines]
-        labels += ["pose", *(plan.called(i, f"sample {i + 1}") for i in range(plan.n))]
-        captions += [[] for _ in range(plan.n)] + [list(names)]
-    return {"rows": rows, "labels": labels, "captions": captions}
+            seeds.append((a, b, share) if 0 < share < 1 else b if share else a)
+    return np.stack(way), called, seeds

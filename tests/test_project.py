@@ -22,7 +22,7 @@ ROOMS = {
     "dataset": {"figures", "latents", "check", "folder", "bars", "images", "faults"},
     "formats": {"pose_files", "compvis", "lpips", "detections"},
     "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "pose"},
-    "extras": {"density", "motion", "output", "proportions"},
+    "extras": {"density", "editing", "motion", "output", "plan", "proportions"},
     "studio": {"__main__", "server", "label", "propose", "draw"},
 }
 # What a file, or each file of a room, may import of ours; a room stands for all that is in it.
@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "dataset": ("keypoints", "data", "dataset", "formats", "plots"),
     "formats": ("keypoints", "unet", "vq", "checkpoint", "formats"),
     "metrics": ("keypoints", "metrics"),
-    "extras": ("keypoints", "diffusion", "data", "dataset.images", "formats", "extras", "plots"),
+    "extras": ("keypoints", "diffusion", "data", "dataset.images", "checkpoint", "formats", "extras",
+               "plots"),
     "studio": (*LEAVES, "ldm", "data", "sample", "checkpoint", "dataset", "formats", "metrics",
                "extras", "engine", "plots", "studio"),           # nobody imports studio
 }
