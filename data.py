@@ -26,8 +26,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import keypoints
-from dataset.faults import DataError, fetch, note_broken
-from dataset.images import read_image, upright_size
+from dataset.images import DataError, fetch, note_broken, read_image, upright_size
 
 ZOOM = (0.8, 1.0)               # side of a training crop, as a share of the image's short side
 NO_POSE = np.zeros((len(keypoints.JOINTS), 3))              # every joint missing

@@ -40,7 +40,7 @@ import checkpoint
 import data
 import plots
 from checkpoint import number, plural
-from dataset.faults import WORKER_DIED, naming_broken, worker_died
+from dataset.images import WORKER_DIED, naming_broken, worker_died
 from dataset.latents import LatentCache, latent_batch
 from diffusion import Diffusion, dpm_solver, guided, per_image_noise
 from engine.cpu import use_fast_norms
@@ -67,9 +67,10 @@ from ldm import LDM
 from metrics.condition import condition_each, condition_means, loss_each
 from metrics.images import box_baseline, reconstruction
 from metrics.keypoint_detector import FEATURE_WIDTHS, DetectorDistance, KeypointDetector
+from metrics.lpips import LPIPS
 from metrics.overfit import ROW_OF, OverfitMonitor, overfitting, standard_error
 from unet import NO_LABEL, UNetConfig
-from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
+from vq import PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
 FEATURES = Path(__file__).parent / "assets/features.pt"     # of DetectorDistance
 STAGE_1 = "runs/vq/last.pt"     # the checkpoint that stage 2 takes by default

@@ -27,9 +27,8 @@ import data
 import keypoints
 from data import ImageDataset, PoseFolder
 from dataset.bars import find_bars
-from dataset.faults import DataError, fetch
 from dataset.folder import keypoint_file
-from dataset.images import SUFFIXES, opened, orientation, read_image
+from dataset.images import SUFFIXES, DataError, fetch, opened, orientation, read_image
 from plots import draw_overview
 
 THUMB = 16                      # side of the thumbnails by which copies are found

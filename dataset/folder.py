@@ -19,8 +19,7 @@ from unicodedata import normalize
 import numpy as np
 
 import keypoints
-from dataset.faults import DataError
-from dataset.images import SUFFIXES, upright_size
+from dataset.images import SUFFIXES, DataError, upright_size
 from formats import pose_files
 
 PARTS = "train", "valid", "val", "test"         # folders of Roboflow's exports

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 import keypoints
-from dataset.faults import DataError, note_broken
+from dataset.images import DataError, note_broken
 
 CACHE_VERSION = 3               # raise it when files or poses change: old caches then stay closed
 RECORD_EVERY = 32               # batches between two records: a kill costs no more

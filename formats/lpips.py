@@ -1,4 +1,4 @@
-"""Weights of LPIPS: files of torchvision, the lpips package or taming in, a frozen vq.LPIPS out."""
+"""Weights of LPIPS: files of torchvision, the lpips package or taming in, a frozen LPIPS out."""
 from __future__ import annotations
 
 import hashlib
@@ -11,7 +11,7 @@ import torch
 
 from checkpoint import fill, read
 from formats.compvis import tensors_of
-from vq import LPIPS
+from metrics.lpips import LPIPS
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ SLICE_ENDS = (3, 8, 15, 22, 29)         # last layers of vgg16().features in net
 
 
 def lpips_name(name: str) -> str:
-    """A tensor's name in torchvision, the lpips package or a taming .ckpt -> that in vq.LPIPS."""
+    """A tensor's name in torchvision, the lpips package or a taming .ckpt -> that in LPIPS."""
     name = name.removeprefix("loss.perceptual_loss.")
     first, _, rest = name.partition(".")
     if first == "lins":

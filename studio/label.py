@@ -23,8 +23,7 @@ import checkpoint
 import data
 import keypoints
 from dataset import check, folder
-from dataset.faults import DataError
-from dataset.images import read_image, upright_size
+from dataset.images import DataError, read_image, upright_size
 from formats import pose_files
 from studio import propose
 from studio.server import Call, Refused, sentence

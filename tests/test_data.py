@@ -14,10 +14,9 @@ import data
 import keypoints
 import plots
 from data import InMemory, Part, PoseFolder, batches, crop_resize, split
-from dataset.faults import DataError, naming_broken
 from dataset.figures import Figures
 from dataset.folder import find_groups, has_keypoints, read_table
-from dataset.images import read_image
+from dataset.images import DataError, naming_broken, read_image
 
 
 def some_pose(seed: int) -> np.ndarray:

@@ -9,8 +9,8 @@ from PIL import ExifTags, Image
 import keypoints as K
 from data import PoseFolder
 from dataset.check import main
-from dataset.faults import DataError
 from dataset.folder import has_keypoints
+from dataset.images import DataError
 from extras.plan import read_poses
 from formats import pose_files
 from formats.pose_files import FORMATS

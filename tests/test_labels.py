@@ -24,7 +24,7 @@ import evaluate
 import sample
 import train
 from data import PoseFolder
-from dataset.faults import DataError
+from dataset.images import DataError
 from dataset.latents import LatentCache
 from ldm import LDM
 from metrics import keypoint_detector

@@ -18,8 +18,7 @@ import data
 import dataset.latents
 import keypoints
 from data import InMemory, Part, PoseFolder, batches, crop_resize
-from dataset.faults import WORKER_DIED, DataError
-from dataset.images import read_image
+from dataset.images import WORKER_DIED, DataError, read_image
 from dataset.latents import LatentCache, latent_batch
 
 PATIENCE = 600                      # seconds for a process, before it counts as hung

@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 LEAVES = "diffusion", "unet", "vq", "keypoints"
 ROOMS = {
     "engine": {"run", "distributed", "process", "cpu", "muon", "startup"},
-    "dataset": {"figures", "latents", "check", "folder", "bars", "images", "faults"},
+    "dataset": {"figures", "latents", "check", "folder", "bars", "images"},
     "formats": {"pose_files", "compvis", "lpips", "detections"},
-    "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "pose"},
+    "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "lpips", "pose"},
     "extras": {"density", "editing", "motion", "output", "plan", "proportions"},
     "studio": {"__main__", "server", "label", "propose", "draw"},
 }
@@ -29,16 +29,16 @@ ROOMS = {
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, ()),
     "ldm": ("unet", "vq", "keypoints"),
-    "data": ("engine.startup", "keypoints", "dataset.faults", "dataset.images"),
+    "data": ("engine.startup", "keypoints", "dataset.images"),
     "checkpoint": ("engine.startup", "ldm", "vq", "unet", "keypoints"),
     "plots": ("keypoints", "metrics.overfit"),         # for the bins of timesteps in its heat maps
-    "train": (*LEAVES, "ldm", "data", "checkpoint", "dataset.faults", "dataset.latents", "engine",
+    "train": (*LEAVES, "ldm", "data", "checkpoint", "dataset.images", "dataset.latents", "engine",
               "metrics", "plots"),
     "sample": ("engine.startup", *LEAVES, "ldm", "data", "checkpoint", "formats", "extras", "plots"),
     "evaluate": (*LEAVES, *(room for room in ROOMS if room != "studio"), "ldm", "data", "checkpoint", "sample", "plots"),
     "engine": ("checkpoint", "engine"),
     "dataset": ("keypoints", "data", "dataset", "formats", "plots"),
-    "formats": ("keypoints", "unet", "vq", "checkpoint", "formats"),
+    "formats": ("keypoints", "unet", "vq", "checkpoint", "formats", "metrics.lpips"),
     "metrics": ("keypoints", "metrics"),
     "extras": ("keypoints", "diffusion", "data", "dataset.images", "checkpoint", "formats", "extras",
                "plots"),

@@ -25,8 +25,8 @@ import data
 import keypoints
 import sample
 from data import PoseFolder
-from dataset.faults import DataError
 from dataset.figures import Figures
+from dataset.images import DataError
 from extras.density import PoseDensity, percent
 from extras.proportions import retarget
 from studio import __main__ as command

@@ -34,7 +34,8 @@ from engine.run import RunDir, read_log
 from extras.plan import read_poses
 from keypoints import ConditionConfig, PoseCondition
 from ldm import LDM
-from vq import LPIPS, VQConfig, VQLossConfig, VQModel
+from metrics.lpips import LPIPS
+from vq import VQConfig, VQLossConfig, VQModel
 
 ROOT = Path(__file__).parent.parent
 RECIPE = train.Recipe(4, 1e-3, steps=4, lr_final=0.1, warmup=2, quantize_start=0.2, eval_images=12)
