@@ -130,26 +130,16 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(a.reshape(B, H, W, C).permute(0, 3, 1, 2))     # channels_last
 
 
-class Downsample(nn.Module):
+def downsample(channels: int) -> nn.Module:
     """x [B, C, H, W] -> [B, C, H/2, W/2]; padding right and below only, as in the reference."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                                     conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Module:
     """x [B, C, H, W] -> [B, C, 2H, 2W]"""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2),
+                                     conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 class Level(nn.Module):
@@ -162,8 +152,8 @@ class Level(nn.Module):
             ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(n_blocks))
         attends = resolution in config.attn_resolutions
         self.attn = nn.ModuleList(AttnBlock(c_out, config) for _ in range(n_blocks * attends))
-        self.downsample = Downsample(c_out) if down else nn.Identity()
-        self.upsample = Upsample(c_out) if up else nn.Identity()
+        self.downsample = downsample(c_out) if down else nn.Identity()
+        self.upsample = upsample(c_out) if up else nn.Identity()
 
     def forward(self, h: Tensor, checkpointing: bool) -> Tensor:
         for i, block in enumerate(self.block):

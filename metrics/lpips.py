@@ -34,9 +34,8 @@ class LPIPS(nn.Module):
             named = OrderedDict((str(i), layer) for i, layer in enumerate(layers, index))
             self.net.add_module(f"slice{depth + 1}", nn.Sequential(named))
             index += len(layers)
-            lin = nn.Module()                               # index 0 was a dropout
-            lin.model = nn.Sequential(OrderedDict({"1": nn.Conv2d(c_in, 1, 1, bias=False)}))
-            self.add_module(f"lin{depth}", lin)
+            lin = nn.Sequential(OrderedDict({"1": nn.Conv2d(c_in, 1, 1, bias=False)}))
+            self.add_module(f"lin{depth}", nn.Sequential(OrderedDict(model=lin)))   # 0: a dropout
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The five feature maps of x, each of unit length along its channels."""
@@ -50,6 +49,6 @@ class LPIPS(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         distance = x.new_zeros(len(x))
         for depth, (a, b) in enumerate(zip(self.features(x), self.features(y), strict=True)):
-            lin = self.get_submodule(f"lin{depth}").model
+            lin = self.get_submodule(f"lin{depth}")
             distance = distance + lin((a - b).square()).mean((1, 2, 3))     # [B, 1, h, w] -> [B]
         return distance
