@@ -448,15 +448,16 @@ class Steps(Dataset):
 
 
 def load(steps: Steps, ks: range, workers: int, device: str | torch.device) -> Iterator:
-    """(images, poses, indices) of the steps ks, made by `workers` processes (0: by this one); this
-    process counts the broken images."""
+    """(images, poses, indices) as of `batches`, of the steps ks, made by `workers` processes (0: by
+    this one); this process counts the broken images."""
     pin = torch.device(device).type == "cuda"
     # A generator of its own: DataLoader would otherwise draw from the global one.
     loader = DataLoader(steps, batch_size=None, sampler=ks, num_workers=workers, pin_memory=pin,
                         generator=torch.Generator())
     for images, poses, indices, broken in fetch(loader):
         note_broken(steps.ds, broken)
-        yield images.to(device, non_blocking=pin), poses.to(device, non_blocking=pin), indices
+        images, poses = (each.to(device, non_blocking=pin) for each in (images, poses))
+        yield to_tensor(images), poses, indices     # only bytes cross processes and the bus
 
 
 def find_workers(device: str | torch.device) -> int:
@@ -482,15 +483,14 @@ def batches(
     rank: int = 0,                      # of several processes that share each batch, this one
     world: int = 1,                     # how many they are
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields (images [B/world, 3, S, S] in [-1, 1], poses [B/world, 17, 3], indices [B/world]).
+    """(images [B/world, 3, S, S] in [-1, 1], poses [B/world, 17, 3], indices [B/world]).
 
     Step k depends on (seed, k) alone: order, crop and mirror are drawn from it. So a resumed run
     repeats the uninterrupted one, and the shares of all ranks make up the batch of one process.
     DataError once more than 1 % of the images turn out broken.
     """
     steps = Steps(ds, batch_size, seed, zoom if augment else None, share(batch_size, rank, world))
-    for images, poses, indices in load(steps, range(start, stop), workers, device):
-        yield to_tensor(images), poses, indices     # only bytes cross processes and the bus
+    return load(steps, range(start, stop), workers, device)
 
 
 def evenly(n: int, limit: int) -> np.ndarray:
@@ -511,7 +511,7 @@ def in_order(
     steps, labels = range(-(-len(ds) // batch_size)), torch.from_numpy(ds.label_ids())
     for images, poses, indices in load(Steps(ds, batch_size), steps, 0, "cpu"):
         if len(images):
-            yield to_tensor(images), poses, labels[indices]
+            yield images, poses, labels[indices]
 
 
 # ------------------------------------------------------------------------------- what --data means

@@ -85,8 +85,6 @@ def orientation(image: Image.Image) -> int:
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
-# ---------------------------------------------------------------------------- what cannot be read
-
 def note_broken(ds: ImageDataset, broken: dict[str, str]) -> None:
     """Adds the broken images {file: reason} to ds.broken and prints those that are new; DataError
     once there are more than ds.most_broken."""

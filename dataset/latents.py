@@ -106,7 +106,7 @@ class LatentCache:
                     file.seek(size)
                 for images, pose, _ in batches:
                     if len(images):                     # not every image of the batch is broken
-                        h, pose = make_rows(data.to_tensor(images), pose.cpu().numpy(), encode)
+                        h, pose = make_rows(images, pose.cpu().numpy(), encode)
                         latents.write(h)
                         poses.write(pose)
                         about["rows"] += len(h)

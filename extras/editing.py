@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,7 @@ from tqdm import tqdm
 import data
 from dataset.images import read_image
 from diffusion import Diffusion, EpsFn, Step, ddim_table, guided
-
-if TYPE_CHECKING:
-    from ldm import LDM
+from ldm import LDM
 
 # Rounds of RePaint. Measured on a Gaussian: with 1 the new region ignores half of what the rest
 # implies.

@@ -22,7 +22,7 @@ ROOMS = {
     "dataset": {"figures", "latents", "check", "folder", "bars", "images"},
     "formats": {"pose_files", "compvis", "lpips", "detections"},
     "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "lpips", "pose"},
-    "extras": {"density", "editing", "motion", "output", "plan", "proportions"},
+    "extras": {"density", "editing", "output", "plan", "proportions"},
     "studio": {"__main__", "server", "label", "propose", "draw"},
 }
 # What a file, or each file of a room, may import of ours; a room stands for all that is in it.
@@ -40,8 +40,8 @@ MAY_IMPORT = {
     "dataset": ("keypoints", "data", "dataset", "formats", "plots"),
     "formats": ("keypoints", "unet", "vq", "checkpoint", "formats", "metrics.lpips"),
     "metrics": ("keypoints", "metrics"),
-    "extras": ("keypoints", "diffusion", "data", "dataset.images", "checkpoint", "formats", "extras",
-               "plots"),
+    "extras": ("keypoints", "diffusion", "ldm", "data", "dataset.images", "checkpoint", "formats",
+               "extras", "plots"),
     "studio": (*LEAVES, "ldm", "data", "sample", "checkpoint", "dataset", "formats", "metrics",
                "extras", "engine", "plots", "studio"),           # nobody imports studio
 }

@@ -20,20 +20,10 @@ import plots
 import sample
 import train
 from dataset.figures import Figures
-from diffusion import (
-    Diffusion,
-    ddim,
-    ddim_table,
-    ddpm,
-    dpm_solver,
-    log_snr,
-    per_image_noise,
-    slerp,
-)
+from diffusion import Diffusion, ddim, ddim_table, ddpm, dpm_solver, log_snr, per_image_noise, slerp
 from extras import editing
 from extras.editing import inpaint, invert
-from extras.motion import LONGEST_GAP, frame_numbers, morph, read_motion
-from extras.plan import plan_of, read_poses
+from extras.plan import LONGEST_GAP, frame_numbers, morph, plan_of, read_motion, read_poses
 from formats.pose_files import fitted, load_poses
 from keypoints import draw
 from unet import UNet
