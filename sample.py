@@ -346,10 +346,8 @@ def run(args: argparse.Namespace, command: str) -> str:
     poses = torch.from_numpy(plan.poses).repeat_interleave(plan.n, dim=0)               # [B, 17, 3]
     labels = [asked[name] for name in plan.labels] * len(plan.poses)
     labels = torch.tensor(labels) if labels else None                                   # [B]
-    start = {}
-    if given:
-        timesteps = visited(ldm, args.sampler, args.steps)
-        start = start_from(given, args, ldm, timesteps, poses[:1], labels)
+    start = start_from(given, args, ldm, visited(ldm, args.sampler, args.steps), poses[:1],
+                       labels) if given else {}
     film = FILM if args.film else 1
     steps = denoise(ldm, poses, plan.seeds, size, film, labels, **options, **start)
     images = decode(ldm, steps[-1].x)

@@ -43,8 +43,7 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
     except Exception as error:      # PIL's decoders raise a dozen unrelated types on damaged files
-        raise DataError(f"{path}: not a readable image ({error}); replace or remove it"
-                        ) from error
+        raise DataError(f"{path}: not a readable image ({error}); replace or remove it") from error
 
 
 def read_image(path: str | Path, at_least: int | None = None, ground: str = "white") -> Image.Image:

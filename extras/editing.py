@@ -101,18 +101,13 @@ def read_given(args: argparse.Namespace, ldm: LDM, size: int) -> Given | None:
     return Given(z, data.to_uint8(ldm.decode(z))[0], hole)
 
 
-def start_from(
-    given: Given,
-    args: argparse.Namespace,
-    ldm: LDM,
-    timesteps: np.ndarray,                      # those that the sampler visits, ascending
-    pose: Tensor,                               # [1, 17, 3]
-    labels: Tensor | None = None,               # the first one counts
-) -> dict[str, object]:
-    """The arguments of sample.sample that make it start from `given`.
+def start_from(given: Given, args: argparse.Namespace, ldm: LDM, timesteps: np.ndarray,
+               pose: Tensor, labels: Tensor | None = None) -> dict[str, object]:
+    """The arguments of sample.sample that make it start from `given`; `timesteps` are those that
+    its sampler visits.
 
     --noise-from inverts without a pose. A model trained without dropout cannot, so it inverts with
-    the pose and the label.
+    `pose` [1, 17, 3] and the first of `labels`.
     """
     if args.init:       # a share of T, so that it adds the same noise with every spacing
         skip = int((timesteps >= args.strength * ldm.schedule["timesteps"]).sum())

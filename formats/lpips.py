@@ -64,8 +64,7 @@ def load_lpips(paths: Sequence[str | Path]) -> LPIPS:
         if not found:
             raise ValueError(f"{path} has no tensor of LPIPS; its first is {next(iter(state))}")
         given |= found
-    constants = {name: v for name, v in own.items() if name.startswith("scaling_layer.")}
-    given = constants | given
+    given = {name: v for name, v in own.items() if name.startswith("scaling_layer.")} | given
     if missing := [name for name in own if name not in given]:
         needed = [f"{file.what} ({file.url} has them)"
                   for file, prefix in zip(LPIPS_FILES, ("net.", "lin"), strict=True)
