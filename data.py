@@ -14,25 +14,20 @@ import hashlib
 import math
 import os
 import sys
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import keypoints
+from dataset.images import DataError, fetch, note_broken, read_image, upright_size
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".webp", ".bmp", ".gif",
-            ".tif", ".tiff"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")     # no EPS: PIL would start Ghostscript
 ZOOM = (0.8, 1.0)               # side of a training crop, as a share of the image's short side
 NO_POSE = np.zeros((len(keypoints.JOINTS), 3))              # every joint missing
 NO_LABEL = -1                   # of an image without a label; unet.py's null label
@@ -44,12 +39,6 @@ FIGURES_TRAIN, FIGURES_VAL = 2_000, 512     # procedural figures, where --data g
 FIGURES_VERSION = 1             # raise it when a figure's pixels change, so that caches are renewed
 REMEMBER_BYTES = 2 << 30        # RAM for decoded images
 ORDER_STREAM, AUGMENT_STREAM, MIRROR_STREAM = 1, 2, 3       # first word of a seed: streams differ
-WORKER_DIED = ("a process that loads images died, usually because memory or /dev/shm ran out; "
-               "rerun the same command with fewer --workers, or 0, to resume")
-
-
-class DataError(ValueError):
-    """A fault in a person's data: one sentence that names the file and says what to do."""
 
 
 # ---------------------------------------------------------------------------------------- pixels
@@ -64,63 +53,6 @@ def to_uint8(x: torch.Tensor) -> np.ndarray:
     """[3, H, W] or [B, 3, H, W] in [-1, 1] -> uint8 [H, W, 3] or [B, H, W, 3], clipped."""
     x = x.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
     return x.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
-
-
-@contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
-    """An image file whose header PIL has read. DataError if the header or, in the block, the pixels
-    cannot be read, or if there are more pixels than PIL's limit (a decompression bomb)."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
-                yield image
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{path}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; resize or "
-                        "remove it") from None
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except Exception as error:      # PIL's decoders raise a dozen unrelated types on damaged files
-        raise DataError(f"{path}: not a readable image ({error}); replace or remove it"
-                        ) from error
-
-
-def read_image(path: str | Path, at_least: int | None = None, ground: str = "white") -> Image.Image:
-    """A file as an upright RGB image, transparency laid on the colour `ground`.
-
-    With `at_least`, a large JPEG is decoded at a reduced size of at least that many pixels a side.
-    DataError for a file that cannot be read whole, so no truncated image is used in training.
-    """
-    with opened(path) as image:
-        # draft() decodes at 1/2, 1/4 or 1/8. Where this does not divide a side, the image ends
-        # inside the last pixel. It is stretched to the full size, or joints would be off by up to
-        # half a pixel.
-        _, extent = (at_least and image.draft(None, (at_least, at_least))) or (None, None)
-        image.load()
-        if extent and extent[2:] != image.size:
-            image = image.resize(image.size, Image.Resampling.BICUBIC, box=extent)
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise DataError(f"{path}: floating point pixels are not supported; save the image with 8 "
-                        "or 16 bits")
-    if image.mode.startswith("I"):      # 16-bit grey; PIL's own convert() would clip at 255
-        grey = (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, ground), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def upright_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of an image file as it is shown; only its header is read."""
-    with opened(path) as image:
-        return image.size[::-1] if orientation(image) >= 5 else image.size
-
-
-def orientation(image: Image.Image) -> int:
-    """How EXIF says the image is turned: 1 as it is, 5 to 8 with width and height exchanged."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def crop_resize(
@@ -379,33 +311,6 @@ class InMemory(Part):
         return self.ds.fingerprint()
 
 
-def note_broken(ds: ImageDataset, broken: dict[str, str]) -> None:
-    """Adds the broken images {file: reason} to ds.broken and prints those that are new; DataError
-    once there are more than ds.most_broken."""
-    new = {file: reason for file, reason in broken.items() if file not in ds.broken}
-    ds.broken.update(new)
-    if len(ds.broken) > ds.most_broken:
-        most = math.floor(ds.most_broken)
-        raise DataError(f"{len(ds.broken)} images cannot be used, and at most {most} may be "
-                        f"broken; the first is {next(iter(ds.broken.values()))}")
-    for reason in new.values():
-        tqdm.write(f"left out: {reason}", file=sys.stderr)
-
-
-@contextmanager
-def naming_broken(path: str | Path, *datasets: ImageDataset) -> Iterator[None]:
-    """Writes the broken images to `path` when the block ends, also after an error."""
-    path, how = Path(path), {"encoding": "utf-8", "errors": "surrogateescape"}  # names of any bytes
-    try:
-        yield
-    finally:
-        lines = path.read_text(**how).splitlines() if path.exists() else []
-        lines += [f"{file}\t{reason}" for ds in datasets for file, reason in ds.broken.items()]
-        if lines := dict.fromkeys(lines):
-            path.write_text("".join(f"{line}\n" for line in lines), **how)
-            print(f"{len(lines)} broken images were left out; {path} names them", file=sys.stderr)
-
-
 def split(ds: ImageDataset) -> tuple[Part, Part]:
     """(training, validation): a tenth of the images and at least 2, by group, never by frame:
     neighbouring frames of a clip would leak. DataError where there are fewer than 4 images.
@@ -542,33 +447,17 @@ class Steps(Dataset):
         return crop_resize(*self.ds.source(i), self.ds.size, rng, self.zoom)
 
 
-def worker_died(error: BaseException) -> bool:
-    """Whether an error says that a process of a DataLoader is gone. torch raises it wherever the
-    main process is, most often in the middle of a training step."""
-    return isinstance(error, (ConnectionError, EOFError)) or str(error).startswith(
-        ("DataLoader worker", "Pin memory thread"))
-
-
-def fetch(loader: DataLoader) -> Iterator:
-    """The loader's items; DataError if one of its processes dies."""
-    try:
-        yield from loader
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if worker_died(error):
-            raise DataError(WORKER_DIED) from error
-        raise
-
-
 def load(steps: Steps, ks: range, workers: int, device: str | torch.device) -> Iterator:
-    """(images, poses, indices) of the steps ks, made by `workers` processes (0: by this one); this
-    process counts the broken images."""
+    """(images, poses, indices) as of `batches`, of the steps ks, made by `workers` processes (0: by
+    this one); this process counts the broken images."""
     pin = torch.device(device).type == "cuda"
     # A generator of its own: DataLoader would otherwise draw from the global one.
     loader = DataLoader(steps, batch_size=None, sampler=ks, num_workers=workers, pin_memory=pin,
                         generator=torch.Generator())
     for images, poses, indices, broken in fetch(loader):
         note_broken(steps.ds, broken)
-        yield images.to(device, non_blocking=pin), poses.to(device, non_blocking=pin), indices
+        images, poses = (each.to(device, non_blocking=pin) for each in (images, poses))
+        yield to_tensor(images), poses, indices     # only bytes cross processes and the bus
 
 
 def find_workers(device: str | torch.device) -> int:
@@ -594,15 +483,14 @@ def batches(
     rank: int = 0,                      # of several processes that share each batch, this one
     world: int = 1,                     # how many they are
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yields (images [B/world, 3, S, S] in [-1, 1], poses [B/world, 17, 3], indices [B/world]).
+    """(images [B/world, 3, S, S] in [-1, 1], poses [B/world, 17, 3], indices [B/world]).
 
     Step k depends on (seed, k) alone: order, crop and mirror are drawn from it. So a resumed run
     repeats the uninterrupted one, and the shares of all ranks make up the batch of one process.
     DataError once more than 1 % of the images turn out broken.
     """
     steps = Steps(ds, batch_size, seed, zoom if augment else None, share(batch_size, rank, world))
-    for images, poses, indices in load(steps, range(start, stop), workers, device):
-        yield to_tensor(images), poses, indices     # only bytes cross processes and the bus
+    return load(steps, range(start, stop), workers, device)
 
 
 def evenly(n: int, limit: int) -> np.ndarray:
@@ -623,7 +511,7 @@ def in_order(
     steps, labels = range(-(-len(ds) // batch_size)), torch.from_numpy(ds.label_ids())
     for images, poses, indices in load(Steps(ds, batch_size), steps, 0, "cpu"):
         if len(images):
-            yield to_tensor(images), poses, labels[indices]
+            yield images, poses, labels[indices]
 
 
 # ------------------------------------------------------------------------------- what --data means

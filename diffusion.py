@@ -36,16 +36,9 @@ Guidance. eps = eps_null + w (eps_pose - eps_null); w = 1 is the conditional mod
 unconditional one. (CFG (6) counts differently: its w is ours minus 1.)
 
 Variations. A sampler can skip its first steps and start from x_t of a given x0 (SDEdit,
-arXiv:2108.01073). `inpaint` keeps a part of x0 as given (RePaint, arXiv:2201.09865); in that
-part eps follows from (4):
-    eps = (x_t - sqrt(alpha_bar_t) x0) / sqrt(1 - alpha_bar_t)
-The rest of the image sees only a noisy version of that part. RePaint therefore repeats each step in
-several rounds, with noise added back in between:
+arXiv:2108.01073). It can repeat each step in several rounds, with noise added back in between; for
+inpainting (RePaint, arXiv:2201.09865; extras/editing.py):
     x_t = sqrt(alpha_bar_t / alpha_bar_s) x_s + sqrt(1 - alpha_bar_t / alpha_bar_s) noise
-`invert` finds the noise from which DDIM samples a given x0: it solves (12) with eta = 0 for x_t.
-With a = sqrt(alpha_bar_s / alpha_bar_t)
-    x_t = (x_s - (sqrt(1 - alpha_bar_s) - a sqrt(1 - alpha_bar_t)) eps(x_t, t)) / a
-a fixed point, because eps is evaluated at the x_t that is sought (arXiv:2309.04907).
 `slerp` interpolates between two noises on the sphere that both lie on (arXiv:1609.04468):
     sin((1 - share) angle) / sin(angle) a + sin(share angle) / sin(angle) b
 
@@ -231,34 +224,9 @@ def ddim(
     spacing: str = "even",              # of the timesteps, see timesteps_of
     skip: int = 0,                      # steps left out at the noisy end; x_T is x at the next t
     rounds: int = 1,                    # RePaint: how many times each step is made
+    order: int = 1,                     # 2: `dpm_solver`, which has no rounds
 ) -> Iterator[Step]:
-    """DDIM (12) over S of the T timesteps."""
-    yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, rounds, order=1)
-
-
-@torch.no_grad()
-def dpm_solver(
-    diffusion: Diffusion,
-    eps_fn: EpsFn,
-    x_T: Tensor,                        # [B, ...]
-    steps: int,                         # S, and as many evaluations of the network
-    eta: float = 0.0,                   # 0 deterministic, 1 is the paper's SDE-DPM-Solver++(2M)
-    noise_fn: NoiseFn | None = None,    # needed where eta > 0
-    spacing: str = "lambda",
-    skip: int = 0,                      # as in ddim
-) -> Iterator[Step]:
-    """DPM-Solver++(2M), arXiv:2211.01095 algorithm 2: error O(1 / S^2) where DDIM's is O(1 / S).
-
-    The first step has no previous x0 and the last ends at lambda = infinity: both are DDIM steps.
-    There are no RePaint rounds: the extrapolation would amplify the noise that they add back.
-    """
-    yield from _jumps(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, 1, order=2)
-
-
-def _jumps(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, steps: int, eta: float,
-           noise_fn: NoiseFn | None, spacing: str, skip: int, rounds: int,
-           order: int) -> Iterator[Step]:
-    """The sampling loop of `ddim` (order 1) and `dpm_solver` (order 2)."""
+    """DDIM (12) over S of the T timesteps, each one evaluation of the network."""
     timesteps, alpha_bar, alpha_bar_prev, sigma = ddim_table(diffusion, steps, eta, spacing)
     lambda_ = log_snr(alpha_bar)
     x, n, x0_before = x_T.float(), len(timesteps), None
@@ -279,6 +247,18 @@ def _jumps(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, steps: int, eta: fl
             x = x + sigma[j] * noise_fn(k, x)
         x0_before = x0
         yield Step(i, n, int(timesteps[j]), x, x0)
+
+
+def dpm_solver(diffusion: Diffusion, eps_fn: EpsFn, x_T: Tensor, steps: int, eta: float = 0.0,
+               noise_fn: NoiseFn | None = None, spacing: str = "lambda",
+               skip: int = 0) -> Iterator[Step]:
+    """DPM-Solver++(2M), arXiv:2211.01095 algorithm 2: error O(1 / S^2) where DDIM's is O(1 / S).
+    Arguments as in `ddim`; with eta 1 it is the paper's SDE-DPM-Solver++(2M).
+
+    The first step has no previous x0 and the last ends at lambda = infinity: both are DDIM steps.
+    There are no RePaint rounds: the extrapolation would amplify the noise that they add back.
+    """
+    return ddim(diffusion, eps_fn, x_T, steps, eta, noise_fn, spacing, skip, order=2)
 
 
 def log_snr(alpha_bar: np.ndarray) -> np.ndarray:
@@ -365,37 +345,3 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     # Divided first: at share 0 and 1 the factors are then exactly 1 and 0.
     return (np.sin((1 - share) * angle) / np.sin(angle) * a
             + np.sin(share * angle) / np.sin(angle) * b)
-
-
-# ------------------------------------------------------------------------------ variations
-
-def inpaint(diffusion: Diffusion, eps_fn: EpsFn, x0: Tensor, known: Tensor) -> EpsFn:
-    """eps_fn for inpainting with any sampler: where `known` (bool, like x or broadcast) is true, x0
-    stays as given."""
-
-    def inpaint_eps_fn(x: Tensor, t: Tensor) -> Tensor:
-        return torch.where(known, diffusion.predict_eps(x, t, x0), eps_fn(x, t).float())
-
-    return inpaint_eps_fn
-
-
-@torch.no_grad()
-def invert(
-    diffusion: Diffusion,
-    eps_fn: EpsFn,
-    x0: Tensor,                         # [B, ...]
-    steps: int,                         # S
-    spacing: str = "even",
-    iterations: int = 3,                # of the fixed point, each one evaluation of eps_fn
-) -> Iterator[Step]:
-    """`ddim` with eta 0 backwards: the x of the last step is the noise from which it samples x0."""
-    timesteps, alpha_bar, alpha_bar_prev, _ = ddim_table(diffusion, steps, 0.0, spacing)
-    x, n = x0.float(), len(timesteps)
-    for j in range(n):
-        ts = torch.full((x.shape[0],), int(timesteps[j]), device=x.device)                  # [B]
-        a = (alpha_bar_prev[j] / alpha_bar[j]) ** 0.5
-        x_s = x
-        for _ in range(iterations):
-            eps = eps_fn(x, ts).float()
-            x = (x_s - ((1 - alpha_bar_prev[j]) ** 0.5 - a * (1 - alpha_bar[j]) ** 0.5) * eps) / a
-        yield Step(j, n, int(timesteps[j]), x, diffusion.predict_x0(x, ts, eps))

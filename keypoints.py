@@ -133,12 +133,6 @@ def tokenize(pose: np.ndarray | Tensor, dim: int) -> Tensor:
     return col + row * dim
 
 
-def detokenize(ids: Tensor, dim: int) -> Tensor:
-    """Cell centres [..., 2] = (x, y) in 0..1 of ids [...]; at dim 512 they are whole pixels."""
-    cell = torch.stack([ids % dim, ids // dim], dim=-1).double()
-    return cell / dim if dim == SEED_CANVAS else (cell + 0.5) / dim
-
-
 def seed_context(poses: np.ndarray | Tensor, dim: int = 32) -> Tensor:
     """The seed's condition, float32 [B, 1, 17]: one token of 17 raw ids, with row and col swapped.
 

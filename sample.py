@@ -2,30 +2,23 @@
 
     python sample.py examples/poses/*.json
     python sample.py mine.json --ckpt runs/mine/last.pt -n 4 --steps 100 --guidance 3
-    python sample.py mine.json --typical 0.5                halfway toward the training poses
-    python sample.py mine.json --retarget                   with the training poses' proportions
-    python sample.py --common 9                             the nine most common training poses
-    python sample.py mine.json --label Knight --label Mage  of a model with labels; or --label all
-    python sample.py wide.json --canvas 1920x1080 --person 2 --fit crop
-    python sample.py mine.json --ckpt model.ckpt --preset danbooru --steps 500 --eta 0
-
-    python sample.py mine.json --init image.png --strength 0.6          start from an image
-    python sample.py mine.json --inpaint image.png --mask mask.png      redraw the white region
-    python sample.py mine.json --noise-from image.png                   start from its noise
-    python sample.py --morph standing.json jumping.json --frames 16     also writes a GIF
-    python sample.py --motion walk/ --fps 12 --out walk.png             one pose file per frame
-    python sample.py mine.json --film                                   show the sampling steps
+    python sample.py --common 9                                     the most common training poses
+    python sample.py mine.json --retarget --typical 0.5             move it toward training poses
+    python sample.py mine.json --label Knight --label Mage          of a model with labels; or all
+    python sample.py mine.json --inpaint image.png --mask mask.png  redraw the white region
+    python sample.py --morph standing.json jumping.json             also writes a GIF
 
 In Python:
 
     ldm, payload = checkpoint.load_ldm("assets/toy.pt")
-    poses, names = read_poses(["mine.json"])
+    poses, names = read_poses(["mine.json"])                        # of extras/plan.py
     images = draw_images(ldm, torch.from_numpy(np.stack(poses)), seeds=[0],
                          size=payload["config"]["size"], **settings(ldm))
 
 The format of a pose file is detected from its content (docs/pose-formats.md lists them). Each image
 or frame in the file gives one pose, that of its largest person. Image i of a row has seed
 --seed + i and depends on nothing else; only its rounding depends on the others in the batch.
+extras/ has what is not needed for that: which poses to draw, starting from an image, output files.
 
 Letters: P poses, n images per pose, B = P n images, S side of an image, C h w shape of a latent.
 """
@@ -41,16 +34,13 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
-from unicodedata import normalize
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import checkpoint
@@ -65,52 +55,26 @@ from diffusion import (
     ddpm,
     dpm_solver,
     guided,
-    inpaint,
-    invert,
     per_image_noise,
     timesteps_of,
 )
-from extras.density import PoseDensity, in_words, note_unusual
-from extras.motion import Plan, morph, read_motion, sheet_of
-from extras.output import film_of, grid_of, outputs, save_latents, save_separate
-from extras.proportions import retarget
+from extras.editing import inpaint, read_given, start_from
+from extras.output import film_of, grid_of, outputs, save_latents, save_separate, sheet_of
+from extras.plan import DEFAULT_FRAMES, labels_of, plan_of
 from formats import compvis
-from formats.pose_files import FORMATS, MIN_CONFIDENCE, fitted, load_poses, name_of
+from formats.pose_files import FORMATS, MIN_CONFIDENCE
 from ldm import LDM, SAMPLING
 
 BATCH = 16                      # images in the network at once
 SAMPLERS = {"ddim": "DDIM", "dpm_solver": "DPM-Solver++(2M)", "ddpm": "DDPM"}
 DEFAULT_SAMPLER, DDIM_STEPS = "dpm_solver", 50
-DEFAULT_FRAMES = 8              # of a file with many images, and of --morph
 DEFAULT_CKPT = "runs/ldm/last.pt"
 BUNDLED_CKPT = Path(__file__).parent / "assets/toy.pt"          # used while DEFAULT_CKPT is missing
-# Rounds of RePaint. Measured on a Gaussian: with 1 the new region ignores half of what the rest
-# implies.
-REPAINT = 3
 FILM = 8                        # steps that --film shows
-OUTLINE = (255, 0, 160)         # colour of the line around the inpainted region
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
-# ----------------------------------------------------------------------------- pose files to images
-
-def read_poses(paths: Iterable[str], fit_how: str = "letterbox", frames: int = DEFAULT_FRAMES,
-               **how: object) -> tuple[list[np.ndarray], list[str]]:
-    """The poses [17, 3] of all files, fitted to the square image, and a name for each.
-
-    A file of more than `frames` images gives that many poses, evenly spread; `how` goes to
-    load_poses. Prints the format of each file. PoseError for a file without a usable pose.
-    """
-    poses, names = [], []
-    for path in paths:
-        found = load_poses(path, **how)
-        taken = data.evenly(len(found.poses), frames)
-        fewer = f", {len(taken)} of them drawn" if len(taken) < len(found.poses) else ""
-        print(f"{path}: {found.taken_for}{fewer}")
-        poses += [fitted(found, i, fit_how) for i in taken]
-        names += [name_of(found.pictures[i], found.poses, path) for i in taken]
-    return poses, names
-
+# --------------------------------------------------------------------------------- poses to images
 
 def settings(ldm: LDM, sampler: str | None = None, steps: int | None = None,
              eta: float | None = None, guidance: float | None = None) -> dict[str, object]:
@@ -154,7 +118,7 @@ def sample(
     given: Tensor | None = None,                # [1, C, h, w] an image's latent, for skip and known
     skip: int = 0,                              # noisy steps left out: starts at `given` plus noise
     known: Tensor | None = None,                # bool [1, 1, h, w]: where `given` is kept
-    rounds: int = 1,                            # of each step with `known`, see REPAINT
+    rounds: int = 1,                            # of each step with `known`, see extras/editing.py
 ) -> Iterator[Step]:
     """Denoises one latent for each pose and yields every step; the last step's x is the sample."""
     diffusion = Diffusion(**ldm.schedule)
@@ -218,131 +182,6 @@ def draw_images(ldm: LDM, poses: Tensor, seeds: list[Seed], size: int,
                 **how: object) -> list[np.ndarray]:
     """An image uint8 [S, S, 3] for each pose [B, 17, 3] and seed; `how` as in `sample`."""
     return decode(ldm, denoise(ldm, poses, seeds, size, **how)[-1].x)
-
-
-# ------------------------------------------------------------------------------------- what to draw
-
-def plan_of(args: argparse.Namespace, payload: dict, labels: Collection[int] = ()) -> Plan:
-    """The poses to draw, from files or from the checkpoint, and the seeds of their images. `labels`
-    are those asked for, whose proportions --retarget takes."""
-    trained = checkpoint.training_poses(payload, args.ckpt)
-    if trained is None and (args.common or args.typical or args.retarget):
-        raise ValueError("--common, --typical and --retarget need training poses, which "
-                         f"{args.ckpt} does not have; train stage 2 with: "
-                         f"{checkpoint.HOW_TO_MAKE['ldm']}")
-    density = None if trained is None else PoseDensity(trained)
-    frames = args.frames or DEFAULT_FRAMES
-    how = {"format": args.format, "person": args.person, "canvas": args.canvas,
-           "min_confidence": args.min_confidence}
-    if args.common:
-        poses = density.poses[density.common(args.common)]
-        names = [f"common {i + 1}" for i in range(args.common)]
-    elif args.motion:
-        poses, names = read_motion(args.poses, args.fit, args.frames, **how)
-    elif not args.poses:                    # --label alone
-        poses, names = [data.NO_POSE], ["no pose"]
-    else:
-        per_file = DEFAULT_FRAMES if args.morph else frames
-        poses, names = read_poses(args.poses, args.fit, per_file, **how)
-    poses = np.stack(poses)                 # float64: the seed's cell ids are floors of these
-    before, notes = None, []
-    if density and args.poses:
-        asked = other = poses
-        if args.retarget or not args.motion:    # for 100 frames this takes a second
-            other = retarget(poses, checkpoint.training_poses(payload, args.ckpt, labels))
-        given = other if args.retarget else poses
-        poses = density.typical(given, args.typical)
-        if not args.motion:                 # a motion has too many
-            was, of_other, now = (density.unusual(each) for each in (asked, other, poses))
-            note_unusual(names, of_other if args.retarget else was, now, args.typical, of_other)
-            moved = args.retarget or args.typical
-            before = asked if moved else None
-            notes = [[in_words(share) for share in shares]
-                     for shares in (zip(was, now, strict=True) if moved else zip(now))]
-    if args.morph:
-        return morph(poses, names, frames, args.seed, args.n)
-    return Plan(poses, names, [args.seed + i for i in range(args.n)] * len(poses), args.n,
-                before=before, notes=notes)
-
-
-def labels_of(args: argparse.Namespace, ldm: LDM, payload: dict) -> dict[str, int]:
-    """The labels that --label asks for, by name; ValueError for one that the model lacks."""
-    known = checkpoint.label_names(payload, args.ckpt)
-    if args.label and not known:
-        raise ValueError(f"--label is {args.label[0]}, but {args.ckpt} was trained without labels; "
-                         "leave --label out, or train with --labels")
-    if not args.poses and not args.common and not ldm.supports_guidance:
-        raise ValueError(f"{args.ckpt} was trained without dropping poses, so it cannot draw by "
-                         "label alone; give a pose, such as --common 1")
-    asked = [normalize("NFC", name) for name in args.label or ()]
-    if "all" in asked and "all" not in known:
-        asked = known
-    for name in asked:
-        if name not in known:
-            raise ValueError(f"--label is {name!r}; {args.ckpt} knows "
-                             f"{', '.join(map(repr, known))}, and all for each of them")
-    return {name: known.index(name) for name in asked}
-
-
-class Given(NamedTuple):
-    """The image of --init, --inpaint or --noise-from, encoded, and decoded again."""
-    z: Tensor                       # [1, C, h, w] its latent
-    image: np.ndarray               # uint8 [S, S, 3] the decoded latent
-    hole: np.ndarray | None         # bool [S, S] the region to inpaint
-
-    def shown(self) -> np.ndarray:
-        """uint8 [S, S, 3]: the image, with a line of one pixel around the hole."""
-        if self.hole is None:
-            return self.image
-        hole = torch.from_numpy(self.hole)[None].float()
-        around = F.max_pool2d(hole, 3, 1, 1)[0].bool().numpy() & ~self.hole
-        return np.where(around[..., None], np.uint8(OUTLINE), self.image)
-
-
-def read_given(args: argparse.Namespace, ldm: LDM, size: int) -> Given | None:
-    """The image to start from, and its mask, cropped to the central square; None without one."""
-    path = args.init or args.inpaint or args.noise_from
-    if path is None:
-        return None
-    image = data.read_image(path)
-    square, _ = data.crop_resize(image, data.NO_POSE, size)
-    with torch.no_grad():
-        z = ldm.encode(data.to_tensor(square)[None].to(ldm.mean.device))
-    hole = None
-    if args.inpaint:
-        mask = data.read_image(args.mask, ground="black")   # white strokes may be on transparency
-        if mask.size != image.size:
-            raise ValueError(f"the mask {args.mask} is {mask.width} x {mask.height}, but {path} is "
-                             f"{image.width} x {image.height}; the sizes must be equal")
-        hole = data.crop_resize(mask, data.NO_POSE, size)[0].mean(axis=-1) >= 128
-        if not hole.any():
-            raise ValueError(f"the mask {args.mask} has no white pixels; white marks the region to "
-                             "inpaint")
-    return Given(z, decode(ldm, z)[0], hole)
-
-
-def start_from(given: Given, args: argparse.Namespace, ldm: LDM, pose: Tensor,
-               labels: Tensor | None = None) -> dict[str, object]:
-    """The arguments of `sample` that make it start from `given`.
-
-    --noise-from inverts without a pose. A model trained without dropout cannot, so it inverts with
-    `pose` [1, 17, 3] and the first of `labels`.
-    """
-    if args.init:       # a share of T, so that it adds the same noise with every spacing
-        timesteps = visited(ldm, args.sampler, args.steps)
-        skip = int((timesteps >= args.strength * ldm.schedule["timesteps"]).sum())
-        return {"given": given.z, "skip": min(skip, len(timesteps) - 1)}
-    if args.inpaint:    # a cell of the latent is redrawn if any of its pixels is in the hole
-        hole = torch.from_numpy(given.hole)[None, None].float()             # [1, 1, S, S]
-        known = F.max_pool2d(hole, ldm.vq.config.factor) == 0               # [1, 1, h, w]
-        return {"given": given.z, "known": known.to(given.z.device), "rounds": REPAINT}
-    diffusion, w = Diffusion(**ldm.schedule), 0.0 if ldm.supports_guidance else 1.0
-    model = partial(ldm, label=None if labels is None else labels[:1].to(given.z.device))
-    eps_fn = guided(diffusion.eps_model(model), pose.to(given.z.device), w)
-    steps = invert(diffusion, eps_fn, given.z, args.steps, spacing_of(ldm, "ddim"))
-    total = len(visited(ldm, "ddim", args.steps))
-    *_, last = tqdm(steps, desc="inverting", unit="step", total=total)
-    return {"noise": last.x}
 
 
 # --------------------------------------------------------------------------------- the command line
@@ -507,7 +346,8 @@ def run(args: argparse.Namespace, command: str) -> str:
     poses = torch.from_numpy(plan.poses).repeat_interleave(plan.n, dim=0)               # [B, 17, 3]
     labels = [asked[name] for name in plan.labels] * len(plan.poses)
     labels = torch.tensor(labels) if labels else None                                   # [B]
-    start = start_from(given, args, ldm, poses[:1], labels) if given else {}
+    start = start_from(given, args, ldm, visited(ldm, args.sampler, args.steps), poses[:1],
+                       labels) if given else {}
     film = FILM if args.film else 1
     steps = denoise(ldm, poses, plan.seeds, size, film, labels, **options, **start)
     images = decode(ldm, steps[-1].x)

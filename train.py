@@ -38,6 +38,7 @@ import checkpoint
 import data
 import plots
 from checkpoint import number, plural
+from dataset.images import WORKER_DIED, naming_broken, worker_died
 from dataset.latents import LatentCache, latent_batch
 from diffusion import Diffusion, dpm_solver, guided, per_image_noise
 from engine import distributed
@@ -52,9 +53,10 @@ from keypoints import ConditionConfig
 from ldm import LDM
 from metrics.images import box_baseline, reconstruction
 from metrics.keypoint_detector import FEATURE_WIDTHS, DetectorDistance, KeypointDetector
+from metrics.lpips import LPIPS
 from metrics.overfit import ROW_OF, OverfitMonitor, overfitting
 from unet import NO_LABEL, UNetConfig
-from vq import LPIPS, PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
+from vq import PatchDiscriminator, VQConfig, VQLoss, VQLossConfig, VQModel
 
 FEATURES = Path(__file__).parent / "assets/features.pt"     # of DetectorDistance
 STAGE_1 = "runs/vq/last.pt"     # the checkpoint that stage 2 takes by default
@@ -722,7 +724,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
     announce(c, run, len(val), used)
 
     broken = run.dir / (f"broken-{rank()}.txt" if rank() else "broken.txt")
-    with data.naming_broken(broken, train, val):
+    with naming_broken(broken, train, val):
         if c.stage == "vq":
             loop, needs = train_vq, (train, val, load_distances(c))
         else:
@@ -950,8 +952,8 @@ def main(argv: list[str] | None = None) -> int:
                     f"--micro-batch {max(1, n // 2)} or --checkpointing and rerun")
         elif args.compile and type(e).__module__.startswith("torch._"):     # _dynamo or _inductor
             said = f"torch.compile fails here ({type(e).__name__}); leave --compile out"
-        elif data.worker_died(e):
-            said = data.WORKER_DIED
+        elif worker_died(e):
+            said = WORKER_DIED
         elif distributed.lost_rank(e):
             said, status = (f"another rank is gone ({str(e).strip().splitlines()[0][:100]}); rerun "
                             "the same command to resume"), LOST

@@ -18,6 +18,7 @@ of CompVis `openaimodel.UNetModel`, so published state dicts load with strict=Tr
 # d = C / n width of a head
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -99,26 +100,15 @@ class ResBlock(nn.Module):
         return self.skip_connection(x) + self.out_layers(h)
 
 
-class Downsample(nn.Module):
+def downsample(channels: int) -> nn.Module:
     """[B, C, h, w] -> [B, C, h/2, w/2]"""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
+    return nn.Sequential(OrderedDict(op=nn.Conv2d(channels, channels, 3, stride=2, padding=1)))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Module:
     """[B, C, h, w] -> [B, C, 2h, 2w]"""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2),
+                                     conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 # ------------------------------------------------------------------------------ attention
@@ -169,17 +159,11 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
-class FeedForward(nn.Module):
+def mlp(channels: int) -> nn.Module:
     """[B, L, C] -> [B, L, C]"""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        # Identity replaces the reference's dropout of 0, so the last layer is still named net.2.
-        self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(),
-                                 nn.Linear(4 * channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    # Identity replaces the reference's dropout of 0, so the last layer is still named net.2.
+    return nn.Sequential(OrderedDict(net=nn.Sequential(
+        GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))))
 
 
 class TransformerBlock(nn.Module):
@@ -192,7 +176,7 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(channels)
         self.attn2 = None if context_dim is None else Attention(channels, context_dim, num_heads)
         self.norm2 = None if context_dim is None else nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
+        self.ff = mlp(channels)
         self.norm3 = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
@@ -283,7 +267,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(Stage(*layers))
                 skips.append(C)
             if level < len(config.channel_mult) - 1:
-                self.input_blocks.append(Stage(Downsample(C)))
+                self.input_blocks.append(Stage(downsample(C)))
                 skips.append(C)
 
         self.middle_block = Stage(res(C, C), transformer(C), res(C, C))
@@ -291,13 +275,13 @@ class UNet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             attends = 2 ** level in config.attention_resolutions
-            for i in range(config.num_res_blocks + 1):      # one more, for the Downsample's skip
+            for i in range(config.num_res_blocks + 1):      # one more, for downsample's skip
                 layers = [res(C + skips.pop(), mult * M)]   # popped on the way up
                 C = mult * M
                 if attends:
                     layers.append(transformer(C))
                 if level and i == config.num_res_blocks:
-                    layers.append(Upsample(C))
+                    layers.append(upsample(C))
                 self.output_blocks.append(Stage(*layers))
 
         self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, C), nn.SiLU(),

@@ -130,26 +130,16 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(a.reshape(B, H, W, C).permute(0, 3, 1, 2))     # channels_last
 
 
-class Downsample(nn.Module):
+def downsample(channels: int) -> nn.Module:
     """x [B, C, H, W] -> [B, C, H/2, W/2]; padding right and below only, as in the reference."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                                     conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Module:
     """x [B, C, H, W] -> [B, C, 2H, 2W]"""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2),
+                                     conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 class Level(nn.Module):
@@ -162,8 +152,8 @@ class Level(nn.Module):
             ResBlock(c_in if i == 0 else c_out, c_out, config) for i in range(n_blocks))
         attends = resolution in config.attn_resolutions
         self.attn = nn.ModuleList(AttnBlock(c_out, config) for _ in range(n_blocks * attends))
-        self.downsample = Downsample(c_out) if down else nn.Identity()
-        self.upsample = Upsample(c_out) if up else nn.Identity()
+        self.downsample = downsample(c_out) if down else nn.Identity()
+        self.upsample = upsample(c_out) if up else nn.Identity()
 
     def forward(self, h: Tensor, checkpointing: bool) -> Tensor:
         for i, block in enumerate(self.block):
@@ -419,57 +409,6 @@ class PatchDiscriminator(nn.Sequential):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
 
-# Widths of VGG16's convolutions; mean and std of ImageNet, for images in [-1, 1].
-VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-RGB_SHIFT, RGB_SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
-
-
-class LPIPS(nn.Module):
-    """Perceptual distance (arXiv:1801.03924, v0.1, VGG16): x, y [B, 3, H, W] in [-1, 1] -> [B].
-
-    Unit-length features at five depths of VGG16, squared differences, weighted per channel, mean
-    over pixels. A new instance has random weights; `formats.lpips.load_lpips` fills them. Names are
-    those of taming-transformers.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.scaling_layer = nn.Module()
-        self.scaling_layer.register_buffer("shift", torch.tensor(RGB_SHIFT).view(1, 3, 1, 1))
-        self.scaling_layer.register_buffer("scale", torch.tensor(RGB_SCALE).view(1, 3, 1, 1))
-        self.net = nn.Module()
-        c_in, index = 3, 0                  # the index is that in torchvision's vgg16().features
-        for depth, widths in enumerate(VGG_WIDTHS):
-            layers: OrderedDict[str, nn.Module] = OrderedDict()
-            if depth > 0:
-                layers[str(index)] = nn.MaxPool2d(2)
-                index += 1
-            for width in widths:
-                layers[str(index)] = nn.Conv2d(c_in, width, 3, padding=1)
-                layers[str(index + 1)] = nn.ReLU()
-                c_in, index = width, index + 2
-            self.net.add_module(f"slice{depth + 1}", nn.Sequential(layers))
-            lin = nn.Module()                               # index 0 was a dropout
-            lin.model = nn.Sequential(OrderedDict({"1": nn.Conv2d(c_in, 1, 1, bias=False)}))
-            self.add_module(f"lin{depth}", lin)
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        """The five feature maps of x, each of unit length along its channels."""
-        h = (x - self.scaling_layer.shift) / self.scaling_layer.scale
-        maps = []
-        for depth in range(len(VGG_WIDTHS)):
-            h = self.net.get_submodule(f"slice{depth + 1}")(h)
-            maps.append(h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10))
-        return maps
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        distance = x.new_zeros(len(x))
-        for depth, (a, b) in enumerate(zip(self.features(x), self.features(y), strict=True)):
-            lin = self.get_submodule(f"lin{depth}").model
-            distance = distance + lin((a - b).square()).mean((1, 2, 3))     # [B, 1, h, w] -> [B]
-        return distance
-
-
 @dataclass(frozen=True)
 class VQLossConfig:
     perceptual: float = 0.0     # weight of LPIPS, 1 in the reference; 0: none, needs no weights
@@ -482,7 +421,7 @@ class VQLossConfig:
 
 class VQLoss(nn.Module):
     """L1 + perceptual + codebook + adversarial hinge loss, in float32 (arXiv:2012.09841 eq. 5-7).
-    Perceptual distances, LPIPS and that of a detector, are modules: x, y [B, 3, H, W] -> [B].
+    Perceptual distances, LPIPS and that of a detector, are of metrics/: x, y [B, 3, H, W] -> [B].
 
     A step is `generator(...)`, backward, the autoencoder's optimiser step; then
     `discriminator(...)`, backward, the discriminator's. Both judge the same reconstruction; the

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 import data  # noqa: E402
+from dataset.images import upright_size  # noqa: E402
 from keypoints import JOINTS  # noqa: E402
 from metrics.keypoint_detector import KeypointDetector  # noqa: E402
 from metrics.pose import within  # noqa: E402
@@ -69,7 +70,7 @@ def read_drawings(folder: Path) -> list[tuple[str, np.ndarray]]:
             part, _, side = joint.partition("_")
             name = f"{side}_{HANDS.get(part, part)}"
             if name in places:
-                pose[j] = *(places[name] / np.array(data.upright_size(image))), 1
+                pose[j] = *(places[name] / np.array(upright_size(image))), 1
         if (pose[5:, 2] > 0).all():
             found.append((str(image), pose))
     return found

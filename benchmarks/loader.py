@@ -28,6 +28,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 from benchmarks.tables import write  # noqa: E402
+from dataset.images import read_image  # noqa: E402
 from dataset.latents import LatentCache, latent_batch  # noqa: E402
 
 SIDE, BATCH = 256, 32
@@ -45,7 +46,7 @@ class Jpegs(data.ImageDataset):
         return len(self.files)
 
     def source(self, i: int) -> tuple[Image.Image, np.ndarray]:
-        return data.read_image(self.files[i], at_least=2 * SIDE), data.NO_POSE
+        return read_image(self.files[i], at_least=2 * SIDE), data.NO_POSE
 
 
 class Blank(data.ImageDataset):

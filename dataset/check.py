@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 import data
 import keypoints
-from data import DataError, ImageDataset, PoseFolder
+from data import ImageDataset, PoseFolder
 from dataset.bars import find_bars
 from dataset.folder import keypoint_file
+from dataset.images import SUFFIXES, DataError, fetch, opened, orientation, read_image
 from plots import draw_overview
 
 THUMB = 16                      # side of the thumbnails by which copies are found
@@ -117,7 +118,7 @@ class Records(Dataset):
         row = np.zeros((), RECORD)
         try:
             if isinstance(self.ds, PoseFolder):
-                image, (row["pose"], told) = data.read_image(self.ds.name(i)), self.ds.label(i)
+                image, (row["pose"], told) = read_image(self.ds.name(i)), self.ds.label(i)
                 row["told"] = told or 0
             else:
                 image, row["pose"] = whole(self.ds, i)
@@ -138,7 +139,7 @@ def gather(datasets: list[ImageDataset], workers: int) -> Checked:
             broken |= ds.broken
             loader = DataLoader(Records(ds), CHUNK, num_workers=workers, collate_fn=list,
                                 generator=torch.Generator())
-            for part in data.fetch(loader):
+            for part in fetch(loader):
                 for row, why in part:
                     if why:
                         broken[files[len(rows)]] = why
@@ -338,7 +339,7 @@ def orphans(datasets: dict[str, ImageDataset]) -> list[Suspect]:
             found += [Suspect("orphan", 0, str(file), "no COCO json names it")
                       for folder in {Path(path).parent for path in ds.paths}
                       for file in folder.iterdir()
-                      if file.suffix.lower() in data.SUFFIXES and not file.name.startswith(".")
+                      if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
                       and os.path.abspath(file) not in named]
     return found
 
@@ -351,8 +352,8 @@ def misshapen(checked: Checked) -> list[Suspect]:
         (W, H), (w, h) = checked.rows["size"][i].tolist(), checked.rows["told"][i].tolist()
         off = abs(W * h - H * w) / max(W, H, w, h)          # in pixels, of the smaller one
         if off > 1:
-            with data.opened(checked.files[i]) as image:
-                turned = data.orientation(image)
+            with opened(checked.files[i]) as image:
+                turned = orientation(image)
             why = f"its label is for {w:g} x {h:g} pixels, the upright image has {W} x {H}"
             found.append(Suspect("size", off, checked.files[i], why + (
                 f"; EXIF orientation {turned} turns it, and the "

@@ -19,7 +19,7 @@ from unicodedata import normalize
 import numpy as np
 
 import keypoints
-from data import SUFFIXES, DataError, upright_size
+from dataset.images import SUFFIXES, DataError, upright_size
 from formats import pose_files
 
 PARTS = "train", "valid", "val", "test"         # folders of Roboflow's exports

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import data
 import keypoints
+from dataset.images import DataError, note_broken
 
 CACHE_VERSION = 3               # raise it when files or poses change: old caches then stay closed
 RECORD_EVERY = 32               # batches between two records: a kill costs no more
@@ -63,8 +64,8 @@ class LatentCache:
         for file, size in zip(self.files, file_sizes(about), strict=True):
             found = file.stat().st_size if file.exists() else 0
             if found != size:
-                raise data.DataError(f"{file}: {found:,} bytes long instead of "
-                                     f"{size:,}; delete {self.json}, then rerun the same command")
+                raise DataError(f"{file}: {found:,} bytes long instead of "
+                                f"{size:,}; delete {self.json}, then rerun the same command")
         self.n, (C, h, w) = about["rows"], about["shape"]
         shapes = (self.n, C, h, w), (self.n, *data.NO_POSE.shape)
         self.latents = np.asarray(np.memmap(self.files[0], "f2", "r", shape=shapes[0]))
@@ -73,8 +74,8 @@ class LatentCache:
         if ds.label_names:
             sound = [i for i in range(len(ds)) if ds.name(i) not in about["broken"]]
             if 2 * len(sound) != self.n:
-                raise data.DataError(f"{self.json}: {self.n:,} rows for {len(sound):,} images; "
-                                     "delete it, then rerun the same command")
+                raise DataError(f"{self.json}: {self.n:,} rows for {len(sound):,} images; "
+                                "delete it, then rerun the same command")
             self.labels = torch.from_numpy(ds.label_ids()[sound].repeat(2))
         mean, squares = (np.array(about[k]) / (self.n * h * w) for k in ("sum", "squares"))
         std = np.sqrt(np.maximum(squares - mean ** 2, 1e-12))       # of a dead channel not 0
@@ -92,7 +93,7 @@ class LatentCache:
         if not whole:                                   # start over; sums are by channel
             about = {"batch_size": batch_size, "batches": 0, "broken": {}, "rows": 0, "shape": [],
                      "sum": 0.0, "squares": 0.0}
-        data.note_broken(ds, about["broken"])
+        note_broken(ds, about["broken"])
         ks = range(about["batches"], -(-len(ds) // batch_size))
         batches = tqdm(data.load(data.Steps(ds, batch_size), ks, workers, device),
                        "encoding images", ks.stop, initial=ks.start, unit="batch",
@@ -105,7 +106,7 @@ class LatentCache:
                     file.seek(size)
                 for images, pose, _ in batches:
                     if len(images):                     # not every image of the batch is broken
-                        h, pose = make_rows(data.to_tensor(images), pose.cpu().numpy(), encode)
+                        h, pose = make_rows(images, pose.cpu().numpy(), encode)
                         latents.write(h)
                         poses.write(pose)
                         about["rows"] += len(h)
@@ -120,8 +121,8 @@ class LatentCache:
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise data.DataError(f"{self.files[0]}: the disk is full; make room, then rerun the "
-                                 "same command to resume") from error
+            raise DataError(f"{self.files[0]}: the disk is full; make room, then rerun the "
+                            "same command to resume") from error
         os.replace(record, self.json)
 
     def __len__(self) -> int:

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+import data
 import plots
 from diffusion import Step
-from extras.motion import Plan
+from extras.plan import Plan
 from keypoints import draw
+
+SHEET_ACROSS, SHEET_MOST = 8, 48    # frames side by side and in all on a contact sheet
 
 
 def grid_of(plan: Plan, images: list[np.ndarray], given: np.ndarray | None) -> dict[str, list]:
@@ -43,6 +46,24 @@ def film_of(plan: Plan, steps: list[Step], decode: Callable[[Tensor], list[np.nd
                    "x0 predicted"]
     columns = ["pose", *(f"step {step.i + 1}, t = {step.t}" for step in steps)]
     return {"rows": rows, "labels": labels, "columns": columns}
+
+
+def sheet_of(plan: Plan, images: list[np.ndarray], given: np.ndarray | None) -> dict[str, list]:
+    """A contact sheet: skeletons side by side, the samples below. Arguments of plots.save_grid.
+
+    `images` and `given`, the image to start from, are uint8 [S, S, 3].
+    """
+    rows, labels, captions = [], [], []
+    frames = [[*row, name] for row, name in zip(plan.rows(images), plan.names, strict=True)]
+    frames = [frames[p] for p in data.evenly(len(frames), SHEET_MOST)]
+    if given is not None:
+        frames.insert(0, [None, given, *[None] * (plan.n - 1), "given"])
+    for first in range(0, len(frames), SHEET_ACROSS):
+        *lines, names = zip(*frames[first:first + SHEET_ACROSS], strict=True)
+        rows += [list(line) for line in lines]
+        labels += ["pose", *(plan.called(i, f"sample {i + 1}") for i in range(plan.n))]
+        captions += [[] for _ in range(plan.n)] + [list(names)]
+    return {"rows": rows, "labels": labels, "captions": captions}
 
 
 def outputs(args: argparse.Namespace) -> tuple[Path, Path | None]:

@@ -1,4 +1,4 @@
-"""Weights of LPIPS: files of torchvision, the lpips package or taming in, a frozen vq.LPIPS out."""
+"""Weights of LPIPS: files of torchvision, the lpips package or taming in, a frozen LPIPS out."""
 from __future__ import annotations
 
 import hashlib
@@ -11,7 +11,7 @@ import torch
 
 from checkpoint import fill, read
 from formats.compvis import tensors_of
-from vq import LPIPS
+from metrics.lpips import LPIPS
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ SLICE_ENDS = (3, 8, 15, 22, 29)         # last layers of vgg16().features in net
 
 
 def lpips_name(name: str) -> str:
-    """A tensor's name in torchvision, the lpips package or a taming .ckpt -> that in vq.LPIPS."""
+    """A tensor's name in torchvision, the lpips package or a taming .ckpt -> that in LPIPS."""
     name = name.removeprefix("loss.perceptual_loss.")
     first, _, rest = name.partition(".")
     if first == "lins":
@@ -64,8 +64,7 @@ def load_lpips(paths: Sequence[str | Path]) -> LPIPS:
         if not found:
             raise ValueError(f"{path} has no tensor of LPIPS; its first is {next(iter(state))}")
         given |= found
-    constants = {name: v for name, v in own.items() if name.startswith("scaling_layer.")}
-    given = constants | given
+    given = {name: v for name, v in own.items() if name.startswith("scaling_layer.")} | given
     if missing := [name for name in own if name not in given]:
         needed = [f"{file.what} ({file.url} has them)"
                   for file, prefix in zip(LPIPS_FILES, ("net.", "lin"), strict=True)

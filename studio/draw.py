@@ -21,6 +21,7 @@ import plots
 import sample
 from checkpoint import number
 from extras.density import PoseDensity, in_words, percent
+from extras.plan import labels_of
 from extras.proportions import retarget
 from formats import pose_files
 from studio.label import checked
@@ -114,7 +115,7 @@ class Draw:
                      *([f"--label={label}"] if label else [])] for j in range(n)]
         args = sample.parse_args(commands[0])
         sample.ask_model(args, self.ldm)
-        labels = sample.labels_of(args, self.ldm, self.payload)
+        labels = labels_of(args, self.ldm, self.payload)
         self.newest += 1
         return self.lines(self.newest, pose, commands, args, labels)
 

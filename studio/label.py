@@ -23,6 +23,7 @@ import checkpoint
 import data
 import keypoints
 from dataset import check, folder
+from dataset.images import DataError, read_image, upright_size
 from formats import pose_files
 from studio import propose
 from studio.server import Call, Refused, sentence
@@ -89,7 +90,7 @@ class Label:
     def encoded(self, i: int, most: int) -> tuple[str, bytes]:
         """Image i upright and reduced to `most` pixels a side, as PNG or JPEG."""
         with self.decoding:
-            image = data.read_image(self.path(i), at_least=most)
+            image = read_image(self.path(i), at_least=most)
             image.thumbnail((most, most), Image.Resampling.BICUBIC, reducing_gap=3)
             kind = "png" if THUMB < max(image.size) <= LOSSLESS else "jpeg"
             image.save(file := io.BytesIO(), kind, quality=85)
@@ -117,7 +118,7 @@ class Label:
             version = self.version(i)
             label = str(self.own[i]) if version else self.told[i]
             try:
-                size = data.upright_size(image)
+                size = upright_size(image)
                 if isinstance(label, str):
                     pose = pose_files.read_one(label, lambda: size).poses[0]
                 elif label is not None:
@@ -135,7 +136,7 @@ class Label:
         pose, state = checked(body.get("pose")), body.get("state")
         if state not in STATES:
             raise Refused(400, f"the state is {state!r}; allowed are {', '.join(STATES)}")
-        data.upright_size(self.path(i))                 # an image that is gone keeps its label
+        upright_size(self.path(i))                 # an image that is gone keeps its label
         with self.saving:
             # What a person does always replaces a proposal, also a new one.
             if body.get("version") != self.version(i) and self.read_state(i)[0] not in UNTOUCHED:
@@ -165,7 +166,7 @@ class Label:
         """{number: sentence} of what the dataset check finds in the images that are done."""
         try:
             seen = check.gather([data.PoseFolder(self.root, propose.SIDE, limit=1)], 0)
-        except data.DataError:
+        except DataError:
             return {"suspects": {}}                     # nothing is done yet
         found = check.odd_poses(seen)[0] + check.copies(seen) + check.misshapen(seen)
         why = {os.path.normpath(one.file): one.why for one in found}
@@ -240,7 +241,7 @@ class Label:
     def squares(self, numbers: list[int]) -> Iterator[tuple[int, np.ndarray, tuple[int, int]]]:
         """(i, image, size) as propose.read_square, without images that are gone or broken."""
         for i in numbers:
-            with suppress(data.DataError):
+            with suppress(DataError):
                 yield i, *propose.read_square(self.images[i])
 
 

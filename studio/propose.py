@@ -21,6 +21,7 @@ from torch import Tensor
 
 import checkpoint
 import data
+from dataset.images import read_image
 from keypoints import HIDDEN, JOINTS, MIRROR
 from metrics.keypoint_detector import WINDOW, KeypointDetector, detector_loss, peaks
 
@@ -39,8 +40,8 @@ FIGURES = Path(__file__).parent.parent / "assets/pose-reader.pt"
 
 def read_square(path: str) -> tuple[np.ndarray, tuple[int, int]]:
     """An image file padded to uint8 [S, S, 3], and its own (width, height). DataError as
-    data.read_image."""
-    image = data.read_image(path, at_least=SIDE)
+    read_image."""
+    image = read_image(path, at_least=SIDE)
     return np.array(ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.BICUBIC)), image.size
 
 

@@ -26,8 +26,9 @@ from diffusion import Diffusion, ddim
 from formats import compvis
 from formats.compvis import PUBLISHED, Published
 from keypoints import ConditionConfig
+from metrics.lpips import LPIPS
 from unet import UNet, UNetConfig
-from vq import LPIPS, VQConfig, VQModel
+from vq import VQConfig, VQModel
 
 ROOT = Path(__file__).parent.parent
 SEED = ConditionConfig(("seed",), seed_dim=32)

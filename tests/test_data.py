@@ -13,9 +13,10 @@ from PIL import Image
 import data
 import keypoints
 import plots
-from data import DataError, InMemory, Part, PoseFolder, batches, crop_resize, split
+from data import InMemory, Part, PoseFolder, batches, crop_resize, split
 from dataset.figures import Figures
 from dataset.folder import find_groups, has_keypoints, read_table
+from dataset.images import DataError, naming_broken, read_image
 
 
 def some_pose(seed: int) -> np.ndarray:
@@ -104,7 +105,7 @@ def test_every_byte_survives_the_way_to_a_tensor_and_back():
 ])
 def test_modes_become_rgb(tmp_path, mode, value, expected):
     Image.new(mode, (5, 5), value).save(tmp_path / "a.png")
-    assert data.read_image(tmp_path / "a.png").getpixel((2, 2)) == expected
+    assert read_image(tmp_path / "a.png").getpixel((2, 2)) == expected
 
 
 def test_palette_with_a_transparent_colour(tmp_path):
@@ -112,7 +113,7 @@ def test_palette_with_a_transparent_colour(tmp_path):
     image.putpalette([0, 0, 0, 9, 9, 9])
     image.putpixel((0, 0), 0)
     image.save(tmp_path / "a.png", transparency=1)
-    read = data.read_image(tmp_path / "a.png")
+    read = read_image(tmp_path / "a.png")
     assert read.getpixel((3, 3)) == (255, 255, 255) and read.getpixel((0, 0)) == (0, 0, 0)
 
 
@@ -122,7 +123,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                # ... which a viewer turns to the right
     image.save(tmp_path / "a.png", exif=exif)
-    upright = data.read_image(tmp_path / "a.png")
+    upright = read_image(tmp_path / "a.png")
     assert upright.size == (40, 60)
     assert upright.getpixel((38, 50)) == (255, 255, 255) and upright.getpixel((2, 50)) == (0, 0, 0)
 
@@ -134,14 +135,14 @@ def test_a_truncated_file_is_an_error_not_half_an_image(tmp_path, suffix, left):
     noise(64, 64).save(path)
     path.write_bytes(path.read_bytes()[:int(left * path.stat().st_size)])
     with pytest.raises(DataError, match=rf"a\.{suffix}: not a readable image"):
-        data.read_image(path)
+        read_image(path)
 
 
 def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
     Image.new("L", (30, 30)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)         # PIL warns above, raises above 1600
     with pytest.raises(DataError, match="a.png: more than 800 pixels"):
-        data.read_image(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 # -------------------------------------------------------------------------------------- geometry
@@ -560,7 +561,7 @@ def test_one_broken_image_of_300_is_named_and_replaced(tmp_path, workers):
     bad = ds.paths[7]
     open(bad, "wb").write(b"not an image")
     for _ in range(2):                                              # a resumed run adds no line
-        with data.naming_broken(tmp_path / "broken.txt", Part(ds, range(300)), ds):
+        with naming_broken(tmp_path / "broken.txt", Part(ds, range(300)), ds):
             seen = [i for *_, indices in batches(ds, 25, seed=0, start=0, stop=12, workers=workers)
                     for i in indices.tolist()]
         assert sorted(seen) == sorted([*range(7), 8, *range(8, 300)])       # the next one

@@ -22,6 +22,7 @@ from diffusion import (
     slerp,
     timesteps_of,
 )
+from extras.plan import read_poses
 from keypoints import JOINTS, ConditionConfig
 from ldm import LDM
 from unet import UNet, UNetConfig
@@ -484,7 +485,7 @@ def test_the_flags_reach_the_sampler(tmp_path, monkeypatch):
     monkeypatch.setattr(ldm, "decode", lambda z: seen.append(z) or torch.zeros(len(z), 3, 32, 32))
     command = [str(pose), "-n", "1", "--steps", "4", "--out", str(tmp_path / "x.png"),
                "--device", "cpu", "--eta", "0", "--sampler"]
-    poses = torch.from_numpy(np.stack(sample.read_poses([pose])[0])).float()
+    poses = torch.from_numpy(np.stack(read_poses([pose])[0])).float()
     how = sample.settings(ldm, "ddim", 4, eta=0.0)
     for flags, wanted in [
         (["dpm_solver"], {"sampler": "dpm_solver"}),

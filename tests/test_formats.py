@@ -7,10 +7,11 @@ import pytest
 from PIL import ExifTags, Image
 
 import keypoints as K
-import sample
-from data import DataError, PoseFolder
+from data import PoseFolder
 from dataset.check import main
 from dataset.folder import has_keypoints
+from dataset.images import DataError
+from extras.plan import read_poses
 from formats import pose_files
 from formats.pose_files import FORMATS
 from keypoints import HIDDEN, JOINTS, PoseError
@@ -468,7 +469,7 @@ def test_trap_7_the_seeds_row_is_x_for_its_condition_and_y_for_the_drawing(tmp_p
     assert K.seed_context(pose[None], 32)[0, 0].tolist() == [100 // 16 + (400 // 16) * 32] * 17
     rows, cols = np.nonzero((K.draw(pose, 512) != K.draw(np.zeros((17, 3)), 512)).any(-1))
     assert abs(cols.mean() - 400) < 1 and abs(rows.mean() - 100) < 1
-    poses, _ = sample.read_poses([file])                                # and not changed by fitting
+    poses, _ = read_poses([file])                                # and not changed by fitting
     np.testing.assert_array_equal(poses[0], pose)
 
 
@@ -482,7 +483,7 @@ def test_frames_and_pictures_give_one_pose_each_and_sample_draws_some(tmp_path, 
     assert "20 people in 20 images" in found.taken_for and found.pictures[:3] == ["1", "2", "3"]
     np.testing.assert_allclose([pose[0, 0] * W for pose in found.poses],
                                [XY["nose"][0] + 10 * f for f in range(20)])
-    poses, names = sample.read_poses([file], frames=3, canvas=(W, W))
+    poses, names = read_poses([file], frames=3, canvas=(W, W))
     assert names == ["video 1", "video 11", "video 20"]
     assert poses[2][0, 0] * W == pytest.approx(XY["nose"][0] + 190)
     assert "3 of them drawn" in capsys.readouterr().out

@@ -23,7 +23,8 @@ import data
 import evaluate
 import sample
 import train
-from data import DataError, PoseFolder
+from data import PoseFolder
+from dataset.images import DataError
 from dataset.latents import LatentCache
 from ldm import LDM
 from metrics import keypoint_detector

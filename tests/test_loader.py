@@ -17,7 +17,8 @@ from test_data import Numbered, centroid, dotted, folder, some_pose
 import data
 import dataset.latents
 import keypoints
-from data import DataError, InMemory, Part, PoseFolder, batches, crop_resize
+from data import InMemory, Part, PoseFolder, batches, crop_resize
+from dataset.images import WORKER_DIED, DataError, read_image
 from dataset.latents import LatentCache, latent_batch
 
 PATIENCE = 600                      # seconds for a process, before it counts as hung
@@ -39,7 +40,7 @@ def test_joints_stay_on_their_pixels_in_a_reduced_jpeg(tmp_path, W, H, orientati
         for turn in TURNS[orientation]:                     # as it is stored
             image = image.transpose(turn)
         image.save(file, "JPEG", quality=95, exif=exif)
-        reduced = data.read_image(file, at_least=128)
+        reduced = read_image(file, at_least=128)
         assert 128 <= min(reduced.size) < 256
         assert abs(reduced.width * H / W - reduced.height) < 2
         square, moved = crop_resize(reduced, pose, 64)
@@ -56,9 +57,9 @@ def test_a_reduced_jpeg_looks_like_the_whole_one(tmp_path):
     grainy = np.asarray(coarse.resize((1024, 1024), Image.BICUBIC)) + rng.normal(
         0, 8, (1024, 1024, 3))
     Image.fromarray(grainy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-    reduced = data.read_image(file, at_least=256)
+    reduced = read_image(file, at_least=256)
     whole, small = (crop_resize(image, some_pose(0), 128)[0].astype(int)
-                    for image in (data.read_image(file), reduced))
+                    for image in (read_image(file), reduced))
     error = np.abs(whole - small)
     assert reduced.size == (256, 256) and error.mean() < 0.6 and error.max() <= 8       # of 255
 
@@ -115,7 +116,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_one_sentence(tmp_path, pause)
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, text=True,
                           capture_output=True)
     assert done.returncode, done.stderr     # 2; 1 where torch's handler raises once more at the end
-    assert f"train.py: {data.WORKER_DIED}\n" in done.stderr        # torch's own cleanup may follow
+    assert f"train.py: {WORKER_DIED}\n" in done.stderr        # torch's own cleanup may follow
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -138,7 +139,7 @@ def test_images_that_vanish_or_are_cut_while_it_runs_are_named_and_left_out(
 
 
 def test_a_batch_is_full_however_many_images_in_a_row_are_gone(tmp_path, monkeypatch):
-    ds, sought, read = PoseFolder(folder(tmp_path, 700), 12), [], data.read_image
+    ds, sought, read = PoseFolder(folder(tmp_path, 700), 12), [], read_image
     for i in range(100, 107):                   # 7 of 700 are allowed, all 7 in the 200 that train
         os.unlink(ds.paths[i])
     monkeypatch.setattr(data, "read_image",
@@ -150,7 +151,7 @@ def test_a_batch_is_full_however_many_images_in_a_row_are_gone(tmp_path, monkeyp
 
 
 def test_a_folder_that_goes_away_ends_the_run_soon(tmp_path, monkeypatch, capsys):
-    ds, sought, read = PoseFolder(folder(tmp_path / "set", 400), 12), [], data.read_image
+    ds, sought, read = PoseFolder(folder(tmp_path / "set", 400), 12), [], read_image
     steps = batches(ds, 32, seed=0, start=0, stop=30)
     next(steps)
     monkeypatch.setattr(data, "read_image",

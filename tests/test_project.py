@@ -19,28 +19,29 @@ ROOT = Path(__file__).parent.parent
 LEAVES = "diffusion", "unet", "vq", "keypoints"
 ROOMS = {
     "engine": {"run", "length", "distributed", "process", "cpu", "gpu", "muon", "startup"},
-    "dataset": {"figures", "latents", "check", "folder", "bars"},
+    "dataset": {"figures", "latents", "check", "folder", "bars", "images"},
     "formats": {"pose_files", "compvis", "lpips", "detections"},
-    "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "pose"},
-    "extras": {"density", "motion", "output", "proportions"},
+    "metrics": {"images", "codebook", "condition", "overfit", "keypoint_detector", "lpips", "pose"},
+    "extras": {"density", "editing", "output", "plan", "proportions"},
     "studio": {"__main__", "server", "label", "propose", "draw"},
 }
 # What a file, or each file of a room, may import of ours; a room stands for all that is in it.
 MAY_IMPORT = {
     **dict.fromkeys(LEAVES, ()),
     "ldm": ("unet", "vq", "keypoints"),
-    "data": ("engine.startup", "keypoints"),
+    "data": ("engine.startup", "keypoints", "dataset.images"),
     "checkpoint": ("engine.startup", "ldm", "vq", "unet", "keypoints"),
     "plots": ("keypoints", "metrics.overfit"),         # for the bins of timesteps in its heat maps
-    "train": (*LEAVES, "ldm", "data", "checkpoint", "dataset.latents", "engine",
+    "train": (*LEAVES, "ldm", "data", "checkpoint", "dataset.images", "dataset.latents", "engine",
               "metrics", "plots"),
     "sample": ("engine.startup", *LEAVES, "ldm", "data", "checkpoint", "formats", "extras", "plots"),
     "evaluate": (*LEAVES, *(room for room in ROOMS if room != "studio"), "ldm", "data", "checkpoint", "sample", "plots"),
     "engine": ("checkpoint", "engine"),
     "dataset": ("keypoints", "data", "dataset", "formats", "plots"),
-    "formats": ("keypoints", "unet", "vq", "checkpoint", "formats"),
+    "formats": ("keypoints", "unet", "vq", "checkpoint", "formats", "metrics.lpips"),
     "metrics": ("keypoints", "metrics"),
-    "extras": ("keypoints", "diffusion", "data", "formats", "extras", "plots"),
+    "extras": ("keypoints", "diffusion", "ldm", "data", "dataset.images", "checkpoint", "formats",
+               "extras", "plots"),
     "studio": (*LEAVES, "ldm", "data", "sample", "checkpoint", "dataset", "formats", "metrics",
                "extras", "engine", "plots", "studio"),           # nobody imports studio
 }

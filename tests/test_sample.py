@@ -16,23 +16,14 @@ from test_train import MICRO, ROOT, as_micro, command
 
 import checkpoint
 import data
-import extras.motion
 import plots
 import sample
 import train
 from dataset.figures import Figures
-from diffusion import (
-    Diffusion,
-    ddim,
-    ddim_table,
-    ddpm,
-    dpm_solver,
-    inpaint,
-    invert,
-    log_snr,
-    per_image_noise,
-    slerp,
-)
+from diffusion import Diffusion, ddim, ddim_table, ddpm, dpm_solver, log_snr, per_image_noise, slerp
+from extras import editing
+from extras.editing import inpaint, invert
+from extras.plan import LONGEST_GAP, frame_numbers, morph, plan_of, read_motion, read_poses
 from formats.pose_files import fitted, load_poses
 from keypoints import draw
 from unet import UNet
@@ -248,7 +239,7 @@ def go(ckpt, tmp_path, monkeypatch, capsys):
 def open_given(ldm, *flags: str, size: int = 32) -> tuple:
     """The parsed command and the image it starts from."""
     args = sample.parse_args([WAVING, *flags])
-    return args, sample.read_given(args, ldm, size)
+    return args, editing.read_given(args, ldm, size)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm_solver", "ddpm"])
@@ -283,7 +274,7 @@ def test_strength_is_the_first_timestep_in_any_spacing(ckpt, figure, spacing, sa
     for strength in (0.2, 0.6, 0.9):
         args, given = open_given(ldm, "--init", figure, "--strength", f"{strength}",
                                  "--steps=20", "--sampler", sampler)
-        start = sample.start_from(given, args, ldm, poses[:1])
+        start = editing.start_from(given, args, ldm, sample.visited(ldm, sampler, 20), poses[:1])
         timesteps = ddim_table(diffusion, 20, 0, spacing)[0][::-1]
         skip = start["skip"]
         assert timesteps[skip] < strength * T <= timesteps[skip - 1]
@@ -297,7 +288,7 @@ def test_strength_is_the_first_timestep_in_any_spacing(ckpt, figure, spacing, sa
 
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_inpainting_changes_nothing_outside_its_mask(go, ckpt, figure, monkeypatch, rounds):
-    monkeypatch.setattr(sample, "REPAINT", rounds)
+    monkeypatch.setattr(editing, "REPAINT", rounds)
     mask = np.zeros((32, 32), np.uint8)
     mask[5:18, 9:20] = 255
     Image.fromarray(mask).save("mask.png")
@@ -324,9 +315,9 @@ def test_a_cell_is_redrawn_if_any_of_its_pixels_is_white(ckpt, figure, tmp_path,
     mask.putpixel((14, 9), (255, 255, 255, 255))
     mask.save(tmp_path / "mask.png")
     args, given = open_given(ldm, "--inpaint", figure, "--mask", str(tmp_path / "mask.png"))
-    start = sample.start_from(given, args, ldm, torch.zeros(1, 17, 3))
+    start = editing.start_from(given, args, ldm, np.arange(50), torch.zeros(1, 17, 3))
     assert (~start["known"]).nonzero().tolist() == [[0, 0, 2, 3]]
-    pink = (given.shown() == sample.OUTLINE).all(axis=-1)
+    pink = (given.shown() == editing.OUTLINE).all(axis=-1)
     around = {(y, x) for y in (8, 9, 10) for x in (13, 14, 15)} - {(9, 14)}
     assert {tuple(at) for at in np.argwhere(pink).tolist()} == around
     assert np.array_equal(given.shown()[~pink], given.image[~pink])
@@ -364,19 +355,19 @@ def test_a_morph_ends_at_the_plain_samples(go):
 
 
 def test_poses_are_interpolated_joint_by_joint():
-    poses, _ = sample.read_poses([WAVING, KICKING])
+    poses, _ = read_poses([WAVING, KICKING])
     a, b = (pose.copy() for pose in poses)
     a[3], b[5] = 0, 0
-    plan = extras.motion.morph(np.stack([a, b]), ["a", "b"], 5, seed=3, n=1)
-    assert np.array_equal(plan.poses[0], a) and np.array_equal(plan.poses[4], b)
+    way, names, seeds = morph(np.stack([a, b]), ["a", "b"], 5, seed=3, n=1)
+    assert np.array_equal(way[0], a) and np.array_equal(way[4], b)
     both = [j for j in range(17) if j not in (3, 5)]
-    np.testing.assert_allclose(plan.poses[1][both, :2], 0.75 * a[both, :2] + 0.25 * b[both, :2])
-    assert (plan.poses[1:4, [3, 5]] == 0).all() and (plan.poses[1:4, both, 2] == 1).all()
-    assert plan.seeds == [3, (3, 4, 0.25), (3, 4, 0.5), (3, 4, 0.75), 4]
-    assert plan.names == ["a", "25% to b", "50% to b", "75% to b", "b"]
-    way = extras.motion.morph(np.stack([a, b, a]), ["a", "b", "c"], 5, seed=0, n=2)
-    assert np.array_equal(way.poses[2], b) and np.array_equal(way.poses[4], a)
-    assert way.seeds == [0, 3, (0, 1, 0.5), (3, 4, 0.5), 1, 4, (1, 2, 0.5), (4, 5, 0.5), 2, 5]
+    np.testing.assert_allclose(way[1][both, :2], 0.75 * a[both, :2] + 0.25 * b[both, :2])
+    assert (way[1:4, [3, 5]] == 0).all() and (way[1:4, both, 2] == 1).all()
+    assert seeds == [3, (3, 4, 0.25), (3, 4, 0.5), (3, 4, 0.75), 4]
+    assert names == ["a", "25% to b", "50% to b", "75% to b", "b"]
+    way, _, seeds = morph(np.stack([a, b, a]), ["a", "b", "c"], 5, seed=0, n=2)
+    assert np.array_equal(way[2], b) and np.array_equal(way[4], a)
+    assert seeds == [0, 3, (0, 1, 0.5), (3, 4, 0.5), 1, 4, (1, 2, 0.5), (4, 5, 0.5), 2, 5]
 
 
 # --------------------------------------------------------------------------------------- a motion
@@ -399,13 +390,13 @@ def test_frames_come_in_natural_order_and_gaps_are_interpolated(tmp_path, capsys
                   {0: None, 1: 0.1, 2: 0.2, 3: None, 10: 0.9, 4: 0.4, 9: None, 11: None})
     (folder / ".hidden").write_text("x")
     (folder / "frame1.png").write_text("the image of it")
-    poses, names = extras.motion.read_motion([str(folder)])
+    poses, names = read_motion([str(folder)])
     # 3 is empty, 5 to 8 have no file, 9 is empty: from 4 to 10 it is 0.5 / 6 a frame
     between = [round(0.4 + k * 0.5 / 6, 6) for k in range(1, 6)]
     assert xs(poses) == [0.1, 0.2, 0.3, 0.4, *between, 0.9]
     assert names[0] == "frame1" and names[-1] == "frame10"
     assert "4 frames and 6 interpolated" in capsys.readouterr().out
-    assert xs(extras.motion.read_motion([str(folder)], frames=2)[0]) == [0.1, 0.9]
+    assert xs(read_motion([str(folder)], frames=2)[0]) == [0.1, 0.9]
 
 
 @pytest.mark.parametrize("numbers, wanted", [
@@ -413,13 +404,13 @@ def test_frames_come_in_natural_order_and_gaps_are_interpolated(tmp_path, capsys
     (["007_points", "009_points"], [0, 1]), (["run2", "jump7"], [0, 1]), (["b", "a"], [0, 1]),
     (["f4", "f3"], [0, 1]), (["f1", "f1"], [0, 1]), (["clip1 3", "clip1 4", "clip1 7"], [0, 1, 4])])
 def test_frames_are_counted_by_the_number_in_their_names(numbers, wanted):
-    assert extras.motion.frame_numbers(numbers) == wanted
+    assert frame_numbers(numbers) == wanted
 
 
 def test_a_long_gap_is_left_out(tmp_path):
-    gap = extras.motion.LONGEST_GAP
+    gap = LONGEST_GAP
     frames = {1: 0.1, 2: 0.2, 3 + gap: 0.3, 4 + 2 * gap + 1: 0.4}
-    poses, _ = extras.motion.read_motion([str(walk(tmp_path / "walk", frames))])
+    poses, _ = read_motion([str(walk(tmp_path / "walk", frames))])
     assert len(poses) == 4 + gap and xs(poses)[-2:] == [0.3, 0.4]
 
 
@@ -429,7 +420,7 @@ def test_frames_of_one_file_and_a_person_who_is_not_in_every_frame(tmp_path):
                  "image_id": frame} for frame, at in x]
 
     def read(path: Path, **how) -> list[float]:
-        return xs(extras.motion.read_motion([str(path)], canvas=(64, 64), **how)[0])
+        return xs(read_motion([str(path)], canvas=(64, 64), **how)[0])
     frames = people((1, 0.1), (3, 0.3), (12, 0.9), (11, 0.8), (5, 0.5))
     (tmp_path / "all.json").write_text(json.dumps(frames))
     between = [0.55, 0.6, 0.65, 0.7, 0.75]
@@ -450,7 +441,7 @@ def test_a_motion_has_one_noise_and_becomes_a_sheet_and_an_animation(go, tmp_pat
     assert len(drawn) == 4 and Image.open("walk.png").size[0] > 4 * 32
     with Image.open("walk.webp") as animation:
         frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(animation)]
-    poses, _ = extras.motion.read_motion([str(folder)])
+    poses, _ = read_motion([str(folder)])
     for frame, image, pose in zip(frames, drawn, poses, strict=True):
         assert np.array_equal(frame[::5, ::5], np.concatenate([draw(pose, 32), image], axis=1))
     json.dump(poses[0].tolist(), open("first.json", "w"))
@@ -495,14 +486,14 @@ def test_the_flags_for_pose_files_reach_the_reader(tmp_path):
     (tmp_path / "two.json").write_text(json.dumps(people))
     flags = "--person 2 --canvas 128x64 --fit crop --min-confidence 0.5 --format coco-results"
     args = sample.parse_args([str(tmp_path / "two.json"), *flags.split()])
-    pose, = sample.plan_of(args, payload={}).poses
+    pose, = plan_of(args, payload={}).poses
     found = load_poses(tmp_path / "two.json", "coco-results", 2, (128, 64), 0.5)
     assert np.array_equal(pose, fitted(found, 0, "crop")) and pose[:, 2].sum() == 8
 
 
 def test_the_python_of_the_docstring_draws_what_the_command_draws(go, ckpt):
     ldm, payload = checkpoint.load_ldm(ckpt)
-    poses, names = sample.read_poses([KICKING])
+    poses, names = read_poses([KICKING])
     how = sample.settings(ldm, steps=6)
     images = sample.draw_images(ldm, torch.from_numpy(np.stack(poses)), seeds=[4],
                                   size=payload["config"]["size"], **how)

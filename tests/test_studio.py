@@ -26,6 +26,7 @@ import keypoints
 import sample
 from data import PoseFolder
 from dataset.figures import Figures
+from dataset.images import DataError
 from extras.density import PoseDensity, percent
 from extras.proportions import retarget
 from studio import __main__ as command
@@ -135,7 +136,7 @@ def test_a_label_is_saved_with_hidden_and_missing_joints_and_counts_once_it_is_d
         assert [state for _, state, _, _ in ask("api/images")["images"]] == ["todo"] * 6
         accept(ask, 2, pose, "corrected")
         label.place.mkdir()                             # as the lock makes it
-        with pytest.raises(data.DataError, match="no image with a pose"):
+        with pytest.raises(DataError, match="no image with a pose"):
             PoseFolder(root, 16)
         accept(ask, 2, pose)
         assert np.array_equal(ask("api/pose/2")["pose"], pose)

@@ -33,9 +33,11 @@ from engine import length
 from engine.gpu import make_scaler
 from engine.muon import MUON_RMS, NS_COEFFICIENTS, NS_STEPS, Muon, orthogonalised
 from engine.run import RunDir, read_log
+from extras.plan import read_poses
 from keypoints import ConditionConfig, PoseCondition
 from ldm import LDM
-from vq import LPIPS, VQConfig, VQLossConfig, VQModel
+from metrics.lpips import LPIPS
+from vq import VQConfig, VQLossConfig, VQModel
 
 ROOT = Path(__file__).parent.parent
 RECIPE = train.Recipe(4, 1e-3, steps=4, lr_final=0.1, warmup=2, quantize_start=0.2, eval_images=12)
@@ -732,7 +734,7 @@ def test_an_unusual_pose_gets_a_note(trained, tmp_path, capsys, monkeypatch):
     """Planted: the model was trained on standing.json, and random joints are far from it."""
     standing, absurd = str(ROOT / "examples/poses/standing.json"), str(tmp_path / "absurd.json")
     drawn = spy_on_poses(monkeypatch)
-    (pose,), _ = sample.read_poses([standing])
+    (pose,), _ = read_poses([standing])
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.01, (50, 17, 3)) * [1, 1, 0]
     poses = torch.from_numpy(np.repeat(pose[None], 50, axis=0) + noise).half()
@@ -773,7 +775,7 @@ def test_a_checkpoint_without_poses_samples_all_the_same(trained, tmp_path, monk
     drawn = spy_on_poses(monkeypatch)
     assert sample.main([POSES[0], *flags]) == 0
     assert "unusual" not in capsys.readouterr().out
-    (pose,), _ = sample.read_poses(POSES[:1])
+    (pose,), _ = read_poses(POSES[:1])
     np.testing.assert_array_equal(drawn[0][0], pose)
     assert sample.main([POSES[0], "--ckpt", str(trained / "ldm/last.pt"), *flags[2:]]) == 0
     assert torch.equal(*drawn)                                  # --typical 0 changes no bit

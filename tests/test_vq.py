@@ -14,6 +14,7 @@ import train
 import vq
 from dataset.figures import Figures
 from metrics.keypoint_detector import DetectorDistance, KeypointDetector
+from metrics.lpips import LPIPS
 from vq import VectorQuantizer, VQConfig, VQModel
 
 TINY = VQConfig(ch=32, num_res_blocks=1, n_embed=64, resolution=32)     # golden/tiny_f4/config.json
@@ -195,8 +196,8 @@ def test_a_moving_average_leaves_a_code_that_nobody_uses_where_it_is():
 # ---- the objective
 
 @pytest.fixture(scope="module")
-def lpips() -> vq.LPIPS:
-    return golden_weights("loss.perceptual_loss.", vq.LPIPS())
+def lpips() -> LPIPS:
+    return golden_weights("loss.perceptual_loss.", LPIPS())
 
 
 def test_loss_modules_have_the_names_and_shapes_of_the_published_checkpoint(lpips):

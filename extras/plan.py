@@ -1,20 +1,28 @@
-"""Series of poses: the frames of a motion out of pose files, and a morph from pose to pose."""
+"""What sample.py draws: its flags and pose files in; poses, their names and images' seeds out."""
 from __future__ import annotations
 
+import argparse
 import math
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
+import checkpoint
 import data
+from dataset.images import SUFFIXES
 from diffusion import Seed
+from extras.density import PoseDensity, in_words, note_unusual
+from extras.proportions import retarget
 from formats.pose_files import NobodyFound, fitted, load_poses, name_of
 from keypoints import draw
+from ldm import LDM
 
+DEFAULT_FRAMES = 8              # of a file with many images, and of --morph
 LONGEST_GAP = 25                # missing frames that are filled in, about a second
-SHEET_ACROSS, SHEET_MOST = 8, 48    # frames side by side and in all on a contact sheet
 
 
 class Plan(NamedTuple):
@@ -42,6 +50,24 @@ class Plan(NamedTuple):
         """A row for each pose: its skeleton and its samples, all uint8 [S, S, 3]."""
         return [[draw(pose, len(images[0])), *images[p * self.n:(p + 1) * self.n]]
                 for p, pose in enumerate(self.poses)]
+
+
+def read_poses(paths: Iterable[str], fit_how: str = "letterbox", frames: int = DEFAULT_FRAMES,
+               **how: object) -> tuple[list[np.ndarray], list[str]]:
+    """The poses [17, 3] of all files, fitted to the square image, and a name for each.
+
+    A file of more than `frames` images gives that many poses, evenly spread; `how` goes to
+    load_poses. Prints the format of each file. PoseError for a file without a usable pose.
+    """
+    poses, names = [], []
+    for path in paths:
+        found = load_poses(path, **how)
+        taken = data.evenly(len(found.poses), frames)
+        fewer = f", {len(taken)} of them drawn" if len(taken) < len(found.poses) else ""
+        print(f"{path}: {found.taken_for}{fewer}")
+        poses += [fitted(found, i, fit_how) for i in taken]
+        names += [name_of(found.pictures[i], found.poses, path) for i in taken]
+    return poses, names
 
 
 # --------------------------------------------------------------------------------------- a motion
@@ -90,7 +116,7 @@ def frame_files(folder: Path) -> list[Path]:
     """The pose files in a folder in natural order: all files but images and hidden ones."""
     files = [file for file in folder.iterdir()
              if file.is_file() and not file.name.startswith(".")
-             and file.suffix.lower() not in data.SUFFIXES]
+             and file.suffix.lower() not in SUFFIXES]
     return sorted(files, key=lambda file: natural(file.name))
 
 
@@ -136,42 +162,87 @@ def between(a: np.ndarray, b: np.ndarray, share: float) -> np.ndarray:
     return np.concatenate([xy, (b if share > 0.5 else a)[:, 2:]], axis=1) * seen
 
 
-def morph(poses: np.ndarray, names: list[str], frames: int, seed: int, n: int) -> Plan:
-    """`frames` poses on the way through all of [P, 17, 3], their noise on the way through P seeds.
+def morph(poses: np.ndarray, names: list[str], frames: int, seed: int,
+          n: int) -> tuple[np.ndarray, list[str], list[Seed]]:
+    """`frames` poses on the way through all of [P, 17, 3], their names, and their seeds [frames n].
 
     The i-th image of a pose goes through the seeds from seed + i P to seed + i P + P - 1.
     """
     P = len(poses)
     if P < 2:
         raise ValueError(f"--morph needs two or more poses; there is only {names[0]}")
-    plan = Plan([], [], [], n)
+    way, called, seeds = [], [], []
     for at in np.linspace(0, P - 1, frames).tolist():
         k = min(int(at), P - 2)                             # between poses k and k + 1
         share = at - k
-        plan.poses.append(between(poses[k], poses[k + 1], share))
-        plan.names.append(names[k + round(share)] if share in (0, 1) else
-                          f"{share:.0%} to {names[k + 1]}")
+        way.append(between(poses[k], poses[k + 1], share))
+        called.append(names[k + round(share)] if share in (0, 1) else
+                      f"{share:.0%} to {names[k + 1]}")
         for i in range(n):
             a, b = seed + i * P + k, seed + i * P + k + 1
-            plan.seeds.append((a, b, share) if 0 < share < 1 else b if share else a)
-    return plan._replace(poses=np.stack(plan.poses))
+            seeds.append((a, b, share) if 0 < share < 1 else b if share else a)
+    return np.stack(way), called, seeds
 
 
-# ------------------------------------------------------------------------------ how it is shown
+# ------------------------------------------------------------------------------ what is asked for
 
-def sheet_of(plan: Plan, images: list[np.ndarray], given: np.ndarray | None) -> dict[str, list]:
-    """A contact sheet: skeletons side by side, the samples below. Arguments of plots.save_grid.
+def plan_of(args: argparse.Namespace, payload: dict, labels: Collection[int] = ()) -> Plan:
+    """The poses to draw, from files or from the checkpoint, and the seeds of their images. `labels`
+    are those asked for, whose proportions --retarget takes."""
+    trained = checkpoint.training_poses(payload, args.ckpt)
+    if trained is None and (args.common or args.typical or args.retarget):
+        raise ValueError("--common, --typical and --retarget need training poses, which "
+                         f"{args.ckpt} does not have; train stage 2 with: "
+                         f"{checkpoint.HOW_TO_MAKE['ldm']}")
+    density = None if trained is None else PoseDensity(trained)
+    frames = args.frames or DEFAULT_FRAMES
+    how = {"format": args.format, "person": args.person, "canvas": args.canvas,
+           "min_confidence": args.min_confidence}
+    if args.common:
+        poses = density.poses[density.common(args.common)]
+        names = [f"common {i + 1}" for i in range(args.common)]
+    elif args.motion:
+        poses, names = read_motion(args.poses, args.fit, args.frames, **how)
+    elif not args.poses:                    # --label alone
+        poses, names = [data.NO_POSE], ["no pose"]
+    else:
+        per_file = DEFAULT_FRAMES if args.morph else frames
+        poses, names = read_poses(args.poses, args.fit, per_file, **how)
+    poses = np.stack(poses)                 # float64: the seed's cell ids are floors of these
+    before, notes = None, []
+    if density and args.poses:
+        other = poses
+        if args.retarget or not args.motion:    # for 100 frames this takes a second
+            other = retarget(poses, checkpoint.training_poses(payload, args.ckpt, labels))
+        asked, given = poses, other if args.retarget else poses
+        poses = density.typical(given, args.typical)
+        if not args.motion:                 # a motion has too many
+            was, of_other, now = (density.unusual(each) for each in (asked, other, poses))
+            note_unusual(names, of_other if args.retarget else was, now, args.typical, of_other)
+            moved = args.retarget or args.typical
+            before = asked if moved else None
+            notes = [[in_words(share) for share in shares]
+                     for shares in (zip(was, now, strict=True) if moved else zip(now))]
+    if args.morph:
+        return Plan(*morph(poses, names, frames, args.seed, args.n), args.n)
+    return Plan(poses, names, [args.seed + i for i in range(args.n)] * len(poses), args.n,
+                before=before, notes=notes)
 
-    `images` and `given`, the image to start from, are uint8 [S, S, 3].
-    """
-    rows, labels, captions = [], [], []
-    frames = [[*row, name] for row, name in zip(plan.rows(images), plan.names, strict=True)]
-    frames = [frames[p] for p in data.evenly(len(frames), SHEET_MOST)]
-    if given is not None:
-        frames.insert(0, [None, given, *[None] * (plan.n - 1), "given"])
-    for first in range(0, len(frames), SHEET_ACROSS):
-        *lines, names = zip(*frames[first:first + SHEET_ACROSS], strict=True)
-        rows += [list(line) for line in lines]
-        labels += ["pose", *(plan.called(i, f"sample {i + 1}") for i in range(plan.n))]
-        captions += [[] for _ in range(plan.n)] + [list(names)]
-    return {"rows": rows, "labels": labels, "captions": captions}
+
+def labels_of(args: argparse.Namespace, ldm: LDM, payload: dict) -> dict[str, int]:
+    """The labels that --label asks for, by name; ValueError for one that the model lacks."""
+    known = checkpoint.label_names(payload, args.ckpt)
+    if args.label and not known:
+        raise ValueError(f"--label is {args.label[0]}, but {args.ckpt} was trained without labels; "
+                         "leave --label out, or train with --labels")
+    if not args.poses and not args.common and not ldm.supports_guidance:
+        raise ValueError(f"{args.ckpt} was trained without dropping poses, so it cannot draw by "
+                         "label alone; give a pose, such as --common 1")
+    asked = [normalize("NFC", name) for name in args.label or ()]
+    if "all" in asked and "all" not in known:
+        asked = known
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"--label is {name!r}; {args.ckpt} knows "
+                             f"{', '.join(map(repr, known))}, and all for each of them")
+    return {name: known.index(name) for name in asked}
