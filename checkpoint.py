@@ -317,8 +317,8 @@ def take(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> list[s
             if name in state else name for name in own if name not in fits]
 
 
-def start_from(ldm: LDM, payload: dict, path: str | Path, names: Collection[str]) -> list[str]:
-    """`take` of a stage-2 payload, for labels of these names; the same names keep their weights."""
+def take_ldm(ldm: LDM, payload: dict, path: str | Path, names: Collection[str]) -> list[str]:
+    """`take` of a stage-2 payload, with the labels by their names. Returns what starts fresh."""
     state = {f"{part}.{name}": tensor for part in ("unet", "cond")
              for name, tensor in payload[part].items()}
     known, rows = label_names(payload, path), state.pop("unet.label_emb.weight", None)

@@ -36,8 +36,8 @@ Guidance. eps = eps_null + w (eps_pose - eps_null); w = 1 is the conditional mod
 unconditional one. (CFG (6) counts differently: its w is ours minus 1.)
 
 Variations. A sampler can skip its first steps and start from x_t of a given x0 (SDEdit,
-arXiv:2108.01073). It can repeat each step in several rounds, with noise added back in between; for
-inpainting (RePaint, arXiv:2201.09865; extras/editing.py):
+arXiv:2108.01073). For inpainting (RePaint, arXiv:2201.09865; extras/editing.py) it can repeat each
+step in several rounds, with noise added back in between:
     x_t = sqrt(alpha_bar_t / alpha_bar_s) x_s + sqrt(1 - alpha_bar_t / alpha_bar_s) noise
 `slerp` interpolates between two noises on the sphere that both lie on (arXiv:1609.04468):
     sin((1 - share) angle) / sin(angle) a + sin(share angle) / sin(angle) b
@@ -226,7 +226,8 @@ def ddim(
     rounds: int = 1,                    # RePaint: how many times each step is made
     order: int = 1,                     # 2: `dpm_solver`, which has no rounds
 ) -> Iterator[Step]:
-    """DDIM (12) over S of the T timesteps, each one evaluation of the network."""
+    """DDIM (12) over S of the T timesteps, each `rounds` evaluations of the network. With `order` 2
+    x0 is extrapolated as in DPM-Solver++."""
     timesteps, alpha_bar, alpha_bar_prev, sigma = ddim_table(diffusion, steps, eta, spacing)
     lambda_ = log_snr(alpha_bar)
     x, n, x0_before = x_T.float(), len(timesteps), None

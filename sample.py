@@ -3,22 +3,23 @@
     python sample.py examples/poses/*.json
     python sample.py mine.json --ckpt runs/mine/last.pt -n 4 --steps 100 --guidance 3
     python sample.py --common 9                                     the most common training poses
-    python sample.py mine.json --retarget --typical 0.5             move it toward training poses
-    python sample.py mine.json --label Knight --label Mage          of a model with labels; or all
+    python sample.py mine.json --retarget                           with training proportions
+    python sample.py mine.json --label Knight --label Mage          or --label all
     python sample.py mine.json --inpaint image.png --mask mask.png  redraw the white region
-    python sample.py --morph standing.json jumping.json             also writes a GIF
+    python sample.py --morph standing.json jumping.json             from pose to pose; also a GIF
 
 In Python:
 
+    from extras.plan import read_poses
     ldm, payload = checkpoint.load_ldm("assets/toy.pt")
-    poses, names = read_poses(["mine.json"])                        # of extras/plan.py
+    poses, names = read_poses(["mine.json"])
     images = draw_images(ldm, torch.from_numpy(np.stack(poses)), seeds=[0],
                          size=payload["config"]["size"], **settings(ldm))
 
 The format of a pose file is detected from its content (docs/pose-formats.md lists them). Each image
 or frame in the file gives one pose, that of its largest person. Image i of a row has seed
 --seed + i and depends on nothing else; only its rounding depends on the others in the batch.
-extras/ has what is not needed for that: which poses to draw, starting from an image, output files.
+extras/ reads the poses to draw, starts from an image and writes the files.
 
 Letters: P poses, n images per pose, B = P n images, S side of an image, C h w shape of a latent.
 """

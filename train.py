@@ -48,7 +48,7 @@ from engine.gpu import make_scaler, peak_memory, set_up_gpu
 from engine.length import fix_length, is_complete, resumed_length
 from engine.muon import Muon
 from engine.process import locked, stop_signals
-from engine.run import RunDir, read_log
+from engine.run import RunDir, check_same_run, read_log
 from keypoints import ConditionConfig
 from ldm import LDM
 from metrics.images import box_baseline, reconstruction
@@ -113,7 +113,7 @@ NORM_FREE = {"norm_groups": 0, "zero_init": True, "ema_codebook": True}
 # settled. In runs of minutes it lowers PSNR by 5 dB without a benefit (benchmarks/RESULTS.md).
 VQGAN = VQLossConfig(perceptual=1.0, disc_weight=0.75, disc_start=0.1, disc_ramp=0.05,
                      disc_cap=100.0)
-# Maps gave the best pose fidelity of seven conditionings at equal time (benchmarks/RESULTS.md).
+# Maps gave the best pose fidelity of five conditionings at equal steps (benchmarks/RESULTS.md).
 MAPS = ("maps",)
 
 
@@ -232,6 +232,7 @@ def make_config(args: argparse.Namespace) -> Config:
         if Path(args.init).resolve().parent == Path(out).resolve():
             raise ValueError(f"--init is {args.init}, in the run folder itself; give another --out")
         recipe = replace(recipe, quantize_start=0.0)        # its codebook already fits its encoder
+    # A field with the name of a flag has its value.
     flags = {name: value for name, value in vars(args).items() if name in Config.__annotations__}
     return Config(**flags | {
         "out": out, "vq": (args.vq or args.init or STAGE_1) if ldm else None,
@@ -554,7 +555,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     ldm = prepare(LDM(vq, c.unet_config, c.cond_config, mean, std, c.schedule,
                       supports_guidance=r.p_drop > 0), c)
     if init:
-        new = checkpoint.start_from(ldm, init, c.init, c.label_names)
+        new = checkpoint.take_ldm(ldm, init, c.init, c.label_names)
         tell_start(c.init, init["step"], new)
         init = None                                         # gigabytes for a large model
     average = copy.deepcopy(ldm).eval().requires_grad_(False)
@@ -657,7 +658,8 @@ def evaluate_ldm(run: RunDir, bar: tqdm, step: int, c: Config, monitor: OverfitM
     began = time.monotonic()
     bar.set_description(f"{run.title}, evaluating")
     ldm.unet.eval()
-    result = monitor.measure(average, ldm, in_network(c), partial(autocast, c))
+    result = monitor.measure(average, ldm, average.supports_guidance, in_network(c),
+                             partial(autocast, c))
     ldm.unet.train()
     row = {"step": step} | {f"val_{name}": value for name, value in result.items()}
     warning = overfitting([*read_log(run.log_path), row], c.patience or ROW_OF)
@@ -673,7 +675,7 @@ def evaluate_ldm(run: RunDir, bar: tqdm, step: int, c: Config, monitor: OverfitM
 @torch.no_grad()
 def preview_ldm(path: Path, ldm: LDM, diffusion: Diffusion, batch: tuple[Tensor, ...], c: Config,
                 result: dict) -> None:
-    """plots.ldm_preview of a batch of held-out images."""
+    """Draws reconstruction, pose and sample of a batch of held-out images."""
     x, pose, label = (t.to(c.device) for t in batch)
     with autocast(c):
         z = ldm.encode(x)
@@ -699,7 +701,7 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
         used = f", latents of {checkpoint.dated(c.vq, stage_1['step'])}"
         vq = prepare(checkpoint.build_vq(stage_1, c.vq), c)
         size, theirs, f = stage_1["config"]["size"], vq.config.factor, c.vq_config.factor
-        if (theirs, size or c.size) != (f, c.size):         # of published ones it is not known
+        if (theirs, size or c.size) != (f, c.size):         # a published one does not say its size
             raise ValueError(f"{c.vq} is an f{theirs} autoencoder for {size or 'any'} pixels, but "
                              f"preset {c.preset} has f{f} and {c.size}; train both stages with the "
                              "same --preset")
@@ -731,7 +733,8 @@ def run_stage(c: Config, fresh: bool, accept_data: bool) -> bool:
             loop, needs = train_ldm, (vq, open_latents(c, run.dir, vq, train), val)
         if c.steps is None or c.eval_every is None:
             step_s, eval_s, build_s = measure_speed(c, loop, needs)
-            spent = distributed.from_rank_0(time.monotonic() - began) + build_s     # builds again
+            spent = distributed.from_rank_0(time.monotonic() - began)
+            spent += build_s                                # the loop builds its networks again
             c = replace(c, **fix_length(c.minutes, c.steps, c.eval_every, spent, step_s, eval_s))
         step = loop(c, run, *needs)
     print0(f"{plural(step - run.start, 'step')} in {(time.monotonic() - began) / 60:.1f} minutes"
@@ -762,7 +765,9 @@ def resumed_config(c: Config, old: dict, accept_data: bool) -> Config:
         c = replace(c, cond_config=replace(c.cond_config, hidden=False))
     if c.stage == "ldm" and c.init:             # the run has taken it from there
         c = replace(c, schedule=old["schedule"])
-    return replace(c, **resumed_length(old, plain(c), accept_data))
+    new = plain(c)
+    check_same_run(old, new, accept_data)
+    return replace(c, **resumed_length(old, new))
 
 
 def measure_speed(c: Config, loop: Callable[..., int], needs: tuple) -> tuple[float, float, float]:

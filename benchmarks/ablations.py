@@ -1,9 +1,10 @@
-"""What is each choice worth? The toy preset with one thing changed at a time, at equal steps.
+"""What is each choice worth? One thing changed at a time, at equal steps: the toy preset, and for
+`factor` autoencoders of 128 pixels.
 
     python benchmarks/ablations.py codebook --seeds 0 1 --runs DIR
     python benchmarks/ablations.py autoencoder --seeds 0 1 --runs DIR
-    python benchmarks/ablations.py diffusion --vq assets/toy.pt --seeds 0 1 --runs DIR
-    python benchmarks/ablations.py factor --data FOLDER --seeds 0 1 --runs DIR
+    python benchmarks/ablations.py diffusion --steps 300 --seeds 0 1 --runs DIR
+    python benchmarks/ablations.py factor --data FOLDER --steps 300 --seeds 0 1 --runs DIR
 
 Stage 1 is judged by held-out PSNR, by the codebook, and by what the keypoint detector finds in
 reconstructions; stage 2 by the loss under shuffled poses and by what it finds in samples. The ways
@@ -141,6 +142,12 @@ def recipe(**fields: object) -> Callable[[Config], Config]:
     return lambda c: replace(c, recipe=replace(c.recipe, **fields))
 
 
+def discriminator(c: Config) -> Config:
+    """As `--disc-weight 0.75 --disc-start 0.5`."""
+    return recipe(loss=replace(train.VQGAN, perceptual=0.0, detector=c.recipe.loss.detector,
+                               disc_start=0.5))(c)
+
+
 def loss(**fields: object) -> Callable[[Config], Config]:
     return lambda c: recipe(loss=replace(c.recipe.loss, **fields))(c)
 
@@ -183,7 +190,7 @@ GROUPS: dict[str, dict[str, tuple[Callable[[Config], Config], type | None]]] = {
             lambda c: replace(network(norm_groups=8)(c), steps=350), None),
         "3 channels, 2,048 codes": (network(z_channels=3, embed_dim=3, n_embed=2048), None),
         "8 channels, 8,192 codes": (network(z_channels=8, embed_dim=8, n_embed=8192), None),
-        "a discriminator in the second half": (loss(disc_weight=0.75, disc_start=0.5), None),
+        "a discriminator in the second half": (discriminator, None),
     },
     "diffusion": {
         "**the preset: maps, v, Muon, lambda normal**": (recipe(), None),
@@ -225,6 +232,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> dict:
         return json.loads((out / "row.json").read_text())
     flags = ["--stage", stage, "--data", args.data, "--steps", str(args.steps),
              "--seed", str(seed), "--out", str(out)]
+    flags += ["--labels", args.labels] if args.labels else []
     flags += ["--preset", "small"] if args.group == "factor" else []
     flags += ["--vq", args.vq] if stage == "ldm" else []
     with standing_in(kind):
@@ -232,7 +240,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> dict:
         train.run_stage(c, fresh=False, accept_data=False)
         rows = read_log(out / "log.jsonl")
         log = [row for row in rows if "eval_s" in row][-1]
-        train_part, held_out = data.open_data(args.data, c.size)
+        train_part, held_out = data.open_data(args.data, c.size, labels=args.labels)
         held_out = data.spread(held_out, IMAGES)
         if stage == "ldm":
             model, _ = checkpoint.load_ldm(out / "last.pt")
@@ -261,6 +269,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("group", choices=GROUPS)
     parser.add_argument("--data", default="figures")
+    parser.add_argument("--labels", help="as for train.py; the detector learns them too")
     parser.add_argument("--vq", default="assets/toy.pt", help="of diffusion (default %(default)s)")
     parser.add_argument("--steps", type=int, default=500, help="(default %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])

@@ -36,7 +36,7 @@ def main() -> None:
     for w in args.weights:
         drawn = evaluate.draw_held_out(ldm, held_out, guidance=w)
         found, _ = metrics.pose.assess(reader, drawn)
-        rows[f"w {w:g}"] = row = found["samples"]
+        rows[f"{w:g}"] = row = found["samples"]
         print(f"w {w:g}", {key: round(row[key], 3) for key in row if key in evaluate.FIDELITY},
               flush=True)
     print(f"{evaluate.table(rows, evaluate.FIDELITY)}\n"

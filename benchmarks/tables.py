@@ -175,13 +175,12 @@ def labelling() -> str:
                      "learning, s (CPU s)", "proposing, s (CPU s)", "the 4 human drawings"], rows)
 
 
-STEPS = {"steps": ("steps", "d")}
 PCK, OKS, FRECHET = ("pck@0.1", ".3f"), ("oks", ".3f"), ("frechet", ".3f")
 POSE = {"PCK@0.1": PCK, "PCK@0.2": ("pck@0.2", ".3f"), "OKS": OKS, "Fréchet": FRECHET}
 STAGE_1 = {"PSNR, dB": ("psnr", ".2f"), "codes used": ("codes_used", ".1%"),
-           "perplexity": ("perplexity", ".0f"), "PCK@0.1": PCK, "Fréchet": FRECHET}
+           "perplexity": ("perplexity", ".0f"), "PCK@0.1": PCK, "Fréchet": FRECHET, "images/s": ("img_s", ".0f")}
 STAGE_2 = {"eps loss": ("right", ".4f"), "shuffled / right": ("ratio", ".3f"), "PCK@0.1": PCK,
-           "OKS": OKS, "Fréchet": FRECHET}
+           "OKS": OKS, "Fréchet": FRECHET, "images/s": ("img_s", ".0f")}
 PROGRESS = {"minutes": ("minutes", ".1f"), "PCK@0.1": PCK, "OKS": OKS, "label": ("label", ".3f"),
             "Fréchet": FRECHET}
 SPEED = {"seconds": ("seconds", ".3f"), "times as fast as the first": ("times", ".2f"),
@@ -199,7 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "codebook": lambda: seeds("codebook", "way", STAGE_1),
     "autoencoder": lambda: seeds("autoencoder", "autoencoder", STAGE_1),
     "diffusion": lambda: seeds("diffusion", "stage 2", STAGE_2),
-    "factor": lambda: seeds("factor", "factor", STEPS | STAGE_1),
+    "factor": lambda: seeds("factor", "factor", STAGE_1),
     "progress toy": lambda: plain("progress-toy", "step", PROGRESS),
     "progress characters": lambda: plain("progress-characters", "step", PROGRESS),
     "overfit": overfit, "domain": domain,

@@ -1,4 +1,5 @@
-"""Image files: a path in, an upright RGB image out; and what is done about broken ones."""
+"""Image files: a path in, an upright RGB image out; and what is done about broken images, and about
+processes that die while they load them."""
 from __future__ import annotations
 
 import math

@@ -1,4 +1,4 @@
-"""What only a GPU needs: TF32, a loss scale that waits for nobody, its peak memory."""
+"""TF32, peak memory, and the scaler that skips bad steps without waiting for a GPU."""
 from __future__ import annotations
 
 import math

@@ -10,11 +10,6 @@ from engine.run import RunDir, read_log
 
 EVAL_SHARE, MAX_EVALS = 0.05, 100       # evaluations: share of a run's time, and number
 FEW_STEPS = 100                         # a --minutes run of fewer gets a warning
-# What may differ from the run that is resumed. For stage 1 the hash of the weights is compared, not
-# the path. With --accept-data the images may differ too.
-MAY_DIFFER = {"minutes", "steps", "eval_every", "workers", "device", "compile", "out", "vq",
-              "lpips", "keep_every", "micro_batch", "checkpointing", "patience"}
-OF_DATA = {"data", "val", "images", "data_hash"}
 
 
 def fix_length(minutes: float | None, steps: int | None, eval_every: int | None, spent: float,
@@ -36,33 +31,8 @@ def fix_length(minutes: float | None, steps: int | None, eval_every: int | None,
     return {"steps": steps, "eval_every": eval_every or math.ceil(steps / evals)}
 
 
-def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, object, object] | None:
-    """The first place where two plain configs differ, and both values: ("recipe.lr", a, b). A field
-    that `old` lacks is newer than the run, and was off; a field that only `old` has is ignored."""
-    for key, now in new.items():
-        was = old.get(key, type(now)())
-        if key in ignored or was == now:
-            continue
-        if not (isinstance(was, dict) and isinstance(now, dict)):
-            return key, was, now
-        if found := first_difference(was, now, set()):
-            return f"{key}.{found[0]}", *found[1:]
-    return None
-
-
-def resumed_length(old: dict, new: dict, accept_data: bool) -> dict:
-    """The length of the run of config `old`, which a command of config `new` resumes; ValueError
-    where that is another run."""
-    if found := first_difference(old, new, MAY_DIFFER | (OF_DATA if accept_data else set())):
-        name, was, now = found
-        if name == "vq_hash":
-            raise ValueError(f"{new['out']} holds a run that used another autoencoder than "
-                             f"{new['vq']}; give another --out, or --fresh")
-        advice = ("--accept-data to resume with the images as they are now" if name in OF_DATA else
-                  f"--labels {was or 'off'} to resume it" if name == "labels" else
-                  "the old command to resume it")
-        raise ValueError(f"{new['out']} holds a run with {name} = {was}, but this command has "
-                         f"{name} = {now}; give {advice}, or another --out, or --fresh")
+def resumed_length(old: dict, new: dict) -> dict:
+    """The length of the run of config `old`, which a command of config `new` resumes."""
     steps, minutes = old["steps"], old["minutes"]
     if (new["steps"] or steps) != steps or new["minutes"] not in (None, minutes):
         print0(f"{new['out']} keeps its length of {steps} steps; to go on after them, give "

@@ -26,6 +26,11 @@ LOG_EVERY = 20                  # steps between lines of log.jsonl
 SAVE_SECONDS = 120              # between checkpoints; an evaluation saves too
 STATE_FILES = ("last.pt", "best.pt", "log.jsonl", "config.json", "curves.png")
 STEP = "[0-9]" * 7              # a step in the name of a file
+# What may differ from the run that is resumed. For stage 1 the hash of the weights is compared, not
+# the path. With --accept-data the images may differ too.
+MAY_DIFFER = {"minutes", "steps", "eval_every", "workers", "device", "compile", "out", "vq",
+              "lpips", "keep_every", "micro_batch", "checkpointing", "patience"}
+OF_DATA = {"data", "val", "images", "data_hash"}
 
 
 def read_log(path: Path) -> list[dict]:
@@ -37,6 +42,34 @@ def read_log(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def first_difference(old: dict, new: dict, ignored: set[str]) -> tuple[str, object, object] | None:
+    """The first place where two plain configs differ, and both values: ("recipe.lr", a, b). A field
+    that `old` lacks is newer than the run, and was off; a field that only `old` has is ignored."""
+    for key, now in new.items():
+        was = old.get(key, type(now)())
+        if key in ignored or was == now:
+            continue
+        if not (isinstance(was, dict) and isinstance(now, dict)):
+            return key, was, now
+        if found := first_difference(was, now, set()):
+            return f"{key}.{found[0]}", *found[1:]
+    return None
+
+
+def check_same_run(old: dict, new: dict, accept_data: bool) -> None:
+    """ValueError where a command of config `new` may not resume the run of config `old`."""
+    if found := first_difference(old, new, MAY_DIFFER | (OF_DATA if accept_data else set())):
+        name, was, now = found
+        if name == "vq_hash":
+            raise ValueError(f"{new['out']} holds a run that used another autoencoder than "
+                             f"{new['vq']}; give another --out, or --fresh")
+        advice = ("--accept-data to resume with the images as they are now" if name in OF_DATA else
+                  f"--labels {was or 'off'} to resume it" if name == "labels" else
+                  "the old command to resume it")
+        raise ValueError(f"{new['out']} holds a run with {name} = {was}, but this command has "
+                         f"{name} = {now}; give {advice}, or another --out, or --fresh")
 
 
 class RunDir:

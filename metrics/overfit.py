@@ -23,7 +23,6 @@ from metrics.condition import condition_each, condition_means, fixed_noise, loss
 
 if TYPE_CHECKING:
     from diffusion import Diffusion
-    from ldm import LDM
 
 BINS = 10                       # of timesteps, of equal width
 LEAST_IN_BIN = 8                # latents: with fewer the standard error is worthless
@@ -70,16 +69,18 @@ class OverfitMonitor:
         if all(sizes.get(key) == [len(b["val"]), len(b["train"])] for key, b in best.items()):
             self.best = best
 
-    def measure(self, average: LDM, raw: LDM, batch_size: int,
+    def measure(self, average: Callable[..., Tensor], raw: Callable[..., Tensor], null: bool,
+                batch_size: int,
                 autocast: Callable[[], AbstractContextManager]) -> dict[str, float]:
         """For the log: eps losses on fixed noise, of the EMA model with the right pose, a shuffled
-        one and none, and on training latents; of the raw model on both."""
-        def losses(model: LDM, z: Tensor, poses: Tensor, labels: Tensor) -> Tensor:
+        one and, with `null`, none, and on training latents; of the raw model on both."""
+        def losses(model: Callable[..., Tensor], *of: Tensor) -> Tensor:
+            z, poses, labels = of
             return loss_each(model, self.diffusion, z, poses, batch_size, False, autocast, labels)
 
         z, poses, labels = self.val
-        each = condition_each(average, self.diffusion, z, poses, batch_size,
-                              average.supports_guidance, autocast, labels)
+        each = condition_each(average, self.diffusion, z, poses, batch_size, null, autocast,
+                              labels)
         right, train = each["right"], losses(average, *self.train)
         return condition_means(each) | {
             "shuffled_se": standard_error(each["shuffled"] - right),
