@@ -178,7 +178,8 @@ def labelling() -> str:
 PCK, OKS, FRECHET = ("pck@0.1", ".3f"), ("oks", ".3f"), ("frechet", ".3f")
 POSE = {"PCK@0.1": PCK, "PCK@0.2": ("pck@0.2", ".3f"), "OKS": OKS, "Fréchet": FRECHET}
 STAGE_1 = {"PSNR, dB": ("psnr", ".2f"), "codes used": ("codes_used", ".1%"),
-           "perplexity": ("perplexity", ".0f"), "PCK@0.1": PCK, "Fréchet": FRECHET, "images/s": ("img_s", ".0f")}
+           "perplexity": ("perplexity", ".0f"), "PCK@0.1": PCK, "Fréchet": FRECHET,
+           "images/s": ("img_s", ".0f")}
 STAGE_2 = {"eps loss": ("right", ".4f"), "shuffled / right": ("ratio", ".3f"), "PCK@0.1": PCK,
            "OKS": OKS, "Fréchet": FRECHET, "images/s": ("img_s", ".0f")}
 PROGRESS = {"minutes": ("minutes", ".1f"), "PCK@0.1": PCK, "OKS": OKS, "label": ("label", ".3f"),
