@@ -52,6 +52,7 @@ NEEDED["ldm"] = NEEDED["vq"] | {"unet", "unet_config", "cond", "cond_config", "m
 HOW_TO_MAKE = {"vq": "python train.py --stage vq", "ldm": "python train.py --stage ldm"}
 VQ_PART = ("config", "step", "vq", "vq_config", "source", "weights")
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}     # --amp
+ASSETS = Path(__file__).resolve().parent / "assets"
 AGES = (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second")
 SIZES = range(8, 4097)              # of images, pixels
 POSES_KEPT = 4096                   # in a file of stage 2, 0.4 MB: sample.py rates poses by them
@@ -257,7 +258,10 @@ def plural(n: float, what: str) -> str:
 
 
 def dated(path: str | Path, step: int) -> str:
-    """A checkpoint by name, step and age: "runs/vq/last.pt (step 600, 3 minutes old)"."""
+    """A checkpoint by name, step and age: "runs/vq/last.pt (step 600, 3 minutes old)". A bundled
+    one has no age: its file is as old as the clone."""
+    if Path(path).resolve().parent == ASSETS:
+        return f"{path} (step {step:,})"
     age = max(0.0, time.time() - Path(path).stat().st_mtime)
     seconds, unit = next(((n, unit) for n, unit in AGES if age >= n), AGES[-1])
     return f"{path} (step {step:,}, {plural(int(age / seconds), unit)} old)"

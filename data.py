@@ -345,9 +345,10 @@ def split(ds: ImageDataset) -> tuple[Part, Part]:
                         "or --labels off")
     members, left_out = gathered_by(groups, range(n)), gathered_by(groups, sorted(held))
     if torn := [group for group in left_out if len(left_out[group]) < len(members[group])]:
-        print(f"note: the groups ({shorten(torn)}) are too large to hold out whole, so single "
-              "images are. If a group is one clip, the held-out loss is too low: name smaller "
-              "groups in metadata.csv, or give other images with --val", file=sys.stderr)
+        print(f"note: by their names, images form few series ({shorten(torn)}), so single images "
+              "are held out. That is right for separate images. For the frames of one clip the "
+              "held-out loss is too low: name groups in metadata.csv, or give --val",
+              file=sys.stderr)
     elif len(members) < FEW_GROUPS and any(len(m) > 1 for m in members.values()):
         print(f"warning: all images of {shorten(left_out)} are held out, none is trained on; if "
               "you need them, give other images with --val", file=sys.stderr)

@@ -175,7 +175,7 @@ export async function startLabel(about) {
     $("bar").hidden = !training;
     $("bar").value = now.share ?? 0;
     $("propose").textContent = training ? "Stop" : "Propose";
-    $("progress").textContent = now.text || `From ${LEAST} images done on, a detector learns from `
+    $("progress").textContent = now.text || `Once ${LEAST} images are done, a detector learns from `
       + "them and proposes the joints of the others.";
     if (now.done) next = Math.ceil(now.done * GROWTH);
     if (ended) await reload();
