@@ -558,7 +558,7 @@ FORMATS = {
     "mediapipe": Format("MediaPipe landmarks", "images", _mediapipe),
     "blazepose": Format("BlazePose rows [x, y, z] (tfjs)", None, _mediapipe),
     "ours": Format("our own [x, y, visible]", "images", _ours),
-    "seed": Format("the seed's [row, col]", "pixels", _seed),
+    "seed": Format("the blog post's [row, col]", "pixels", _seed),
     "yolo": Format("YOLO-pose lines", "images", _yolo),
 }
 
