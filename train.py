@@ -105,12 +105,12 @@ class Preset:
     schedule: dict = field(default_factory=lambda: SCHEDULE)
 
 
-# Small autoencoders have no norms, and residual branches that start at zero: GroupNorm of few
-# channels removes the image's absolute colour. Their codes follow a moving average, after a time
-# without quantisation.
+# Small autoencoders have no norms: steps are 1.4 times as fast, and as good in the same time
+# (benchmarks/RESULTS.md). Their residual branches start at zero. Their codes follow a moving
+# average, after a time without quantisation.
 NORM_FREE = {"norm_groups": 0, "zero_init": True, "ema_codebook": True}
 # Large ones are trained as VQGANs: with LPIPS, and with a discriminator once the reconstruction has
-# settled. In runs of minutes it lowers PSNR by 5 dB without a benefit (benchmarks/RESULTS.md).
+# settled. In runs of minutes it lowers PSNR without a benefit (benchmarks/RESULTS.md).
 VQGAN = VQLossConfig(perceptual=1.0, disc_weight=0.75, disc_start=0.1, disc_ramp=0.05,
                      disc_cap=100.0)
 # Maps gave the best pose fidelity of five conditionings at equal steps (benchmarks/RESULTS.md).
