@@ -91,9 +91,12 @@ def few_images() -> str:
 
 def plain(name: str, first: str, columns: dict[str, tuple[str, str]], part: str = "",
           about: bool = True) -> str:
-    """The rows of NAME.json, or of a `part` of them. `columns`: heading -> (key, format)."""
+    """The rows of NAME.json, or of a `part` of them. `columns`: heading -> (key, format); those that
+    no row has are left out."""
     report = read(name)
     rows = report["rows"][part] if part else report["rows"]
+    columns = {heading: (key, form) for heading, (key, form) in columns.items()
+               if any(key in row for row in rows.values())}
     return (made_by(report) if about else "") + markdown([first, *columns], [
         [label, *(cell(row, *column) for column in columns.values())]
         for label, row in rows.items()])
