@@ -105,9 +105,9 @@ class Preset:
     schedule: dict = field(default_factory=lambda: SCHEDULE)
 
 
-# Small autoencoders have no norms, as the bundled models: steps are 1.4 times as fast, though in the
-# same time GroupNorm is as good or better (benchmarks/RESULTS.md). Their residual branches start at
-# zero. Their codes follow a moving average, after a time without quantisation.
+# Small autoencoders have no norms, as the bundled models: steps are 1.4 times as fast, though in
+# the same time GroupNorm is as good or better (benchmarks/RESULTS.md). Their residual branches
+# start at zero. Their codes follow a moving average, after a time without quantisation.
 NORM_FREE = {"norm_groups": 0, "zero_init": True, "ema_codebook": True}
 # Large ones are trained as VQGANs: with LPIPS, and with a discriminator once the reconstruction has
 # settled. In runs of minutes it lowers PSNR without a benefit (benchmarks/RESULTS.md).

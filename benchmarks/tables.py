@@ -91,8 +91,8 @@ def few_images() -> str:
 
 def plain(name: str, first: str, columns: dict[str, tuple[str, str]], part: str = "",
           about: bool = True) -> str:
-    """The rows of NAME.json, or of a `part` of them. `columns`: heading -> (key, format); those that
-    no row has are left out."""
+    """The rows of NAME.json, or of a `part` of them. `columns`: heading -> (key, format); one that
+    no row has is left out."""
     report = read(name)
     rows = report["rows"][part] if part else report["rows"]
     columns = {heading: (key, form) for heading, (key, form) in columns.items()
