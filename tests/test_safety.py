@@ -40,7 +40,7 @@ import checkpoint
 import engine.run
 import plots
 import train
-from engine.length import MAY_DIFFER, OF_DATA
+from engine.run import MAY_DIFFER, OF_DATA
 from engine.process import locked, stop_signals
 from engine.run import RunDir, read_log
 
