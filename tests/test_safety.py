@@ -40,9 +40,8 @@ import checkpoint
 import engine.run
 import plots
 import train
-from engine.run import MAY_DIFFER, OF_DATA
 from engine.process import locked, stop_signals
-from engine.run import RunDir, read_log
+from engine.run import MAY_DIFFER, OF_DATA, RunDir, read_log
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}
