@@ -59,6 +59,7 @@ from diffusion import (
     per_image_noise,
     timesteps_of,
 )
+from engine.cpu import use_fast_norms
 from extras.editing import inpaint, read_given, start_from
 from extras.output import film_of, grid_of, outputs, save_latents, save_separate, sheet_of
 from extras.plan import DEFAULT_FRAMES, labels_of, plan_of
@@ -342,6 +343,8 @@ def run(args: argparse.Namespace, command: str) -> str:
     words = {"command": command, "settings": json.dumps(options | rest),
              "checkpoint": checkpoint.hash_of(ldm.state_dict())}        # before --amp rounds it
     ldm.unet.to(checkpoint.AMP[args.amp])
+    if args.amp == "bf16" and args.device == "cpu":
+        use_fast_norms(ldm.unet)                            # 1.4 times as fast
 
     began = time.monotonic()
     poses = torch.from_numpy(plan.poses).repeat_interleave(plan.n, dim=0)               # [B, 17, 3]

@@ -28,6 +28,7 @@ from benchmarks.speed import diffusers_unet  # noqa: E402
 from benchmarks.tables import write  # noqa: E402
 from benchmarks.timing import medians  # noqa: E402
 from diffusion import per_image_noise  # noqa: E402
+from engine.cpu import use_fast_norms  # noqa: E402
 from ldm import LDM  # noqa: E402
 from vq import VQModel  # noqa: E402
 
@@ -64,6 +65,8 @@ def compare(work: str, turns: int) -> dict[str, float]:
         sizes = [sum(p.numel() for p in model.parameters()) for model in (ldm.unet, unet)]
         assert sizes[0] == sizes[1], f"ours has {sizes[0]} parameters, diffusers' {sizes[1]}"
         ldm.unet.to(dtype)
+        if dtype == torch.bfloat16:
+            use_fast_norms(ldm.unet)
         for sampler in ("dpm_solver", "ddim"):
             cases[f"ours, {sampler}, {name}"] = ours(ldm, poses, c.size, sampler, steps)
             cases[f"diffusers, {sampler}, {name}"] = theirs(unet, ldm, poses, sampler, steps, dtype)

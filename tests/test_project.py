@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "plots": ("keypoints", "metrics.overfit"),         # for the bins of timesteps in its heat maps
     "train": (*LEAVES, "ldm", "data", "checkpoint", "dataset.images", "dataset.latents", "engine",
               "metrics", "plots"),
-    "sample": ("engine.startup", *LEAVES, "ldm", "data", "checkpoint", "formats", "extras", "plots"),
+    "sample": ("engine.startup", "engine.cpu", *LEAVES, "ldm", "data", "checkpoint", "formats", "extras", "plots"),
     "evaluate": (*LEAVES, *(room for room in ROOMS if room != "studio"), "ldm", "data", "checkpoint", "sample", "plots"),
     "engine": ("checkpoint", "engine"),
     "dataset": ("keypoints", "data", "dataset", "formats", "plots"),
