@@ -42,7 +42,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from keypoints import ConditionConfig
 from ldm import LDM
-from unet import NO_LABEL, UNetConfig
+from unet import UNetConfig
 from vq import VQConfig, VQModel
 
 FORMAT = 1
@@ -55,7 +55,6 @@ AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}     
 ASSETS = Path(__file__).resolve().parent / "assets"
 AGES = (86400, "day"), (3600, "hour"), (60, "minute"), (1, "second")
 SIZES = range(8, 4097)              # of images, pixels
-POSES_KEPT = 4096                   # in a file of stage 2, 0.4 MB: sample.py rates poses by them
 
 
 class WrongStage(ValueError):
@@ -452,15 +451,6 @@ def label_names(payload: dict, path: str | Path) -> list[str]:
     if len(names) != len(rows) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} is damaged: it does not name its labels; use another checkpoint")
     return list(names)
-
-
-def poses_kept(poses: np.ndarray, labels: Tensor) -> dict[str, Tensor]:
-    """For a payload: "poses" with a visible joint, float16, all or POSES_KEPT spread evenly over
-    poses [N, 17, 3], and where labels [N] has some, their "pose_labels"."""
-    seen = np.flatnonzero((poses[..., 2] > 0).any(axis=1))
-    seen = seen[np.linspace(0, len(seen) - 1, min(len(seen), POSES_KEPT)).round().astype(int)]
-    kept = {"poses": torch.from_numpy(poses[seen]).half()}
-    return kept | ({"pose_labels": labels[seen]} if (labels != NO_LABEL).any() else {})
 
 
 def training_poses(payload: dict, path: str | Path,

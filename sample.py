@@ -343,8 +343,7 @@ def run(args: argparse.Namespace, command: str) -> str:
     words = {"command": command, "settings": json.dumps(options | rest),
              "checkpoint": checkpoint.hash_of(ldm.state_dict())}        # before --amp rounds it
     ldm.unet.to(checkpoint.AMP[args.amp])
-    if args.amp == "bf16" and args.device == "cpu":
-        use_fast_norms(ldm.unet)                            # 1.4 times as fast
+    use_fast_norms(ldm.unet)                # in bf16 on a CPU, sampling takes 0.7 of the time
 
     began = time.monotonic()
     poses = torch.from_numpy(plan.poses).repeat_interleave(plan.n, dim=0)               # [B, 17, 3]

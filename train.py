@@ -39,7 +39,7 @@ import data
 import plots
 from checkpoint import number, plural
 from dataset.images import WORKER_DIED, naming_broken, worker_died
-from dataset.latents import LatentCache, latent_batch
+from dataset.latents import LatentCache, latent_batch, poses_kept
 from diffusion import Diffusion, dpm_solver, guided, per_image_noise
 from engine import distributed
 from engine.cpu import use_fast_norms
@@ -574,7 +574,7 @@ def train_ldm(c: Config, run: RunDir, vq: VQModel, cache: LatentCache,
     ldm.unet.checkpointing = c.checkpointing
     if c.compile:
         ldm.unet.compile()
-    kept = checkpoint.poses_kept(cache.poses[:len(cache):2], cache.labels[:len(cache):2])
+    kept = poses_kept(cache.poses[:len(cache):2], cache.labels[:len(cache):2])
     net = parallel(ldm)
     mean, std = ldm.mean, ldm.std                           # on the device
     B, mine = r.batch_size, data.share(r.batch_size, rank(), world())

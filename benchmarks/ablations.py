@@ -227,7 +227,7 @@ def run(args: argparse.Namespace, name: str, seed: int) -> dict:
     """Trains one variant and judges it: a row of the table."""
     stage = "ldm" if args.group == "diffusion" else "vq"
     change, kind = GROUPS[args.group][name]
-    out = Path(args.runs, folder_name(name) + f"-{seed}")
+    out = Path(args.runs, f"{folder_name(name)}-{args.steps}-{seed}")
     if (out / "row.json").exists():
         return json.loads((out / "row.json").read_text())
     flags = ["--stage", stage, "--data", args.data, "--steps", str(args.steps),

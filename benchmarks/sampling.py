@@ -65,8 +65,7 @@ def compare(work: str, turns: int) -> dict[str, float]:
         sizes = [sum(p.numel() for p in model.parameters()) for model in (ldm.unet, unet)]
         assert sizes[0] == sizes[1], f"ours has {sizes[0]} parameters, diffusers' {sizes[1]}"
         ldm.unet.to(dtype)
-        if dtype == torch.bfloat16:
-            use_fast_norms(ldm.unet)
+        use_fast_norms(ldm.unet)
         for sampler in ("dpm_solver", "ddim"):
             cases[f"ours, {sampler}, {name}"] = ours(ldm, poses, c.size, sampler, steps)
             cases[f"diffusers, {sampler}, {name}"] = theirs(unet, ldm, poses, sampler, steps, dtype)

@@ -26,6 +26,7 @@ from dataset.images import DataError, note_broken
 CACHE_VERSION = 3               # raise it when files or poses change: old caches then stay closed
 RECORD_EVERY = 32               # batches between two records: a kill costs no more
 FLOAT16_MAX = 65504.0
+POSES_KEPT = 4096               # in a checkpoint, 0.4 MB: sample.py rates poses by them
 
 
 class LatentCache:
@@ -132,6 +133,15 @@ class LatentCache:
     def rows(self, idx: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents float32 [B, C, h, w] as encoded, not normalised, and poses [B, 17, 3]."""
         return torch.from_numpy(self.latents[idx]).float(), torch.from_numpy(self.poses[idx])
+
+
+def poses_kept(poses: np.ndarray, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """For a checkpoint: "poses" with a visible joint, float16, all or POSES_KEPT spread evenly over
+    poses [N, 17, 3], and where labels [N] has some, their "pose_labels"."""
+    seen = np.flatnonzero((poses[..., 2] > 0).any(axis=1))
+    seen = seen[data.evenly(len(seen), POSES_KEPT)]
+    kept = {"poses": torch.from_numpy(poses[seen]).half()}
+    return kept | ({"pose_labels": labels[seen]} if (labels != data.NO_LABEL).any() else {})
 
 
 def file_sizes(about: dict) -> tuple[int, int]:

@@ -74,8 +74,7 @@ class OverfitMonitor:
                 autocast: Callable[[], AbstractContextManager]) -> dict[str, float]:
         """For the log: eps losses on fixed noise, of the EMA model with the right pose, a shuffled
         one and, with `null`, none, and on training latents; of the raw model on both."""
-        def losses(model: Callable[..., Tensor], *of: Tensor) -> Tensor:
-            z, poses, labels = of
+        def losses(model: Callable, z: Tensor, poses: Tensor, labels: Tensor) -> Tensor:
             return loss_each(model, self.diffusion, z, poses, batch_size, False, autocast, labels)
 
         z, poses, labels = self.val

@@ -136,7 +136,7 @@ class Label:
         pose, state = checked(body.get("pose")), body.get("state")
         if state not in STATES:
             raise Refused(400, f"the state is {state!r}; allowed are {', '.join(STATES)}")
-        upright_size(self.path(i))                 # an image that is gone keeps its label
+        upright_size(self.path(i))                      # an image that is gone keeps its label
         with self.saving:
             # What a person does always replaces a proposal, also a new one.
             if body.get("version") != self.version(i) and self.read_state(i)[0] not in UNTOUCHED:

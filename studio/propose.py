@@ -39,7 +39,7 @@ FIGURES = Path(__file__).parent.parent / "assets/pose-reader.pt"
 # ------------------------------------------------------------------------------- images in a square
 
 def read_square(path: str) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image file padded to uint8 [S, S, 3], and its own (width, height). DataError as
+    """An image file padded to uint8 [S, S, 3], and its own (width, height); errors as
     read_image."""
     image = read_image(path, at_least=SIDE)
     return np.array(ImageOps.pad(image, (SIDE, SIDE), Image.Resampling.BICUBIC)), image.size

@@ -27,6 +27,7 @@ import metrics.images
 import plots
 import sample
 import train
+from dataset import latents
 from dataset.figures import Figures
 from diffusion import Diffusion
 from engine import length
@@ -726,8 +727,8 @@ def test_a_checkpoint_carries_training_poses_spread_over_all(trained, monkeypatc
     poses[2, :, 2] = 0                                          # image 2 has no visible joint
     labels = torch.full((13,), -1)
     for wanted in [0, 1, *range(3, 13)], [0, 5, 8, 12]:
-        assert checkpoint.poses_kept(poses, labels)["poses"][:, 0, 0].tolist() == wanted
-        monkeypatch.setattr(checkpoint, "POSES_KEPT", 4)
+        assert latents.poses_kept(poses, labels)["poses"][:, 0, 0].tolist() == wanted
+        monkeypatch.setattr(latents, "POSES_KEPT", 4)
 
 
 def test_an_unusual_pose_gets_a_note(trained, tmp_path, capsys, monkeypatch):
